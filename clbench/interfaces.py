@@ -1,0 +1,211 @@
+"""The nouns of clbench, and the roles that a plug-in can play. Imports no torch.
+
+A *scenario* is a stream of *experiences* with *evaluation sets* and a *budget*. A *learner* learns the experiences one after
+another. Only the runner sees learners and evaluation sets together.
+
+Legend for shapes in this package: B batch, N samples, C channels, H W image, D features, K classes seen so far, T experiences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+
+class UserError(ValueError):
+    """Something the user can mend: shown as one line, without a traceback."""
+
+
+class BudgetExceeded(UserError):
+    """A learner used more than the scenario allows."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The rules of the game that limit a learner. `None` means unlimited; negative values raise `UserError`.
+
+    epochs          passes over an experience's training data (a learner that is asked for "all" of them uses this number)
+    sample_visits   images that all `fit` calls of one experience may visit, new and replayed ones together
+    exemplars       raw samples of earlier experiences that a learner may hold
+    exemplar_bytes  the same in bytes of the stored arrays
+    stored_bytes    everything else that a learner holds between experiences: weights, statistics, prototypes
+    """
+
+    epochs: int = 1
+    sample_visits: int | None = None
+    exemplars: int | None = None
+    exemplar_bytes: int | None = None
+    stored_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value is None and item.name != "epochs":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise UserError(f"budget.{item.name} must be a whole number, got {value!r}")
+            if value < 0 or (item.name == "epochs" and value < 1):
+                least = 1 if item.name == "epochs" else 0
+                raise UserError(f"budget.{item.name} must be at least {least}, got {value}")
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a learner needs and can do. Checked against the scenario before any image is read.
+
+    asks                what it can answer: class scores ("predict") or a loss per sample ("loss")
+    needs_task_id       predicts only where the task of a test sample is disclosed
+    needs_boundaries    must be told where an experience ends
+    needs_new_classes   every experience must bring classes of its own (no domain-incremental streams)
+    needs_pretrained    makes no sense on random weights
+    needs_passes        the least number of passes over an experience's data (2: cannot run in a single-pass stream)
+    stores_exemplars    keeps raw samples, within the scenario's exemplar budget
+    stores_all_data     keeps every sample: a reference (upper bound), not a contender; exempt from the sample budgets
+    transductive        predictions may depend on the other samples of a test batch: marks the record
+    adapts_at_test      changes its state while predicting: marks the record
+    """
+
+    asks: Literal["predict", "loss"] = "predict"
+    needs_task_id: bool = False
+    needs_boundaries: bool = True
+    needs_new_classes: bool = False
+    needs_pretrained: bool = False
+    needs_passes: int = 1
+    stores_exemplars: bool = False
+    stores_all_data: bool = False
+    transductive: bool = False
+    adapts_at_test: bool = False
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an optimisation step stands: `step` of `steps` in this call, `global_step` over the whole run (all 0-based)."""
+
+    experience: int
+    step: int
+    steps: int
+    global_step: int
+
+
+class Schedule(Protocol):
+    """A pure function of the place: the multiplier of every base learning rate."""
+
+    def __call__(self, place: Place) -> float: ...
+
+
+class Batch(Protocol):
+    """Some samples. `x` is decoded, augmented and moved to the device when it is first asked for.
+
+    ids   [B] int64, stable over runs and machines
+    y     [B] int64, classes renumbered by order of appearance; None at test time
+    task  the task of all samples where the scenario discloses it, else None
+    x     [B, C, H, W] float, normalised as the model wants it
+    """
+
+    ids: Tensor
+    y: Tensor | None
+    task: int | None
+
+    @property
+    def x(self) -> Tensor: ...
+
+    def __len__(self) -> int: ...
+
+
+class Data(Protocol):
+    """The labelled samples of one experience. `y` is [N] int64 (renumbered), `ids` [N] int64, both NumPy."""
+
+    ids: np.ndarray
+    y: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def batch(self, rows: Sequence[int] | np.ndarray, key: int | None = None) -> Batch:
+        """Samples by row; `key` chooses the random augmentation, None gives the test transform."""
+        ...
+
+    def test_batches(self, batch_size: int) -> Iterator[Batch]:
+        """All samples in order under the test transform."""
+        ...
+
+    def raw(self, rows: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+        """Stored pixels, uint8 [H, W, 3] each: what an exemplar memory may keep."""
+        ...
+
+
+@dataclass(frozen=True)
+class Experience:
+    """One step of the stream, as a learner sees it. Classes are renumbered by order of first appearance.
+
+    classes           present here; `new_classes` are those never seen before
+    original_classes  the data set's own ids, in the order of `classes`
+    num_seen          classes seen so far, this experience included: predictions have this width
+    task              disclosed only in task-incremental streams
+    """
+
+    index: int
+    name: str
+    train: Data
+    classes: tuple[int, ...]
+    new_classes: tuple[int, ...]
+    original_classes: tuple[int, ...]
+    num_seen: int
+    task: int | None
+    budget: Budget
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the runner knows of a scenario before any image is read; compared with `Capabilities`."""
+
+    name: str
+    asks: Literal["predict", "loss"]
+    discloses_task: bool
+    has_boundaries: bool
+    every_experience_has_new_classes: bool
+    budget: Budget = field(default_factory=Budget)
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """A method. Built as `Learner(model, runtime, **hyperparameters)`; it never reads a configuration or an evaluation set.
+
+    `learn` trains on one experience and returns a few numbers for the log. `predict` returns scores [B, num_seen], or a
+    mapping of names to such scores whose first entry is the answer. `load_state_dict(state_dict())` restores everything
+    that later calls depend on, in place where shapes agree. Only plain containers, numbers, strings and tensors.
+    """
+
+    capabilities: ClassVar[Capabilities]
+
+    def learn(self, experience: Experience) -> dict[str, float]: ...
+
+    def predict(self, batch: Batch) -> Tensor | Mapping[str, Tensor]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def mismatch(learner: str, can: Capabilities, facts: Facts, pretrained: bool) -> str | None:
+    """Say why a learner cannot run in a scenario, or None. Names both and the capability."""
+    reasons = {
+        f"asks={can.asks}, the scenario asks {facts.asks}": can.asks != facts.asks,
+        "needs_task_id, and the scenario does not disclose tasks": can.needs_task_id and not facts.discloses_task,
+        "needs_boundaries, and the scenario has none": can.needs_boundaries and not facts.has_boundaries,
+        "needs_new_classes, and some experience brings none": can.needs_new_classes
+        and not facts.every_experience_has_new_classes,
+        f"needs_passes={can.needs_passes}, and the budget is {facts.budget.epochs} epoch(s)": can.needs_passes
+        > facts.budget.epochs,
+        "needs_pretrained, and the model has random weights": can.needs_pretrained and not pretrained,
+        "stores_exemplars, and the budget allows none": can.stores_exemplars
+        and (facts.budget.exemplars == 0 or facts.budget.exemplar_bytes == 0),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            return f"learner {learner} does not fit scenario {facts.name}: {reason}"
+    return None
