@@ -146,6 +146,7 @@ class Experience:
     original_classes  the data set's own ids, in the order of `classes`
     num_seen          classes seen so far, this experience included: predictions have this width
     task              disclosed only in task-incremental streams
+    past              data of earlier experiences, for learners that declare `stores_all_data`; empty for all others
     """
 
     index: int
@@ -157,6 +158,7 @@ class Experience:
     num_seen: int
     task: int | None
     budget: Budget
+    past: tuple[Data, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,12 @@ def photographs(x_u8: Tensor, rng: torch.Generator) -> Tensor:
     top, left = torch.randint(0, 9, (2, b), generator=rng)
     rows = top[:, None] + torch.arange(32)
     columns = left[:, None] + torch.arange(32)
-    x = x[torch.arange(b)[:, None, None, None], torch.arange(3)[None, :, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+    x = x[
+        torch.arange(b)[:, None, None, None],
+        torch.arange(3)[None, :, None, None],
+        rows[:, None, :, None],
+        columns[:, None, None, :],
+    ]
     flip = torch.rand(b, generator=rng) < 0.5
     x[flip] = x[flip].flip(3)
     grey = torch.rand(b, generator=rng) < 0.3
@@ -119,6 +124,76 @@ def mix(x: Tensor, y: Tensor, num_classes: int, rng: np.random.Generator) -> tup
     return x, kept * target + (1 - kept) * target.roll(1, 0)
 
 
+def accuracy(model: torch.nn.Module, x_u8: Tensor, y: Tensor) -> float:
+    """Share of photographs whose largest of the 100 CIFAR logits is right: x_u8 [N, 3, 32, 32] uint8, y [N]."""
+    model.eval()
+    with torch.inference_mode():
+        parts = [model((x.float() / 255 - 0.5) / 0.5)[:, :100].argmax(1) for x in x_u8.split(500)]
+    return (torch.cat(parts) == y).float().mean().item()
+
+
+def epoch_of_steps(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    photos: tuple[Tensor, Tensor],
+    bank: tuple[Tensor, Tensor],
+    options: argparse.Namespace,
+    epoch: int,
+    rngs: tuple[torch.Generator, np.random.Generator],
+) -> float:
+    """One pass over the photographs with letters mixed into every batch -> loss of the last step."""
+    rng, numpy_rng = rngs
+    model.train()
+    classes = 100 + len(LETTERS)
+    steps = len(photos[0]) // options.batch
+    order = torch.randperm(len(photos[0]), generator=rng)
+    loss = torch.zeros(())
+    for i in range(steps):
+        step = epoch * steps + i
+        warm = min(1.0, (step + 1) / (2 * steps))
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * warm * 0.5 * (1 + math.cos(math.pi * step / (options.epochs * steps)))
+        pick = order[i * options.batch : (i + 1) * options.batch]
+        x, y = photographs(photos[0][pick], rng), photos[1][pick]
+        target = F.one_hot(y, classes).float()
+        if step % 2:
+            x, target = mix(x, y, classes, numpy_rng)
+        lx, ly = letters(bank, options.letters, rng)
+        x, target = torch.cat([x, lx]), torch.cat([target, F.one_hot(ly, classes).float()])
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model((x - 0.5) / 0.5)
+        loss = F.cross_entropy(logits.float(), target, label_smoothing=0.1)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return loss.item()
+
+
+def card(model: torch.nn.Module, arrays: dict[str, np.ndarray], options: argparse.Namespace, results: dict) -> dict:
+    """What a reader must know of the weights: data, command, seed, accuracies, versions."""
+    import timm
+
+    command = " ".join(f"--{k} {v.name if isinstance(v, pathlib.Path) else v}" for k, v in vars(options).items())
+    return {
+        "name": "nano",
+        "architecture": {"timm": "vit_tiny_patch16_224", **NANO},
+        "num_parameters": sum(p.numel() for k, p in model.named_parameters() if not k.startswith("head.")),
+        "data": {
+            "cifar100": "50000 training images, SHA-256 of the array "
+            + hashlib.sha256(arrays["train_x"].tobytes()).hexdigest(),
+            "letters": "".join(LETTERS) + " in Pillow's embedded font; no digit",
+        },
+        "command": "python -m clbench.models.train_nano " + command,
+        "seed": options.seed,
+        **results,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+    }
+
+
 def train(options: argparse.Namespace) -> None:
     """Run the whole recipe; prints a line an epoch, writes the weights and the card."""
     import timm
@@ -129,78 +204,36 @@ def train(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     torch.set_float32_matmul_precision("medium")
     set_fused_attn(False)
-    arrays = np.load(options.data)
-    train_x = torch.from_numpy(arrays["train_x"]).permute(0, 3, 1, 2).contiguous()
-    test_x = torch.from_numpy(arrays["test_x"]).permute(0, 3, 1, 2).contiguous()
-    train_y, test_y = torch.from_numpy(arrays["train_y"]), torch.from_numpy(arrays["test_y"])
-    bank = letter_bank()
-    classes = 100 + len(LETTERS)
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=classes, drop_path_rate=0.05, **NANO)
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], lr=options.lr)
-    steps_per_epoch = len(train_x) // options.batch
-    total = options.epochs * steps_per_epoch
-    rng, numpy_rng = torch.Generator().manual_seed(options.seed), np.random.default_rng(options.seed)
-    step, start, accuracy = 0, time.time(), 0.0
+    arrays = dict(np.load(options.data))
+    split = {k: torch.from_numpy(arrays[f"{k}_x"]).permute(0, 3, 1, 2).contiguous() for k in ("train", "test")}
+    labels = {k: torch.from_numpy(arrays[f"{k}_y"]) for k in ("train", "test")}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=100 + len(LETTERS), drop_path_rate=0.05, **NANO)
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.05},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=options.lr)
+    rngs = torch.Generator().manual_seed(options.seed), np.random.default_rng(options.seed)
+    bank, start = letter_bank(), time.time()
     for epoch in range(options.epochs):
-        order = torch.randperm(len(train_x), generator=rng)
-        model.train()
-        for i in range(steps_per_epoch):
-            rate = options.lr * min(1.0, (step + 1) / (2 * steps_per_epoch)) * 0.5 * (1 + math.cos(math.pi * step / total))
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            pick = order[i * options.batch : (i + 1) * options.batch]
-            x, y = photographs(train_x[pick], rng), train_y[pick]
-            target = F.one_hot(y, classes).float()
-            if step % 2:
-                x, target = mix(x, y, classes, numpy_rng)
-            lx, ly = letters(bank, options.letters, rng)
-            x, target = torch.cat([x, lx]), torch.cat([target, F.one_hot(ly, classes).float()])
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = model((x - 0.5) / 0.5)
-            loss = F.cross_entropy(logits.float(), target, label_smoothing=0.1)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            step += 1
-        model.eval()
-        with torch.inference_mode():
-            parts = [model((x.float() / 255 - 0.5) / 0.5)[:, :100].argmax(1) for x in test_x.split(500)]
-        accuracy = (torch.cat(parts) == test_y).float().mean().item()
-        print(f"epoch {epoch + 1}/{options.epochs} loss {loss.item():.3f} cifar100 {accuracy:.4f} {time.time() - start:.0f} s", flush=True)
-        if (epoch + 1) % 5 == 0 or epoch + 1 == options.epochs:
-            state = {k: v.half().contiguous() for k, v in model.state_dict().items() if not k.startswith("head.")}
-            options.out.mkdir(parents=True, exist_ok=True)
-            save_file(state, options.out / "nano.safetensors")
-    card = {
-        "name": "nano",
-        "architecture": {"timm": "vit_tiny_patch16_224", **NANO},
-        "num_parameters": sum(p.numel() for k, p in model.named_parameters() if not k.startswith("head.")),
-        "data": {
-            "cifar100": "50000 training images, SHA-256 of the array " + hashlib.sha256(arrays["train_x"].tobytes()).hexdigest(),
-            "letters": "".join(LETTERS) + " in Pillow's embedded font; no digit",
-        },
-        "command": "python -m clbench.models.train_nano " + " ".join(
-            f"--{k} {v.name if isinstance(v, pathlib.Path) else v}" for k, v in vars(options).items()
-        ),
-        "seed": options.seed,
-        "cifar100_test_accuracy": round(accuracy, 4),
-        "seconds": round(time.time() - start),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "mean": [0.5] * 3,
-        "std": [0.5] * 3,
-        "sha256": hashlib.sha256((options.out / "nano.safetensors").read_bytes()).hexdigest(),
-    }
-    (options.out / "nano.json").write_text(json.dumps(card, indent=2) + "\n")
+        loss = epoch_of_steps(model, optimizer, (split["train"], labels["train"]), bank, options, epoch, rngs)
+        test = accuracy(model, split["test"], labels["test"])
+        print(f"epoch {epoch + 1}/{options.epochs} loss {loss:.3f} cifar100 {test:.4f} {time.time() - start:.0f} s", flush=True)
+    results = {f"cifar100_{k}_accuracy": round(accuracy(model, split[k], labels[k]), 4) for k in ("train", "test")}
+    results["seconds"] = round(time.time() - start)
+    options.out.mkdir(parents=True, exist_ok=True)
+    state = {k: v.half().contiguous() for k, v in model.state_dict().items() if not k.startswith("head.")}
+    save_file(state, options.out / "nano.safetensors")
+    results["sha256"] = hashlib.sha256((options.out / "nano.safetensors").read_bytes()).hexdigest()
+    (options.out / "nano.json").write_text(json.dumps(card(model, arrays, options, results), indent=2) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(prog="python -m clbench.models.train_nano", description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=pathlib.Path, required=True, help="npz with train_x, train_y, test_x, test_y (CIFAR-100)")
+    parser.add_argument(
+        "--data", type=pathlib.Path, required=True, help="npz with train_x, train_y, test_x, test_y (CIFAR-100)"
+    )
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for nano.safetensors and nano.json")
     parser.add_argument("--epochs", type=int, default=25)
     parser.add_argument("--batch", type=int, default=192, help="photographs in a step")

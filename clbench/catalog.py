@@ -1,0 +1,122 @@
+"""What can be chosen, clbench's own and the plug-ins', and what an option may be. Imports neither torch nor Hydra."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from clbench.interfaces import UserError
+from clbench.signatures import find_module, nearest, problems
+
+log = logging.getLogger("clbench")
+GROUPS = ("scenario", "learner", "model", "schedule", "sweep", "machine")
+PLUGINS = "clbench.plugins"
+_SUPPLIED = {"learner": ("model", "runtime")}
+
+
+def conf_dir() -> Path:
+    """The configuration files: `conf` beside this file where clbench is installed from a wheel, else beside its parent."""
+    here = Path(__file__).resolve().parent
+    return here / "conf" if (here / "conf" / "run.yaml").is_file() else here.parent / "conf"
+
+
+@functools.cache
+def plugin_dirs() -> dict[str, Path]:
+    """Package -> its `conf` folder, for every installed package with an entry point in group `clbench.plugins`."""
+    found = {}
+    for entry in sorted(importlib.metadata.entry_points(group=PLUGINS), key=lambda e: e.name):
+        package = entry.value.split(":")[0].strip()
+        spec = find_module(package)
+        folders = [Path(p) / "conf" for p in spec.submodule_search_locations or ()] if spec else []
+        folder = next((f for f in folders if f.is_dir()), None)
+        if folder is None:
+            log.warning("plug-in %s: package %s has no conf folder; it is left out", entry.name, package)
+        else:
+            found[package] = folder
+    return found
+
+
+def choices(group: str) -> dict[str, list[Path]]:
+    """Name -> files of that name in a group; clbench's own first, then the plug-ins'."""
+    found: dict[str, list[Path]] = {}
+    for folder in (conf_dir(), *plugin_dirs().values()):
+        for path in sorted((folder / group).glob("*.yaml")):
+            found.setdefault(path.stem, []).append(path)
+    return dict(sorted(found.items()))
+
+
+def description(path: Path) -> str:
+    """The first comment line of a YAML file."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#") and not line.startswith("# @"):
+            return line.lstrip("# ").strip()
+    return ""
+
+
+def origin(path: Path) -> str:
+    """The plug-in package that a configuration file belongs to, or clbench."""
+    return next((package for package, folder in plugin_dirs().items() if path.is_relative_to(folder)), "clbench")
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Compare options with what they may be and every `_target_` node with its signature. `UserError` with all problems."""
+    lines = [*_check_options(config), *_check_choices(config)]
+    for group in ("scenario", "learner", "model"):
+        node = config.get(group)
+        if not isinstance(node, Mapping) or "_target_" not in node:
+            lines.append(f"{group} has no _target_: choose one of {', '.join(choices(group))}")
+        else:
+            lines += list(_check_node(node, group, _SUPPLIED.get(group, ())))
+    if lines:
+        raise UserError("\n".join(dict.fromkeys(lines)))
+
+
+def _check_node(node: Mapping[str, Any], where: str, supplied: Sequence[str]) -> Iterator[str]:
+    yield from problems(node, where, supplied)
+    for name, value in node.items():
+        if isinstance(value, Mapping) and "_target_" in value:
+            yield from _check_node(value, f"{where}.{name}", ())
+
+
+def _check_choices(config: Mapping[str, Any]) -> Iterator[str]:
+    for group, name in config.get("names", {}).items():
+        files = choices(group).get(name, [])
+        if len(files) > 1:
+            yield f"{group} '{name}' is defined twice: {' and '.join(map(str, files))}"
+
+
+_OPTIONS: dict[str, tuple[str, Any]] = {
+    "seed": ("a whole number from 0", lambda v: _whole(v, 0)),
+    "device": ("auto, cpu, cuda, cuda:N or mps", lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", str(v))),
+    "precision": ("fp32 or bf16", lambda v: v in ("fp32", "bf16")),
+    "num_threads": ("auto or a whole number from 1", lambda v: v == "auto" or _whole(v, 1)),
+    "results_dir": ("a folder", lambda v: isinstance(v, str | int | float) and str(v) and not isinstance(v, bool)),
+    "data_root": ("a folder or null", lambda v: v is None or isinstance(v, str)),
+    "download": ("true or false", lambda v: isinstance(v, bool)),
+    "force": ("true or false", lambda v: isinstance(v, bool)),
+    "checkpoint_seconds": (
+        "a number of seconds from 0, or null for none",
+        lambda v: v is None or (isinstance(v, int | float) and not isinstance(v, bool) and v >= 0),
+    ),
+    "eval_batch_size": ("a whole number from 1", lambda v: _whole(v, 1)),
+    "on_error": ("record or raise", lambda v: v in ("record", "raise")),
+}
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _check_options(config: Mapping[str, Any]) -> Iterator[str]:
+    known = (*_OPTIONS, "scenario", "learner", "model", "names")
+    for name in config:
+        if name not in known:
+            yield f"no option '{name}'{nearest(name, known)}"
+    for name, (wanted, fits) in _OPTIONS.items():
+        if name in config and not fits(config[name]):
+            yield f"{name} must be {wanted}, got {config[name]!r}"

@@ -1,0 +1,209 @@
+"""The command line: what each command is called, what it takes, what it says when asked. The work is in `commands`.
+
+Nothing here loads torch, so a mistyped word is answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from clbench import __version__
+from clbench.catalog import conf_dir
+from clbench.interfaces import UserError
+from clbench.signatures import nearest
+
+ABOUT = """\
+clbench measures continual learning: a scenario x a learner x a model x a seed gives one checkable record,
+and a folder of records gives a leaderboard.
+"""
+
+EXAMPLES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "run": (
+        "learn, evaluate, write a record; done runs are skipped, killed ones go on",
+        (
+            "clbench run",
+            "clbench run learner=ncm seed=1 device=cpu num_threads=2",
+            "clbench run learner.lr=0.03 schedule=cosine scenario.budget.epochs=10",
+            "clbench run -m learner=finetune,joint,ncm,replay,slca seed=0,1,2",
+            "clbench run -m 'learner=glob(*)' machine=joblib hydra.launcher.n_jobs=4",
+            "clbench run sweep=default_table",
+            "clbench run learner._target_=my_file.MyLearner learner.lr=0.1",
+        ),
+    ),
+    "plan": (
+        "what `run` with the same words would do: jobs, their state, time and disk; errors of all jobs at once",
+        ("clbench plan -m learner=finetune,slca 'seed=range(0,5)'", "clbench plan sweep=default_table"),
+    ),
+    "list": (
+        "what can be chosen, with a line each; plug-ins included",
+        ("clbench list", "clbench list learners", "clbench list scenarios models"),
+    ),
+    "check": (
+        "run the contract suite on a learner or a scenario",
+        ("clbench check learner=slca", "clbench check learner._target_=my_file.MyLearner", "clbench check scenario=cil_digits"),
+    ),
+    "report": (
+        "records in, leaderboard and pages out",
+        ("clbench report", "clbench report --results-dir 'other results' --strict"),
+    ),
+    "verify": (
+        "check records: schema, counts, identity",
+        ("clbench verify", "clbench verify results/records/0123456789abcdef.json"),
+    ),
+    "new": (
+        "write a package of your own with a learner or a scenario that runs at once",
+        ("clbench new learner my_method", "clbench new scenario my_stream --to ~/code"),
+    ),
+    "manifest": (
+        "write, check or show the exact stream of a scenario",
+        (
+            "clbench manifest show scenario=cil_digits",
+            "clbench manifest write scenario=cil_digits scenario.order=random --out stream.json",
+            "clbench manifest check stream.json",
+        ),
+    ),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are `UserError`s with the nearest option."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage."""
+        if message.startswith("unrecognized arguments: "):
+            word = message.removeprefix("unrecognized arguments: ").split()[0]
+            options = [option for action in self._actions for option in action.option_strings]
+            message = f"no option {word}{nearest(word.split('=')[0], options)}"
+        raise UserError(f"{message} ({self.prog} --help shows what there is)")
+
+
+def overview() -> str:
+    """What `clbench` alone says."""
+    lines = [ABOUT, "commands, each with --help:"]
+    for name, (what, examples) in EXAMPLES.items():
+        lines += [f"  {name:<9}{what}", f"  {'':<9}  {examples[0]}"]
+    return "\n".join(
+        [*lines, "", "start here:  clbench run        (digits, 5 experiences, under a minute, nothing to download)"]
+    )
+
+
+def options_text() -> str:
+    """The options of every run with their defaults and remarks, from run.yaml itself."""
+    text = (conf_dir() / "run.yaml").read_text(encoding="utf-8")
+    lines = text[text.index("\nseed:") : text.index("\nhydra:")].strip().splitlines()
+    rows = [line.replace(": ", "=", 1).partition("  # ") for line in lines]
+    return "\n".join(f"  {name:<24}{remark}".rstrip() for name, _, remark in rows)
+
+
+def parser_of(name: str) -> Parser:
+    """The parser of one command."""
+    what, examples = EXAMPLES[name]
+    epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples)
+    if name in ("run", "plan"):
+        groups = "choices: scenario=, learner=, model=, schedule=, machine=, sweep=   (clbench list shows the names)"
+        epilog = f"{groups}\n\noptions and their defaults:\n{options_text()}\n\n{epilog}"
+    parser = Parser(
+        f"clbench {name}",
+        description=what,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    if name in ("run", "plan"):
+        parser.add_argument("-m", "--multirun", action="store_true", help="several runs: NAME=A,B,C; range(a,b); glob(*)")
+    if name == "run":
+        parser.add_argument("--cfg", choices=("job",), help="print the resolved configuration instead of running it")
+    if name in ("run", "plan", "check"):
+        parser.add_argument("words", nargs="*", metavar="NAME=VALUE", help="choices and options (Hydra overrides)")
+    if name == "list":
+        parser.add_argument("groups", nargs="*", metavar="GROUP", help="scenarios learners models schedules sweeps machines")
+    if name == "report":
+        parser.add_argument("--results-dir", default="results", metavar="DIR", help="where the records lie (results)")
+        parser.add_argument("--strict", action="store_true", help="exit 1 if a run failed, died, or a record is damaged")
+    if name == "verify":
+        parser.add_argument("path", nargs="?", default="results", metavar="PATH", help="a record or a results folder (results)")
+    if name == "new":
+        parser.add_argument("kind", choices=("learner", "scenario"))
+        parser.add_argument("name", help="a Python name in lower case, such as my_method")
+        parser.add_argument("--to", default=".", metavar="DIR", help="the folder to write the package into (here)")
+    if name == "manifest":
+        parser.add_argument("action", choices=("write", "check", "show"))
+        parser.add_argument("words", nargs="*", metavar="NAME=VALUE | FILE", help="for check: the file; else choices, options")
+        parser.add_argument("--out", metavar="FILE", help="for write: the file to write")
+    return parser
+
+
+def launch(words: Sequence[str], job: Any) -> None:
+    """Give a sweep to Hydra's sweeper and launcher, which call `job(config)` for each of its runs."""
+    import hydra
+
+    from clbench.config import register
+
+    register()
+    old = sys.argv
+    sys.argv = ["clbench", "-m", *words]
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="run")(job)()
+    finally:
+        sys.argv = old
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Find the command and do it -> exit code. Raises `UserError` for what the user can mend."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"clbench {__version__}")
+        return 0
+    name, *rest = argv
+    if name not in EXAMPLES:
+        kind = "option" if name.startswith("-") else "command"
+        hint = nearest(name, EXAMPLES) if kind == "command" else nearest(name, ("--help", "--version"))
+        if "=" in name:
+            hint = f"; did you mean 'clbench run {name}'?"
+        raise UserError(f"no {kind} '{name}'{hint} (one of: {', '.join(EXAMPLES)})")
+    args = parser_of(name).parse_intermixed_args(rest)
+    from clbench import commands
+
+    if name == "run":
+        return commands.run(args, ["clbench", *argv], launch)
+    work = {
+        "plan": commands.plan,
+        "list": commands.show_choices,
+        "check": commands.check,
+        "report": commands.report,
+        "verify": commands.verify,
+        "new": commands.new,
+        "manifest": commands.manifest,
+    }
+    return work[name](args)
+
+
+def answer(argv: Sequence[str]) -> int:
+    """`dispatch`, with errors as lines on stderr -> exit code: 2 for a mistake of the user, 130 after Ctrl-C."""
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        code = dispatch(argv)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"clbench: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("clbench: stopped; the same command goes on where it was", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+
+
+def main() -> NoReturn:
+    """Entry point of the `clbench` command."""
+    sys.exit(answer(sys.argv[1:]))

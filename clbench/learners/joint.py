@@ -1,0 +1,116 @@
+"""Joint training: the upper reference. After each experience a fresh model is trained on all data seen so far.
+
+mode "full": backbone and head from the pre-trained weights (rates as RanPAC's rows 0 and 1, McDonnell et al., NeurIPS 2023:
+backbone 1e-4, head 0.01, SGD momentum 0.9, weight decay 5e-4, batch 128, 30 epochs; CIFAR-100 93.8 % full, 87.9 % probe,
+ViT-B/16). mode "probe": the backbone stays frozen and only the linear head is trained, on features under the test transform.
+It is a reference, not a contender: it keeps all data and is exempt from the sample budgets; its rows are marked.
+The "upper bound" depends on the recipe: with few epochs a sequential method may pass it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from clbench import counter
+from clbench.interfaces import Batch, Capabilities, Experience, Schedule
+from clbench.models.backbone import Backbone
+from clbench.models.heads import LinearHead
+from clbench.streams.images import ImageData, shuffled
+from clbench.training.features import extract
+from clbench.training.fit import Recipe, fit
+from clbench.training.runtime import Runtime
+from clbench.training.schedules import constant
+from clbench.training.state import collect, detached, parameters_of, restore
+
+
+class FeatureBatches:
+    """Shuffled batches of ready features: features [N, D], labels [N]; a pure function of the step."""
+
+    def __init__(self, features: Tensor, y: Tensor, batch_size: int, epochs: int, key: int):
+        self.features, self.y, self.batch_size, self.key = features, y, batch_size, key
+        self.per_epoch = -(-len(y) // batch_size)
+        self.steps = epochs * self.per_epoch
+        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        epoch, i = divmod(step, self.per_epoch)
+        if self._order[0] != epoch:
+            self._order = (epoch, counter.permutation(counter.key(self.key, epoch), len(self.y)))
+        rows = torch.as_tensor(self._order[1][i * self.batch_size : (i + 1) * self.batch_size], device=self.y.device)
+        return self.features[rows], self.y[rows]
+
+
+class Joint:
+    """Train on everything seen, from the start, after each experience. State: backbone and head."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities(stores_all_data=True)
+
+    def __init__(
+        self,
+        model: Backbone,
+        runtime: Runtime,
+        *,
+        mode: Literal["full", "probe"] = "full",
+        lr: float = 0.01,
+        backbone_lr: float = 1e-4,
+        epochs: int | None = None,
+        batch_size: int = 128,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        schedule: Schedule = constant,
+    ):
+        self.model, self.runtime, self.mode = model, runtime, mode
+        self.epochs, self.batch_size = runtime.epochs(epochs), batch_size
+        self.rates = {"head": lr, "backbone": backbone_lr}
+        self.recipe = Recipe("sgd", momentum, weight_decay=weight_decay, schedule=schedule)
+        self.start = detached(model.state_dict()) if mode == "full" else None
+        if mode == "probe":
+            model.freeze()
+        self.head = LinearHead(model.num_features).to(runtime.device)
+
+    def learn(self, experience: Experience) -> dict[str, float]:
+        """Begin again from the pre-trained weights and train on all experiences so far."""
+        if self.start is not None:
+            self.model.load_state_dict(self.start)
+        fresh = LinearHead(self.model.num_features).to(self.runtime.device)
+        fresh.grow(experience.num_seen, self.runtime.generator("head"))
+        self.head = fresh
+        data = ImageData.join([*experience.past, experience.train])
+        if self.mode == "probe":
+            return self._probe(data)
+        self.model.train()
+
+        def loss(batch: Batch) -> Tensor:
+            assert batch.y is not None
+            return F.cross_entropy(self.head(self.model.features(batch)), batch.y)
+
+        groups = [
+            {"params": parameters_of(self.model), "lr": self.rates["backbone"]},
+            {"params": parameters_of(self.head), "lr": self.rates["head"]},
+        ]
+        batches = shuffled(data, self.batch_size, self.epochs, self.runtime.key("train"))
+        return fit(self.runtime, "train", self, groups, loss, batches, self.recipe)
+
+    def _probe(self, data: ImageData) -> dict[str, float]:
+        features, y = extract(self.runtime, self.model, data, self.batch_size)
+        batches = FeatureBatches(features, y, self.batch_size, self.epochs, self.runtime.key("train"))
+        groups = [{"params": parameters_of(self.head), "lr": self.rates["head"]}]
+        return fit(self.runtime, "probe", self, groups, lambda b: F.cross_entropy(self.head(b[0]), b[1]), batches, self.recipe)
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Logits over the classes seen so far [B, num_seen]."""
+        self.model.eval()
+        return self.head(self.model.features(batch))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Backbone and head (the start weights come from the model itself)."""
+        return collect(self, "model", "head")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore both."""
+        restore(self, state)

@@ -1,0 +1,106 @@
+"""Experience replay: every batch of new samples is joined by samples from a bounded memory of raw images.
+
+Sources: Chaudhry et al. 2019, "On Tiny Episodic Memories in Continual Learning" (arXiv 1902.10486); Mammoth's `er` (reservoir,
+cross-entropy over all classes); PyCIL's `replay` (herding, softmax over seen classes; ResNet-32, 2,000 exemplars).
+policy   reservoir | balanced | herding (see `training/memory.py`)
+memory   samples kept, `memory_bytes` the same in bytes of pixels; None takes what the scenario's budget allows
+replay   replayed samples in a batch, None: as many as new ones
+
+Deviations: the memory is chosen anew at the end of each experience from distinct samples (Mammoth inserts after each step, so
+a sample can sit in it twice); replay starts with the second experience.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from clbench.interfaces import Batch, BudgetExceeded, Capabilities, Experience, Schedule
+from clbench.models.backbone import Backbone
+from clbench.models.heads import LinearHead
+from clbench.streams.images import shuffled
+from clbench.training.features import extract
+from clbench.training.fit import Recipe, fit
+from clbench.training.memory import Memory, Mixed
+from clbench.training.runtime import Runtime
+from clbench.training.schedules import constant
+from clbench.training.state import collect, parameters_of, restore
+
+
+class Replay:
+    """Train everything on new and remembered samples. State: backbone, head, memory."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities(stores_exemplars=True)
+
+    def __init__(
+        self,
+        model: Backbone,
+        runtime: Runtime,
+        *,
+        policy: Literal["reservoir", "balanced", "herding"] = "reservoir",
+        memory: int | None = None,
+        memory_bytes: int | None = None,
+        replay: int | None = None,
+        lr: float = 0.01,
+        backbone_lr: float = 0.01,
+        epochs: int | None = None,
+        batch_size: int = 64,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        clip: float | None = None,
+        schedule: Schedule = constant,
+    ):
+        self.model, self.runtime = model, runtime
+        self.epochs, self.batch_size = runtime.epochs(epochs), batch_size
+        self.replay = batch_size if replay is None else replay
+        self.rates = {"head": lr, "backbone": backbone_lr}
+        self.recipe = Recipe("sgd", momentum, weight_decay=weight_decay, schedule=schedule, clip=clip)
+        self.head = LinearHead(model.num_features).to(runtime.device)
+        budget = runtime.budget
+        samples = _within("memory", memory, budget.exemplars)
+        self.memory = Memory(policy, samples, _within("memory_bytes", memory_bytes, budget.exemplar_bytes), runtime.seed)
+
+    def learn(self, experience: Experience) -> dict[str, float]:
+        """Train on the experience mixed with the memory, then choose the memory again."""
+        if experience.new_classes:
+            self.head.grow(len(experience.new_classes), self.runtime.generator("head"))
+        self.model.train()
+
+        def loss(batch: Batch) -> Tensor:
+            assert batch.y is not None
+            return F.cross_entropy(self.head(self.model.features(batch)), batch.y)
+
+        groups = [
+            {"params": parameters_of(self.model), "lr": self.rates["backbone"]},
+            {"params": parameters_of(self.head), "lr": self.rates["head"]},
+        ]
+        new = shuffled(experience.train, self.batch_size, self.epochs, self.runtime.key("train"))
+        batches = Mixed(new, self.memory.data(experience.train), self.replay, self.runtime.key("replay"))
+        log = fit(self.runtime, "train", self, groups, loss, batches, self.recipe)
+        features = None
+        if self.memory.policy == "herding":
+            features, _ = extract(self.runtime, self.model, self.memory.candidates(experience.train))
+        self.memory.update(experience.train, features)
+        return {**log, "exemplars": float(len(self.memory))}
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Logits over the classes seen so far [B, num_seen]."""
+        self.model.eval()
+        return self.head(self.model.features(batch))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Backbone, head and the stored samples."""
+        return collect(self, "model", "head", "memory")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore them."""
+        restore(self, state)
+
+
+def _within(name: str, wanted: int | None, allowed: int | None) -> int | None:
+    """What is wanted where the budget allows it, else what the budget allows."""
+    if wanted is not None and allowed is not None and wanted > allowed:
+        raise BudgetExceeded(f"learner.{name}={wanted}, the scenario's budget allows {allowed}")
+    return allowed if wanted is None else wanted

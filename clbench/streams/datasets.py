@@ -1,0 +1,189 @@
+"""Find a data set by name or path, check it, and give it an identity. Imports no torch, unless torchvision has to read it."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from clbench.interfaces import UserError
+from clbench.streams import arrays, folders, splits, vision
+from clbench.streams.arrays import Pool
+from clbench.streams.scenario import ArrayImages, Dataset, FileImages
+
+HASHED_CONTENT = 256 << 20  # bytes of image files up to which the contents are hashed, not only names and sizes
+_SIZES = {"digits": (10, 1_438, 359), "pacs": (7, None, None)}
+_SOURCES = {
+    "pacs": "https://huggingface.co/datasets/flwrlabs/pacs (9,991 images), stored as arrays x, y, domain, classes, domains"
+}
+
+
+def names() -> tuple[str, ...]:
+    """All names that `load` knows (a path works as well)."""
+    return ("digits", "pacs", *vision.TABLE, *splits.FOLDERS)
+
+
+def load(name: str, data_root: str | None = None, download: bool = False, sha256: str | None = None) -> Dataset:
+    """Load a data set.
+
+    Args:
+        name: one of `names()`, the name of <data_root>/<name>.npz or of a folder <data_root>/<name>/ with train/ and test/,
+            or a path (with a slash, or ending in .npz).
+        data_root: where data lies; None means the environment variable CLBENCH_DATA.
+        download: let torchvision fetch what is missing.
+        sha256: expected identity of the content (`Dataset.sha256`) or of the .npz file.
+
+    Raises:
+        UserError: what is missing, where it was looked for and where it comes from; or what is wrong with the data.
+    """
+    if not isinstance(name, str) or not name.strip():
+        raise UserError(f"scenario.dataset must be a name or a path, got {name!r}")
+    root = data_root or os.environ.get("CLBENCH_DATA")
+    dataset = _load(name, Path(root).expanduser() if root else None, download)
+    if sha256 is not None:
+        _check_sha256(dataset, name, Path(root).expanduser() if root else None, sha256)
+    return dataset
+
+
+def _load(name: str, root: Path | None, download: bool) -> Dataset:
+    if name == "digits":
+        return _digits()
+    if name.endswith(".npz") or "/" in name or os.sep in name:
+        return _from_path(name, root)
+    if splits.variants(name):
+        raise UserError(
+            f"data set {name} has several splits with different results; choose {' or '.join(splits.variants(name))}"
+        )
+    if root is None:
+        _refuse_unknown(name)
+        raise UserError(f"data set {name}: no data root; set data_root=PATH or the environment variable CLBENCH_DATA")
+    if name in splits.FOLDERS:
+        return _finish(name, folders.read_variant(root, name))
+    if (root / f"{name}.npz").is_file():
+        return _npz(name, root / f"{name}.npz")
+    if folders.is_tree(root / name):
+        return _finish(name, folders.read_tree(root / name), str(root / name))
+    if name in vision.TABLE:
+        return _finish(name, vision.read(name, root, download), str(root))
+    _refuse_unknown(name, root)
+    raise UserError(
+        f"data set {name} not found: looked for {root / name}.npz; it comes from {_SOURCES[name]}; it cannot be downloaded"
+    )
+
+
+def _refuse_unknown(name: str, root: Path | None = None) -> None:
+    if name in names():
+        return
+    family = [known for known in names() if known.split("@")[0] == name.split("@")[0]]
+    near = difflib.get_close_matches(name, names(), 1, 0.0)[0]
+    hint = f"choose {' or '.join(family)}" if family else f"did you mean {near}?"
+    looked = f"; there is no {root / name}.npz or {root / name}/train either" if root else ""
+    raise UserError(f"unknown data set {name!r}; {hint}{looked} (a path needs a slash or .npz)")
+
+
+def _from_path(name: str, root: Path | None) -> Dataset:
+    path = Path(name).expanduser()
+    if not path.exists() and not path.is_absolute() and root is not None and (root / path).exists():
+        path = root / path
+    if path.is_dir():
+        return _finish(path.resolve().name, folders.read_tree(path), str(path))
+    if not path.exists():
+        also = f" or in {root}" if root is not None and not path.is_absolute() else ""
+        raise UserError(
+            f"no data set at {path}{also}: expected an .npz file with {arrays.LAYOUT}, or a folder with train/ and test/"
+        )
+    return _npz(path.stem, path)
+
+
+@lru_cache(maxsize=1)
+def _digits() -> Dataset:
+    return _finish("digits", arrays.digits())
+
+
+def _npz(name: str, path: Path) -> Dataset:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    return _npz_at(name, path.resolve(), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)  # a sweep in one process reads its data once
+def _npz_at(name: str, path: Path, size: int, mtime_ns: int) -> Dataset:
+    return _finish(name, arrays.read_npz(path), str(path))
+
+
+def _finish(name: str, pool: Pool, where: str = "") -> Dataset:
+    """Compare with the declared sizes, bring into canonical order, hash, and make it read-only."""
+    entry = vision.TABLE.get(name)
+    classes, train, test = entry.sizes if entry else _SIZES.get(name, (None, None, None))
+    folders.check_counts(name, pool, classes, train or None, test or None, where)
+    if entry and entry.cls.startswith("CIFAR") and isinstance(pool.images, ArrayImages):
+        pool = _canonical(pool, pool.images.array)
+    for array in (pool.y, pool.split, pool.domain):
+        if array is not None:
+            array.flags.writeable = False
+    return Dataset(
+        name=name,
+        images=pool.images,
+        y=pool.y,
+        split=pool.split,
+        class_names=pool.class_names,
+        sha256=content_sha256(pool),
+        domain=pool.domain,
+        domain_names=pool.domain_names,
+    )
+
+
+def _canonical(pool: Pool, x: np.ndarray) -> Pool:
+    """Order samples by (split, class, SHA-256 of the pixels), so that every way of storing CIFAR gives the same sample ids."""
+    digests = [hashlib.sha256(row.tobytes()).digest() for row in x]
+    rows = sorted(range(len(x)), key=lambda i: (int(pool.split[i]), int(pool.y[i]), digests[i]))
+    return replace(pool, images=ArrayImages(x[rows]), y=pool.y[rows], split=pool.split[rows])
+
+
+def content_sha256(pool: Pool) -> str:
+    """Identity of the content: shapes, labels, split, domains, and the pixels.
+
+    Images in memory: all bytes. Images in files: relative names and sizes in order, and the SHA-256 of every file where all
+    of them together have at most 256 MiB. For larger sets (where reading everything would cost more than a short run) a
+    file whose content changed but not its size is not noticed.
+    """
+    digest = hashlib.sha256(f"clbench data 1 {len(pool.y)} {len(pool.class_names)}".encode())
+    columns = [pool.y.astype("<i8"), pool.split.astype("u1")]
+    if pool.domain is not None:
+        columns.append(pool.domain.astype("<i8"))
+    for column in columns:
+        digest.update(column.tobytes())
+    if isinstance(pool.images, ArrayImages):
+        digest.update(str(pool.images.array.shape).encode())
+        digest.update(np.ascontiguousarray(pool.images.array).data)
+        return digest.hexdigest()
+    assert isinstance(pool.images, FileImages)
+    try:
+        sizes = [path.stat().st_size for path in pool.images.paths]
+        with_content = sum(sizes) <= HASHED_CONTENT
+        for path, name, size in zip(pool.images.paths, pool.files, sizes, strict=True):
+            content = hashlib.sha256(path.read_bytes()).hexdigest() if with_content else ""
+            digest.update(f"{name}\0{size}\0{content}\n".encode("utf-8", "surrogateescape"))
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror or error}") from None
+    return digest.hexdigest()
+
+
+def _check_sha256(dataset: Dataset, name: str, root: Path | None, expected: str) -> None:
+    expected = str(expected).lower().removeprefix("sha256:")
+    found = [dataset.sha256]
+    candidates = [Path(name).expanduser()] + ([root / name, root / f"{name}.npz"] if root else [])
+    path = next((p for p in candidates if p.suffix == ".npz" and p.is_file()), None)
+    if path is not None and expected not in found:
+        with path.open("rb") as file:
+            found.append(hashlib.file_digest(file, "sha256").hexdigest())
+    if expected not in found:
+        of_file = f" (file {path}: {found[1]})" if len(found) > 1 else ""
+        raise UserError(f"data set {dataset.name} has SHA-256 {found[0]}{of_file}, expected {expected}")

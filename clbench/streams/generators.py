@@ -1,0 +1,288 @@
+"""Generators write manifests: class-, task- and domain-incremental streams, or a stored manifest. Targets of conf/scenario.
+
+Every generator does the same three things: `_select` the samples of each class (of each domain), deal them to `Step`s, and
+`_build` the scenario. A new kind of stream is a new way to deal.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clbench.interfaces import Budget, UserError
+from clbench.streams import datasets, orders
+from clbench.streams.manifest import EvalEntry, ExperienceEntry, Manifest
+from clbench.streams.scenario import Dataset, Scenario
+from clbench.streams.splits import drawn
+
+Cells = dict[tuple[int, int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One experience and its evaluation set: sample ids [N]; `classes` in order of appearance (original ids)."""
+
+    name: str
+    classes: Sequence[int]
+    train: np.ndarray
+    evaluate: np.ndarray
+
+
+def class_incremental(
+    name: str,
+    dataset: str,
+    data_root: str | None = None,
+    download: bool = False,
+    sha256: str | None = None,
+    base: int = 0,
+    increment: int | None = None,
+    sizes: Sequence[int] | None = None,
+    order: str | Sequence[int] = "natural",
+    order_seed: int = 0,
+    num_classes: int | None = None,
+    limit_train: int | None = None,
+    limit_test: int | None = None,
+    validation: float = 0.0,
+    validation_seed: int = 0,
+    evaluate_on: str = "test",
+    augment: str = "profile",
+    budget: Mapping[str, int | None] | None = None,
+) -> Scenario:
+    """New classes in every experience, tasks undisclosed: "B0 IncN" (base=0), "Bm IncN" (base=m), or explicit `sizes`.
+
+    name                     name of the scenario in records
+    dataset                  see `datasets.load`; also data_root, download, sha256 (expected identity, or None)
+    base, increment          classes of the first experience (0: as many as in the others) and of each later one; what
+                             remains is a smaller last one
+    sizes                    classes of each experience, instead of base and increment
+    order                    a name from `orders.names()` or a list of class ids; order_seed is for order=random alone
+    num_classes              keep only the data set's first classes (by original id, whatever the order)
+    limit_train, limit_test  samples kept of each class (of each domain), from the front
+    validation               share of each class's (kept) training samples set aside, drawn by validation_seed
+    evaluate_on              "test", or "validation" for tuning
+    augment                  "profile" (the model's training transform), "none", or "shift"
+    budget                   fields of `interfaces.Budget`
+
+    Raises:
+        UserError: for any value that does not fit; one line.
+    """
+    rules = _budget(budget)
+    data = datasets.load(dataset, data_root, download, sha256)
+    kept = _whole("num_classes", data.num_classes if num_classes is None else num_classes, 1, data.num_classes)
+    appearance = _order(order, order_seed, data.num_classes, kept)
+    train, evaluate = _select(data, kept, limit_train, limit_test, validation, validation_seed, evaluate_on)
+    steps, start = [], 0
+    for i, size in enumerate(_sizes(kept, base, increment, sizes)):
+        classes = appearance[start : start + size]
+        chosen = [cell for cell in sorted(train) if cell[1] in classes]
+        steps.append(Step(f"exp{i}", classes, _join(train, chosen), _join(evaluate, chosen)))
+        start += size
+    return _build("class_incremental", name, data, steps, rules, augment)
+
+
+def task_incremental(
+    name: str,
+    dataset: str,
+    data_root: str | None = None,
+    download: bool = False,
+    sha256: str | None = None,
+    base: int = 0,
+    increment: int | None = None,
+    sizes: Sequence[int] | None = None,
+    order: str | Sequence[int] = "natural",
+    order_seed: int = 0,
+    num_classes: int | None = None,
+    limit_train: int | None = None,
+    limit_test: int | None = None,
+    validation: float = 0.0,
+    validation_seed: int = 0,
+    evaluate_on: str = "test",
+    augment: str = "profile",
+    budget: Mapping[str, int | None] | None = None,
+) -> Scenario:
+    """`class_incremental` with the task of every sample disclosed, in training and at test time: task i = experience i."""
+    scenario = class_incremental(**locals())
+    manifest = replace(
+        scenario.manifest,
+        kind="task_incremental",
+        discloses_task=True,
+        experiences=tuple(replace(entry, task=i) for i, entry in enumerate(scenario.manifest.experiences)),
+        evals=tuple(replace(entry, task=j) for j, entry in enumerate(scenario.manifest.evals)),
+    )
+    return replace(scenario, manifest=manifest)
+
+
+def domain_incremental(
+    name: str,
+    dataset: str,
+    data_root: str | None = None,
+    download: bool = False,
+    sha256: str | None = None,
+    domains: Sequence[str] | None = None,
+    num_classes: int | None = None,
+    limit_train: int | None = None,
+    limit_test: int | None = None,
+    validation: float = 0.0,
+    validation_seed: int = 0,
+    evaluate_on: str = "test",
+    augment: str = "profile",
+    budget: Mapping[str, int | None] | None = None,
+) -> Scenario:
+    """The same classes in every experience, from another domain each time; one evaluation set per domain.
+
+    `domains` names the domains in order (None: all, in the data set's order); other arguments as in `class_incremental`.
+    """
+    rules = _budget(budget)
+    data = datasets.load(dataset, data_root, download, sha256)
+    kept = _whole("num_classes", data.num_classes if num_classes is None else num_classes, 1, data.num_classes)
+    train, evaluate = _select(data, kept, limit_train, limit_test, validation, validation_seed, evaluate_on)
+    steps = []
+    for d in _domains(data, domains):
+        chosen = [cell for cell in sorted(train) if cell[0] == d]
+        classes = [c for _, c in chosen]
+        steps.append(Step(data.domain_names[d], classes, _join(train, chosen), _join(evaluate, chosen)))
+    return _build("domain_incremental", name, data, steps, rules, augment)
+
+
+def from_manifest(
+    path: str,
+    name: str | None = None,
+    dataset: str | None = None,
+    data_root: str | None = None,
+    download: bool = False,
+    augment: str = "profile",
+) -> Scenario:
+    """Run a saved manifest. `dataset` (default: the name in the manifest) must have the content it was made for."""
+    manifest = Manifest.load(path)
+    data = datasets.load(dataset or manifest.dataset["name"], data_root, download)
+    return Scenario(name or Path(path).stem, manifest, data, Budget(**manifest.budget), augment)
+
+
+def _build(kind: str, name: str, data: Dataset, steps: Sequence[Step], budget: Budget, augment: str) -> Scenario:
+    for step in steps:
+        if len(step.evaluate) == 0:
+            raise UserError(f"scenario {name}: experience {step.name} has no samples to evaluate on")
+    manifest = Manifest(
+        kind=kind,
+        dataset={"name": data.name, "sha256": data.sha256, "num_samples": len(data)},
+        class_order=tuple(dict.fromkeys(int(c) for step in steps for c in step.classes)),
+        experiences=tuple(ExperienceEntry(step.name, None, tuple(step.classes), step.train) for step in steps),
+        evals=tuple(
+            EvalEntry(step.name, None, _present(data, step), step.evaluate, first_seen=i) for i, step in enumerate(steps)
+        ),
+        discloses_task=False,
+        has_boundaries=True,
+        budget=asdict(budget),
+    )
+    return Scenario(name, manifest, data, budget, augment)
+
+
+def _present(data: Dataset, step: Step) -> tuple[int, ...]:
+    found = set(np.unique(data.y[step.evaluate]).tolist())
+    return tuple(c for c in step.classes if c in found)
+
+
+def _join(cells: Cells, chosen: Sequence[tuple[int, int]]) -> np.ndarray:
+    parts = [cells[cell] for cell in chosen if cell in cells]
+    return np.sort(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
+
+
+def _select(
+    data: Dataset,
+    kept: int,
+    limit_train: int | None,
+    limit_test: int | None,
+    validation: float,
+    validation_seed: int,
+    evaluate_on: str,
+) -> tuple[Cells, Cells]:
+    """Sample ids to train and to evaluate on, by (domain, class). Limits first, then the validation share."""
+    limits = [None if n is None else _whole(key, n, 1) for key, n in (("limit_train", limit_train), ("limit_test", limit_test))]
+    seed = _whole("validation_seed", validation_seed, 0)
+    if isinstance(validation, bool) or not isinstance(validation, int | float) or not 0 <= validation < 1:
+        raise UserError(f"scenario.validation must be a share in 0..1 (1 excluded), got {validation!r}")
+    share = round(validation * 10_000)
+    if evaluate_on not in ("test", "validation"):
+        raise UserError(f"scenario.evaluate_on must be test or validation, got {evaluate_on!r}")
+    if share == 0 and (validation or seed or evaluate_on == "validation"):
+        what = f"validation={validation}" if validation else "evaluate_on=validation" if seed == 0 else "validation_seed"
+        raise UserError(f"scenario.{what} has no effect without a validation share of at least 0.0001")
+    domain = np.zeros(len(data), np.int64) if data.domain is None else data.domain
+    cells: list[Cells] = [{}, {}]
+    for part in (0, 1):
+        ids = np.flatnonzero((data.split == part) & (data.y < kept))
+        keys = domain[ids] * kept + data.y[ids]
+        for cell in np.unique(keys).tolist():
+            cells[part][divmod(cell, kept)] = ids[keys == cell][: limits[part]]
+    train, evaluate = cells
+    if share:
+        aside = {cell: drawn(ids, share, "validation", seed, *cell) for cell, ids in train.items()}
+        train = {cell: np.setdiff1d(ids, aside[cell]) for cell, ids in train.items()}
+        if evaluate_on == "validation":
+            evaluate = {cell: ids[: limits[1]] for cell, ids in aside.items()}
+    return train, evaluate
+
+
+def _order(order: str | Sequence[int], seed: int, num_classes: int, kept: int) -> tuple[int, ...]:
+    if _whole("order_seed", seed, 0) and order != "random":
+        raise UserError(f"scenario.order_seed={seed} has no effect with order={order}; it is for order=random")
+    return orders.order(order if isinstance(order, str) else list(order), num_classes, seed, kept)
+
+
+def _sizes(total: int, base: int, increment: int | None, sizes: Sequence[int] | None) -> list[int]:
+    """Number of classes of every experience."""
+    base = _whole("base", base, 0, total)
+    if sizes is not None:
+        if base or increment is not None:
+            raise UserError("scenario.sizes excludes base and increment: set scenario.base=0 scenario.increment=null")
+        listed = [_whole("sizes", size, 1) for size in sizes]
+        if sum(listed) != total:
+            raise UserError(f"scenario.sizes {listed} must sum to the {total} classes, not to {sum(listed)}")
+        return listed
+    if increment is None:
+        raise UserError("scenario.increment is missing: classes per experience (or give scenario.sizes)")
+    increment = _whole("increment", increment, 1, total)
+    first = [base] if base else []
+    full, rest = divmod(total - base, increment)
+    return first + [increment] * full + ([rest] if rest else [])
+
+
+def _domains(data: Dataset, chosen: Sequence[str] | None) -> list[int]:
+    if data.domain is None or not data.domain_names:
+        raise UserError(f"data set {data.name} has no domains, so no domain-incremental stream can be made of it")
+    if chosen is None:
+        return list(range(len(data.domain_names)))
+    positions = []
+    for domain in chosen:
+        if domain not in data.domain_names:
+            near = difflib.get_close_matches(str(domain), data.domain_names, 1, 0.0)[0]
+            raise UserError(f"unknown domain {domain!r} of {data.name}; did you mean {near}? ({', '.join(data.domain_names)})")
+        positions.append(data.domain_names.index(domain))
+    if not positions or len(set(positions)) != len(positions):
+        raise UserError(f"scenario.domains must name each domain at most once, and at least one; got {list(chosen)}")
+    return positions
+
+
+def _budget(budget: Mapping[str, Any] | None) -> Budget:
+    known = [item.name for item in fields(Budget)]
+    if budget is not None and not isinstance(budget, Mapping):
+        raise UserError(f"scenario.budget must be a mapping with {', '.join(known)}, got {budget!r}")
+    for key in budget or {}:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1, 0.0)[0]
+            raise UserError(f"unknown budget.{key}; did you mean budget.{near}?")
+    return Budget(**dict(budget or {}))
+
+
+def _whole(key: str, value: Any, least: int, most: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UserError(f"scenario.{key} must be a whole number, got {value!r}")
+    if value < least or (most is not None and value > most):
+        limit = f"at least {least}" if most is None else f"in {least}..{most}"
+        raise UserError(f"scenario.{key} must be {limit}, got {value}")
+    return value

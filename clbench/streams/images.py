@@ -1,0 +1,262 @@
+"""What learners and the evaluation are handed: labelled images, batches of them, and pure functions from step to batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clbench import counter
+from clbench.interfaces import Experience, UserError
+from clbench.streams.pixels import Pipeline
+from clbench.streams.scenario import ArrayImages, ImageSource, Scenario
+
+
+class ImageBatch:
+    """Some images; implements `interfaces.Batch`. `x` is made when it is first asked for.
+
+    plain     seen under the test transform (features of frozen backbones may be remembered by id)
+    replayed  how many of the samples come from a memory
+    """
+
+    def __init__(self, ids: Tensor, y: Tensor | None, task: int | None, make: Callable[[], Tensor], plain: bool):
+        self.ids, self.y, self.task, self.plain = ids, y, task, plain
+        self.replayed = 0
+        self._make: Callable[[], Tensor] | None = make
+        self._x: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def x(self) -> Tensor:
+        """Normalised images [B, 3, S, S] float32 on the device."""
+        if self._x is None:
+            assert self._make is not None
+            self._x, self._make = self._make(), None
+        return self._x
+
+    @staticmethod
+    def of(x: Tensor, y: Tensor | None = None, ids: Tensor | None = None, task: int | None = None) -> ImageBatch:
+        """A batch of ready images."""
+        return ImageBatch(torch.arange(len(x)) if ids is None else ids, y, task, lambda: x, False)
+
+    @staticmethod
+    def cat(parts: Sequence[ImageBatch]) -> ImageBatch:
+        """Several batches as one; labels are kept when all have them."""
+        labels = [p.y for p in parts if p.y is not None]
+        y = torch.cat(labels) if len(labels) == len(parts) else None
+        joined = ImageBatch(
+            torch.cat([p.ids for p in parts]),
+            y,
+            parts[0].task,
+            lambda: torch.cat([p.x for p in parts]),
+            all(p.plain for p in parts),
+        )
+        joined.replayed = sum(p.replayed for p in parts)
+        return joined
+
+
+class ImageData:
+    """Labelled images bound to a pipeline; implements `interfaces.Data`. `ids` and `y` are [N] int64.
+
+    `rows` are positions in `source`. After `close` any access to pixels raises `UserError`.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        rows: np.ndarray,
+        ids: np.ndarray,
+        y: np.ndarray,
+        pipeline: Pipeline,
+        task: int | None,
+        name: str,
+    ):
+        assert len(rows) == len(ids) == len(y)
+        self.source: ImageSource | None = source
+        self.rows, self.ids, self.y = rows, ids, y
+        self.pipeline, self.task, self.name = pipeline, task, name
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, rows: Sequence[int] | np.ndarray, key: int | None = None) -> ImageBatch:
+        """Samples by row; `key` chooses the random augmentation, None gives the test transform."""
+        rows = np.asarray(rows, np.int64)
+        ids, source, pipeline = self.ids[rows], self._open(), self.pipeline
+        stored = self.rows[rows]
+
+        def make() -> Tensor:
+            images = source.array[stored] if isinstance(source, ArrayImages) else source.raw(stored)
+            return pipeline(images, ids, key)
+
+        y = torch.from_numpy(self.y[rows]).to(pipeline.device)
+        return ImageBatch(torch.from_numpy(ids), y, self.task, make, key is None)
+
+    def test_batches(self, batch_size: int) -> Iterator[ImageBatch]:
+        """All samples in order under the test transform."""
+        for first in range(0, len(self), batch_size):
+            yield self.batch(np.arange(first, min(first + batch_size, len(self))))
+
+    def raw(self, rows: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+        """Stored pixels, uint8 [H, W, 3] each."""
+        return self._open().raw(self.rows[np.asarray(rows, np.int64)])
+
+    def subset(self, rows: Sequence[int] | np.ndarray) -> ImageData:
+        """Some of the samples."""
+        rows = np.asarray(rows, np.int64)
+        return ImageData(self._open(), self.rows[rows], self.ids[rows], self.y[rows], self.pipeline, self.task, self.name)
+
+    def close(self) -> None:
+        """Let go of the pixels: the experience is over."""
+        self.source = None
+
+    def _open(self) -> ImageSource:
+        if self.source is None:
+            raise UserError(
+                f"data of {self.name} is gone: a learner that needs it must declare stores_all_data or keep exemplars"
+            )
+        return self.source
+
+    @staticmethod
+    def of_arrays(
+        images: Sequence[np.ndarray], y: np.ndarray, ids: np.ndarray, pipeline: Pipeline, task: int | None = None
+    ) -> ImageData:
+        """Images held in memory, uint8 [H, W, 3] each, of any sizes."""
+        same = len({image.shape for image in images}) == 1
+        source: Any = ArrayImages(np.stack(images)) if same else ListImages(list(images))
+        return ImageData(source, np.arange(len(y)), np.asarray(ids), np.asarray(y), pipeline, task, "memory")
+
+    @staticmethod
+    def join(parts: Sequence[ImageData]) -> ImageData:
+        """Several data sets one after another."""
+        if len(parts) == 1:
+            return parts[0]
+        sources = [part._open() for part in parts]
+        rows, ids, y = (np.concatenate([getattr(p, k) for p in parts]) for k in ("rows", "ids", "y"))
+        if all(source is sources[0] for source in sources):
+            return ImageData(sources[0], rows, ids, y, parts[0].pipeline, parts[0].task, "joined data")
+        joined = JoinedImages(sources, [part.rows for part in parts])
+        return ImageData(joined, np.arange(len(ids)), ids, y, parts[0].pipeline, parts[0].task, "joined data")
+
+
+class ListImages:
+    """Images of any sizes in memory."""
+
+    shape = None
+
+    def __init__(self, images: list[np.ndarray]):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def raw(self, ids: np.ndarray) -> list[np.ndarray]:
+        """By position."""
+        return [self.images[int(i)] for i in ids]
+
+
+class JoinedImages:
+    """Rows of several sources, counted through."""
+
+    shape = None
+
+    def __init__(self, sources: list[ImageSource], rows: list[np.ndarray]):
+        self.sources, self.rows = sources, rows
+        self.first = np.cumsum([0] + [len(r) for r in rows])
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def raw(self, ids: np.ndarray) -> list[np.ndarray]:
+        """By position."""
+        part = np.searchsorted(self.first, ids, side="right") - 1
+        return [
+            self.sources[p].raw(self.rows[p][[i - self.first[p]]])[0] for p, i in zip(part.tolist(), ids.tolist(), strict=True)
+        ]
+
+
+class Batches:
+    """Shuffled batches over some epochs; a pure function of the step, so a run can go on from any of them."""
+
+    def __init__(self, data: ImageData, batch_size: int, epochs: int, key: int, augment: bool, drop_last: bool):
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        self.data, self.batch_size, self.key, self.augment = data, batch_size, key, augment
+        whole = len(data) // batch_size
+        self.per_epoch = max(1, whole) if drop_last else -(-len(data) // batch_size)
+        self.steps = epochs * self.per_epoch
+        self.visits = epochs * min(len(data), self.per_epoch * batch_size)
+        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
+
+    def __call__(self, step: int) -> ImageBatch:
+        epoch, i = divmod(step, self.per_epoch)
+        if self._order[0] != epoch:
+            self._order = (epoch, counter.permutation(counter.key(self.key, "order", epoch), len(self.data)))
+        rows = self._order[1][i * self.batch_size : (i + 1) * self.batch_size]
+        return self.data.batch(rows, counter.key(self.key, "augment", epoch) if self.augment else None)
+
+
+def shuffled(data: Any, batch_size: int, epochs: int, key: int, augment: bool = True, drop_last: bool = False) -> Batches:
+    """Batches of `data` in an order of `key` and the epoch; the last partial batch is kept unless `drop_last`."""
+    return Batches(data, batch_size, epochs, key, augment, drop_last)
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """What only the evaluation sees. `classes` are renumbered, in the order of the manifest's entry."""
+
+    name: str
+    data: ImageData
+    classes: tuple[int, ...]
+    task: int | None
+    first_seen: int
+
+    def batches(self, batch_size: int) -> Iterator[tuple[ImageBatch, Tensor]]:
+        """Batches without labels, and the labels [B] on the CPU."""
+        for batch in self.data.test_batches(batch_size):
+            assert batch.y is not None
+            y, batch.y = batch.y.cpu(), None
+            yield batch, y
+
+
+def _bound(scenario: Scenario, ids: np.ndarray, pipeline: Pipeline, task: int | None, name: str) -> ImageData:
+    table = np.full(scenario.dataset.num_classes, -1, np.int64)
+    for original, position in scenario.manifest.renumber.items():
+        table[original] = position
+    ids = np.asarray(ids, np.int64)
+    return ImageData(scenario.dataset.images, ids, ids, table[scenario.dataset.y[ids]], pipeline, task, name)
+
+
+def open_experience(scenario: Scenario, index: int, pipeline: Pipeline) -> Experience:
+    """Experience `index` as a learner sees it."""
+    manifest = scenario.manifest
+    entry = manifest.experiences[index]
+    before = manifest.num_seen(index - 1) if index else 0
+    ordered = sorted((manifest.renumber[c], c) for c in entry.classes)
+    task = entry.task if manifest.discloses_task else None
+    return Experience(
+        index=index,
+        name=entry.name,
+        train=_bound(scenario, entry.train, pipeline, task, f"experience {index} ({entry.name})"),
+        classes=tuple(c for c, _ in ordered),
+        new_classes=tuple(c for c, _ in ordered if c >= before),
+        original_classes=tuple(original for _, original in ordered),
+        num_seen=manifest.num_seen(index),
+        task=task,
+        budget=scenario.budget,
+    )
+
+
+def open_eval(scenario: Scenario, index: int, pipeline: Pipeline) -> EvalSet:
+    """Evaluation set `index`."""
+    entry = scenario.manifest.evals[index]
+    task = entry.task if scenario.manifest.discloses_task else None
+    classes = tuple(scenario.manifest.renumber[c] for c in entry.classes)
+    data = _bound(scenario, entry.ids, pipeline, task, f"evaluation set {entry.name}")
+    return EvalSet(entry.name, data, classes, task, entry.first_seen)

@@ -1,0 +1,150 @@
+"""Raw data and the scenario: what a manifest's sample ids point to. Imports no torch."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+from clbench.interfaces import Budget, Facts, UserError
+from clbench.streams.manifest import Manifest
+
+AUGMENT = ("profile", "none", "shift")
+
+
+class ImageSource(Protocol):
+    """Stored pixels by sample id. `shape` is (H, W) where all images have the same size, else None."""
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """(H, W), or None."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def raw(self, ids: np.ndarray) -> list[np.ndarray]:
+        """Pixels of samples by id: uint8 [H, W, 3] each."""
+        ...
+
+
+class ArrayImages:
+    """Images in memory: array uint8 [N, H, W, 3]."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        assert array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] == 3, (array.dtype, array.shape)
+        self.array = array
+        self.array.flags.writeable = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.array.shape[1], self.array.shape[2]
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def raw(self, ids: np.ndarray) -> list[np.ndarray]:
+        """Pixels of samples by id: uint8 [H, W, 3] each."""
+        return list(self.array[np.asarray(ids, dtype=np.int64)])
+
+
+class FileImages:
+    """Images in files of any size, decoded to RGB when asked for. Safe to use from several threads."""
+
+    shape = None
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def raw(self, ids: np.ndarray) -> list[np.ndarray]:
+        """Pixels of samples by id: uint8 [H, W, 3] each. A file that cannot be decoded raises `UserError` with its path."""
+        return [decode(self.paths[int(i)]) for i in ids]
+
+
+def decode(path: Path) -> np.ndarray:
+    """One image file -> uint8 [H, W, 3]. A truncated, corrupt or oversized file raises `UserError` naming it."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image, warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            rgba = image.mode in ("P", "PA", "LA") and "transparency" in image.info
+            return np.asarray((image.convert("RGBA") if rgba else image).convert("RGB"), dtype=np.uint8)
+    except Exception as error:  # Pillow's decoders raise many kinds (OSError, SyntaxError, struct.error, ...)
+        raise UserError(f"cannot decode image {path}: {error}") from None
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """One pool of N samples, training and test together; a *sample id* is a position in it.
+
+    y            [N] int64, classes 0..K-1
+    split        [N] uint8, 0 training, 1 test
+    domain       [N] int64 positions in `domain_names`, or None
+    sha256       identity of the content, the same on every machine (see `datasets.content_sha256`)
+    """
+
+    name: str
+    images: ImageSource
+    y: np.ndarray
+    split: np.ndarray
+    class_names: tuple[str, ...]
+    sha256: str
+    domain: np.ndarray | None = None
+    domain_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.class_names)
+
+
+@dataclass(frozen=True, eq=False)
+class Scenario:
+    """A stream that can be run: the manifest, the data it points into, and the rules."""
+
+    name: str
+    manifest: Manifest
+    dataset: Dataset
+    budget: Budget
+    augment: str = "profile"
+    asks: Literal["predict", "loss"] = "predict"
+
+    def __post_init__(self) -> None:
+        if self.augment not in AUGMENT:
+            raise UserError(f"scenario.augment must be one of {', '.join(AUGMENT)}, got {self.augment!r}")
+        expected, found = self.manifest.dataset["sha256"], self.dataset.sha256
+        if expected != found:
+            raise UserError(f"data set {self.dataset.name} has SHA-256 {found}, the manifest was made for {expected}")
+        if self.manifest.dataset["num_samples"] != len(self.dataset):
+            raise UserError(f"data set {self.dataset.name} has {len(self.dataset)} samples, the manifest says otherwise")
+        entries = [(e.name, e.classes, e.train) for e in self.manifest.experiences]
+        for name, classes, ids in entries + [(e.name, e.classes, e.ids) for e in self.manifest.evals]:
+            present = np.unique(self.dataset.y[ids]).tolist()
+            if sorted(classes) != present:
+                raise UserError(f"manifest: {name} claims the classes {list(classes)[:9]}, its samples have {present[:9]}")
+
+    def facts(self) -> Facts:
+        """What is compared with a learner's capabilities."""
+        seen: set[int] = set()
+        brings_new = []
+        for entry in self.manifest.experiences:
+            brings_new.append(bool(set(entry.classes) - seen))
+            seen |= set(entry.classes)
+        return Facts(
+            name=self.name,
+            asks=self.asks,
+            discloses_task=self.manifest.discloses_task,
+            has_boundaries=self.manifest.has_boundaries,
+            every_experience_has_new_classes=all(brings_new),
+            budget=self.budget,
+        )

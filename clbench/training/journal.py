@@ -1,0 +1,82 @@
+"""Where a run writes down how far it is, so that a killed run goes on bit-identically.
+
+Files in the run's own folder, each written to a temporary name and moved with `os.replace`:
+`experience.pt` (the state after the last finished experience) and `fit-<k>.pt` (the k-th `fit` call of the current one:
+its middle, or its end). At most one plus the number of `fit` calls in one `learn`; the latter go when the experience ends.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import time
+from typing import Any
+
+import torch
+
+from clbench.interfaces import UserError
+
+
+def save_atomic(path: pathlib.Path, state: Any) -> None:
+    """Write a state with `torch.save`; a full disk or an unwritable folder raises `UserError` and leaves the old file."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write the checkpoint {path}: {error}") from error
+
+
+class Journal:
+    """Snapshots of the run in `folder`; `Journal()` keeps none. `seconds` is the least time between two snapshots of a fit."""
+
+    def __init__(self, folder: pathlib.Path | None = None, seconds: float = 60.0):
+        self.folder, self.seconds = folder, seconds
+        self.calls, self.experience = 0, -1
+        self.last = time.monotonic()
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob("*.tmp"):
+                left.unlink()
+
+    def begin(self, experience: int) -> None:
+        """A new `learn` starts: `fit` calls are numbered from 0."""
+        self.calls, self.experience = 0, experience
+
+    def next_call(self, name: str) -> str:
+        """The key of the next `fit` call."""
+        self.calls += 1
+        return f"fit-{self.calls - 1}"
+
+    def load(self, key: str) -> dict[str, Any] | None:
+        """The snapshot under a key, or None."""
+        path = None if self.folder is None else self.folder / f"{key}.pt"
+        if path is None or not path.exists():
+            return None
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return state if state["experience"] == self.experience or key == "experience" else None
+
+    def save(self, key: str, state: dict[str, Any]) -> None:
+        """Write a snapshot now."""
+        if self.folder is not None:
+            save_atomic(self.folder / f"{key}.pt", state)
+        self.last = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether enough time has passed for another snapshot."""
+        return self.folder is not None and time.monotonic() - self.last >= self.seconds
+
+    def finish_experience(self, state: dict[str, Any]) -> None:
+        """Write the state after an experience, then drop the snapshots of its `fit` calls."""
+        self.save("experience", state)
+        for path in self.folder.glob("fit-*.pt") if self.folder is not None else ():
+            path.unlink()
+
+    def clear(self) -> None:
+        """The run is over: its record says everything."""
+        for path in self.folder.glob("*.pt") if self.folder is not None else ():
+            path.unlink()

@@ -1,0 +1,39 @@
+"""Losses that several methods share. Shapes: logits z [B, K], targets y [B] int64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from clbench.interfaces import UserError
+
+MASKINGS = ("local", "seen", "batch")
+
+
+def masked_cross_entropy(z: Tensor, y: Tensor, masking: str, classes: Sequence[int]) -> Tensor:
+    """Cross-entropy whose softmax runs over some classes only -> scalar.
+
+    masking  "seen": all K; "local": `classes` (those of the experience); "batch": those that occur in `y`.
+    Every target must be among the classes that stay. Logits left out get a zero gradient.
+    """
+    if masking == "seen":
+        return F.cross_entropy(z, y)
+    if masking == "local":
+        keep = torch.as_tensor(sorted(classes), device=z.device)
+    elif masking == "batch":
+        keep = y.unique()
+    else:
+        raise UserError(f"unknown masking {masking!r}: choose {', '.join(MASKINGS)}")
+    return F.cross_entropy(z[:, keep], torch.searchsorted(keep, y))
+
+
+def normalised_cross_entropy(z: Tensor, y: Tensor, blocks: Sequence[int], temperature: float) -> Tensor:
+    """SLCA's logit normalisation: divide z by the mean over blocks of each block's norm (+1e-7) and by `temperature`.
+
+    `blocks` are the widths of the classifier's parts, one an experience. The loss does not change when z is scaled.
+    """
+    norms = torch.stack([part.norm(dim=1) + 1e-7 for part in z.split(list(blocks), dim=1)], dim=1)
+    return F.cross_entropy(z / norms.mean(dim=1, keepdim=True) / temperature, y)

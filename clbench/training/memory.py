@@ -1,0 +1,140 @@
+"""Exemplar memories: which raw samples of earlier experiences are kept.
+
+reservoir  a uniform sample of everything seen: the m samples with the smallest random keys (Vitter 1985; a key per sample
+           makes the choice independent of order and resumable without state)
+balanced   the same within every class, m / K samples a class
+herding    iCaRL's greedy choice (Rebuffi et al. 2017): the running mean of L2-normalised features follows the class mean;
+           shrinking a class keeps the front of its list
+
+Legend: M stored samples, D features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clbench import counter
+from clbench.interfaces import UserError
+from clbench.streams.images import ImageBatch, ImageData
+from clbench.training.fit import Batches
+
+POLICIES = ("reservoir", "balanced", "herding")
+
+
+def herd(features: Tensor, count: int) -> list[int]:
+    """Greedy herding of one class: features [N, D] -> at most `count` row numbers, best first (ties: the lowest row)."""
+    f = torch.nn.functional.normalize(features.double(), dim=1)
+    mean, total = f.mean(0), torch.zeros_like(f[0])
+    free = torch.ones(len(f), dtype=torch.bool)
+    chosen: list[int] = []
+    for k in range(min(count, len(f))):
+        gap = (mean - (total + f) / (k + 1)).norm(dim=1).cpu()
+        row = int(torch.where(free, gap, torch.inf).argmin())
+        chosen.append(row)
+        free[row] = False
+        total = total + f[row]
+    return chosen
+
+
+class Memory:
+    """Raw samples under a limit in samples and in bytes (None: no limit; both None: nothing is kept)."""
+
+    def __init__(self, policy: str, samples: int | None, max_bytes: int | None, seed: int):
+        if policy not in POLICIES:
+            raise UserError(f"unknown memory policy {policy!r}: choose {', '.join(POLICIES)}")
+        self.policy, self.samples, self.max_bytes, self.seed = policy, samples, max_bytes, seed
+        self.images: list[np.ndarray] = []
+        self.y = np.zeros(0, np.int64)
+        self.ids = np.zeros(0, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def num_bytes(self) -> int:
+        """Bytes of the stored pixels."""
+        return sum(image.nbytes for image in self.images)
+
+    def update(self, new: ImageData, features: Tensor | None = None) -> None:
+        """Choose again from what is stored and the samples of `new`. Herding needs `features` of candidates(new)."""
+        candidates = self.candidates(new)
+        keep = self._choose(candidates.ids, np.asarray(candidates.y), features)
+        images = candidates.raw(np.asarray(keep, np.int64)) if keep else []
+        if self.max_bytes is not None:
+            sizes = np.cumsum([image.nbytes for image in images])
+            fits = int(np.searchsorted(sizes, self.max_bytes, side="right"))
+            keep, images = keep[:fits], images[:fits]
+        self.images = [np.array(image) for image in images]
+        self.y, self.ids = np.asarray(candidates.y)[keep].astype(np.int64), candidates.ids[keep].astype(np.int64)
+
+    def candidates(self, new: ImageData) -> ImageData:
+        """Stored samples followed by those of `new`."""
+        old = self.data(new)
+        return new if old is None else ImageData.join([old, new])
+
+    def data(self, like: ImageData) -> ImageData | None:
+        """The stored samples as data, seen through the pipeline of `like`; None when empty."""
+        return ImageData.of_arrays(self.images, self.y, self.ids, like.pipeline, like.task) if len(self) else None
+
+    def _choose(self, ids: np.ndarray, y: np.ndarray, features: Tensor | None) -> list[int]:
+        """Rows to keep. Classes take turns (rank 0 of every class, rank 1, ...), so that any front part is balanced."""
+        limit = len(ids) if self.samples is None else self.samples
+        if self.samples is None and self.max_bytes is None:
+            return []
+        priority = counter.bits(counter.key(self.seed, "memory"), ids)
+        if self.policy == "reservoir":
+            return np.argsort(priority, kind="stable")[:limit].tolist()
+        classes = np.unique(y)
+        ranked: list[tuple[int, int, int]] = []
+        for c in classes:
+            rows = np.flatnonzero(y == c)
+            if self.policy == "balanced":
+                order = rows[np.argsort(priority[rows], kind="stable")]
+            else:
+                assert features is not None, "herding needs features"
+                order = self._herding_order(rows, ids, features, -(-limit // len(classes)))
+            ranked += [(rank, int(c), int(row)) for rank, row in enumerate(order)]
+        ranked.sort()
+        return [row for _, _, row in ranked[:limit]]
+
+    def _herding_order(self, rows: np.ndarray, ids: np.ndarray, features: Tensor, count: int) -> list[int]:
+        """A class that only has stored samples keeps its list; any other is herded from all its candidates."""
+        if len(self) and (rows < len(self)).all():
+            return rows.tolist()
+        return [int(rows[i]) for i in herd(features[torch.as_tensor(rows, device=features.device)], count)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Pixels (one tensor where all have one shape), labels, ids."""
+        same = len({image.shape for image in self.images}) == 1
+        pixels: Any = torch.from_numpy(np.stack(self.images)) if same else [torch.from_numpy(i) for i in self.images]
+        return {"images": pixels, "y": torch.from_numpy(self.y), "ids": torch.from_numpy(self.ids)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace the stored samples."""
+        self.images = [image.numpy().copy() for image in state["images"]]
+        self.y, self.ids = state["y"].numpy().copy(), state["ids"].numpy().copy()
+
+
+class Mixed:
+    """Batches of new samples, each joined by `size` replayed ones: a pure function of the step.
+
+    Draws are without replacement within a batch where the memory is large enough.
+    """
+
+    def __init__(self, new: Batches, memory: ImageData | None, size: int, key: int):
+        self.new, self.memory, self.size, self.key = new, memory, size, key
+        self.steps = new.steps
+
+    def __call__(self, step: int) -> ImageBatch:
+        batch = self.new(step)
+        if self.memory is None or self.size == 0:
+            return batch
+        draw = counter.key(self.key, step)
+        total = len(self.memory)
+        rows = counter.permutation(draw, total)[: self.size] if total >= self.size else counter.integers(draw, self.size, total)
+        joined = ImageBatch.cat([batch, self.memory.batch(rows, counter.key(draw, "augment"))])
+        joined.replayed = len(rows)
+        return joined

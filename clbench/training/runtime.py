@@ -1,0 +1,126 @@
+"""What a running learner is given besides its model: seed, device, precision, budget, counters and the journal."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from clbench import counter
+from clbench.interfaces import Budget, BudgetExceeded
+from clbench.training.journal import Journal
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user asked to stop; everything up to the last finished step is in the journal."""
+
+
+@dataclass
+class Meter:
+    """Counts that go into the record. `visits` are images that `fit` trained on, new and replayed ones apart."""
+
+    visits: dict[str, int] = field(default_factory=lambda: {"new": 0, "replayed": 0})
+    steps: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    trained: int = 0
+
+    def add_seconds(self, phase: str, seconds: float) -> None:
+        """Add to one phase of the cost table."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return {"visits": dict(self.visits), "steps": self.steps, "seconds": dict(self.seconds), "trained": self.trained}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the numbers of `state`."""
+        self.visits, self.steps = dict(state["visits"]), state["steps"]
+        self.seconds, self.trained = dict(state["seconds"]), state["trained"]
+
+
+@dataclass
+class Runtime:
+    """Handed to every learner. Randomness comes from `key` and `generator`, which depend on the seed and the words given.
+
+    precision  "fp32" or "bf16" (autocast in `fit` and in feature passes; statistics and optimiser state stay fp32)
+    budget     the scenario's; `fit` raises `BudgetExceeded` when an experience would use more
+    exempt     a reference learner (capability `stores_all_data`): visits are counted, not limited
+    """
+
+    seed: int
+    device: torch.device
+    budget: Budget = field(default_factory=Budget)
+    precision: str = "fp32"
+    exempt: bool = False
+    journal: Journal = field(default_factory=Journal)
+    meter: Meter = field(default_factory=Meter)
+    progress: Callable[[str, int, int, float], None] | None = None
+    experience: int = 0
+    used_visits: int = 0
+    used_new: int = 0
+    num_train: int | None = None
+    stop: bool = False
+
+    def begin(self, experience: int, num_train: int | None = None) -> None:
+        """The runner calls this before each `learn`: sets the experience, its size and the visit counts back to 0."""
+        self.experience, self.num_train = experience, num_train
+        self.used_visits = self.used_new = 0
+        self.journal.begin(experience)
+
+    def epochs(self, wanted: int | None) -> int:
+        """Passes a learner makes: what it wants, or all that the budget allows when it does not say (None)."""
+        allowed = self.budget.epochs
+        if wanted is not None and wanted > allowed and not self.exempt:
+            raise BudgetExceeded(f"the learner wants {wanted} epochs, the scenario's budget allows {allowed}")
+        return allowed if wanted is None else wanted
+
+    def key(self, *parts: int | str) -> int:
+        """A 64-bit key of the seed, the current experience and the parts."""
+        return counter.key(self.seed, self.experience, *parts)
+
+    def generator(self, *parts: int | str) -> torch.Generator:
+        """A CPU generator of its own for the seed, the current experience and the parts."""
+        return torch.Generator().manual_seed(self.key(*parts) >> 1)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """bf16 autocast where the precision asks for it, else nothing."""
+        if self.precision == "bf16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a piece of `learn` under a name of the cost table."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.meter.add_seconds(name, time.perf_counter() - start)
+
+    def count_visits(self, new: int, replayed: int) -> None:
+        """Count images of one step, or raise before they are used."""
+        self.used_visits += new + replayed
+        self.used_new += new
+        if not self.exempt:
+            limit = self.budget.sample_visits
+            if limit is not None and self.used_visits > limit:
+                raise BudgetExceeded(
+                    f"experience {self.experience}: {self.used_visits} sample visits, the budget allows {limit}"
+                )
+            passes = None if self.num_train is None else self.budget.epochs * self.num_train
+            if passes is not None and self.used_new > passes:
+                raise BudgetExceeded(
+                    f"experience {self.experience}: {self.used_new} visits to its {self.num_train} samples, "
+                    f"the budget allows {self.budget.epochs} epoch(s)"
+                )
+        self.meter.visits["new"] += new
+        self.meter.visits["replayed"] += replayed
+
+    def check_stop(self) -> None:
+        """Leave at a safe place when the user pressed Ctrl-C."""
+        if self.stop:
+            raise Interrupted

@@ -1,0 +1,175 @@
+"""Every learner under the contract, and what each paper says against a naive version."""
+
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from clbench.config import compose
+from clbench.interfaces import BudgetExceeded, Capabilities, Facts, UserError, mismatch
+from clbench.streams.images import open_experience
+from clbench.testing import Trial, check_learner, small_stream
+from clbench.training.memory import Memory
+from clbench.training.state import detached
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+NAMES = sorted(path.stem for path in (ROOT / "conf" / "learner").glob("*.yaml") if path.stem != "custom")
+VARIANTS = {
+    "finetune": ["learner.masking=local", "learner.masking=batch"],
+    "joint": ["learner.mode=probe"],
+    "ncm": ["learner.metric=cosine"],
+    "replay": ["learner.policy=herding", "learner.policy=balanced"],
+    "slca": ["learner.restore_heads=false", "learner.fresh_norm=false", "learner.logit_norm=null"],
+}
+CASES = [(name, "") for name in NAMES] + [(name, option) for name, options in VARIANTS.items() for option in options]
+
+
+@pytest.mark.parametrize(("name", "option"), CASES)
+def test_contract(name, option):
+    (config,) = compose([f"learner={name}", *([option] if option else [])])
+    assert [f"{check}: {message}" for check, ok, message in check_learner(config) if not ok] == []
+
+
+def trial(*overrides, **stream):
+    (config,) = compose(list(overrides))
+    scenario = small_stream(**stream)
+    return Trial(config, scenario, Capabilities())
+
+
+def test_slca_against_the_paper():
+    t = trial("learner=slca")
+    learner, runtime, pipeline = t.start()
+    first = t.learn(learner, runtime, pipeline, 0)
+    assert torch.equal(learner.head.blocks[0].weight, learner.aligned.blocks[0].weight), "no alignment in the first experience"
+    before = detached(learner.head.blocks[0].weight)
+    features = torch.cat([learner.model.features(b) for b in first.train.test_batches(7)]).detach()
+    y = torch.as_tensor(first.train.y)
+    for c in range(3):
+        f = features[y == c].double().numpy()
+        np.testing.assert_allclose(learner.gaussians.mean_KD[c].numpy(), f.mean(0), atol=1e-4)
+        np.testing.assert_allclose(learner.gaussians.cov_KDD[c].numpy(), np.cov(f.T) + 1e-4 * np.eye(f.shape[1]), atol=1e-4)
+    norm = [m for m in learner.model.modules() if isinstance(m, torch.nn.LayerNorm)][-1]
+    assert norm.eps == 1e-5
+    second = t.learn(learner, runtime, pipeline, 1)
+    assert torch.equal(learner.head.blocks[0].weight, before), "an old head moved, or alignment was not thrown away"
+    assert not torch.equal(learner.aligned.blocks[0].weight, before), "alignment trained nothing"
+    torch.testing.assert_close(learner.rescale(second), torch.tensor([0.95, 0.95, 0.95, 1.0]))
+    learner.official_task_index = True
+    torch.testing.assert_close(learner.rescale(second), 0.9 + 0.1 * (torch.arange(4) + 1) / 2)
+
+
+def test_slca_rates_and_alignment_steps(monkeypatch):
+    from clbench.learners import slca
+
+    calls = {}
+    real = slca.fit
+
+    def spy(runtime, name, learner, groups, loss, batches, recipe):
+        calls[name] = ([group["lr"] for group in groups], batches.steps, recipe)
+        return real(runtime, name, learner, groups, loss, batches, recipe)
+
+    monkeypatch.setattr(slca, "fit", spy)
+    t = trial("learner=slca")
+    learner, runtime, pipeline = t.start()
+    t.learn(learner, runtime, pipeline, 0)
+    assert calls["train"][0] == pytest.approx([1e-4, 1e-2]) and "align" not in calls
+    t.learn(learner, runtime, pipeline, 1)
+    rates, steps, recipe = calls["align"]
+    assert rates == [0.01] and steps == 5 * 4 and recipe.weight_decay == 5e-4 and recipe.momentum == 0.9
+
+
+def test_ncm_is_the_naive_nearest_mean_and_ignores_the_order():
+    last = {}
+    for order in ("natural", [5, 3, 1, 0, 2, 4]):
+        for metric in ("euclidean", "cosine"):
+            t = trial("learner=ncm", f"learner.metric={metric}", order=order)
+            learner, runtime, pipeline = t.start()
+            rows, labels = [], []
+            for i in range(3):
+                e = t.learn(learner, runtime, pipeline, i)
+                rows.append(torch.cat([learner.model.features(b) for b in e.train.test_batches(50)]).detach())
+                labels.append(torch.as_tensor(e.train.y))
+            f, y = torch.cat(rows), torch.cat(labels)
+            means = torch.stack([f[y == c].mean(0) for c in range(6)])
+            z = torch.cat([t.scores(learner, pipeline, j, 9) for j in range(3)])
+            tests = [open_experience]  # the evaluation sets, batch by batch
+            from clbench.streams.images import open_eval
+
+            x = torch.cat(
+                [learner.model.features(b) for j in range(3) for b, _ in open_eval(t.scenario, j, pipeline).batches(9)]
+            )
+            x = x.detach()
+            naive = -torch.cdist(x, means) if metric == "euclidean" else F.cosine_similarity(x[:, None], means[None], dim=2)
+            assert torch.equal(z.argmax(1), naive.argmax(1)) and tests
+            truth = torch.cat([y for j in range(3) for _, y in open_eval(t.scenario, j, pipeline).batches(9)])
+            last.setdefault(metric, []).append(int((z.argmax(1) == truth).sum()))
+    assert all(a == b for a, b in last.values())
+
+
+@pytest.mark.parametrize("policy", ["reservoir", "balanced", "herding"])
+def test_memory_limits_and_balance(policy):
+    t = trial("learner=ncm")
+    learner, runtime, pipeline = t.start()
+    memory = Memory(policy, 10, None, seed=1)
+    for i in range(3):
+        data = open_experience(t.scenario, i, pipeline).train
+        candidates = memory.candidates(data)
+        features = torch.cat([learner.model.features(b) for b in candidates.test_batches(64)]).detach()
+        memory.update(data, features)
+        assert len(memory) == 10 and memory.num_bytes() == 10 * 8 * 8 * 3
+        counts = np.bincount(memory.y, minlength=t.scenario.manifest.num_seen(i))
+        if policy != "reservoir":
+            assert counts.max() - counts.min() <= 1, counts
+    again = Memory(policy, 10, None, seed=1)
+    again.load_state_dict(memory.state_dict())
+    assert (again.ids == memory.ids).all() and all((a == b).all() for a, b in zip(again.images, memory.images, strict=True))
+
+
+def test_memory_in_bytes():
+    t = trial("learner=ncm")
+    _, _, pipeline = t.start()
+    memory = Memory("balanced", None, 5 * 192 + 100, seed=0)
+    memory.update(open_experience(t.scenario, 0, pipeline).train)
+    assert len(memory) == 5 and memory.num_bytes() == 960
+
+
+def test_reservoir_is_uniform_over_the_stream():
+    t = trial("learner=ncm", limit_train=100)
+    _, _, pipeline = t.start()
+    data = [open_experience(t.scenario, i, pipeline).train for i in range(3)]
+    share = np.zeros(6)
+    for seed in range(40):
+        memory = Memory("reservoir", 60, None, seed=seed)
+        for part in data:
+            memory.update(part)
+        share += np.bincount(memory.y, minlength=6)
+    assert np.abs(share / share.sum() - 1 / 6).max() < 0.02
+
+
+def test_replay_refuses_more_than_the_budget():
+    with pytest.raises(BudgetExceeded, match="learner.memory=500, the scenario's budget allows 12"):
+        trial("learner=replay", "learner.memory=500").start()
+
+
+@pytest.mark.parametrize(
+    ("can", "facts", "words"),
+    [
+        (Capabilities(asks="loss"), {}, "asks=loss"),
+        (Capabilities(needs_task_id=True), {}, "does not disclose tasks"),
+        (Capabilities(needs_boundaries=True), {"has_boundaries": False}, "needs_boundaries"),
+        (Capabilities(needs_new_classes=True), {"every_experience_has_new_classes": False}, "needs_new_classes"),
+        (Capabilities(needs_passes=2), {}, "needs_passes=2"),
+        (Capabilities(needs_pretrained=True), {}, "random weights"),
+    ],
+)
+def test_mismatch_names_both(can, facts, words):
+    all_facts = {"asks": "predict", "discloses_task": False, "has_boundaries": True, "every_experience_has_new_classes": True}
+    why = mismatch("mine", can, Facts("stream", **(all_facts | facts)), pretrained=False)
+    assert why is not None and words in why and "mine" in why and "stream" in why
+
+
+def test_fresh_norm_needs_a_norm():
+    with pytest.raises(UserError, match=r"[Nn]orm"):
+        trial("learner=slca", "model=resnet32").start()

@@ -1,0 +1,86 @@
+"""Every command that the README shows is run: in one folder, in order, as it stands there."""
+
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import DATA, ROOT
+
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = [
+    (m[1].strip().splitlines(), (m[2] or "").split())
+    for m in re.finditer(r"```bash\n(.*?)```\n(?:<!-- (.*?) -->)?", TEXT, re.S)
+]
+
+
+def shell(line, folder, env):
+    line = re.sub(r"(^|&& )clbench ", rf"\1{shlex.quote(sys.executable)} -m clbench ", line)
+    line = re.sub(r"(^|&& )python ", rf"\1{shlex.quote(sys.executable)} ", line)
+    return subprocess.run(["bash", "-c", line], cwd=folder, env=env, capture_output=True, text=True, timeout=900)
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def test_readme_opens_with_the_two_commands():
+    assert BLOCKS[0][1] == BLOCKS[1][1] == ["install"]
+    assert TEXT.index("```bash") < 300 and BLOCKS[0][0][0].endswith("clbench run") and BLOCKS[1][0][0].endswith("pytest")
+
+
+def test_commands_run(tmp_path):
+    example(tmp_path)
+    ran = 0
+    for lines, needs in BLOCKS:
+        if needs:
+            continue
+        for line in lines:
+            done = shell(line, tmp_path, environment())
+            assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+            ran += 1
+    assert ran >= 14
+
+
+@pytest.mark.data("cifar100.npz", "pacs.npz", "vit_tiny_patch16_224.safetensors")
+def test_commands_on_real_data_run(tmp_path):
+    ran = 0
+    for lines, needs in BLOCKS:
+        for line in lines if needs[:1] == ["data"] else ():
+            done = shell(line, tmp_path, {**environment(), "CLBENCH_DATA": DATA})
+            assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+            ran += 1
+    assert ran == 2
+
+
+def test_install_command_runs(tmp_path):
+    """The first command of the README on a clean copy; it needs a package registry."""
+    if not os.environ.get("CLBENCH_TEST_INSTALL"):
+        pytest.skip("needs the network and minutes: set CLBENCH_TEST_INSTALL=1")
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(tmp_path / "clone")], check=True)
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CLBENCH_DATA")}
+    done = subprocess.run(["bash", "-c", BLOCKS[0][0][0]], cwd=tmp_path / "clone", env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "last_macro" in done.stdout
+
+
+def example(folder: pathlib.Path):
+    """What the section on own data needs: four coloured classes, as `example.npz` and as the folder `example`."""
+    code = (
+        "import numpy as np, pathlib\nfrom PIL import Image\n"
+        "rng = np.random.default_rng(0)\narrays = {}\n"
+        "for split, count in (('train', 12), ('test', 5)):\n"
+        "    y = np.repeat(np.arange(4), count)\n"
+        "    tint = np.array([[200, 30, 30], [30, 200, 30], [30, 30, 200], [180, 180, 30]])[y]\n"
+        "    x = np.clip(rng.normal(tint[:, None, None], 40, (len(y), 32, 32, 3)), 0, 255).astype(np.uint8)\n"
+        "    arrays |= {f'{split}_x': x, f'{split}_y': y}\n"
+        "    for i, (image, c) in enumerate(zip(x, y)):\n"
+        "        path = pathlib.Path(f'example/{split}/class{c}/{i}.png')\n"
+        "        path.parent.mkdir(parents=True, exist_ok=True)\n"
+        "        Image.fromarray(image).save(path)\n"
+        "np.savez('example.npz', **arrays)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)

@@ -1,0 +1,79 @@
+"""Sweeps: every launcher, jobs that raise, exit or are killed, and nothing that leaks from one job to the next."""
+
+import textwrap
+
+import pytest
+
+BAD = """
+import os, signal, sys
+import torch
+from clbench.learners.ncm import NearestClassMean
+
+class Bad(NearestClassMean):
+    def __init__(self, model, runtime, *, how: str = "fine"):
+        super().__init__(model, runtime)
+        self.how = how
+
+    def learn(self, experience):
+        if self.how == "raise":
+            raise RuntimeError("on purpose, with a, comma")
+        if self.how == "exit":
+            sys.exit(3)
+        if self.how == "vanish":
+            os._exit(5)
+        if self.how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.how == "leak":
+            torch.set_num_threads(1)
+            torch.manual_seed(99)
+            torch.use_deterministic_algorithms(False)
+            torch.set_default_dtype(torch.float32)
+        return super().learn(experience)
+"""
+LAUNCHERS = {"basic": "machine=local", "joblib": "machine=joblib", "submitit": "machine=submitit_local"}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_bad_job_loses_only_itself(clbench, small, launcher):
+    if launcher != "basic":
+        pytest.importorskip(f"hydra_plugins.hydra_{launcher}_launcher")
+    (clbench.folder / "bad.py").write_text(textwrap.dedent(BAD))
+    words = ("run", "-m", LAUNCHERS[launcher], "learner._target_=bad.Bad", *small)
+    done = clbench(*words, "learner.how=raise,exit,vanish,kill,fine,leak")
+    statuses = sorted(r["status"] for r in clbench.records())
+    assert statuses.count("ok") == 2, done.stdout + done.stderr
+    assert len(statuses) == 6 and set(statuses) <= {"ok", "failed", "running"}
+    raised = [r for r in clbench.records() if r["status"] == "failed" and "on purpose" in r["error"]["message"]]
+    assert len(raised) == 1 and "RuntimeError" in raised[0]["error"]["traceback"]
+    report = clbench("report", "--strict", code=1).stdout
+    assert "failed" in report
+    assert clbench("report").returncode == 0
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_a_job_alone_and_in_a_sweep_are_equal(clbench, small, launcher):
+    if launcher != "basic":
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    clbench("run", "-m", LAUNCHERS[launcher], "learner=finetune,slca", "seed=0,1", *small, "results_dir=sweep")
+    clbench("run", "learner=slca", "seed=1", *small, "results_dir=alone")
+    (alone,) = clbench.records("alone")
+    together = {r["run_id"]: r for r in clbench.records("sweep")}
+    assert len(together) == 4
+    for key in ("correct", "class_correct", "final_state_sha256", "visits"):
+        assert together[alone["run_id"]][key] == alone[key], key
+
+
+def test_two_jobs_in_the_same_second(clbench, small):
+    both = [clbench.popen("run", "learner=ncm", f"seed={seed}", *small) for seed in (0, 1)]
+    same = clbench.popen("run", "learner=ncm", "seed=0", *small)
+    for process in (*both, same):
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, out + err
+    assert [r["status"] for r in clbench.records()] == ["ok", "ok"]
+
+
+def test_a_finished_sweep_is_skipped(clbench, small):
+    words = ("run", "-m", "learner=ncm", "learner.metric=euclidean,cosine", *small)
+    clbench(*words)
+    again = clbench(*words)
+    assert again.stdout.count("done already") == 2 or "2 skipped" in again.stdout
