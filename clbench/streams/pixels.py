@@ -156,7 +156,7 @@ class Pipeline:
         sizes = np.stack([to[:, 0], np.where(width == short, p.resize, p.resize * width // short)], 1)
         if p.squash:
             sizes[:] = p.resize
-        return self._resized_crops(images, sizes, p.test_kernel, (sizes - p.size + 1) // 2)
+        return self._resized_crops(images, sizes, p.test_kernel, np.rint((sizes - p.size) / 2).astype(np.int64))
 
     def _train(self, images: Any, ids: np.ndarray, key: int) -> Tensor:
         p, shapes = self.train, _shapes(images)
