@@ -1,17 +1,24 @@
-"""What can be chosen, clbench's own and the plug-ins', and what an option may be. Imports neither torch nor Hydra."""
+"""What can be chosen, clbench's own and the plug-ins', what an option may be, and the objects that targets name.
+
+Imports neither torch nor Hydra.
+"""
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import importlib
 import importlib.metadata
+import importlib.util
 import logging
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from clbench.interfaces import UserError
-from clbench.signatures import find_module, nearest, problems
+from clbench.signatures import find_module, nearest, problems, split_target
 
 log = logging.getLogger("clbench")
 GROUPS = ("scenario", "learner", "model", "schedule", "sweep", "machine")
@@ -65,13 +72,15 @@ def origin(path: Path) -> str:
 
 def check(config: Mapping[str, Any]) -> None:
     """Compare options with what they may be and every `_target_` node with its signature. `UserError` with all problems."""
-    lines = [*_check_options(config), *_check_choices(config)]
+    options = dict(_check_options(config))
+    lines = [*options.values(), *_check_choices(config)]
     for group in ("scenario", "learner", "model"):
         node = config.get(group)
         if not isinstance(node, Mapping) or "_target_" not in node:
             lines.append(f"{group} has no _target_: choose one of {', '.join(choices(group))}")
         else:
-            lines += list(_check_node(node, group, _SUPPLIED.get(group, ())))
+            found = _check_node(node, group, _SUPPLIED.get(group, ()))
+            lines += [line for line in found if line.split()[0].split(".")[-1] not in options]
     if lines:
         raise UserError("\n".join(dict.fromkeys(lines)))
 
@@ -112,11 +121,42 @@ def _whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _check_options(config: Mapping[str, Any]) -> Iterator[str]:
+def _check_options(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(option, what is wrong with it)."""
     known = (*_OPTIONS, "scenario", "learner", "model", "names")
     for name in config:
         if name not in known:
-            yield f"no option '{name}'{nearest(name, known)}"
+            yield name, f"no option '{name}'{nearest(name, known)}"
     for name, (wanted, fits) in _OPTIONS.items():
         if name in config and not fits(config[name]):
-            yield f"{name} must be {wanted}, got {config[name]!r}"
+            yield name, f"{name} must be {wanted}, got {config[name]!r}"
+
+
+def load_target(target: str) -> Any:
+    """The object that `_target_` names; a loose file is loaded under a name made from its path and content."""
+    path, name = split_target(target)
+    if ".py:" in target and path is not None:
+        module: Any = importlib.import_module(load_file(path))
+    else:
+        module = importlib.import_module(target[: -len(name) - 1])
+    for part in name.split("."):
+        if not hasattr(module, part):
+            raise UserError(f"{target}: no '{part}'{nearest(part, dir(module))}")
+        module = getattr(module, part)
+    return module
+
+
+def load_file(path: Path) -> str:
+    """Import a file -> its module name."""
+    content = path.read_bytes()
+    name = "clbench_file_" + hashlib.sha256(str(path.resolve()).encode() + content).hexdigest()[:16]
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return name

@@ -141,13 +141,13 @@ def launch(words: Sequence[str], job: Any) -> None:
     """Give a sweep to Hydra's sweeper and launcher, which call `job(config)` for each of its runs."""
     import hydra
 
-    from clbench.config import register
+    from clbench.config import behaviour, register
 
     register()
     old = sys.argv
     sys.argv = ["clbench", "-m", *words]
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="run")(job)()
+        hydra.main(config_path=str(conf_dir()), config_name="run", **behaviour())(job)()
     finally:
         sys.argv = old
 

@@ -41,8 +41,8 @@ def run(args: Namespace, command: list[str], launch: Launch) -> int:
     if outcome.status == "interrupted":
         print(f"clbench: {outcome.text}", file=sys.stderr)
         return 130
-    print(outcome.text, file=sys.stderr if outcome.status == "failed" else sys.stdout)
-    return 0 if outcome.status in ("ok", "skipped") else 1
+    print(f"record {outcome.path} holds the traceback" if outcome.status == "failed" else outcome.text)
+    return 0 if outcome.status in ("ok", "skipped", "busy") else 1
 
 
 def _check_all(jobs: Sequence[dict[str, Any]]) -> None:

@@ -7,18 +7,13 @@ targets' own signatures, and targets in loose files (`learner._target_=my_file.M
 from __future__ import annotations
 
 import functools
-import hashlib
-import importlib
-import importlib.util
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from clbench.catalog import GROUPS, check, choices, conf_dir, description, plugin_dirs
+from clbench.catalog import GROUPS, check, choices, conf_dir, description, load_file, load_target, plugin_dirs
 from clbench.interfaces import UserError
 from clbench.signatures import nearest, split_target
 
@@ -53,12 +48,14 @@ def read(overrides: Sequence[str], multirun: bool = False) -> Composed:
 
     register()
     words = _loose_targets(list(overrides))
-    with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="clbench"):
+    with initialize_config_dir(str(conf_dir()), job_name="clbench", **behaviour()):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         words = [_parsable(word, parser) for word in words]
         parsed = parser.parse_overrides(words)
         for o in parsed:
-            if o.get_key_element() in GROUPS and not o.is_sweep_override() and not isinstance(o.value(), str | list | None):
+            if o.get_key_element() in GROUPS and not o.is_sweep_override() and not isinstance(o.value(), str | list):
+                if o.value() is None and not o.is_delete():
+                    raise UserError(f"{o.input_line} has no effect: leave it out")
                 raise UserError(unknown_choice(o.get_key_element(), str(o.value()), list(choices(o.get_key_element()))))
         sweeping = [o.input_line for o in parsed if o.is_sweep_override()]
         base = _compose([word for word in words if word not in sweeping])
@@ -76,6 +73,13 @@ def read(overrides: Sequence[str], multirun: bool = False) -> Composed:
             return Composed([resolve(base)], words, True, launcher, varying)  # a search: its sweeper chooses the jobs
         jobs = BasicSweeper.split_arguments(every, None)[0]
         return Composed([resolve(_compose(job)) for job in jobs], words, True, launcher, varying)
+
+
+def behaviour() -> dict[str, str]:
+    """Hydra 1.3 is asked for its own defaults by number; later versions have no others and say so aloud."""
+    import hydra
+
+    return {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
 
 
 def unknown_choice(group: str, name: str, names: Sequence[str]) -> str:
@@ -152,6 +156,8 @@ def _compose(words: Sequence[str]) -> Any:
         raise UserError(_unknown_choice(error)) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_unknown_key(str(error), words)) from None
+    except ValueError as error:  # of Hydra's own checks of group names
+        raise UserError(" ".join(str(error).split())) from None
 
 
 def _unknown_choice(error: Any) -> str:
@@ -207,36 +213,6 @@ def resolve(config: Any) -> dict[str, Any]:
     return plain
 
 
-def load_target(target: str) -> Any:
-    """The object that `_target_` names; a loose file is loaded under a name made from its path and content."""
-    path, name = split_target(target)
-    if ".py:" in target and path is not None:
-        module: Any = importlib.import_module(_load_file(path))
-    else:
-        module = importlib.import_module(target[: -len(name) - 1])
-    for part in name.split("."):
-        if not hasattr(module, part):
-            raise UserError(f"{target}: no '{part}'{nearest(part, dir(module))}")
-        module = getattr(module, part)
-    return module
-
-
-def _load_file(path: Path) -> str:
-    """Import a file -> its module name."""
-    content = path.read_bytes()
-    name = "clbench_file_" + hashlib.sha256(str(path.resolve()).encode() + content).hexdigest()[:16]
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return name
-
-
 def build(node: Mapping[str, Any], /, **extra: Any) -> Any:
     """Make the object that a node describes, nested nodes first; `extra` arguments are handed over as they are.
 
@@ -268,7 +244,7 @@ def _importable(node: Any) -> Any:
         if isinstance(made.get("_target_"), str) and ".py:" in made["_target_"]:
             path, name = split_target(made["_target_"])
             assert path is not None
-            made["_target_"] = f"{_load_file(path)}.{name}"
+            made["_target_"] = f"{load_file(path)}.{name}"
         return made
     return [_importable(item) for item in node] if isinstance(node, list | tuple) else node
 

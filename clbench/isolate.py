@@ -119,7 +119,7 @@ def run_alone(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str,
 
 @contextmanager
 def _plain_start_method(ctx: Any) -> Iterator[None]:
-    """joblib's workers have a default start method of their own, which a child would be told and would not know."""
+    """Joblib's workers have a default start method of their own, which a child would be told and would not know."""
     own = multiprocessing.get_start_method(allow_none=True)
     if own is None or own in multiprocessing.get_all_start_methods():
         yield
@@ -144,7 +144,8 @@ def _child(conn: Connection, work: Callable[..., dict[str, Any]], arguments: tup
     with suppress(OSError):
         os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.Thread(target=_listen, args=(conn,), daemon=True).start()
+    finished = threading.Event()
+    threading.Thread(target=_listen, args=(conn, finished), daemon=True).start()
     try:
         ended = work(*arguments)
     except KeyboardInterrupt:
@@ -154,18 +155,21 @@ def _child(conn: Connection, work: Callable[..., dict[str, Any]], arguments: tup
     except Exception as error:  # a job must not take the sweep with it, whatever it raises
         text = "".join(traceback.format_exception(error))
         ended = {"run_id": "", "status": "failed", "text": f"{type(error).__name__}: {error}", "traceback": text}
+    finished.set()
     with suppress(OSError):
         conn.send(ended)
 
 
-def _listen(conn: Connection) -> None:
-    """Turn every message into SIGINT; when the parent is gone, one SIGINT and then the end."""
+def _listen(conn: Connection, finished: threading.Event) -> None:
+    """Turn every message into SIGINT; when the parent is gone, one SIGINT and then the end. Nothing once the work is done."""
     asked = False
     try:
-        while conn.recv():
+        while conn.recv() and not finished.is_set():
             asked = True
             os.kill(os.getpid(), signal.SIGINT)
     except (EOFError, OSError):
+        if finished.is_set():
+            return
         if not asked:
             os.kill(os.getpid(), signal.SIGINT)
         time.sleep(GRACE)

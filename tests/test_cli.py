@@ -5,13 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 
 import pytest
 
 from clbench.cli import EXAMPLES
-from clbench.isolate import how_it_died, run_alone
+from clbench.commands import Tail, summary
+from clbench.isolate import how_it_died, note, run_alone
 
 
 def test_alone_it_explains_itself(clbench):
@@ -83,88 +83,47 @@ def test_manifest_write_check_show(clbench, small):
     assert clbench("manifest", "check", "a stream.json", code=2).stderr.count("\n") == 1
 
 
-def test_a_single_run_and_the_same_again(clbench, small):
-    words = ("run", "learner=ncm", "results_dir=my results", *small)
-    assert "step_macro" in clbench(*words).stdout
-    assert "is done already" in clbench(*words).stdout
+def test_a_run_the_same_again_and_the_plan(clbench, small):
+    words = ("learner=ncm", "results_dir=my results", *small)
+    assert "step_macro" in clbench("run", *words).stdout
+    assert "is done already" in clbench("run", *words).stdout
     assert len(clbench.records("my results")) == 1
     assert {p.name for p in clbench.folder.iterdir()} == {"my results"}, "Hydra left folders behind"
+    done = clbench("plan", "-m", *words, "learner=ncm,slca", "seed=0,x", "scenario.order=natural,nature", code=2)
+    assert "2 jobs: 1 done, 1 new" in done.stdout and "nature" in done.stderr
+    assert done.stderr.count("seed must be a whole number from 0, got 'x'") == 1
 
 
 def test_a_single_run_that_fails_exits_1(clbench, small):
-    done = clbench("run", "learner=finetune", "learner.lr=1e30", "learner.backbone_lr=1e30", *small, code=1)
-    assert "FloatingPointError" in done.stderr
+    done = clbench("run", "learner=finetune", "learner.lr=1e30", "scenario.budget.epochs=3", *small[:3], code=1)
+    assert done.stderr.count("FloatingPointError: loss is ") == 1 and "holds the traceback" in done.stdout
     assert [r["status"] for r in clbench.records()] == ["failed"]
 
 
-def test_plan_shows_all_jobs_and_all_errors(clbench, small):
-    out = clbench("plan", "-m", "learner=ncm,finetune", *small).stdout
-    assert "2 jobs: 2 new" in out
-    clbench("run", "learner=ncm", *small)
-    assert "2 jobs: 1 done, 1 new" in clbench("plan", "-m", "learner=ncm,finetune", *small).stdout
-    done = clbench("plan", "-m", "learner=ncm,slca", "scenario=dil_pacs,til_digits", "seed=0,x", code=2)
-    assert "seed must be a whole number from 0, got 'x'" in done.stderr
+def test_a_sweep_is_told_line_by_line(tmp_path, capsys):
+    log = tmp_path / "log.jsonl"
+    note(log, {"status": "ok"})
+    assert not log.exists(), "a job that ends after its sweep leaves nothing behind"
+    log.touch()
+    tail = Tail(log, 3)
+    tail.start()
+    note(log, {"status": "ok", "label": "seed=0", "seconds": 3.2, "text": "matrix\n\nstep_macro 0.9000\nrecord x"})
+    note(log, {"status": "died", "label": "seed=1", "seconds": 0.6, "text": "left with exit code 7"})
+    tail.stop()
+    assert capsys.readouterr().out.splitlines() == [
+        "[1/3] ok          seed=0  3 s  step_macro 0.9000",
+        "[2/3] died        seed=1  1 s  left with exit code 7",
+    ]
+    assert summary(tail.counts, 3, {"results_dir": "my results"}).splitlines() == [
+        "3 jobs: 1 ok, 1 died, 1 not run",
+        "clbench report --strict --results-dir 'my results' names them and exits 1",
+    ]
 
 
-DEADLY = """
-    import os, signal, sys
-
-    from clbench.learners.ncm import NearestClassMean
-
-
-    class Deadly(NearestClassMean):
-        def __init__(self, model, runtime, *, how: str = "live"):
-            super().__init__(model, runtime)
-            self.how = how
-
-        def learn(self, experience):
-            if experience.index == 1:
-                if self.how == "raise":
-                    raise RuntimeError("as asked")
-                if self.how == "exit":
-                    sys.exit(3)
-                if self.how == "kill":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                if self.how == "vanish":
-                    os._exit(7)
-            return super().learn(experience)
-"""
-
-
-def sweep_of_deaths(clbench, small, *words):
-    (clbench.folder / "deadly.py").write_text(textwrap.dedent(DEADLY))
-    how = "learner.how=raise,exit,kill,vanish,live"
-    return clbench("run", "-m", "learner._target_=deadly.Deadly", how, *words, *small)
-
-
-def check_deaths(clbench, out):
-    assert "5 jobs: 1 ok, " in out and "clbench report --strict" in out
-    for text in ("learner.how=raise", "as asked", "killed by SIGKILL", "left with exit code 7"):
-        assert text in out
-    by_how = {r["config"]["learner"]["how"]: r["status"] for r in clbench.records()}
-    assert by_how["live"] == "ok" and by_how["raise"] == "failed" and by_how["kill"] == by_how["vanish"] == "running"
-
-
-def test_a_job_that_dies_takes_nothing_with_it(clbench, small):
-    check_deaths(clbench, sweep_of_deaths(clbench, small).stdout)
-    assert not list(clbench.folder.glob("results/runs/.sweep-*"))
-    assert clbench("report", "--strict", code=None).returncode != 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("machine", ["joblib", "submitit_local"])
-def test_nor_under_other_launchers(clbench, small, machine):
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    check_deaths(clbench, sweep_of_deaths(clbench, small, f"machine={machine}").stdout)
-
-
-def test_alone_and_in_a_sweep_the_same_record(clbench, small):
-    clbench("run", "-m", "learner=finetune", "seed=0,1", "results_dir=a", "num_threads=1", *small)
-    clbench("run", "learner=finetune", "seed=1", "results_dir=b", "num_threads=1", *small)
-    (alone,) = clbench.records("b")
-    (same,) = [r for r in clbench.records("a") if r["run_id"] == alone["run_id"]]
-    assert same["correct"] == alone["correct"] and same["final_state_sha256"] == alone["final_state_sha256"]
+def test_on_error_raise_ends_a_sweep_with_the_traceback(clbench, small):
+    words = ("learner=finetune", "scenario.budget.epochs=3", "learner.lr=1e30", "on_error=raise", *small[:3])
+    done = clbench("run", "-m", "seed=0,1", *words, code=1)
+    assert "Traceback" in done.stderr and "2 jobs: 1 failed, 1 not run" in done.stdout
 
 
 @pytest.mark.parametrize("words", [(), ("-m", "seed=0,1")])
@@ -175,12 +134,14 @@ def test_ctrl_c_exits_130_and_the_same_command_goes_on(clbench, small, words):
     while not list(clbench.folder.glob("results/runs/*/journal/*")) and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command goes on where" in err
     assert "Traceback" not in err
-    few = [word for word in many if "epochs" not in word]
     assert [r["status"] for r in clbench.records()] == ["running"]
-    assert clbench("plan", *[w for w in few], "scenario.budget.epochs=200").stdout.count("resumable") >= 1
+    if words:
+        assert "1 interrupted, 1 not run" in out
+    else:
+        assert "resumable" in clbench("plan", *many).stdout
 
 
 def test_run_alone_says_how_a_child_ended():

@@ -41,6 +41,7 @@ def test_defaults_compose_and_pass():
         (["seed"], "'seed': write NAME=VALUE"),
         (["=3"], "'=3': write NAME=VALUE"),
         (["learner=3"], "no learner '3' (one of: "),
+        (["schedule=null"], "schedule=null has no effect: leave it out"),
         (["seed=0,1"], "seed=0,1 asks for several runs: add -m"),
         (["seed=abc"], "seed must be a whole number from 0, got 'abc'"),
         (["seed=-1"], "seed must be a whole number from 0, got -1"),

@@ -51,20 +51,14 @@ def test_listed_suggested_and_composed_without_import(outside):
     assert err == "clbench: learner.strength must be int, got 'high'\n"
 
 
-def test_runs_singly_and_in_a_sweep(outside, small):
-    out = outside("run", "learner=outside", *small).stdout
-    assert "step_macro" in out
-    out = outside("run", "-m", "learner=outside", "seed=1,2", *small).stdout
+@pytest.mark.parametrize("machine", ["local", "joblib"])
+def test_runs_in_a_sweep(outside, small, machine):
+    if machine == "joblib":
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    out = outside("run", "-m", f"machine={machine}", "learner=outside", "seed=1,2", *small).stdout
     assert "2 jobs: 2 ok" in out
-    assert {r["learner"]["name"] for r in outside.records()} == {"outside"} and len(outside.records()) == 3
+    assert {r["learner"]["name"] for r in outside.records()} == {"outside"} and len(outside.records()) == 2
     assert all(r["learner"]["plugin"].startswith("outside_pkg 1.2") for r in outside.records())
-
-
-@pytest.mark.slow
-def test_runs_in_joblib_workers(outside, small):
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    out = outside("run", "-m", "machine=joblib", "learner=outside,ncm", *small).stdout
-    assert "2 jobs: 2 ok" in out and len(outside.records()) == 2
 
 
 def test_a_package_without_conf_is_left_out_with_a_warning(outside, tmp_path):
@@ -84,11 +78,10 @@ def test_a_name_that_is_taken_is_refused_when_chosen(clbench, tmp_path):
 
 def test_a_loose_file_in_this_folder(clbench, small):
     (clbench.folder / "loose.py").write_text(textwrap.dedent(LEARNER))
-    for target in ("loose.Outside", "loose.py:Outside"):
-        clbench("run", f"learner._target_={target}", "learner.strength=2", *small)
+    clbench("run", "learner._target_=loose.Outside", "learner.strength=2", *small)
     out = clbench("run", "-m", "learner._target_=loose.py:Outside", "learner.strength=3,4", *small).stdout
     assert "2 jobs: 2 ok" in out
-    assert {r["learner"]["name"] for r in clbench.records()} == {"Outside"} and len(clbench.records()) == 4
+    assert {r["learner"]["name"] for r in clbench.records()} == {"Outside"} and len(clbench.records()) == 3
 
 
 @pytest.mark.parametrize(
@@ -104,8 +97,8 @@ def test_new_writes_what_runs_at_once(clbench, small, kind, target):
     if kind == "learner":
         assert "step_macro" in clbench("run", f"learner._target_={target}", *small).stdout
     else:
-        assert "step_macro" in clbench("run", "learner=ncm", f"scenario._target_={target}", "scenario.epochs=1").stdout
-        assert "10 samples" not in clbench("manifest", "show", f"scenario._target_={target}").stdout
+        shown = clbench("manifest", "show", f"scenario._target_={target}", "scenario.increment=5").stdout
+        assert shown.startswith("class_incremental, digits, sha256 ") and shown.count("evaluate exp") == 2
 
 
 def test_new_refuses(clbench):

@@ -17,11 +17,15 @@ LAYERS = [
     {"training"},
     {"learners"},
     {"evaluate", "metrics", "compat", "record"},
-    {"report", "config"},
+    {"report", "signatures"},
+    {"catalog"},
+    {"config"},
     {"provenance"},
     {"runner"},
     {"isolate", "scaffold", "planning", "testing"},
-    {"commands", "cli"},
+    {"commands"},
+    {"cli"},
+    {"__main__"},
 ]
 TORCH_FREE = ["clbench", "clbench.cli", "clbench.config", "clbench.metrics", "clbench.record", "clbench.report"]
 

@@ -6,28 +6,32 @@ different timm releases (`vit_base_patch16_224` was `augreg_in21k_ft_in1k`, toda
 
 from __future__ import annotations
 
-import hashlib
+import copy
+import difflib
 import json
-import os
-import pathlib
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from clbench.interfaces import UserError
+from clbench.models import weights as files
+from clbench.models.weights import state_sha256
 from clbench.streams.images import ImageBatch
 from clbench.streams.pixels import Profile, make_profile
 
-HERE = pathlib.Path(__file__).resolve().parent
 MEMO_BYTES = 2 << 30
+Family = Literal[
+    "timm", "unit", "imagenet", "cifar", "small", "pilot", "ranpac", "coda", "lae", "slca_cifar", "slca_imagenet",
+    "slca_finegrained", "fecam",
+]  # fmt: skip
 
 
 class Backbone(nn.Module):
     """A timm model without its classifier. `features` gives [B, D] after the last norm and pooling (class token for ViTs).
 
-    passes    images that went through: {"train": n, "eval": n}
-    identity  name, timm tag, source, file_sha256, state_sha256: goes into the record
+    passes    images that went through, those of deep copies included: {"train": n, "eval": n}
+    identity  name, timm tag, source, profile, file_sha256, state_sha256: goes into the record
     """
 
     def __init__(self, net: nn.Module, profile: Profile, identity: dict[str, Any], pretrained: bool):
@@ -36,6 +40,7 @@ class Backbone(nn.Module):
         self.num_features = int(net.num_features)  # type: ignore[arg-type]
         self.passes = {"train": 0, "eval": 0}
         self.frozen = False
+        self._remembers = True
         self._memo: dict[int, Tensor] = {}
 
     def features(self, batch: Any) -> Tensor:
@@ -43,16 +48,16 @@ class Backbone(nn.Module):
 
         While frozen, features of test-view batches are remembered by sample id: no image passes twice.
         """
-        memo = self.frozen and isinstance(batch, ImageBatch) and batch.plain
-        if memo:
-            ids = batch.ids.tolist()
-            if all(i in self._memo for i in ids):
-                return torch.stack([self._memo[i] for i in ids]).to(self._device)
+        memo = isinstance(batch, ImageBatch) and batch.plain and self._may_remember()
+        ids = batch.ids.tolist() if memo else []
+        if memo and all(i in self._memo for i in ids):
+            return torch.stack([self._memo[i] for i in ids]).to(self._device)
         x = batch if isinstance(batch, Tensor) else batch.x
         self.passes["train" if self.training and torch.is_grad_enabled() else "eval"] += len(x)
         out = self.net.forward_head(self.net.forward_features(x), pre_logits=True)  # type: ignore[operator]
-        if memo and len(self._memo) * self.num_features * 4 < MEMO_BYTES:
-            self._memo.update(zip(ids, out.detach().float().cpu().clone(), strict=True))
+        if memo and (len(self._memo) + len(ids)) * self.num_features * 4 <= MEMO_BYTES:
+            for i, row in zip(ids, out.detach().float().cpu(), strict=True):
+                self._memo.setdefault(i, row.clone())  # the first answer stays
         return out
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,6 +67,15 @@ class Backbone(nn.Module):
     @property
     def _device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def _may_remember(self) -> bool:
+        return self.frozen and self._remembers and not any(p.requires_grad for p in self.parameters())
+
+    def remember(self, on: bool) -> None:
+        """Whether features are remembered while frozen (they are, unless told otherwise); False forgets them."""
+        self._remembers = on
+        if not on:
+            self._memo.clear()
 
     def freeze(self) -> None:
         """No parameter is trained from now on; normalisation keeps its statistics; features are remembered."""
@@ -84,12 +98,20 @@ class Backbone(nn.Module):
         norm = getattr(self.net, "norm", None)
         if not isinstance(norm, nn.LayerNorm):
             raise UserError(f"model {self.identity['name']} has no final LayerNorm: set learner.fresh_norm=false")
-        self.net.norm = nn.LayerNorm(norm.normalized_shape, eps=1e-5).to(self._device)
+        self.net.norm = nn.LayerNorm(list(norm.normalized_shape), eps=1e-5).to(self._device).requires_grad_(not self.frozen)
+        self._memo.clear()
 
     def load_state_dict(self, state: Any, strict: bool = True, assign: bool = False) -> Any:
         """Fill in place; remembered features are forgotten."""
         self._memo.clear()
         return super().load_state_dict(state, strict, assign)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Backbone:
+        """A copy of its own weights that remembers nothing yet; its passes count here."""
+        twin = Backbone.__new__(Backbone)
+        memo |= {id(self): twin, id(self.passes): self.passes, id(self._memo): {}}
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
 
 def build_backbone(
@@ -98,8 +120,8 @@ def build_backbone(
     kwargs: dict[str, Any] | None = None,
     weights: str = "none",
     sha256: str | None = None,
-    profile: str = "timm",
-    stem: str | None = None,
+    profile: Family = "timm",
+    stem: Literal["small"] | None = None,
     data_root: str | None = None,
     download: bool = False,
     seed: int = 0,
@@ -111,132 +133,106 @@ def build_backbone(
     sha256   of the file, checked where it is given
     stem     "small": 3x3 convolution without pooling, for ResNets at 32 px
     """
-    net = _architecture(name, timm, dict(kwargs or {}), stem, seed, weights == "timm", download)
-    source, file_sha = weights, None
+    options = dict(kwargs or {})
+    if weights == "none" and sha256 is not None:
+        raise UserError(f"model.sha256={sha256[:12]}... has no effect: model.weights=none has no file")
+    if weights == "timm":
+        if stem is not None:
+            raise UserError(f"model.stem={stem} would replace a part of the weights that model.weights=timm brings")
+        net, timm, file_sha = _downloaded(timm, options, sha256, download)
+    else:
+        net, file_sha = _drawn(timm, options, stem, seed), None
+    source = weights
     if weights not in ("none", "timm"):
-        path = _find(weights, timm, data_root)
-        file_sha = hashlib.sha256(path.read_bytes()).hexdigest()
+        path = files.find(weights, timm, data_root)
         if weights.startswith("package:"):
-            sha256 = json.loads(path.with_suffix(".json").read_text())["sha256"]
-        if sha256 is not None and sha256 != file_sha:
-            raise UserError(f"weights {path} have SHA-256 {file_sha}, expected {sha256}")
-        _fill(net, path, name)
+            sha256 = sha256 or json.loads(path.with_suffix(".json").read_text())["sha256"]
+        file_sha = files.check_sha256(path, sha256)
+        files.fill(net, path, name)
         source = weights if weights.startswith("package:") else path.name
-    identity = {
-        "name": name,
-        "timm": timm,
-        "source": source,
-        "profile": profile,
-        "file_sha256": file_sha,
-        "state_sha256": state_sha256(net.state_dict()),
-    }
+    identity = {"name": name, "timm": timm, "source": source, "profile": profile, "file_sha256": file_sha}
+    identity["state_sha256"] = state_sha256(net.state_dict())
     config = dict(getattr(net, "pretrained_cfg", None) or {})
-    size = int((kwargs or {}).get("img_size", 32 if stem == "small" else config.get("input_size", (3, 224, 224))[-1]))
+    side = options.get("img_size", 32 if stem == "small" else config.get("input_size", (3, 224, 224))[-1])
+    size = int(side[0] if isinstance(side, list | tuple) else side)
     return Backbone(net, make_profile(profile, size, config), identity, weights != "none")
 
 
-def _architecture(
-    name: str, tag: str, kwargs: dict, stem: str | None, seed: int, pretrained: bool, download: bool
-) -> nn.Module:
+def _known(tag: str) -> None:
+    """`UserError` unless timm has this architecture and, where one is given, this tag."""
     import timm
+
+    architecture, _, variant = tag.partition(".")
+    if architecture not in timm.list_models():
+        near = difflib.get_close_matches(architecture, timm.list_models(), 3)
+        raise UserError(f"timm has no model {architecture!r}; near: {', '.join(near) or 'none'}")
+    tags = timm.list_pretrained(f"{architecture}.*")
+    if variant and tag not in tags:
+        near = difflib.get_close_matches(tag, tags, 1) or tags[:1]
+        raise UserError(
+            f"timm has no weights {tag!r}; {f'did you mean {near[0]!r}?' if near else 'it has none for this model'}"
+        )
+
+
+def _create(tag: str, options: dict[str, Any], **more: Any) -> nn.Module:
+    import timm
+
+    try:
+        return timm.create_model(tag, num_classes=0, **options, **more)
+    except (TypeError, AssertionError) as error:
+        raise UserError(f"model.kwargs {options} do not fit timm's {tag}: {error}") from None
+
+
+def _drawn(tag: str, options: dict[str, Any], stem: str | None, seed: int) -> nn.Module:
+    """An architecture with random weights from `seed`; the global generators stay as they are."""
     from timm.models.resnet import BasicBlock, ResNet
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if tag == "resnet32":
-            net: nn.Module = ResNet(BasicBlock, layers=(5, 5, 5), channels=(16, 32, 64), num_classes=0, stem_width=16)  # type: ignore[arg-type]
-        else:
-            if tag.split(".")[0] not in timm.list_models(tag.split(".")[0]):
-                near = timm.list_models(f"*{tag.split('.')[0][:8]}*")[:3]
-                raise UserError(f"timm has no model {tag!r}; near: {', '.join(near) or 'none'}")
-            if pretrained and "." not in tag:
-                tags = ", ".join(timm.list_pretrained(f"{tag}.*")[:6])
-                raise UserError(f"model.timm={tag} names several weights: give the full tag, one of {tags}")
-            net = _created(tag, kwargs, pretrained, download)
-    if stem == "small":
-        net.conv1 = nn.Conv2d(3, net.conv1.out_channels, 3, 1, 1, bias=False)  # type: ignore[union-attr]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
-        net.maxpool = nn.Identity()
-    elif stem is not None:
+    if stem not in (None, "small"):
         raise UserError(f"model.stem must be null or small, got {stem!r}")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
+        if tag == "resnet32":
+            net: nn.Module = ResNet(BasicBlock, layers=(5, 5, 5), channels=(16, 32, 64), num_classes=0, **options)  # type: ignore[arg-type]
+            net.bn1, net.layer1[0] = nn.BatchNorm2d(16), BasicBlock(16, 16)  # type: ignore[index, operator]
+            net.conv1, net.layer4 = nn.Conv2d(3, 16, 7, 2, 3, bias=False), nn.Identity()
+        else:
+            _known(tag)
+            net = _create(tag, options)
+        if stem == "small":
+            if not isinstance(net, ResNet):
+                raise UserError(f"model.stem=small is for ResNets, {tag} is none")
+            net.conv1 = nn.Conv2d(3, int(net.bn1.num_features), 3, 1, 1, bias=False)  # type: ignore[arg-type]
+            net.maxpool = nn.Identity()
+        if isinstance(net, ResNet):
+            net.init_weights()
     return net
 
 
-def _created(tag: str, kwargs: dict[str, Any], pretrained: bool, download: bool) -> nn.Module:
+def _downloaded(tag: str, options: dict[str, Any], sha256: str | None, download: bool) -> tuple[nn.Module, str, str | None]:
+    """A model with timm's own weights, from its cache where they lie there -> net, full tag, SHA-256 of the file."""
     import timm
 
-    if not pretrained:
-        return timm.create_model(tag, num_classes=0, **kwargs)
-    offline = os.environ.get("HF_HUB_OFFLINE")
-    if not download:
-        os.environ["HF_HUB_OFFLINE"] = "1"
+    _known(tag)
+    if "." not in tag:
+        tags = timm.list_pretrained(f"{tag}.*")
+        if len(tags) != 1:
+            raise UserError(f"model.timm={tag} names {len(tags)} sets of weights: give the full tag, one of {', '.join(tags)}")
+        tag = tags[0]
+    path = files.cached(tag)
+    mend = "or model.weights=FILE, a safetensors file"
+    if path is None and not download:
+        raise UserError(f"weights of timm's {tag} are not in the local cache: download=true fetches them, {mend}")
+    overlay = {} if path is None else {"file": str(path), "custom_load": path.suffix == ".npz"}
     try:
-        return timm.create_model(tag, pretrained=True, num_classes=0, **kwargs)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            net = _create(tag, options, pretrained=True, pretrained_cfg_overlay=overlay)
+    except UserError:
+        raise
     except Exception as error:  # the hub's client raises many kinds
-        hint = "no network, or the hub does not answer" if download else "not in the local cache; download=true fetches them"
-        line = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(
-            f"weights of timm's {tag} could not be loaded ({hint}; or model.weights=FILE, a safetensors file): {line}"
-        ) from None
-    finally:
-        if not download:
-            if offline is None:
-                os.environ.pop("HF_HUB_OFFLINE", None)
-            else:
-                os.environ["HF_HUB_OFFLINE"] = offline
-
-
-def _find(weights: str, tag: str, data_root: str | None) -> pathlib.Path:
-    if weights.startswith("package:"):
-        return HERE / weights.removeprefix("package:")
-    root = data_root or os.environ.get("CLBENCH_DATA")
-    places = [pathlib.Path(weights).expanduser()] + ([pathlib.Path(root).expanduser() / weights] if root else [])
-    for path in places:
-        if path.is_file():
-            return path
-    looked = " and ".join(str(p) for p in places)
-    where = "" if root else " (no data_root, CLBENCH_DATA is not set)"
-    raise UserError(
-        f"weights file {weights} not found: looked for {looked}{where}; it holds timm's {tag}; "
-        "model.weights=FILE names it, model.weights=timm download=true fetches timm's own"
-    )
-
-
-def _fill(net: nn.Module, path: pathlib.Path, name: str) -> None:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # corrupt files raise many kinds
-        raise UserError(f"weights {path} cannot be read: {(str(error).splitlines() or [''])[0][:120]}") from None
-    state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else {}
-    wanted = net.state_dict()
-    heads = ("head.", "head_drop.", "fc.", "classifier.", "head_dist.", "pre_logits.")
-    given = {k: v.float() if v.is_floating_point() else v for k, v in state.items() if k in wanted or not k.startswith(heads)}
-    missing, extra = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
-    if missing or extra:
-        first = f"missing {missing[0]}" if missing else f"unexpected {extra[0]}"
-        raise UserError(f"weights {path} do not fit model {name}: {len(missing)} missing, {len(extra)} unexpected ({first})")
-    for key, value in given.items():
-        if value.shape != wanted[key].shape:
-            raise UserError(
-                f"weights {path} do not fit model {name}: {key} is {tuple(value.shape)}, the model wants {tuple(wanted[key].shape)}"
-            )
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise UserError(f"weights {path}: {key} holds NaN or infinite values")
-    net.load_state_dict(given)
-
-
-def state_sha256(state: dict[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of a state, in the order of the names."""
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        value = state[key].detach().cpu().contiguous()
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
-    return digest.hexdigest()
+        reason = files.line(error)
+        raise UserError(f"weights of timm's {tag} could not be loaded ({mend}): {reason}") from None
+    path = path or files.cached(tag)
+    if path is None and sha256 is not None:
+        raise UserError(f"model.sha256 cannot be checked: timm's file for {tag} was not found after loading it")
+    return net, tag, files.check_sha256(path, sha256) if path else None

@@ -1,7 +1,7 @@
 """Classifiers that grow with the classes. Shapes: features [B, D] -> scores [B, K].
 
 Loading a state with more classes than a head has grows it first; blocks that are there already are filled in place, so that
-an optimiser which holds their parameters stays valid.
+an optimiser which holds their parameters stays valid. Nothing here touches the global random generator.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import skip_init
 
 from clbench.interfaces import UserError
+
+LOWEST = -1e30  # score of a class without samples: finite, below every other
 
 
 class LinearHead(nn.Module):
     """One `Linear(D, classes of an experience)` per experience; logits are concatenated. New rows: normal(0, std), bias 0."""
 
-    def __init__(self, num_features: int, std: float = 0.02):
+    def __init__(self, num_features: int, std: float = 0.02, bias: bool = True):
         super().__init__()
-        self.num_features, self.std = num_features, std
+        self.num_features, self.std, self.bias = num_features, std, bias
         self.blocks = nn.ModuleList()
         self.anchor: Tensor
         self.register_buffer("anchor", torch.zeros(0), persistent=False)  # where new blocks go
@@ -31,11 +34,15 @@ class LinearHead(nn.Module):
         """K."""
         return sum(block.out_features for block in self.blocks)  # type: ignore[misc]
 
+    def _block(self, count: int) -> nn.Linear:
+        return skip_init(nn.Linear, self.num_features, count, bias=self.bias)  # type: ignore[return-value]
+
     def grow(self, count: int, generator: torch.Generator) -> None:
         """Append `count` classes; weights are drawn from a CPU generator (torch's trunc_normal_, bounds -2 and 2)."""
-        block = nn.Linear(self.num_features, count)
+        block = self._block(count)
         nn.init.trunc_normal_(block.weight, std=self.std, generator=generator)
-        nn.init.zeros_(block.bias)
+        if self.bias:
+            nn.init.zeros_(block.bias)
         self.blocks.append(block.to(self.anchor.device))
 
     def forward(self, features: Tensor) -> Tensor:
@@ -49,22 +56,19 @@ class LinearHead(nn.Module):
         while len(self.blocks) > len(widths):
             del self.blocks[-1]
         for i, width in enumerate(widths):
-            if i < len(self.blocks) and self.blocks[i].out_features == width:
-                continue
-            block = nn.Linear(self.num_features, width).to(self.anchor.device)
-            if i < len(self.blocks):
-                self.blocks[i] = block
-            else:
-                self.blocks.append(block)
+            if i == len(self.blocks):
+                self.blocks.append(self._block(width).to(self.anchor.device))
+            elif self.blocks[i].out_features != width:
+                self.blocks[i] = self._block(width).to(self.anchor.device)
         return super().load_state_dict(state, strict, assign)
 
 
 class CosineHead(nn.Module):
-    """sigma * cos(f, w_c) with a learnable sigma (1 at the start) and rows U(-1/sqrt(D), 1/sqrt(D)), one block per experience."""
+    """sigma * cos(f, w_c): learnable sigma, 1 at the start; rows U(-1/sqrt(D), 1/sqrt(D)), one block per experience."""
 
     def __init__(self, num_features: int):
         super().__init__()
-        self.linear = LinearHead(num_features)
+        self.linear = LinearHead(num_features, bias=False)
         self.sigma = nn.Parameter(torch.ones(1))
 
     @property
@@ -72,37 +76,42 @@ class CosineHead(nn.Module):
         """K."""
         return self.linear.num_classes
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """One `Linear` without bias per experience."""
+        return self.linear.blocks
+
     def grow(self, count: int, generator: torch.Generator) -> None:
-        """Append `count` classes."""
-        self.linear.grow(count, generator)
-        block = self.linear.blocks[-1]
+        """Append `count` classes; weights are drawn from a CPU generator."""
         bound = self.linear.num_features**-0.5
+        drawn = torch.empty(count, self.linear.num_features).uniform_(-bound, bound, generator=generator)
+        self.linear.grow(count, generator)
         with torch.no_grad():
-            drawn = torch.empty(count, self.linear.num_features).uniform_(-bound, bound, generator=generator)
-            block.weight.copy_(drawn)
-        block.bias.requires_grad_(False)
+            self.blocks[-1].weight.copy_(drawn)  # type: ignore[operator]
 
     def assign(self, first: int, prototypes: Tensor) -> None:
-        """Overwrite the rows of classes first, first + 1, ... by prototypes [P, D]."""
+        """Overwrite the rows of classes first, first + 1, ... in place by prototypes [P, D]."""
+        if first < 0 or first + len(prototypes) > self.num_classes:
+            raise UserError(f"prototypes for classes {first}..{first + len(prototypes) - 1}, the head has {self.num_classes}")
         row = 0
         with torch.no_grad():
-            for block in self.linear.blocks:
-                for i in range(block.out_features):
+            for block in self.blocks:
+                for i in range(len(block.weight)):  # type: ignore[arg-type]
                     if first <= row < first + len(prototypes):
-                        block.weight[i].copy_(prototypes[row - first])
+                        block.weight[i].copy_(prototypes[row - first])  # type: ignore[index]
                     row += 1
 
     def forward(self, features: Tensor) -> Tensor:
         """Scaled cosines [B, K]."""
-        rows = torch.cat([block.weight for block in self.linear.blocks])
+        assert len(self.blocks), "the head has no class yet"
+        rows = torch.cat([block.weight for block in self.blocks])  # type: ignore[misc]
         return self.sigma * F.linear(F.normalize(features, dim=1), F.normalize(rows, dim=1))
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Fill in place, growing first where needed."""
         part = {key.removeprefix("linear."): value for key, value in state.items() if key.startswith("linear.")}
-        self.linear.load_state_dict(part, strict, assign)
-        with torch.no_grad():
-            self.sigma.copy_(state["sigma"])
+        self.linear.load_state_dict(part)
+        return super().load_state_dict(state, strict, assign)
 
 
 class PrototypeHead:
@@ -119,7 +128,8 @@ class PrototypeHead:
         self.counts_K = torch.zeros(0, dtype=torch.float64)
 
     def to(self, device: torch.device | str) -> PrototypeHead:
-        """Move the statistics."""
+        """Move the statistics; they stay on the CPU for devices without float64."""
+        device = torch.device("cpu") if torch.device(device).type == "mps" else device
         self.sums_KD, self.counts_K = self.sums_KD.to(device), self.counts_K.to(device)
         return self
 
@@ -129,8 +139,8 @@ class PrototypeHead:
         if more > 0:
             self.sums_KD = torch.cat([self.sums_KD, self.sums_KD.new_zeros(more, self.sums_KD.shape[1])])
             self.counts_K = torch.cat([self.counts_K, self.counts_K.new_zeros(more)])
-        f = features.double()
-        for c in y.unique():
+        f, y = features.detach().to(self.sums_KD), y.to(self.sums_KD.device)
+        for c in y.unique().tolist():
             rows = y == c
             self.sums_KD[c] += f[rows].sum(0)
             self.counts_K[c] += rows.sum()
@@ -141,19 +151,23 @@ class PrototypeHead:
         return self.sums_KD / self.counts_K.clamp_min(1)[:, None]
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Scores [B, K] float32; classes without samples get the lowest finite score."""
-        f, means = features.double(), self.means_KD
+        """Scores [B, K] float32 where the features are; classes without samples get the lowest."""
+        f, means = features.to(self.sums_KD), self.means_KD
         if self.metric == "cosine":
             z = F.normalize(f, dim=1) @ F.normalize(means, dim=1).T
         else:
             z = 2 * f @ means.T - means.square().sum(1) - f.square().sum(1, keepdim=True)
-        return z.masked_fill(self.counts_K == 0, -1e30).float()
+        return z.masked_fill(self.counts_K == 0, LOWEST).float().to(features.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Sums and counts."""
         return {"sums_KD": self.sums_KD, "counts_K": self.counts_K}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replace them."""
-        device = self.sums_KD.device
-        self.sums_KD, self.counts_K = state["sums_KD"].to(device).clone(), state["counts_K"].to(device).clone()
+        """Fill in place where the shapes agree, else replace."""
+        for name in ("sums_KD", "counts_K"):
+            mine, given = getattr(self, name), state[name]
+            if mine.shape == given.shape:
+                mine.copy_(given)
+            else:
+                setattr(self, name, given.to(mine).clone())

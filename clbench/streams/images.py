@@ -47,13 +47,14 @@ class ImageBatch:
 
     @staticmethod
     def cat(parts: Sequence[ImageBatch]) -> ImageBatch:
-        """Several batches as one; labels are kept when all have them."""
+        """Several batches as one; labels are kept when all have them, the task when it is the same."""
         labels = [p.y for p in parts if p.y is not None]
         y = torch.cat(labels) if len(labels) == len(parts) else None
+        task = parts[0].task if len({p.task for p in parts}) == 1 else None
         joined = ImageBatch(
             torch.cat([p.ids for p in parts]),
             y,
-            parts[0].task,
+            task,
             lambda: torch.cat([p.x for p in parts]),
             all(p.plain for p in parts),
         )
@@ -92,8 +93,11 @@ class ImageData:
         stored = self.rows[rows]
 
         def make() -> Tensor:
-            images = source.array[stored] if isinstance(source, ArrayImages) else source.raw(stored)
-            return pipeline(images, ids, key)
+            if isinstance(source, ArrayImages):
+                return pipeline(pipeline.stored(source, stored), ids, key)
+            if source.shape is not None:
+                return pipeline(np.stack(source.raw(stored)), ids, key)
+            return pipeline([lambda row=row: source.raw(row[None])[0] for row in stored], ids, key)
 
         y = torch.from_numpy(self.y[rows]).to(pipeline.device)
         return ImageBatch(torch.from_numpy(ids), y, self.task, make, key is None)
@@ -164,10 +168,10 @@ class ListImages:
 class JoinedImages:
     """Rows of several sources, counted through."""
 
-    shape = None
-
     def __init__(self, sources: list[ImageSource], rows: list[np.ndarray]):
         self.sources, self.rows = sources, rows
+        shapes = {source.shape for source in sources}
+        self.shape = shapes.pop() if len(shapes) == 1 else None
         self.first = np.cumsum([0] + [len(r) for r in rows])
 
     def __len__(self) -> int:
@@ -195,6 +199,7 @@ class Batches:
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
 
     def __call__(self, step: int) -> ImageBatch:
+        """The batch of a step, 0 <= step < steps."""
         epoch, i = divmod(step, self.per_epoch)
         if self._order[0] != epoch:
             self._order = (epoch, counter.permutation(counter.key(self.key, "order", epoch), len(self.data)))

@@ -1,15 +1,21 @@
-"""Crop and resize a batch, every image with its own box, by two small matrix products per image.
+"""Crop and resize with Pillow's kernels: a batch by two small matrix products per image, or one image by Pillow itself.
 
-The kernels are Pillow's: triangle (bilinear) and Keys' cubic with a = -0.5 (bicubic), widened by the scale when shrinking
-(antialias), taps inside the crop only, weights normalised. Legend: B batch, C channels, H W stored size, S output size.
+Triangle (bilinear) and Keys' cubic with a = -0.5 (bicubic), widened by the scale when shrinking (antialias), taps inside the
+crop only, weights normalised, values rounded to whole levels after each pass. Rows first, then columns: newer releases of
+Pillow choose the order by the shape of the image, and bicubic overshoot that is clipped between the passes then differs by
+up to 20 levels. Both functions fix the order, so they agree to one level whatever the release.
+
+Legend: B batch, C channels, H W stored size, S T output height and width.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-KERNELS = ("bilinear", "bicubic")
+KERNELS = {"bilinear": 1.0, "bicubic": 2.0}  # name -> reach, in pixels of the coarser grid
+CHUNK = 64  # images whose weights are made together: bounds memory, keeps them in cache
 
 
 def kernel(x: Tensor, name: str) -> Tensor:
@@ -24,27 +30,56 @@ def kernel(x: Tensor, name: str) -> Tensor:
 
 
 def matrices(start: Tensor, length: Tensor, stored: int, size: int, name: str) -> Tensor:
-    """Weights that take `stored` pixels to `size`, for crops [start, start + length): start, length [B] whole numbers -> [B, S, stored]."""
-    start, length = start.double()[:, None, None], length.double()[:, None, None]
+    """Weights [B, size, stored] that take the pixels [start, start + length) of `stored` to `size`; start, length [B] whole."""
+    start, length = start.long()[:, None, None], length.double()[:, None, None]
     scale = length / size
     widened = scale.clamp_min(1.0)
-    support = {"bilinear": 1.0, "bicubic": 2.0}[name] * widened
-    centre = (torch.arange(size, dtype=torch.float64)[None, :, None] + 0.5) * scale
-    pixel = torch.arange(stored, dtype=torch.float64)[None, None, :] - start
+    support = KERNELS[name] * widened
+    centre = (torch.arange(size, dtype=torch.float64, device=start.device)[None, :, None] + 0.5) * scale
     low = torch.floor(centre - support + 0.5).clamp_min(0)
     high = torch.minimum(torch.floor(centre + support + 0.5), length)
-    weight = kernel((pixel + 0.5 - centre) / widened, name) * ((pixel >= low) & (pixel < high))
-    return (weight / weight.sum(2, keepdim=True)).float()
+    taps = int((high - low).max())
+    pixel = low + torch.arange(taps, dtype=torch.float64, device=start.device)
+    weight = kernel((pixel + 0.5 - centre) / widened, name) * (pixel < high)
+    weight = (weight / weight.sum(2, keepdim=True)).float()
+    full = weight.new_zeros(len(length), size, stored + taps)  # the last columns only take weights that are 0
+    return full.scatter_(2, start + pixel.long(), weight)[:, :, :stored]
 
 
-def crop_resize(x_u8: Tensor, boxes: Tensor, size: int, name: str) -> Tensor:
-    """Crop each image to its box and resize it to S x S.
+def _levels(x: Tensor) -> Tensor:
+    return x.add_(0.5).floor_().clamp_(0, 255)
 
-    x_u8 [B, C, H, W] uint8, boxes [B, 4] whole numbers (top, left, height, width) -> [B, C, S, S] float in 0..1.
+
+def crop_resize(x_u8: Tensor, boxes: Tensor, size: int | tuple[int, int], name: str) -> Tensor:
+    """Crop each image to its box and resize it to S x T (S x S for one number).
+
+    x_u8 [B, C, H, W] uint8, boxes [B, 4] whole numbers on the CPU (top, left, height, width) -> [B, C, S, T] float32 in 0..1,
+    whole multiples of 1/255.
     """
-    down = matrices(boxes[:, 0], boxes[:, 2], x_u8.shape[2], size, name).to(x_u8.device)
-    across = matrices(boxes[:, 1], boxes[:, 3], x_u8.shape[3], size, name).to(x_u8.device)
-    x = x_u8.float()
-    x = torch.matmul(x, across.transpose(1, 2)[:, None]).clamp_(0, 255)
-    x = torch.matmul(down[:, None], x).clamp_(0, 255)
-    return x / 255
+    size = (size, size) if isinstance(size, int) else size
+    height, width = x_u8.shape[2:]
+    whole = torch.tensor([0, 0, height, width])
+    if (height, width) == size and bool((boxes == whole).all()):
+        return x_u8.float() / 255
+    if len(boxes) > 1 and bool((boxes == boxes[:1]).all()):
+        boxes = boxes[:1]  # one pair of matrices serves all
+    device = x_u8.device if x_u8.device.type != "mps" else torch.device("cpu")  # float64 is needed for Pillow's borders
+    parts = []
+    for first in range(0, len(x_u8), CHUNK):
+        part = boxes[first : first + CHUNK] if len(boxes) > 1 else boxes
+        part = part.to(device)
+        across = matrices(part[:, 1], part[:, 3], width, size[1], name).to(x_u8.device)
+        down = matrices(part[:, 0], part[:, 2], height, size[0], name).to(x_u8.device)
+        x = _levels(torch.matmul(x_u8[first : first + CHUNK].float(), across.transpose(1, 2)[:, None]))
+        parts.append(_levels(torch.matmul(down[:, None], x)).div_(255))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def crop_resize_one(image: np.ndarray, box: tuple[int, ...], size: tuple[int, int], name: str) -> np.ndarray:
+    """The same for one image with Pillow: uint8 [H, W, 3], box (top, left, height, width) -> uint8 [S, T, 3]."""
+    from PIL import Image
+
+    top, left, height, width = box
+    part = Image.fromarray(image[top : top + height, left : left + width])
+    mode = Image.Resampling.BILINEAR if name == "bilinear" else Image.Resampling.BICUBIC
+    return np.asarray(part.resize((size[1], height), mode).resize((size[1], size[0]), mode))

@@ -52,6 +52,7 @@ def apply(device: torch.device, threads: int, seed: int, kept: dict[str, Any] | 
 
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads uninitialised memory; filling costs time
     torch.set_default_dtype(torch.float32)
     torch.set_grad_enabled(True)
     torch.manual_seed(seed)

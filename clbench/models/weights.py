@@ -1,0 +1,136 @@
+"""Weights of a model: where they lie, whether they are the right ones, and how they are filled in. Nothing is guessed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clbench.interfaces import UserError
+
+HERE = pathlib.Path(__file__).resolve().parent
+HEADS = ("head.", "head_drop.", "fc.", "classifier.", "head_dist.", "pre_logits.")
+
+
+def find(weights: str, tag: str, data_root: str | None) -> pathlib.Path:
+    """A weights file: in this package, as given, or under `data_root` (else CLBENCH_DATA). Missing: `UserError`."""
+    if weights.startswith("package:"):
+        path = HERE / weights.removeprefix("package:")
+        if path.parent != HERE or not path.is_file():
+            inside = ", ".join(f"package:{p.name}" for p in sorted(HERE.glob("*.safetensors")))
+            raise UserError(f"model.weights={weights}: clbench ships {inside}")
+        return path
+    root = data_root or os.environ.get("CLBENCH_DATA")
+    places = [pathlib.Path(weights).expanduser()] + ([pathlib.Path(root).expanduser() / weights] if root else [])
+    for path in places:
+        if path.is_file():
+            return path
+    looked = " and ".join(str(p) for p in places)
+    where = "" if root else " (no data_root, CLBENCH_DATA is not set)"
+    raise UserError(
+        f"weights file {weights} not found: looked for {looked}{where}; it holds timm's {tag}; "
+        "model.weights=FILE names it, model.weights=timm download=true fetches timm's own"
+    )
+
+
+def cached(tag: str) -> pathlib.Path | None:
+    """The file that timm has already downloaded for a full tag, without asking the network; None where there is none."""
+    import timm
+    from huggingface_hub import try_to_load_from_cache
+
+    config = timm.models.get_pretrained_cfg(tag)
+    if config is None:
+        return None
+    names = (config.hf_hub_filename, "model.safetensors", "pytorch_model.bin") if config.hf_hub_id else ()
+    for name in filter(None, names):
+        found = try_to_load_from_cache(str(config.hf_hub_id), name)
+        if isinstance(found, str):
+            return pathlib.Path(found)
+    url = str(config.url or "")
+    path = pathlib.Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    return path if url and path.is_file() else None
+
+
+def check_sha256(path: pathlib.Path, expected: str | None) -> str:
+    """SHA-256 of a file; `UserError` where another one is expected."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if expected is not None and expected.lower() != found:
+        raise UserError(f"weights {path} have SHA-256 {found}, expected {expected}")
+    return found
+
+
+def fill(net: nn.Module, path: pathlib.Path, name: str) -> None:
+    """Load a file into `net`: safetensors, a pickle of tensors only, or a Google `.npz`. Its classifier is left out."""
+    if path.suffix == ".npz":
+        return _fill_npz(net, path, name)
+    given = _read(path)
+    wanted = net.state_dict()
+    given = {k: v.float() if v.is_floating_point() else v for k, v in given.items() if k in wanted or not k.startswith(HEADS)}
+    missing, extra = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
+    if missing or extra:
+        detail = "; ".join(f"{word} {_some(keys)}" for word, keys in (("missing", missing), ("unexpected", extra)) if keys)
+        raise UserError(f"weights {path} do not fit model {name}: {detail}")
+    for key, value in given.items():
+        if value.shape != wanted[key].shape:
+            shapes = f"{key} is {tuple(value.shape)}, the model wants {tuple(wanted[key].shape)}"
+            raise UserError(f"weights {path} do not fit model {name}: {shapes}")
+    _check_finite(given.items(), path)
+    net.load_state_dict(given)
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def _check_finite(items: Iterable[tuple[str, Tensor]], path: pathlib.Path) -> None:
+    for key, value in items:
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise UserError(f"weights {path}: {key} holds NaN or infinite values")
+
+
+def _read(path: pathlib.Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # corrupt files raise many kinds
+        raise UserError(f"weights {path} cannot be read: {line(error)}") from None
+    for wrapper in ("state_dict", "model"):
+        state = state.get(wrapper, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"weights {path} are not a mapping of names to tensors")
+    return state
+
+
+def _fill_npz(net: Any, path: pathlib.Path, name: str) -> None:
+    if not hasattr(net, "load_pretrained"):
+        raise UserError(f"weights {path}: timm reads .npz files for vision transformers, not for model {name}")
+    try:
+        net.load_pretrained(str(path))
+    except Exception as error:  # a foreign or damaged archive raises many kinds
+        raise UserError(f"weights {path} do not fit model {name}: {line(error)}") from None
+    _check_finite(net.state_dict().items(), path)
+
+
+def line(error: Exception) -> str:
+    """The first line of an error, for a message of one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+
+
+def state_sha256(state: dict[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a state, in the order of the names."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        value = state[key].detach().cpu().contiguous()
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return digest.hexdigest()
