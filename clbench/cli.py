@@ -206,4 +206,6 @@ def answer(argv: Sequence[str]) -> int:
 
 def main() -> NoReturn:
     """Entry point of the `clbench` command."""
+    # Threads that wait must sleep: spinning ones take the cores from the jobs beside them (read when torch loads OpenMP).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(answer(sys.argv[1:]))

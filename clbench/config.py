@@ -52,11 +52,7 @@ def read(overrides: Sequence[str], multirun: bool = False) -> Composed:
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         words = [_parsable(word, parser) for word in words]
         parsed = parser.parse_overrides(words)
-        for o in parsed:
-            if o.get_key_element() in GROUPS and not o.is_sweep_override() and not isinstance(o.value(), str | list):
-                if o.value() is None and not o.is_delete():
-                    raise UserError(f"{o.input_line} has no effect: leave it out")
-                raise UserError(unknown_choice(o.get_key_element(), str(o.value()), list(choices(o.get_key_element()))))
+        _check_groups(parsed)
         sweeping = [o.input_line for o in parsed if o.is_sweep_override()]
         base = _compose([word for word in words if word not in sweeping])
         multirun = multirun or str(base.hydra.mode or "").endswith("MULTIRUN")
@@ -73,6 +69,16 @@ def read(overrides: Sequence[str], multirun: bool = False) -> Composed:
             return Composed([resolve(base)], words, True, launcher, varying)  # a search: its sweeper chooses the jobs
         jobs = BasicSweeper.split_arguments(every, None)[0]
         return Composed([resolve(_compose(job)) for job in jobs], words, True, launcher, varying)
+
+
+def _check_groups(overrides: Sequence[Any]) -> None:
+    """A group is chosen by a name: a number or null is answered here, Hydra would raise."""
+    for o in overrides:
+        group = o.get_key_element()
+        if group in GROUPS and not o.is_sweep_override() and not o.is_delete() and not isinstance(o.value(), str | list):
+            if o.value() is None:
+                raise UserError(f"{o.input_line} has no effect: leave it out")
+            raise UserError(unknown_choice(group, str(o.value()), list(choices(group))))
 
 
 def behaviour() -> dict[str, str]:

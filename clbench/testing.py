@@ -221,15 +221,16 @@ def check_resume_in_mid_learn(trial: Trial) -> None:
         nonlocal steps
         steps += 1
 
-    trial.learn(learner, runtime, pipeline, 0)
-    after_first = fingerprint(learner.state_dict())
+    for i in range(2):
+        trial.learn(learner, runtime, pipeline, i)
+    before = fingerprint(learner.state_dict())
     state = copy.deepcopy(learner.state_dict())
     runtime.progress = count
     trial.learn(learner, runtime, pipeline, 2)
     expected = fingerprint(learner.state_dict())
     for stop_at in range(1, steps + 1, 3):
         with tempfile.TemporaryDirectory() as folder:
-            ended = _interrupted(trial, state, after_first, pathlib.Path(folder), stop_at)
+            ended = _interrupted(trial, state, before, pathlib.Path(folder), stop_at)
         assert ended == expected, f"stopped at step {stop_at} of {steps} and resumed, it ends in another state"
 
 

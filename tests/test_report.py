@@ -1,0 +1,218 @@
+"""Records, leaderboard, verification: round trips, hostile names, tampering, damaged folders."""
+
+import copy
+import csv
+import io
+import json
+import os
+
+import pytest
+
+from clbench import record
+from clbench.interfaces import UserError
+from clbench.report import report, verify
+from clbench.report.table import COLUMNS, accuracy_matrix_text, rows, to_csv
+
+
+def made(seed=0, learner="ncm", scenario="cil", correct=((8, None), (6, 9)), **changes):
+    """A small record that contradicts itself nowhere: two sets of one class each, ten samples a set."""
+    counts = [list(row) for row in correct or ()]
+    config = {"seed": seed, "learner": {"name": learner}}
+    entry = {
+        "schema": 1,
+        "run_id": record.run_id(config, "m" * 64, "w" * 64, None),
+        "status": "ok",
+        "numbers_version": record.NUMBERS_VERSION,
+        "config": config,
+        "scenario": {
+            "name": scenario,
+            "kind": "class_incremental",
+            "manifest_sha256": "m" * 64,
+            "num_experiences": 2,
+            "eval_names": ["a", "b"],
+            "class_order": [0, 1],
+            "experiences": [{"name": k, "num_train": 20, "classes": [i], "task": None} for i, k in enumerate("ab")],
+            "budget": {"epochs": 1, "exemplars": 5},
+        },
+        "learner": {"name": learner, "plugin": None},
+        "model": {"name": "nano", "state_sha256": "w" * 64},
+        "seed": seed,
+        "n": [10, 10],
+        "first_seen": [0, 1],
+        "eval_classes": [[0], [1]],
+        "class_n": [[10], [10]],
+        "correct": counts if correct else None,
+        "correct_masked": [[None if c is None else 10 for c in row] for row in counts],
+        "correct_top5": [[None if c is None else 10 for c in row] for row in counts],
+        "class_correct": [[None if c is None else [c] for c in row] for row in counts],
+        "visits": {"new": 40, "replayed": 0},
+        "exemplars": 0,
+        "exemplar_bytes": 0,
+        "stored_bytes": 100,
+        "seconds": {"total": 1.5},
+        "peak_memory_bytes": 1000000,
+        "marks": [],
+        "error": None,
+    }
+    return entry | changes
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def write(*entries):
+        for entry in entries:
+            record.write(entry, tmp_path / "records")
+        return tmp_path
+
+    return write
+
+
+def test_round_trip_and_leaderboard_by_hand(folder):
+    results = folder(made(0), made(1, correct=((10, None), (8, 9))))
+    loaded, problems = record.read_all(results / "records")
+    assert not problems and {e["seed"] for e in loaded} == {0, 1}
+    text, code = report(results, strict=True)
+    assert code == 0 and "2 ok" in text
+    (row,) = csv.DictReader(io.StringIO((results / "leaderboard.csv").read_text()))
+    assert row["n_seeds"] == "2" and row["seeds"] == "0 1"
+    assert row["last_macro_mean"] == "0.8000" and row["last_macro_std"] == "0.0707"
+    assert row["forgetting_mean"] == "0.2000" and row["bwt_mean"] == "-0.2000"
+    before = (results / "leaderboard.csv").read_bytes()
+    report(results)
+    assert (results / "leaderboard.csv").read_bytes() == before and b"\r" not in before
+
+
+def test_verified_and_unchanged_text(folder):
+    text, code = verify(folder(made()))
+    assert code == 0 and "1 verified, 0 refused" in text
+
+
+TAMPER = {
+    "a count": lambda e: e["correct"][1].__setitem__(0, 9),
+    "a size": lambda e: e["n"].__setitem__(0, 11),
+    "the seed": lambda e: e.__setitem__("seed", 5),
+    "the learner's settings": lambda e: e["config"]["learner"].__setitem__("lr", 1),
+    "the time": lambda e: e["seconds"].__setitem__("total", 0.1),
+}
+
+
+@pytest.mark.parametrize("what", TAMPER)
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_tampered_record_is_refused(folder, what, sealed):
+    """Also when the checksum is made to fit again, as long as the change contradicts something else."""
+    entry = made()
+    results = folder(entry)
+    path = results / "records" / f"{entry['run_id']}.json"
+    changed = json.loads(path.read_text())
+    TAMPER[what](changed)
+    if sealed:
+        if what == "the time":
+            pytest.skip("a changed time with a new checksum contradicts nothing")
+        changed["checksum"] = record.checksum(changed)
+    path.write_text(json.dumps(changed))
+    text, code = verify(results)
+    assert code == 1 and "failed" in text and "1 refused" in text
+
+
+def test_budget_and_bounds_are_checked(folder):
+    for changes, words in (
+        ({"exemplars": 6}, "exemplars = 6"),
+        ({"visits": {"new": 41, "replayed": 0}}, "41 visits"),
+        ({"correct_masked": [[7, None], [10, 10]]}, "correct_masked"),
+        ({"correct": [[8, None]]}, "rows for 2 experiences"),
+    ):
+        text, code = verify(folder(made(**changes)))
+        assert code == 1 and words in text
+
+
+def test_failed_and_dead_runs_are_seen(folder):
+    error = {"type": "RuntimeError", "message": "boom, with a\nline", "traceback": "..."}
+    results = folder(
+        made(0), made(1, status="failed", correct=None, error=error), made(2, status="running", correct=None)
+    )
+    text, code = report(results)
+    assert code == 0 and "boom, with a line" in text and "dead" in text
+    assert report(results, strict=True)[1] == 1
+    (row,) = csv.DictReader(io.StringIO((results / "leaderboard.csv").read_text()))
+    assert (row["n_seeds"], row["failed"], row["dead"]) == ("1", "1", "1")
+
+
+def test_a_held_lock_is_alive(folder):
+    from filelock import FileLock
+
+    entry = made(status="running", correct=None)
+    results = folder(entry)
+    lock = results / "runs" / entry["run_id"] / "lock"
+    lock.parent.mkdir(parents=True)
+    with FileLock(str(lock)):
+        assert not record.is_dead(entry, results)
+    assert record.is_dead(entry, results)
+
+
+def test_hostile_names_and_damaged_files(folder):
+    names = ["=cmd|' /C calc'!A0", 'a,"b"', "<script>", "naïve 🙂", "line\nbreak", "-1+1"]
+    results = folder(*(made(0, learner=name) for name in names))
+    (results / "records" / "half.json").write_text('{"schema": 1, "run')
+    (results / "records" / "foreign.json").write_text("[1, 2]")
+    (results / "records" / "new.json").write_text(json.dumps(made(9) | {"schema": 99}))
+    (results / "records" / ".left.json.12.tmp").write_text("x")
+    text, code = report(results, strict=True)
+    assert code == 1 and text.count("problem ") == 3 and "newer than this clbench knows" in text
+    cells = [row["learner"] for row in csv.DictReader(io.StringIO((results / "leaderboard.csv").read_text()))]
+    assert len(cells) == 6 and not any(cell[:1] in "=+-@" for cell in cells)
+
+
+def test_empty_folder(tmp_path):
+    assert "no records" in report(tmp_path)[0]
+    with pytest.raises(UserError, match="does not exist"):
+        verify(tmp_path / "nowhere")
+
+
+def test_missing_optional_keys_and_other_questions(folder):
+    bare = made()
+    for key in ("peak_memory_bytes", "stored_bytes", "exemplars", "marks"):
+        del bare[key]
+    loss = made(1, learner="gpt", correct=None, sum_loss=[[1.0, 2.0]])
+    assert len(rows([bare, loss])) == 2 and to_csv([bare, loss]).count("\n") == 3
+
+
+def test_other_settings_never_mix(folder):
+    other = made(1)
+    other["config"]["learner"]["lr"] = 3
+    assert len(rows([made(0), other])) == 2
+    assert len(rows([made(0), made(1, numbers_version=2)])) == 2
+
+
+def test_full_disk_keeps_the_old_record(folder, monkeypatch):
+    results = folder(made())
+    (path,) = (results / "records").glob("*.json")
+    before = path.read_bytes()
+
+    def full(*a):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        record.write(made(status="failed", error={}), results / "records")
+    assert path.read_bytes() == before and len(list((results / "records").iterdir())) == 1
+
+
+def test_matrix_text():
+    text = accuracy_matrix_text(made())
+    assert text.splitlines()[1].split() == ["1", "80.0", ".", "80.0"]
+    assert text.splitlines()[2].split() == ["2", "60.0", "90.0", "75.0"]
+
+
+def test_columns_are_explained():
+    import pathlib
+
+    words = (pathlib.Path(__file__).parent.parent / "results" / "README.md").read_text()
+    for name in COLUMNS:
+        stem = name.removesuffix("_mean").removesuffix("_std")
+        assert f"`{stem}`" in words or f"`{name}`" in words, name
+
+
+def test_thousands_of_records(tmp_path):
+    one = made()
+    entries = [copy.copy(one) | {"seed": s, "config": {"seed": s}} for s in range(2000)]
+    assert io.StringIO(to_csv(entries)).read().count("\n") == 2
