@@ -179,12 +179,14 @@ def _listen(conn: Connection, finished: threading.Event) -> None:
 def _run(config: dict[str, Any], command: list[str], progress: bool) -> dict[str, Any]:
     """The job itself, in the child."""
     from clbench.interfaces import UserError
-    from clbench.runner import run_job
+    from clbench.runner import run_job, write_refusal
 
     show_log(progress)
     try:
         outcome = run_job(config, command=command, progress=progress)
     except UserError as error:
+        with suppress(UserError):
+            write_refusal(config, error)
         return {"run_id": "", "status": "failed", "text": str(error)}
     return {"run_id": outcome.run_id, "status": outcome.status, "text": outcome.text}
 

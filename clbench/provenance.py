@@ -30,6 +30,7 @@ MACHINE = (
     "on_error",
     "machine",
     "sweep",
+    "names",
 )
 
 

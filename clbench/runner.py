@@ -106,6 +106,7 @@ def run_job(config: dict[str, Any], *, command: list[str] | None = None, progres
 
     job = prepare(config)
     record.ensure_writable(job.results / "records")
+    refusal_path(config).unlink(missing_ok=True)
     old = record.read(job.record_path) if job.record_path.exists() else None
     if old is not None and old["status"] == "ok" and not config["force"]:
         return Outcome(job.run_id, "skipped", f"{job.run_id} is done already (force=true repeats it)", job.record_path)
@@ -142,6 +143,35 @@ def run_job(config: dict[str, Any], *, command: list[str] | None = None, progres
         record.write(entry, job.results / "records")
         journal.clear()
     return Outcome(job.run_id, "ok", closing_text(entry, job.record_path), job.record_path)
+
+
+def refusal_path(config: dict[str, Any]) -> pathlib.Path:
+    """Where a job that was refused before it had an identity leaves its failed record."""
+    results = pathlib.Path(str(config["results_dir"])).expanduser().resolve()
+    return results / "records" / f"{record.run_id(provenance.identity(config), '', '', None)}.json"
+
+
+def write_refusal(config: dict[str, Any], error: UserError) -> pathlib.Path:
+    """A job of a sweep that cannot even start is a failed record too; it goes when the same job starts after all."""
+    path = refusal_path(config)
+    entry = {
+        "schema": record.SCHEMA,
+        "run_id": path.stem,
+        "status": "failed",
+        "numbers_version": record.NUMBERS_VERSION,
+        "config": provenance.identity(config),
+        "scenario": {"name": str(config["scenario"].get("name", "?")), "manifest_sha256": ""},
+        "learner": {"name": provenance.learner_name(config), "plugin": None},
+        "model": {"name": provenance.model_name(config), "state_sha256": ""},
+        "seed": config["seed"],
+        "n": [],
+        "first_seen": [],
+        "correct": None,
+        "seconds": {"total": 0.0},
+        "finished": provenance.now(),
+        "error": _described(error),
+    }
+    return record.write(entry, path.parent)
 
 
 def closing_text(entry: dict[str, Any], path: pathlib.Path) -> str:
@@ -363,8 +393,8 @@ def _logging_to(path: pathlib.Path) -> Iterator[None]:
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
-    log.setLevel(min(log.level or logging.INFO, logging.INFO))
-    log.info("pid %d starts", os.getpid())
+    log.setLevel(logging.DEBUG)
+    log.debug("pid %d starts", os.getpid())
     try:
         yield
     finally:

@@ -137,7 +137,7 @@ def test_closed_data_gives_no_pixels(scenario):
         lambda: train.subset([0]),
         lambda: [*train.test_batches(4)],
     ):
-        with pytest.raises(UserError, match="data of experience 0 .* is gone"):
+        with pytest.raises(UserError, match=r"data of experience 0 .* is gone"):
             access()
 
 

@@ -77,3 +77,22 @@ def test_a_finished_sweep_is_skipped(clbench, small):
     clbench(*words)
     again = clbench(*words)
     assert again.stdout.count("done already") == 2 or "2 skipped" in again.stdout
+
+
+def test_a_job_that_is_refused_is_seen(clbench, small):
+    """slca needs new classes, which a domain-incremental stream does not bring: the other job goes on."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, n in (("train", 24), ("test", 8)):
+        arrays |= {f"{split}_x": rng.integers(0, 255, (n, 8, 8, 3), dtype=np.uint8), f"{split}_y": np.arange(n) % 2}
+        arrays[f"domain_{split}"] = np.arange(n) // 2 % 2
+    np.savez(clbench.folder / "two.npz", **arrays)
+    words = ("run", "-m", "scenario=dil_pacs", "scenario.dataset=two.npz", "scenario.domains=null", "learner=slca,ncm")
+    done = clbench(*words)
+    assert "1 ok, 1 failed" in done.stdout, done.stdout + done.stderr
+    report = clbench("report", "--strict", code=1).stdout
+    assert "needs_new_classes" in report
+    planned = clbench("plan", *words[1:], code=2)
+    assert "learner slca does not fit scenario" in planned.stderr
