@@ -206,4 +206,6 @@ def show_log(shown: bool) -> None:
     log = logging.getLogger("clbench")
     log.setLevel(logging.INFO)
     log.propagate = False
-    log.addHandler(TerminalHandler(sys.stderr) if shown else logging.NullHandler())
+    handler = TerminalHandler(sys.stderr) if shown else logging.NullHandler()
+    handler.setLevel(logging.INFO)
+    log.addHandler(handler)
