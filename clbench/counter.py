@@ -51,5 +51,5 @@ def permutation(base: int, n: int) -> np.ndarray:
 
 
 def integers(base: int, n: int, high: int) -> np.ndarray:
-    """n draws from range(high), with replacement -> [n] int64. The bias is below high / 2**53."""
+    """N draws from range(high), with replacement -> [n] int64. The bias is below high / 2**53."""
     return (uniform(base, np.arange(n)) * high).astype(np.int64)

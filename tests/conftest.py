@@ -67,3 +67,7 @@ SMALL = ("scenario.num_classes=4", "scenario.limit_train=20", "scenario.limit_te
 def small():
     """Overrides that make the default stream a matter of a second: two experiences of two classes."""
     return SMALL
+
+
+def pytest_addoption(parser):
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden anew")

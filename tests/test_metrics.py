@@ -66,7 +66,9 @@ def test_by_hand():
 
 def test_one_experience_has_nothing_to_forget():
     one = np.array([[0.5]])
-    assert metrics.last_macro(one, [0]) == 0.5 and math.isnan(metrics.forgetting(one, [0])) and math.isnan(metrics.bwt(one, [0]))
+    assert (
+        metrics.last_macro(one, [0]) == 0.5 and math.isnan(metrics.forgetting(one, [0])) and math.isnan(metrics.bwt(one, [0]))
+    )
 
 
 def test_more_sets_than_experiences():

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import pathlib
 
 import pytest
 
@@ -127,9 +128,7 @@ def test_budget_and_bounds_are_checked(folder):
 
 def test_failed_and_dead_runs_are_seen(folder):
     error = {"type": "RuntimeError", "message": "boom, with a\nline", "traceback": "..."}
-    results = folder(
-        made(0), made(1, status="failed", correct=None, error=error), made(2, status="running", correct=None)
-    )
+    results = folder(made(0), made(1, status="failed", correct=None, error=error), made(2, status="running", correct=None))
     text, code = report(results)
     assert code == 0 and "boom, with a line" in text and "dead" in text
     assert report(results, strict=True)[1] == 1
@@ -204,7 +203,6 @@ def test_matrix_text():
 
 
 def test_columns_are_explained():
-    import pathlib
 
     words = (pathlib.Path(__file__).parent.parent / "results" / "README.md").read_text()
     for name in COLUMNS:
@@ -216,3 +214,28 @@ def test_thousands_of_records(tmp_path):
     one = made()
     entries = [copy.copy(one) | {"seed": s, "config": {"seed": s}} for s in range(2000)]
     assert io.StringIO(to_csv(entries)).read().count("\n") == 2
+
+
+RESULTS = pathlib.Path(__file__).resolve().parent.parent / "results"
+
+
+def test_committed_leaderboard_is_made_from_the_committed_records():
+    records, problems = record.read_all(RESULTS / "records")
+    assert not problems and all(entry["status"] == "ok" for entry in records)
+    assert (RESULTS / "leaderboard.csv").read_text() == to_csv(records)
+    text, code = verify(RESULTS)
+    assert code == 0 and "note" not in text, text
+
+
+def test_committed_table_is_in_order():
+    lines = csv.DictReader(io.StringIO((RESULTS / "leaderboard.csv").read_text()))
+    table = {row["learner"]: float(row["last_macro_mean"]) for row in lines if row["scenario"] == "cil_digits"}
+    assert set(table) == {"finetune", "joint", "ncm", "replay", "slca"}
+    assert max(table, key=table.__getitem__) == "joint" and table["joint"] >= 0.96
+    assert min(table, key=table.__getitem__) == "finetune" and table["finetune"] < 0.5
+    assert table["ncm"] >= 0.8 and table["slca"] >= 0.9 and table["replay"] >= 0.9
+    readme = (RESULTS.parent / "README.md").read_text()
+    shown = readme[readme.index("<!-- leaderboard:start -->") : readme.index("<!-- leaderboard:end -->")]
+    for row in csv.DictReader(io.StringIO((RESULTS / "leaderboard.csv").read_text())):
+        line = next(line for line in shown.splitlines() if f"| {row['scenario']} | {row['learner']} " in line)
+        assert row["last_macro_mean"] in line and row["step_macro_mean"] in line

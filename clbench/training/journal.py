@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import shutil
 import time
 from typing import Any
 
@@ -27,8 +28,10 @@ def save_atomic(path: pathlib.Path, state: Any) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
+        full = shutil.disk_usage(path.parent).free < temporary.stat().st_size if temporary.exists() else False
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write the checkpoint {path}: {error}") from error
+        reason = "No space left on device" if full else str(error).splitlines()[0]  # torch hides the system's own words
+        raise UserError(f"cannot write the checkpoint {path}: {reason}") from error
 
 
 class Journal:
