@@ -23,7 +23,7 @@ def _micro(a: np.ndarray, n: np.ndarray) -> np.ndarray:
 
 
 def pilot(a: Any, n: Any) -> Values:
-    """PILOT and PyCIL: micro accuracies rounded to two decimals (of percent) before averaging; the maximum includes the last row."""
+    """PILOT and PyCIL: micro, rounded to two decimals (of percent) before averaging; the maximum includes the last row."""
     low = _lower(a)
     steps = np.round(_micro(low, np.asarray(n, np.float64)), 2)
     drops = low[:, :-1].max(0) - low[-1, :-1]
@@ -85,7 +85,7 @@ def libcontinual(a: Any, n: Any) -> Values:
 
 
 def renate(a: Any, n: Any, init: Any = None) -> Values:
-    """Renate: the maximum also runs over rows before a task is learned; BWT and FWT as GEM, `init` measured once at the start."""
+    """Renate: the maximum also runs over rows before a task is learned; BWT and FWT as GEM, `init` measured at the start."""
     full, t = np.asarray(a, np.float64), len(a)
     drops = full[:-1, :-1].max(0) - full[-1, :-1]
     start = np.zeros(t) if init is None else np.asarray(init, np.float64)

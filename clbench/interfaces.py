@@ -95,7 +95,9 @@ class Place:
 class Schedule(Protocol):
     """A pure function of the place: the multiplier of every base learning rate."""
 
-    def __call__(self, place: Place) -> float: ...
+    def __call__(self, place: Place) -> float:
+        """The multiplier at `place`."""
+        ...
 
 
 class Batch(Protocol):
@@ -112,7 +114,9 @@ class Batch(Protocol):
     task: int | None
 
     @property
-    def x(self) -> Tensor: ...
+    def x(self) -> Tensor:
+        """The images."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -184,13 +188,21 @@ class Learner(Protocol):
 
     capabilities: ClassVar[Capabilities]
 
-    def learn(self, experience: Experience) -> dict[str, float]: ...
+    def learn(self, experience: Experience) -> dict[str, float]:
+        """Train on one experience -> numbers for the log."""
+        ...
 
-    def predict(self, batch: Batch) -> Tensor | Mapping[str, Tensor]: ...
+    def predict(self, batch: Batch) -> Tensor | Mapping[str, Tensor]:
+        """Scores [B, num_seen], or several heads by name, the answer first."""
+        ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that later calls depend on."""
+        ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it, in place where shapes agree."""
+        ...
 
 
 def mismatch(learner: str, can: Capabilities, facts: Facts, pretrained: bool) -> str | None:

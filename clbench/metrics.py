@@ -124,7 +124,7 @@ def plasticity(a: Array, first_seen: Any) -> float:
 
 
 def intransigence(a: Array, first_seen: Any, reference: Any) -> float:
-    """Chaudhry et al. 2018: mean of (reference model's accuracy [E], e.g. joint training) - (right after its own experience)."""
+    """Chaudhry et al. 2018: mean of (a reference's accuracy [E], e.g. joint training) - (right after its own experience)."""
     return _mean(np.asarray(reference, np.float64) - own(a, first_seen))
 
 

@@ -65,7 +65,7 @@ def model_name(config: dict[str, Any]) -> str:
 
 
 def plugin_version(target: str) -> str | None:
-    """ "package version" of the distribution that a learner comes from, a file hash for a loose file, None for clbench."""
+    """The "name version" of the distribution that a learner comes from, a file hash for a loose file, None for clbench."""
     package = target.split(".", 1)[0]
     if package == "clbench":
         return None
@@ -104,7 +104,7 @@ def git_state() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of what computes the numbers."""
-    names = ("torch", "torchvision", "timm", "numpy", "pandas", "hydra-core")
+    names = ("torch", "torchvision", "timm", "numpy", "pillow", "hydra-core")
     return {"clbench": __version__, "python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
 
 

@@ -111,7 +111,7 @@ def test_ncm_is_the_naive_nearest_mean_and_ignores_the_order():
 @pytest.mark.parametrize("policy", ["reservoir", "balanced", "herding"])
 def test_memory_limits_and_balance(policy):
     t = trial("learner=ncm")
-    learner, runtime, pipeline = t.start()
+    learner, _, pipeline = t.start()
     memory = Memory(policy, 10, None, seed=1)
     for i in range(3):
         data = open_experience(t.scenario, i, pipeline).train
@@ -149,7 +149,7 @@ def test_reservoir_is_uniform_over_the_stream():
 
 
 def test_replay_refuses_more_than_the_budget():
-    with pytest.raises(BudgetExceeded, match="learner.memory=500, the scenario's budget allows 12"):
+    with pytest.raises(BudgetExceeded, match=r"learner\.memory=500, the scenario's budget allows 12"):
         trial("learner=replay", "learner.memory=500").start()
 
 

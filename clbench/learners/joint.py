@@ -38,6 +38,7 @@ class FeatureBatches:
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Features [B, D] and labels [B]."""
         epoch, i = divmod(step, self.per_epoch)
         if self._order[0] != epoch:
             self._order = (epoch, counter.permutation(counter.key(self.key, epoch), len(self.y)))

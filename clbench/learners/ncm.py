@@ -2,8 +2,8 @@
 
 metric "euclidean": the nearest mean (Janson et al. 2022, "A Simple Baseline that Questions the Use of Pretrained-Models in
 Continual Learning", arXiv 2210.04428; CIFAR-100, 10 experiences: 83.70 %, from the abstract).
-metric "cosine": SimpleCIL (Zhou et al., IJCV 2024, "Revisiting Class-Incremental Learning with Pre-Trained Models"): the mean of
-un-normalised features, then the largest cosine; published CIFAR-100 B0 Inc5 81.26 % last (MOS table, augreg_in21k, [0, 1]
+metric "cosine": SimpleCIL (Zhou et al., IJCV 2024, "Revisiting Class-Incremental Learning with Pre-Trained Models"): the mean
+of un-normalised features, then the largest cosine; published CIFAR-100 B0 Inc5 81.26 % last (MOS table, augreg_in21k, [0, 1]
 inputs, Resize 256 + crop 224). The two differ: cosine normalises after averaging.
 
 Where a class comes back (domain-incremental) its mean goes over all its samples.

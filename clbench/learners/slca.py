@@ -49,6 +49,7 @@ class GaussianBatches:
         self._epoch: tuple[int, Tensor, Tensor] | None = None
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Features [S, D] and labels [S]."""
         epoch, i = divmod(step, len(self.gaussians))
         if self._epoch is None or self._epoch[0] != epoch:
             rng = torch.Generator().manual_seed(counter.key(self.key, epoch) >> 1)
@@ -136,7 +137,7 @@ class Slca:
         epochs = int(self.align["epochs"])
         scale_K = self.rescale(experience).to(self.gaussians.mean_KD.device)
         batches = GaussianBatches(self.gaussians, scale_K, int(self.align["samples"]), epochs, self.runtime.key("align"))
-        widths = [block.out_features for block in self.aligned.blocks]
+        widths = self.aligned.widths
 
         def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
             z = self.aligned(batch[0])

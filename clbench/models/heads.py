@@ -30,9 +30,14 @@ class LinearHead(nn.Module):
         self.register_buffer("anchor", torch.zeros(0), persistent=False)  # where new blocks go
 
     @property
+    def widths(self) -> list[int]:
+        """Classes of each block."""
+        return [int(block.out_features) for block in self.blocks]  # type: ignore[arg-type]
+
+    @property
     def num_classes(self) -> int:
         """K."""
-        return sum(block.out_features for block in self.blocks)  # type: ignore[misc]
+        return sum(self.widths)
 
     def _block(self, count: int) -> nn.Linear:
         return skip_init(nn.Linear, self.num_features, count, bias=self.bias)  # type: ignore[return-value]

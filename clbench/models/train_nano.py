@@ -19,13 +19,14 @@ import pathlib
 import string
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-NANO = {"img_size": 32, "patch_size": 8, "embed_dim": 160, "depth": 4, "num_heads": 4}
+NANO: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 160, "depth": 4, "num_heads": 4}
 LETTERS = [c for c in string.ascii_letters if c not in "OoIilSsZzBbgq"]
 
 
@@ -219,7 +220,9 @@ def train(options: argparse.Namespace) -> None:
         loss = epoch_of_steps(model, optimizer, (split["train"], labels["train"]), bank, options, epoch, rngs)
         test = accuracy(model, split["test"], labels["test"])
         print(f"epoch {epoch + 1}/{options.epochs} loss {loss:.3f} cifar100 {test:.4f} {time.time() - start:.0f} s", flush=True)
-    results = {f"cifar100_{k}_accuracy": round(accuracy(model, split[k], labels[k]), 4) for k in ("train", "test")}
+    results: dict[str, Any] = {
+        f"cifar100_{k}_accuracy": round(accuracy(model, split[k], labels[k]), 4) for k in ("train", "test")
+    }
     results["seconds"] = round(time.time() - start)
     options.out.mkdir(parents=True, exist_ok=True)
     state = {k: v.half().contiguous() for k, v in model.state_dict().items() if not k.startswith("head.")}
@@ -230,7 +233,7 @@ def train(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and train."""
-    parser = argparse.ArgumentParser(prog="python -m clbench.models.train_nano", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m clbench.models.train_nano", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--data", type=pathlib.Path, required=True, help="npz with train_x, train_y, test_x, test_y (CIFAR-100)"
     )

@@ -137,7 +137,7 @@ class ImageData:
         return ImageData(source, np.arange(len(y)), np.asarray(ids), np.asarray(y), pipeline, task, "memory")
 
     @staticmethod
-    def join(parts: Sequence[ImageData]) -> ImageData:
+    def join(parts: Sequence[Any]) -> ImageData:
         """Several data sets one after another."""
         if len(parts) == 1:
             return parts[0]

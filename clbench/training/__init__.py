@@ -1,0 +1,1 @@
+"""The loop, schedules, memories, statistics, the journal."""

@@ -12,7 +12,7 @@ from clbench.interfaces import UserError
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto" takes cuda, else cpu; anything torch knows otherwise. An absent device raises `UserError`."""
+    """The torch device: "auto" takes cuda, else cpu; anything torch knows otherwise. An absent device raises `UserError`."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -24,7 +24,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_threads(wanted: str | int) -> int:
-    """ "auto" takes the processors this process may use, at most 8; the same number whatever the launcher has set."""
+    """Threads: "auto" takes the processors this process may use, at most 8; the same number whatever the launcher has set."""
     if wanted == "auto":
         usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
         return max(1, min(8, usable))
@@ -52,7 +52,8 @@ def apply(device: torch.device, threads: int, seed: int, kept: dict[str, Any] | 
 
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads uninitialised memory; filling costs time
+    deterministic: Any = torch.utils.deterministic
+    deterministic.fill_uninitialized_memory = False  # nothing here reads uninitialised memory; filling costs time
     torch.set_default_dtype(torch.float32)
     torch.set_grad_enabled(True)
     torch.manual_seed(seed)

@@ -22,7 +22,9 @@ class Batches(Protocol):
 
     steps: int
 
-    def __call__(self, step: int) -> Any: ...
+    def __call__(self, step: int) -> Any:
+        """The batch."""
+        ...
 
 
 @dataclass(frozen=True)

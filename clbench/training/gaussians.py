@@ -42,6 +42,7 @@ class ClassGaussians:
                 eye = torch.eye(self.cov_KDD.shape[1], dtype=torch.float64, device=chol.device)
                 chol = torch.linalg.cholesky(self.cov_KDD.double() + 9 * self.ridge * eye * (bad > 0)[:, None, None])
             self._chol_KDD = chol.float()
+        assert self._chol_KDD is not None
         return self._chol_KDD
 
     def sample(self, per_class: int, scale_K: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:

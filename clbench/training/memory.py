@@ -58,7 +58,7 @@ class Memory:
         """Bytes of the stored pixels."""
         return sum(image.nbytes for image in self.images)
 
-    def update(self, new: ImageData, features: Tensor | None = None) -> None:
+    def update(self, new: Any, features: Tensor | None = None) -> None:
         """Choose again from what is stored and the samples of `new`. Herding needs `features` of candidates(new)."""
         candidates = self.candidates(new)
         keep = self._choose(candidates.ids, np.asarray(candidates.y), features)
@@ -70,12 +70,12 @@ class Memory:
         self.images = [np.array(image) for image in images]
         self.y, self.ids = np.asarray(candidates.y)[keep].astype(np.int64), candidates.ids[keep].astype(np.int64)
 
-    def candidates(self, new: ImageData) -> ImageData:
+    def candidates(self, new: Any) -> ImageData:
         """Stored samples followed by those of `new`."""
         old = self.data(new)
         return new if old is None else ImageData.join([old, new])
 
-    def data(self, like: ImageData) -> ImageData | None:
+    def data(self, like: Any) -> ImageData | None:
         """The stored samples as data, seen through the pipeline of `like`; None when empty."""
         return ImageData.of_arrays(self.images, self.y, self.ids, like.pipeline, like.task) if len(self) else None
 
@@ -129,6 +129,7 @@ class Mixed:
         self.steps = new.steps
 
     def __call__(self, step: int) -> ImageBatch:
+        """New samples, then replayed ones."""
         batch = self.new(step)
         if self.memory is None or self.size == 0:
             return batch
