@@ -109,7 +109,8 @@ def run_job(config: dict[str, Any], *, command: list[str] | None = None, progres
     refusal_path(config).unlink(missing_ok=True)
     old = record.read(job.record_path) if job.record_path.exists() else None
     if old is not None and old["status"] == "ok" and not config["force"]:
-        return Outcome(job.run_id, "skipped", f"{job.run_id} is done already (force=true repeats it)", job.record_path)
+        text = f"{job.run_id} is done already (force=true repeats it)\n\n{closing_text(old, job.record_path)}"
+        return Outcome(job.run_id, "skipped", text, job.record_path)
     record.ensure_writable(job.folder)
     lock = FileLock(str(job.folder / "lock"))
     try:
