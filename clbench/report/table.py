@@ -109,7 +109,7 @@ def to_csv(records: Sequence[Mapping[str, Any]], dead: Sequence[str] = ()) -> st
             form = "{:.4f}".format
         else:
             form = safe
-        frame[name] = ["" if value is None else form(value) for value in frame[name]]
+        frame[name] = ["" if value is None or value != value else form(value) for value in frame[name]]
     out = io.StringIO()
     frame.to_csv(out, index=False, lineterminator="\n")
     return out.getvalue()

@@ -53,7 +53,8 @@ def load(name: str, data_root: str | None = None, download: bool = False, sha256
 def _load(name: str, root: Path | None, download: bool) -> Dataset:
     if name == "digits":
         return _digits()
-    if name.endswith(".npz") or "/" in name or os.sep in name:
+    folder = name not in names() and not splits.variants(name) and Path(name).is_dir()
+    if folder or name.endswith(".npz") or "/" in name or os.sep in name:
         return _from_path(name, root)
     if splits.variants(name):
         raise UserError(
