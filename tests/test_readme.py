@@ -29,7 +29,11 @@ def environment():
 
 def test_readme_opens_with_the_two_commands():
     assert BLOCKS[0][1] == BLOCKS[1][1] == ["install"]
-    assert TEXT.index("```bash") < 300 and BLOCKS[0][0][0].endswith("clbench run results_dir=out") and BLOCKS[1][0][0].endswith("pytest")
+    assert (
+        TEXT.index("```bash") < 300
+        and BLOCKS[0][0][0].endswith("clbench run results_dir=out")
+        and BLOCKS[1][0][0].endswith("pytest")
+    )
 
 
 def test_commands_run(tmp_path):

@@ -76,7 +76,7 @@ def test_round_trip_and_leaderboard_by_hand(folder):
     assert code == 0 and "2 ok" in text
     (row,) = csv.DictReader(io.StringIO((results / "leaderboard.csv").read_text()))
     assert row["n_seeds"] == "2" and row["seeds"] == "0 1"
-    assert "nan" not in (results / "leaderboard.csv").read_text()
+    assert ",nan" not in (results / "leaderboard.csv").read_text()
     assert row["last_macro_mean"] == "0.8000" and row["last_macro_std"] == "0.0707"
     assert row["forgetting_mean"] == "0.2000" and row["bwt_mean"] == "-0.2000"
     before = (results / "leaderboard.csv").read_bytes()
@@ -163,7 +163,7 @@ def test_hostile_names_and_damaged_files(folder):
 
 
 def test_one_seed_has_no_spread(folder):
-    assert "nan" not in to_csv([made()])
+    assert ",nan" not in to_csv([made()])
 
 
 def test_empty_folder(tmp_path):
