@@ -6,11 +6,14 @@ changed record is noticed. Unknown keys are kept: newer records stay readable.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
 import os
 import pathlib
+import re
+import secrets
 import tempfile
 from typing import Any
 
@@ -34,6 +37,9 @@ _NEEDED: dict[str, type | tuple[type, ...]] = {
     "seconds": dict,
     "error": (dict, type(None)),
 }
+_TABLES = ("correct", "correct_masked", "correct_top5")
+_AMOUNTS = ("peak_memory_bytes", "stored_bytes", "exemplars", "exemplar_bytes")
+_LARGEST = 1 << 53  # beyond it a count is no longer exact as a float
 
 
 def canonical(value: Any) -> str:
@@ -68,8 +74,8 @@ def ensure_writable(folder: pathlib.Path) -> None:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Write a file in one move; on a full disk the old file stays and `UserError` is raised."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write a file in one move; on a full disk or a stop the old file stays, and `UserError` is raised for the former."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
@@ -78,8 +84,10 @@ def write_text(path: pathlib.Path, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write(record: dict[str, Any], folder: pathlib.Path) -> pathlib.Path:
@@ -121,33 +129,78 @@ def read(path: pathlib.Path) -> dict[str, Any]:
 
 
 def fault(record: Any) -> str | None:
-    """Why a value is no record, or None."""
+    """Why a value is no record, or None. What passes here, `report` can show; whether it is true is `verify`'s question."""
     if not isinstance(record, dict):
         return "not a JSON object"
+    if type(record.get("schema")) is int and record["schema"] > SCHEMA:
+        return f"schema {record['schema']} is newer than this clbench knows ({SCHEMA})"
     for key, kind in _NEEDED.items():
         if key not in record:
             return f"key {key!r} is missing"
         if not isinstance(record[key], kind) or (kind is int and isinstance(record[key], bool)):
             return f"key {key!r} has the wrong type {type(record[key]).__name__}"
-    if record["schema"] > SCHEMA:
-        return f"schema {record['schema']} is newer than this clbench knows ({SCHEMA})"
     if record["status"] not in STATUSES:
         return f"status {record['status']!r} is none of {', '.join(STATUSES)}"
+    if not re.fullmatch(r"[0-9a-f]{16}", record["run_id"]):
+        return f"run_id {record['run_id'][:40]!r} is not 16 hex digits"
     if any(not isinstance(record[part].get("name"), str) for part in ("scenario", "learner", "model")):
         return "scenario, learner and model need a name"
-    if record["status"] == "ok" and not _is_table(record.get("correct"), len(record["n"])) and "sum_loss" not in record:
-        return "key 'correct' must be a table with a column for each evaluation set"
-    if len(record["first_seen"]) != len(record["n"]):
-        return "keys 'n' and 'first_seen' differ in length"
+    return _fault_in_extras(record) or _fault_in_counts(record)
+
+
+def _fault_in_extras(record: dict[str, Any]) -> str | None:
+    """The parts that describe and cost: each may be absent, none may be of the wrong kind."""
+    marks = record.get("marks", [])
+    if not isinstance(marks, list) or not all(isinstance(mark, str) for mark in marks):
+        return "key 'marks' must be a list of words"
+    if not all(_is_number(value) for value in record["seconds"].values()):
+        return "key 'seconds' must hold numbers"
+    for key in _AMOUNTS:
+        if record.get(key) is not None and not _is_number(record[key]):
+            return f"key {key!r} must be a number, got {str(record[key])[:40]!r}"
+    if not _is_number(record["seed"]):
+        return "key 'seed' is out of range"
+    names = record["scenario"].get("eval_names")
+    if names is not None and (not isinstance(names, list) or len(names) != len(record["n"])):
+        return "scenario.eval_names must be a list with a name for each evaluation set"
     return None
+
+
+def _fault_in_counts(record: dict[str, Any]) -> str | None:
+    """Sizes and shapes of the tables, so that every metric is defined."""
+    n, first = record["n"], record["first_seen"]
+    if len(first) != len(n):
+        return "keys 'n' and 'first_seen' differ in length"
+    if not all(_is_count(size) and size > 0 for size in n) or not all(_is_count(i) and i >= 0 for i in first):
+        return "keys 'n' and 'first_seen' must hold positive whole numbers and indices of experiences"
+    for key in _TABLES if record["status"] == "ok" else ():
+        table = record.get(key)
+        if table is None and (key != "correct" or "sum_loss" in record):
+            continue
+        if table is None or not _is_table(table, len(n)):
+            return f"key {key!r} must be a table of counts with a column for each of the {len(n)} evaluation sets"
+        if len(table) != len(record.get("correct") or ()):
+            return f"keys {key!r} and 'correct' differ in length"
+        if max(first, default=0) >= len(table):
+            return f"first_seen names experience {max(first)}, key {key!r} has {len(table)} rows"
+    return None
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and abs(value) < _LARGEST
+
+
+def _is_number(value: Any) -> bool:
+    return _is_count(value) or isinstance(value, float)
 
 
 def _is_table(value: Any, columns: int) -> bool:
     return (
         isinstance(value, list)
         and len(value) > 0
+        and columns > 0
         and all(isinstance(row, list) and len(row) == columns for row in value)
-        and all(cell is None or (isinstance(cell, int) and not isinstance(cell, bool)) for row in value for cell in row)
+        and all(cell is None or _is_count(cell) for row in value for cell in row)
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import pathlib
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from clbench import metrics, record
 
 SHOWN = ("step_macro", "step_micro", "last_macro", "last_micro", "forgetting", "bwt", "plasticity")
+_BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 COLUMNS = (
     "scenario",
     "learner",
@@ -33,15 +35,28 @@ COLUMNS = (
 
 
 def variant(entry: Mapping[str, Any]) -> str:
-    """Short hash of everything but the seed: rows with other settings, streams or weights never mix."""
+    """Short hash of everything but the seed: rows with other settings, streams or weights never mix.
+
+    Random weights (`source` "none") are drawn from the seed, so they do not count: their seeds are one row.
+    """
     config = {key: value for key, value in entry["config"].items() if key != "seed"}
-    parts = [config, entry["scenario"].get("manifest_sha256"), entry["model"].get("state_sha256"), entry["numbers_version"]]
+    model = entry["model"]
+    weights = None if model.get("source") == "none" else model.get("state_sha256")
+    parts = [config, entry["scenario"].get("manifest_sha256"), weights, entry["numbers_version"]]
     return record.digest([*parts, entry["learner"].get("plugin")])[:8]
+
+
+def plain(text: Any) -> str:
+    """One line without control characters, broken surrogates and text-direction marks: nothing that a terminal obeys."""
+    word = " ".join(str(text).split())
+    if word.isascii() and word.isprintable():
+        return word
+    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") or c in _BIDI else c for c in word)
 
 
 def safe(text: Any) -> str:
     """A cell that a spreadsheet does not take for a formula, on one line."""
-    word = " ".join(str(text).split())
+    word = plain(text)
     return f"'{word}" if word[:1] in ("=", "+", "-", "@") else word
 
 
@@ -71,7 +86,9 @@ def _row(key: tuple[str, str, str, str], group: list[Mapping[str, Any]], dead: s
     for name in SHOWN:
         row[f"{name}_mean"], row[f"{name}_std"] = mean_std([v[name] for v in values if name in v])
     row["seconds_mean"] = mean_std([float(e["seconds"].get("total", math.nan)) for e in done])[0]
-    row["peak_memory_mb_mean"] = mean_std([e["peak_memory_bytes"] / 1e6 for e in done if "peak_memory_bytes" in e])[0]
+    row["peak_memory_mb_mean"] = mean_std(
+        [e["peak_memory_bytes"] / 1e6 for e in done if e.get("peak_memory_bytes") is not None]
+    )[0]
     for name in ("stored_bytes", "exemplars"):
         found = [entry[name] for entry in done if entry.get(name) is not None]
         row[name] = max(found) if found else None
@@ -83,7 +100,7 @@ def _row(key: tuple[str, str, str, str], group: list[Mapping[str, Any]], dead: s
 
 def mean_std(values: Sequence[float]) -> tuple[float | None, float | None]:
     """Mean and unbiased standard deviation; None where there is no value, or no spread to measure."""
-    found = [v for v in values if not math.isnan(v)]
+    found = [v for v in values if math.isfinite(v)]
     if not found:
         return None, None
     mean = math.fsum(found) / len(found)
@@ -94,25 +111,39 @@ def mean_std(values: Sequence[float]) -> tuple[float | None, float | None]:
 
 def leaderboard(records: Sequence[Mapping[str, Any]], dead: Sequence[str] = ()) -> Any:
     """The leaderboard as a pandas DataFrame with `COLUMNS`."""
+    return _frame(rows(records, dead))
+
+
+def _frame(made: Sequence[Mapping[str, Any]]) -> Any:
     import pandas as pd
 
-    return pd.DataFrame(rows(records, dead), columns=list(COLUMNS))
+    return pd.DataFrame(made, columns=list(COLUMNS))
 
 
 def to_csv(records: Sequence[Mapping[str, Any]], dead: Sequence[str] = ()) -> str:
     """The leaderboard as CSV text: fixed formats, so that a difference in review is a difference in results."""
-    frame = leaderboard(records, dead).astype(object)
+    return _csv(rows(records, dead))
+
+
+def _csv(made: Sequence[Mapping[str, Any]]) -> str:
+    frame = _frame(made).astype(object)
     for name in COLUMNS:
         if name in ("seconds_mean", "peak_memory_mb_mean"):
             form = "{:.1f}".format
         elif name.endswith(("_mean", "_std")):
-            form = "{:.4f}".format
+            form = _fraction
         else:
             form = safe
-        frame[name] = ["" if value is None or value != value else form(value) for value in frame[name]]
+        frame[name] = ["" if row[name] is None else form(row[name]) for row in made]
     out = io.StringIO()
     frame.to_csv(out, index=False, lineterminator="\n")
     return out.getvalue()
+
+
+def _fraction(value: float) -> str:
+    """Four decimals; a value that rounds to zero has no sign, whatever the order of the sums."""
+    text = f"{value:.4f}"
+    return "0.0000" if text == "-0.0000" else text
 
 
 def report(results_dir: str | pathlib.Path, strict: bool = False) -> tuple[str, int]:
@@ -120,59 +151,76 @@ def report(results_dir: str | pathlib.Path, strict: bool = False) -> tuple[str, 
     results = pathlib.Path(results_dir).expanduser()
     records, problems = record.read_all(results / "records")
     dead = [entry["run_id"] for entry in records if record.is_dead(entry, results)]
+    path = results / "leaderboard.csv"
+    made = rows(records, dead)
+    if made or problems or path.exists():
+        record.write_text(path, _csv(made))
     if not records and not problems:
         return f"no records in {results / 'records'}", 1 if strict else 0
-    record.write_text(results / "leaderboard.csv", to_csv(records, dead))
-    lines = [table_text(rows(records, dead)), ""]
+    lines = [table_text(made), ""]
     counts = Counter("dead" if e["run_id"] in dead else e["status"] for e in records)
     lines.append(f"{len(records)} records: " + ", ".join(f"{n} {status}" for status, n in sorted(counts.items())))
-    for entry in records:
-        what = f"{entry['run_id']}  {entry['scenario']['name']} {entry['learner']['name']} seed {entry['seed']}"
-        if entry["status"] == "failed":
-            error = entry.get("error") or {}
-            lines.append(f"failed  {what}: {error.get('type', '')}: {' '.join(str(error.get('message', '')).split())[:160]}")
-        elif entry["run_id"] in dead:
-            lines.append(f"dead    {what}: its process is gone; the same command goes on where it was")
-    lines += [f"problem {line}" for line in problems]
-    lines.append(f"written {results / 'leaderboard.csv'}")
+    lines += [line for entry in records if (line := _trouble(entry, entry["run_id"] in dead))]
+    lines += [f"problem {plain(line)}" for line in problems]
+    lines.append(f"written {path}")
     bad = bool(dead or problems or counts["failed"])
     return "\n".join(lines), 1 if strict and bad else 0
 
 
-def table_text(made: Sequence[Mapping[str, Any]]) -> str:
-    """The main columns, aligned; mean and standard deviation over seeds."""
-    head = (
-        "scenario",
-        "learner",
-        "model",
-        "variant",
-        "seeds",
-        "step_macro",
-        "last_macro",
-        "last_micro",
-        "forgetting",
-        "seconds",
-    )
-    cells = []
+def _trouble(entry: Mapping[str, Any], dead: bool) -> str | None:
+    what = f"{entry['run_id']}  {plain(entry['scenario']['name'])} {plain(entry['learner']['name'])} seed {entry['seed']}"
+    if entry["status"] == "failed":
+        error = entry["error"] or {}
+        return f"failed  {what}: {plain(error.get('type', ''))}: {plain(error.get('message', ''))[:160]}"
+    return f"dead    {what}: its process is gone; the same command goes on where it was" if dead else None
+
+
+def table_text(made: Sequence[Mapping[str, Any]], width: int = 120) -> str:
+    """The main columns of each scenario, aligned: mean ± standard deviation over seeds.
+
+    Long names are cut to fit; marks never are, so a row with several of them may be wider.
+    """
+    names = ("step_macro", "last_macro", "last_micro", "forgetting")
+    head = ("learner", "model", "variant", "seeds", *names, "seconds", "marks")
+    cells: list[tuple[str, ...]] = [head]
     for row in made:
-        numbers = [_pair(row[f"{n}_mean"], row[f"{n}_std"]) for n in ("step_macro", "last_macro", "last_micro", "forgetting")]
+        numbers = [_pair(row[f"{name}_mean"], row[f"{name}_std"]) for name in names]
         seconds = "-" if row["seconds_mean"] is None else f"{row['seconds_mean']:.1f}"
-        name = row["learner"] + (f" ({row['marks']})" if row["marks"] else "")
         lost = "".join(f" +{row[k]} {k}" for k in ("failed", "dead", "running") if row[k])
-        cells.append((row["scenario"], name, row["model"], row["variant"], f"{row['n_seeds']}{lost}", *numbers, seconds))
-    widths = [max(len(line[i]) for line in [head, *cells]) for i in range(len(head))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in [head, *cells])
+        known = (plain(row["learner"]), plain(row["model"]), row["variant"], f"{row['n_seeds']}{lost}")
+        cells.append((*known, *numbers, seconds, plain(row["marks"])))
+    widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
+    over = sum(widths) + 2 * len(widths) - width
+    while over > 0 and max(widths[:2]) > 12:
+        longest = widths.index(max(widths[:2]))
+        widths[longest] -= 1
+        over -= 1
+    lines, scenario = ["  " + _aligned(head, widths)], None
+    for row, line in zip(made, cells[1:], strict=True):
+        if row["scenario"] != scenario:
+            scenario = row["scenario"]
+            lines.append(_cut(plain(scenario), width))
+        lines.append("  " + _aligned(line, widths))
+    return "\n".join(lines)
+
+
+def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join(_cut(cell, wide).ljust(wide) for cell, wide in zip(line, widths, strict=True)).rstrip()
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _pair(mean: float | None, std: float | None) -> str:
     if mean is None:
         return "-"
-    return f"{mean:.4f}" + ("" if std is None else f" ± {std:.4f}")
+    return _fraction(mean) + ("" if std is None else "±" + f"{std:.4f}".lstrip("0"))
 
 
 def accuracy_matrix_text(entry: Mapping[str, Any]) -> str:
     """Accuracy in percent after each experience (rows) on each evaluation set (columns); '.' where it was not evaluated."""
-    names = [str(name)[:12] for name in entry["scenario"].get("eval_names", range(len(entry["n"])))]
+    names = [plain(name)[:12] for name in entry["scenario"].get("eval_names", range(len(entry["n"])))]
     a = metrics.accuracy(entry["correct"], entry["n"])
     mean = metrics.macro(a, entry["first_seen"])
     if len(names) > 12:
