@@ -22,7 +22,7 @@ from clbench.training.fit import Recipe, fit
 from clbench.training.losses import masked_cross_entropy
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import constant
-from clbench.training.state import collect, parameters_of, restore
+from clbench.training.state import collect, groups_of, restore
 
 
 class Finetune:
@@ -48,7 +48,7 @@ class Finetune:
     ):
         self.model, self.runtime, self.masking = model, runtime, masking
         self.epochs, self.batch_size = runtime.epochs(epochs), batch_size
-        self.rates = {"head": lr, "backbone": backbone_lr}
+        self.lr, self.backbone_lr = lr, backbone_lr
         self.recipe = Recipe("sgd", momentum, weight_decay=weight_decay, schedule=schedule, clip=clip, accumulate=accumulate)
         self.head = LinearHead(model.num_features).to(runtime.device)
 
@@ -62,10 +62,7 @@ class Finetune:
             assert batch.y is not None
             return masked_cross_entropy(self.head(self.model.features(batch)), batch.y, self.masking, experience.classes)
 
-        groups = [
-            {"params": parameters_of(self.model), "lr": self.rates["backbone"]},
-            {"params": parameters_of(self.head), "lr": self.rates["head"]},
-        ]
+        groups = groups_of((self.model, self.backbone_lr), (self.head, self.lr))
         batches = shuffled(experience.train, self.batch_size, self.epochs, self.runtime.key("train"))
         return fit(self.runtime, "train", self, groups, loss, batches, self.recipe)
 

@@ -11,39 +11,18 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-import numpy as np
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clbench import counter
 from clbench.interfaces import Batch, Capabilities, Experience, Schedule
 from clbench.models.backbone import Backbone
 from clbench.models.heads import LinearHead
 from clbench.streams.images import ImageData, shuffled
-from clbench.training.features import extract
+from clbench.training.features import FeatureBatches, extract
 from clbench.training.fit import Recipe, fit
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import constant
-from clbench.training.state import collect, detached, parameters_of, restore
-
-
-class FeatureBatches:
-    """Shuffled batches of ready features: features [N, D], labels [N]; a pure function of the step."""
-
-    def __init__(self, features: Tensor, y: Tensor, batch_size: int, epochs: int, key: int):
-        self.features, self.y, self.batch_size, self.key = features, y, batch_size, key
-        self.per_epoch = -(-len(y) // batch_size)
-        self.steps = epochs * self.per_epoch
-        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
-
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Features [B, D] and labels [B]."""
-        epoch, i = divmod(step, self.per_epoch)
-        if self._order[0] != epoch:
-            self._order = (epoch, counter.permutation(counter.key(self.key, epoch), len(self.y)))
-        rows = torch.as_tensor(self._order[1][i * self.batch_size : (i + 1) * self.batch_size], device=self.y.device)
-        return self.features[rows], self.y[rows]
+from clbench.training.state import collect, detached, groups_of, restore
 
 
 class Joint:
@@ -67,7 +46,7 @@ class Joint:
     ):
         self.model, self.runtime, self.mode = model, runtime, mode
         self.epochs, self.batch_size = runtime.epochs(epochs), batch_size
-        self.rates = {"head": lr, "backbone": backbone_lr}
+        self.lr, self.backbone_lr = lr, backbone_lr
         self.recipe = Recipe("sgd", momentum, weight_decay=weight_decay, schedule=schedule)
         self.start = detached(model.state_dict()) if mode == "full" else None
         if mode == "probe":
@@ -90,17 +69,14 @@ class Joint:
             assert batch.y is not None
             return F.cross_entropy(self.head(self.model.features(batch)), batch.y)
 
-        groups = [
-            {"params": parameters_of(self.model), "lr": self.rates["backbone"]},
-            {"params": parameters_of(self.head), "lr": self.rates["head"]},
-        ]
+        groups = groups_of((self.model, self.backbone_lr), (self.head, self.lr))
         batches = shuffled(data, self.batch_size, self.epochs, self.runtime.key("train"))
         return fit(self.runtime, "train", self, groups, loss, batches, self.recipe)
 
     def _probe(self, data: ImageData) -> dict[str, float]:
         features, y = extract(self.runtime, self.model, data, self.batch_size)
         batches = FeatureBatches(features, y, self.batch_size, self.epochs, self.runtime.key("train"))
-        groups = [{"params": parameters_of(self.head), "lr": self.rates["head"]}]
+        groups = groups_of((self.head, self.lr))
         return fit(self.runtime, "probe", self, groups, lambda b: F.cross_entropy(self.head(b[0]), b[1]), batches, self.recipe)
 
     def predict(self, batch: Batch) -> Tensor:

@@ -26,7 +26,7 @@ from clbench.training.fit import Recipe, fit
 from clbench.training.memory import Memory, Mixed
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import constant
-from clbench.training.state import collect, parameters_of, restore
+from clbench.training.state import collect, groups_of, restore
 
 
 class Replay:
@@ -55,7 +55,7 @@ class Replay:
         self.model, self.runtime = model, runtime
         self.epochs, self.batch_size = runtime.epochs(epochs), batch_size
         self.replay = batch_size if replay is None else replay
-        self.rates = {"head": lr, "backbone": backbone_lr}
+        self.lr, self.backbone_lr = lr, backbone_lr
         self.recipe = Recipe("sgd", momentum, weight_decay=weight_decay, schedule=schedule, clip=clip)
         self.head = LinearHead(model.num_features).to(runtime.device)
         budget = runtime.budget
@@ -72,10 +72,7 @@ class Replay:
             assert batch.y is not None
             return F.cross_entropy(self.head(self.model.features(batch)), batch.y)
 
-        groups = [
-            {"params": parameters_of(self.model), "lr": self.rates["backbone"]},
-            {"params": parameters_of(self.head), "lr": self.rates["head"]},
-        ]
+        groups = groups_of((self.model, self.backbone_lr), (self.head, self.lr))
         new = shuffled(experience.train, self.batch_size, self.epochs, self.runtime.key("train"))
         batches = Mixed(new, self.memory.data(experience.train), self.replay, self.runtime.key("replay"))
         log = fit(self.runtime, "train", self, groups, loss, batches, self.recipe)

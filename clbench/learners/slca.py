@@ -37,7 +37,7 @@ from clbench.training.gaussians import ClassGaussians
 from clbench.training.losses import normalised_cross_entropy
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import multistep, stepwise_cosine
-from clbench.training.state import collect, parameters_of, restore
+from clbench.training.state import collect, groups_of, restore
 
 
 class GaussianBatches:
@@ -125,10 +125,7 @@ class Slca:
             assert batch.y is not None
             return F.cross_entropy(newest(self.model.features(batch)), batch.y - first)
 
-        groups = [
-            {"params": parameters_of(self.model), "lr": self.lr * self.slow},
-            {"params": list(newest.parameters()), "lr": self.lr},
-        ]
+        groups = groups_of((self.model, self.lr * self.slow), (newest, self.lr))
         batches = shuffled(experience.train, self.batch_size, self.epochs, self.runtime.key("train"))
         return fit(self.runtime, "train", self, groups, loss, batches, self.recipe)
 
@@ -151,7 +148,7 @@ class Slca:
             weight_decay=self.recipe.weight_decay,
             schedule=lambda place: stepwise_cosine(place, periods=epochs),
         )
-        groups = [{"params": parameters_of(self.aligned), "lr": self.align["lr"]}]
+        groups = groups_of((self.aligned, self.align["lr"]))
         return fit(self.runtime, "align", self, groups, loss, batches, recipe)
 
     def rescale(self, experience: Experience) -> Tensor:

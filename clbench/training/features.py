@@ -1,12 +1,14 @@
-"""Feature passes over a whole data set, without gradients, under the test transform."""
+"""Feature passes over a whole data set, without gradients, under the test transform; batches of ready features."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from clbench import counter
 from clbench.training.runtime import Runtime
 
 
@@ -21,3 +23,21 @@ def extract(runtime: Runtime, model: Any, data: Any, batch_size: int = 128) -> t
                 features.append(model.features(batch).float())
             labels.append(batch.y)
     return torch.cat(features), torch.cat(labels).to(features[0].device)
+
+
+class FeatureBatches:
+    """Shuffled batches of ready features: features [N, D], labels [N]; a pure function of the step."""
+
+    def __init__(self, features: Tensor, y: Tensor, batch_size: int, epochs: int, key: int):
+        self.features, self.y, self.batch_size, self.key = features, y, batch_size, key
+        self.per_epoch = -(-len(y) // batch_size)
+        self.steps = epochs * self.per_epoch
+        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Features [B, D] and labels [B]."""
+        epoch, i = divmod(step, self.per_epoch)
+        if self._order[0] != epoch:
+            self._order = (epoch, counter.permutation(counter.key(self.key, epoch), len(self.y)))
+        rows = torch.as_tensor(self._order[1][i * self.batch_size : (i + 1) * self.batch_size], device=self.y.device)
+        return self.features[rows], self.y[rows]

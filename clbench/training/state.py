@@ -89,3 +89,8 @@ def _absorb(digest: Any, value: Any) -> None:
 def parameters_of(*modules: nn.Module) -> list[nn.Parameter]:
     """Trainable parameters of several modules, in order."""
     return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+
+def groups_of(*parts: tuple[nn.Module, float]) -> list[dict[str, Any]]:
+    """Parameter groups for `fit`: the trainable parameters of each module with their base learning rate."""
+    return [{"params": parameters_of(module), "lr": lr} for module, lr in parts]
