@@ -41,24 +41,32 @@ class Backbone(nn.Module):
         self.passes = {"train": 0, "eval": 0}
         self.frozen = False
         self._remembers = True
+        self.pets: list[Any] = []
         self._memo: dict[int, Tensor] = {}
 
     def features(self, batch: Any) -> Tensor:
         """Features of a batch, or of ready images x [B, C, H, W] -> [B, D].
 
-        While frozen, features of test-view batches are remembered by sample id: no image passes twice.
+        While frozen and without a PET at work, features of test-view batches are remembered by id: no image passes twice.
         """
         memo = isinstance(batch, ImageBatch) and batch.plain and self._may_remember()
         ids = batch.ids.tolist() if memo else []
         if memo and all(i in self._memo for i in ids):
             return torch.stack([self._memo[i] for i in ids]).to(self._device)
-        x = batch if isinstance(batch, Tensor) else batch.x
-        self.passes["train" if self.training and torch.is_grad_enabled() else "eval"] += len(x)
-        out = self.net.forward_head(self.net.forward_features(x), pre_logits=True)  # type: ignore[operator]
+        out = self.net.forward_head(self.tokens(batch), pre_logits=True)  # type: ignore[operator]
         if memo and (len(self._memo) + len(ids)) * self.num_features * 4 <= MEMO_BYTES:
             for i, row in zip(ids, out.detach().float().cpu(), strict=True):
                 self._memo.setdefault(i, row.clone())  # the first answer stays
         return out
+
+    def tokens(self, batch: Any) -> Tensor:
+        """What comes before pooling: for a ViT all tokens after the last norm [B, N, D]."""
+        x = batch if isinstance(batch, Tensor) else batch.x
+        self.passes["train" if torch.is_grad_enabled() and self._trains() else "eval"] += len(x)
+        return self.net.forward_features(x)  # type: ignore[operator]
+
+    def _trains(self) -> bool:
+        return self.training or any(pet.training and pet.active for pet in self.pets)
 
     def forward(self, x: Tensor) -> Tensor:
         """The same as `features` for ready images."""
@@ -69,7 +77,8 @@ class Backbone(nn.Module):
         return next(self.parameters()).device
 
     def _may_remember(self) -> bool:
-        return self.frozen and self._remembers and not any(p.requires_grad for p in self.parameters())
+        bare = not any(pet.active for pet in self.pets)
+        return self.frozen and self._remembers and bare and not any(p.requires_grad for p in self.parameters())
 
     def remember(self, on: bool) -> None:
         """Whether features are remembered while frozen (they are, unless told otherwise); False forgets them."""

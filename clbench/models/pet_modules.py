@@ -1,0 +1,245 @@
+"""The kinds of parameter-efficient tuning: where each hangs in a block, what it computes, how it starts.
+
+    adapter   a bottleneck beside the MLP (AdaptFormer) or beside the attention (LAE)
+    lora      low-rank terms of q, k, v, qkv, proj, fc1, fc2 (Hu et al. 2022)
+    prefix    keys and values put before the attention's own (prefix tuning; LAE, DualPrompt, CODA-Prompt, OVOR)
+    prompt    tokens between the class token and the patches (L2P)
+    vpt       tokens after the patches, carried through (shallow) or new in every block (deep) (Jia et al. 2022)
+    ssf       scale and shift after every layer (Lian et al. 2022)
+    none      nothing: the whole backbone is meant
+
+Every factory takes `(model, runtime)` last, as a configuration's partial does. Blocks are counted from 0; `blocks=None`
+means all. Shapes: x [B, N, D]; a value has its own shape, or a first axis B where a batch mixes states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clbench.interfaces import UserError
+from clbench.models.backbone import Backbone
+from clbench.models.pet import Init, Pet, kaiming, normal, ones, uniform, zeros
+from clbench.models.pet_sites import (
+    Adapter,
+    LowRank,
+    PrefixAttention,
+    ScaleShift,
+    Tokens,
+    blocks_of,
+    chosen,
+    fold_low_rank,
+    fold_scale_shift,
+    linear_of,
+    require_tokens,
+)
+
+Spec = dict[str, tuple[Sequence[int], Init]]
+LORA_TARGETS = ("q", "k", "v", "qkv", "proj", "fc1", "fc2")
+
+
+def none(model: Backbone, runtime: Any) -> None:
+    """No module: learners that take one train the whole backbone instead."""
+
+
+def adapter(
+    model: Backbone,
+    runtime: Any,
+    *,
+    bottleneck: int = 64,
+    place: Literal["mlp", "attention"] = "mlp",
+    scale: float = 0.1,
+    learn_scale: bool = False,
+    activation: Literal["relu", "gelu"] = "relu",
+    dropout: float = 0.1,
+    blocks: Sequence[int] | None = None,
+) -> Pet:
+    """Bottleneck x -> s (W_up drop(act(W_down x + b)) + b'), W_down Kaiming, the rest 0: the identity at the start.
+
+    place "mlp" (AF-b): x is the un-normalised residual stream, the output joins the MLP branch. place "attention" (LAE): x
+    is the normalised input of the attention, the output joins the attention's. Works in ViT and Swin blocks.
+    """
+    _positive("bottleneck", bottleneck)
+    sites, spec = {}, Spec()
+    for i, block in chosen(model.net, blocks, "adapter", ("norm1", "attn", "norm2", "drop_path2")):
+        width = int(block.norm1.normalized_shape[0])
+        spec |= {f"{i}/down": ((bottleneck, width), kaiming), f"{i}/down_bias": ((bottleneck,), zeros)}
+        spec |= {f"{i}/up": ((width, bottleneck), zeros), f"{i}/up_bias": ((width,), zeros)}
+        if learn_scale:
+            spec[f"{i}/scale"] = ((), _filled(scale))
+        sites[i] = block
+    pet = Pet(model, runtime, "adapter", spec)
+    function = {"relu": F.relu, "gelu": F.gelu}[activation]
+    for i, block in sites.items():
+        site = Adapter(pet, i, None if learn_scale else scale, function, dropout)
+        if place == "mlp":
+            block.norm2.register_forward_pre_hook(site.remember)
+            block.drop_path2.register_forward_hook(site.add_remembered)
+        elif place == "attention":
+            block.attn.register_forward_hook(site.add)
+        else:
+            raise UserError(f"unknown place {place!r} of an adapter: choose mlp or attention")
+    return pet
+
+
+def lora(
+    model: Backbone,
+    runtime: Any,
+    *,
+    rank: int = 5,
+    targets: Sequence[str] = ("k", "v"),
+    scale: float = 1.0,
+    learn_scale: bool = False,
+    blocks: Sequence[int] | None = None,
+) -> Pet:
+    """W x -> W x + s B A x for each target layer: A [rank, in] Kaiming, B [out, rank] 0. Can be merged into the weights."""
+    _positive("rank", rank)
+    unknown = [t for t in targets if t not in LORA_TARGETS]
+    if unknown or not targets:
+        raise UserError(f"unknown LoRA targets {list(unknown)}: choose from {', '.join(LORA_TARGETS)}")
+    sites, spec = [], Spec()
+    for i, block in chosen(model.net, blocks, "lora", ("mlp",)):
+        for target in targets:
+            layer, part = linear_of(block, target)
+            out = layer.out_features // (3 if part is not None else 1)
+            spec |= {
+                f"{i}/{target}/a": ((rank, layer.in_features), kaiming),
+                f"{i}/{target}/b": ((out, rank), zeros),
+            }
+            if learn_scale:
+                spec[f"{i}/{target}/scale"] = ((), _filled(scale))
+            sites.append((f"{i}/{target}", layer, part))
+    pet = Pet(model, runtime, "lora", spec)
+    for name, layer, part in sites:
+        layer.register_forward_hook(LowRank(pet, name, part, None if learn_scale else scale).add)
+        pet.merges.append(fold_low_rank(pet, name, layer, part, None if learn_scale else scale))
+    return pet
+
+
+def prefix(
+    model: Backbone,
+    runtime: Any,
+    *,
+    length: int | Sequence[int] = 10,
+    blocks: Sequence[int] | None = None,
+    low: float = 0.0,
+    high: float = 0.01,
+    learn_scale: bool = False,
+    compensate: bool = False,
+) -> Pet:
+    """Keys P_k and values P_v [length, D], U(low, high), before the attention's own; queries stay. `length` may be one a block.
+
+    learn_scale  P_k and P_v are multiplied by a learnable scalar each (1 at the start)
+    compensate   LAE's calibration: after the softmax, the weights on the prefix are divided by their sum (at least 1e-12)
+    """
+    places = chosen(model.net, blocks, "prefix", ("attn",))
+    lengths = [length] * len(places) if isinstance(length, int) else list(length)
+    if len(lengths) != len(places):
+        raise UserError(f"prefix has {len(lengths)} lengths for {len(places)} blocks")
+    spec = Spec()
+    for (i, block), n in zip(places, lengths, strict=True):
+        _positive("length", n)
+        width = PrefixAttention.check(block.attn, i)
+        spec |= {f"{i}/k": ((n, width), uniform(low, high)), f"{i}/v": ((n, width), uniform(low, high))}
+        if learn_scale:
+            spec |= {f"{i}/scale_k": ((), ones), f"{i}/scale_v": ((), ones)}
+    pet = Pet(model, runtime, "prefix", spec)
+    for i, block in places:
+        block.attn = PrefixAttention(block.attn, pet, i, learn_scale, compensate)
+    return pet
+
+
+def prompt(model: Backbone, runtime: Any, *, length: int = 5, low: float = -1.0, high: float = 1.0) -> Pet:
+    """Tokens [length, D], U(low, high), between the class token and the patches; they get the class token's position.
+
+    They stay to the end: `model.tokens` shows their outputs at positions 1 .. length.
+    """
+    _positive("length", length)
+    first, width = require_tokens(model, "prompt", class_token=True), model.num_features
+    pet = Pet(model, runtime, "prompt", {"tokens": ((length, width), uniform(low, high))})
+    net: Any = model.net
+    position = None if net.pos_embed is None or net.no_embed_class else net.pos_embed
+    site = Tokens(pet, "tokens", at=int(net.num_prefix_tokens), position=position)
+    first[0].register_forward_pre_hook(site.insert)
+    return pet
+
+
+def vpt(
+    model: Backbone,
+    runtime: Any,
+    *,
+    length: int = 5,
+    deep: bool = True,
+    low: float = 0.0,
+    high: float = 0.0,
+    blocks: Sequence[int] | None = None,
+) -> Pet:
+    """Tokens [length, D] after the patches, without a position, 0 at the start. Their outputs are dropped.
+
+    deep     one set a block, dropped behind it; shallow: one set at the first block, dropped behind the last
+    blocks   of a deep one; a shallow one goes through all
+    """
+    _positive("length", length)
+    every = require_tokens(model, "vpt")
+    if not deep and blocks is not None:
+        raise UserError("vpt: blocks has no effect with deep=false")
+    places = chosen(model.net, blocks, "vpt", ("attn",)) if deep else [(0, every[0])]
+    pet = Pet(model, runtime, "vpt", {f"{i}/tokens": ((length, model.num_features), uniform(low, high)) for i, _ in places})
+    for i, block in places:
+        site = Tokens(pet, f"{i}/tokens", at=None)
+        block.register_forward_pre_hook(site.insert)
+        (block if deep else every[-1]).register_forward_hook(site.drop)
+    return pet
+
+
+def ssf(model: Backbone, runtime: Any, *, std: float = 0.02) -> Pet:
+    """Scale and shift y -> gamma y + beta of each channel, gamma N(1, std^2), beta N(0, std^2).
+
+    After these layers where they exist: patch projection, norms, qkv, attention output, fc1, fc2, final norm. Can be merged
+    into the weights.
+    """
+    net: Any = model.net
+    layers: list[tuple[str, nn.Module, Any]] = []
+    if isinstance(getattr(getattr(net, "patch_embed", None), "proj", None), nn.Conv2d):
+        inner = getattr(net.patch_embed, "norm", None)
+        layers.append(("patch", net.patch_embed, inner if getattr(inner, "weight", None) is not None else net.patch_embed.proj))
+    for i, block in enumerate(blocks_of(net, "ssf")):
+        parts = {"norm1": "norm1", "norm2": "norm2", "norm": "norm", "attn.qkv": "qkv", "attn.proj": "proj"}
+        parts |= {"mlp.fc1": "fc1", "mlp.fc2": "fc2"}
+        for path, name in parts.items():
+            layer: Any = block
+            for step in path.split("."):
+                layer = getattr(layer, step, None)
+            if layer is not None and getattr(layer, "weight", None) is not None:
+                layers.append((f"{i}/{name}", layer, layer))
+    if getattr(getattr(net, "norm", None), "weight", None) is not None:
+        layers.append(("norm", net.norm, net.norm))
+    spec = Spec()
+    for name, _, owner in layers:
+        if owner.bias is None:
+            raise UserError(f"ssf: layer {name} of {model.identity['name']} has no bias to take the shift when merged")
+        spec |= {
+            f"{name}/scale": ((len(owner.bias),), normal(1.0, std)),
+            f"{name}/shift": ((len(owner.bias),), normal(0.0, std)),
+        }
+    pet = Pet(model, runtime, "ssf", spec)
+    for name, layer, owner in layers:
+        layer.register_forward_hook(ScaleShift(pet, name).apply)
+        pet.merges.append(fold_scale_shift(pet, name, owner))
+    return pet
+
+
+def _filled(value: float) -> Init:
+    def fill(x: Tensor, generator: torch.Generator) -> None:
+        x.fill_(value)
+
+    return fill
+
+
+def _positive(name: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"pet: {name} must be at least 1, got {value}")
