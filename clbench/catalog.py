@@ -21,7 +21,7 @@ from clbench.interfaces import UserError
 from clbench.signatures import find_module, nearest, problems, split_target
 
 log = logging.getLogger("clbench")
-GROUPS = ("scenario", "learner", "model", "schedule", "sweep", "machine")
+GROUPS = ("scenario", "learner", "model", "schedule", "pet", "sweep", "machine")
 PLUGINS = "clbench.plugins"
 _SUPPLIED = {"learner": ("model", "runtime")}
 

@@ -104,7 +104,7 @@ def parser_of(name: str) -> Parser:
     what, examples = EXAMPLES[name]
     epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples)
     if name in ("run", "plan"):
-        groups = "choices: scenario=, learner=, model=, schedule=, machine=, sweep=   (clbench list shows the names)"
+        groups = "choices: scenario=, learner=, model=, schedule=, pet=, machine=, sweep=   (clbench list shows the names)"
         epilog = f"{groups}\n\noptions and their defaults:\n{options_text()}\n\n{epilog}"
     parser = Parser(
         f"clbench {name}",
@@ -120,7 +120,7 @@ def parser_of(name: str) -> Parser:
     if name in ("run", "plan", "check"):
         parser.add_argument("words", nargs="*", metavar="NAME=VALUE", help="choices and options (Hydra overrides)")
     if name == "list":
-        parser.add_argument("groups", nargs="*", metavar="GROUP", help="scenarios learners models schedules sweeps machines")
+        parser.add_argument("groups", nargs="*", metavar="GROUP", help="scenarios learners models schedules pets sweeps machines")
     if name == "report":
         parser.add_argument("--results-dir", default="results", metavar="DIR", help="where the records lie (results)")
         parser.add_argument("--strict", action="store_true", help="exit 1 if a run failed, died, or a record is damaged")

@@ -196,7 +196,7 @@ def _keys(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 def resolve(config: Any) -> dict[str, Any]:
     """A composed configuration -> plain dictionary without Hydra's node; `names` are the chosen files' names.
 
-    A top-level `schedule` takes the place of the learner's.
+    A top-level `schedule` or `pet` takes the place of the learner's.
     """
     from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
@@ -211,11 +211,13 @@ def resolve(config: Any) -> dict[str, Any]:
         missing = f"{key} needs a value: add {key}=..." if key and "missing" in str(error).lower() else None
         raise UserError(missing or " ".join(str(error).split())) from None
     plain["names"] = {g: chosen[g] for g in ("scenario", "learner", "model") if chosen.get(g) not in (None, _LOOSE)}
-    schedule = plain.pop("schedule", None)
-    if schedule is not None:
-        if "schedule" not in (plain.get("learner") or {}):
-            raise UserError(f"schedule={chosen.get('schedule')} has no effect: learner {chosen.get('learner')} has no schedule")
-        plain["learner"]["schedule"] = schedule
+    for part in ("schedule", "pet"):
+        node = plain.pop(part, None)
+        if node is None:
+            continue
+        if part not in (plain.get("learner") or {}):
+            raise UserError(f"{part}={chosen.get(part)} has no effect: learner {chosen.get('learner')} has no {part}")
+        plain["learner"][part] = node
     return plain
 
 

@@ -58,7 +58,7 @@ def test_mistakes_are_answered_in_one_line_before_torch_is_loaded(clbench, words
 
 def test_list_names_every_choice_without_torch(clbench):
     out = clbench("list").stdout
-    for word in ("scenarios\n", "learners\n", "models\n", "schedules\n", "sweeps\n", "machines\n", "  slca ", "  cil_digits "):
+    for word in ("scenarios\n", "learners\n", "models\n", "schedules\n", "pets\n", "sweeps\n", "machines\n", "  slca ", "  cil_digits "):
         assert word in out
     assert "cil_digits" not in clbench("list", "learners").stdout
 

@@ -138,7 +138,7 @@ def test_paths_need_no_quotes(folder):
 def test_every_file_of_a_group_is_described_and_fits_its_target(group):
     for name, (path, *_) in choices(group).items():
         assert len(description(path)) > 10, f"{path} opens without a line that says what it is"
-        words = [f"{group}={name}", *(["learner=finetune"] if group == "schedule" else [])]
+        words = [f"{group}={name}", *(["learner=finetune"] if group in ("schedule", "pet") else [])]
         text = path.read_text()
         words += [
             f"{group}.{line.split(':')[0]}=x" for line in text.splitlines() if line.split("#")[0].rstrip().endswith("???")

@@ -17,7 +17,7 @@ from clbench.training.state import detached
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "conf" / "learner").glob("*.yaml") if path.stem != "custom")
 VARIANTS = {
-    "finetune": ["learner.masking=local", "learner.masking=batch"],
+    "finetune": ["learner.masking=local", "learner.masking=batch", "pet=adapter", "pet=ssf"],
     "joint": ["learner.mode=probe"],
     "ncm": ["learner.metric=cosine"],
     "replay": ["learner.policy=herding", "learner.policy=balanced"],

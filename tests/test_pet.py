@@ -238,7 +238,7 @@ def test_dropout_belongs_to_seed_step_and_place():
         pet = kinds.adapter(model, clock, bottleneck=16, dropout=0.5)
         shake(pet, size=2.0)
         pet.train()
-        clock.meter.steps = steps
+        clock.used_visits = steps
         return model.features(images(2)), pet, model
 
     first, pet, model = trained(0, 3)
@@ -249,6 +249,11 @@ def test_dropout_belongs_to_seed_step_and_place():
     torch.testing.assert_close(model.features(images(2)), model.features(images(2)))
     rate = (pet.train().dropout(torch.ones(100_000), 0.1, "x") == 0).float().mean()
     assert 0.09 < rate < 0.11
+
+
+def test_a_range_of_blocks_ends_with_the_network():
+    assert {k[0] for k in kinds.adapter(nano(), runtime(), blocks="2:5").values} == {"2", "3"}
+    assert {k[0] for k in kinds.adapter(nano(), runtime(), blocks="0:5").values} == set("0123")
 
 
 def test_state_arithmetic():
@@ -296,6 +301,8 @@ def test_swin_and_convnext_where_it_makes_sense():
         (lambda m, r: kinds.adapter(m, r, bottleneck=0), "bottleneck must be at least 1"),
         (lambda m, r: kinds.adapter(m, r, blocks=[4]), "0 to 3"),
         (lambda m, r: kinds.adapter(m, r, blocks=[1, 1]), "distinct"),
+        (lambda m, r: kinds.adapter(m, r, blocks="2-3"), "nor a range"),
+        (lambda m, r: kinds.adapter(m, r, blocks="4:9"), "0 to 3"),
         (lambda m, r: kinds.lora(m, r, targets=["w"]), "unknown LoRA targets"),
         (lambda m, r: kinds.prefix(m, r, length=[1, 2]), "2 lengths for 4 blocks"),
         (lambda m, r: kinds.vpt(m, r, deep=False, blocks=[1]), "no effect"),

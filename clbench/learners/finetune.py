@@ -17,6 +17,8 @@ from torch import Tensor
 from clbench.interfaces import Batch, Capabilities, Experience, Schedule
 from clbench.models.backbone import Backbone
 from clbench.models.heads import LinearHead
+from clbench.models.pet import Factory
+from clbench.models.pet_modules import none
 from clbench.streams.images import shuffled
 from clbench.training.fit import Recipe, fit
 from clbench.training.losses import masked_cross_entropy
@@ -45,8 +47,10 @@ class Finetune:
         clip: float | None = None,
         accumulate: int = 1,
         schedule: Schedule = constant,
+        pet: Factory = none,
     ):
         self.model, self.runtime, self.masking = model, runtime, masking
+        self.pet = pet(model, runtime)
         self.epochs, self.batch_size = runtime.epochs(epochs), batch_size
         self.lr, self.backbone_lr = lr, backbone_lr
         self.recipe = Recipe("sgd", momentum, weight_decay=weight_decay, schedule=schedule, clip=clip, accumulate=accumulate)
@@ -62,7 +66,7 @@ class Finetune:
             assert batch.y is not None
             return masked_cross_entropy(self.head(self.model.features(batch)), batch.y, self.masking, experience.classes)
 
-        groups = groups_of((self.model, self.backbone_lr), (self.head, self.lr))
+        groups = groups_of((self.pet or self.model, self.backbone_lr), (self.head, self.lr))
         batches = shuffled(experience.train, self.batch_size, self.epochs, self.runtime.key("train"))
         return fit(self.runtime, "train", self, groups, loss, batches, self.recipe)
 
@@ -72,8 +76,8 @@ class Finetune:
         return self.head(self.model.features(batch))
 
     def state_dict(self) -> dict[str, Any]:
-        """Backbone and head."""
-        return collect(self, "model", "head")
+        """Backbone (or what is tuned of it) and head."""
+        return collect(self, "pet" if self.pet else "model", "head")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore both."""

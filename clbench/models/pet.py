@@ -31,11 +31,12 @@ Init = Callable[[Tensor, torch.Generator], Any]
 
 
 class Clock(Protocol):
-    """What a pet needs of the runtime: seed, device, the number of steps so far (for dropout), generators by name."""
+    """What a pet needs of the runtime: device, generators by name, and where training stands (for dropout)."""
 
     seed: int
     device: torch.device
-    meter: Any
+    experience: int
+    used_visits: int
 
     def generator(self, *parts: int | str) -> torch.Generator:
         """A CPU generator of its own for the seed, the experience and the parts."""
@@ -46,7 +47,7 @@ class Pet(nn.Module):
     """Named values attached to a backbone. `spec` gives each value's shape and its initial distribution.
 
     The backbone is frozen by attaching (its own gradients are off); `values` train. Dropout inside a pet is drawn from the
-    seed, the step and the place, so that a resumed run draws the same.
+    seed, the images visited and the place, so that a resumed run draws the same.
     """
 
     def __init__(self, model: Backbone, runtime: Clock, kind: str, spec: Mapping[str, tuple[Sequence[int], Init]]):
@@ -59,7 +60,7 @@ class Pet(nn.Module):
         self.reset(runtime.generator("pet", kind))
         self._now: Mapping[str, Tensor] | None = dict(self.values.items())
         self._rows: Tensor | None = None
-        self._drawn = (-1, 0)
+        self._drawn = ((-1, 0), 0)
         self.merges: list[Callable[[float], None]] = []
         self._merged = False
         model.freeze()
@@ -126,9 +127,9 @@ class Pet(nn.Module):
         """Zero a share `p` of x while training and scale the rest by 1 / (1 - p)."""
         if p == 0 or not self.training or not torch.is_grad_enabled():
             return x
-        step = int(self._runtime.meter.steps)
-        self._drawn = (step, self._drawn[1] + 1 if self._drawn[0] == step else 0)
-        key = counter.key(self._runtime.seed, "dropout", step, self._drawn[1], place)
+        now = (self._runtime.experience, self._runtime.used_visits)
+        self._drawn = (now, self._drawn[1] + 1 if self._drawn[0] == now else 0)
+        key = counter.key(self._runtime.seed, "dropout", *now, self._drawn[1], place)
         generator = torch.Generator(x.device).manual_seed(key >> 1)
         return x * (torch.rand(x.shape, generator=generator, device=x.device) >= p) / (1 - p)
 

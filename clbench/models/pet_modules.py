@@ -8,8 +8,8 @@
     ssf       scale and shift after every layer (Lian et al. 2022)
     none      nothing: the whole backbone is meant
 
-Every factory takes `(model, runtime)` last, as a configuration's partial does. Blocks are counted from 0; `blocks=None`
-means all. Shapes: x [B, N, D]; a value has its own shape, or a first axis B where a batch mixes states.
+Blocks are counted from 0: `blocks` is a list, or a range like "2:5" that ends where the network ends, or None for all.
+Shapes: x [B, N, D]; a value has its own shape, or a first axis B where a batch mixes states.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def adapter(
     learn_scale: bool = False,
     activation: Literal["relu", "gelu"] = "relu",
     dropout: float = 0.1,
-    blocks: Sequence[int] | None = None,
+    blocks: Sequence[int] | str | None = None,
 ) -> Pet:
     """Bottleneck x -> s (W_up drop(act(W_down x + b)) + b'), W_down Kaiming, the rest 0: the identity at the start.
 
@@ -94,7 +94,7 @@ def lora(
     targets: Sequence[str] = ("k", "v"),
     scale: float = 1.0,
     learn_scale: bool = False,
-    blocks: Sequence[int] | None = None,
+    blocks: Sequence[int] | str | None = None,
 ) -> Pet:
     """W x -> W x + s B A x for each target layer: A [rank, in] Kaiming, B [out, rank] 0. Can be merged into the weights."""
     _positive("rank", rank)
@@ -125,7 +125,7 @@ def prefix(
     runtime: Any,
     *,
     length: int | Sequence[int] = 10,
-    blocks: Sequence[int] | None = None,
+    blocks: Sequence[int] | str | None = None,
     low: float = 0.0,
     high: float = 0.01,
     learn_scale: bool = False,
@@ -176,7 +176,7 @@ def vpt(
     deep: bool = True,
     low: float = 0.0,
     high: float = 0.0,
-    blocks: Sequence[int] | None = None,
+    blocks: Sequence[int] | str | None = None,
 ) -> Pet:
     """Tokens [length, D] after the patches, without a position, 0 at the start. Their outputs are dropped.
 

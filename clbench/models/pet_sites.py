@@ -5,6 +5,7 @@ Legend: B batch, N tokens, D channels, n inserted tokens, h heads, d channels of
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from clbench.interfaces import UserError
 from clbench.models.backbone import Backbone
 from clbench.models.pet import Pet
 
+Blocks = Sequence[int] | str | None  # a list is exact, a range like "2:5" ends with the network, None means all
 PARTS = {"q": 0, "k": 1, "v": 2}
 
 
@@ -31,10 +33,10 @@ def blocks_of(net: Any, kind: str) -> list[nn.Module]:
     raise UserError(f"pet={kind} needs a network of blocks (ViT, Swin, ConvNeXt), {type(net).__name__} is none")
 
 
-def chosen(net: Any, blocks: Sequence[int] | None, kind: str, needs: Sequence[str]) -> list[tuple[int, Any]]:
+def chosen(net: Any, blocks: Blocks, kind: str, needs: Sequence[str]) -> list[tuple[int, Any]]:
     """The numbered blocks to hang on; each must have the parts that the kind needs."""
     every = blocks_of(net, kind)
-    numbers = list(range(len(every))) if blocks is None else [int(i) for i in blocks]
+    numbers = _numbers(blocks, len(every), kind)
     if not numbers or len(set(numbers)) != len(numbers) or min(numbers) < 0 or max(numbers) >= len(every):
         raise UserError(
             f"pet={kind}: blocks {numbers} are not distinct numbers of the {len(every)} blocks (0 to {len(every) - 1})"
@@ -44,6 +46,16 @@ def chosen(net: Any, blocks: Sequence[int] | None, kind: str, needs: Sequence[st
         if missing or type(every[i]).__name__ not in ("Block", "SwinTransformerBlock", "ConvNeXtBlock"):
             raise UserError(f"pet={kind} does not fit {type(net).__name__}: its {type(every[i]).__name__} is built otherwise")
     return [(i, every[i]) for i in numbers]
+
+
+def _numbers(blocks: Blocks, depth: int, kind: str) -> list[int]:
+    if blocks is None:
+        return list(range(depth))
+    if isinstance(blocks, str):
+        if not (match := re.fullmatch(r"(\d*):(\d*)", blocks)):
+            raise UserError(f"pet={kind}: blocks={blocks!r} is neither a list of numbers nor a range like 0:5")
+        return list(range(depth))[slice(*(int(end) if end else None for end in match.groups()))]
+    return [int(i) for i in blocks]
 
 
 def require_tokens(model: Backbone, kind: str, class_token: bool = False) -> list[nn.Module]:
