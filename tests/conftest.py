@@ -3,8 +3,10 @@
 import json
 import os
 import pathlib
+import select
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -21,11 +23,52 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=f"set CLBENCH_DATA to a folder with {', '.join(missing)}"))
 
 
-class CommandLine:
-    """`clbench WORDS` as a process of its own, from a folder of its own."""
+class Warm:
+    """The process of warm.py, started when it is first needed."""
 
-    def __init__(self, folder: pathlib.Path):
-        self.folder = folder
+    process = None
+
+    def run(self, job: dict, timeout: float) -> int:
+        """The exit status of one command line; a negative one is a signal."""
+        if self.process is None:
+            self.process = subprocess.Popen(
+                [sys.executable, str(ROOT / "tests" / "warm.py")],
+                env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            assert self.process.stdout.readline() == "ready\n"
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        if not select.select([self.process.stdout], [], [], timeout)[0]:
+            self.stop()
+            raise TimeoutError(f"{job['argv']} took more than {timeout} s")
+        return int(self.process.stdout.readline())
+
+    def stop(self) -> None:
+        """End it."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+            self.process = None
+
+
+@pytest.fixture(scope="session")
+def warm():
+    server = Warm()
+    yield server
+    server.stop()
+
+
+class CommandLine:
+    """`clbench WORDS` as a process of its own, from a folder of its own.
+
+    Called, it is forked from a process with the heavy imports done; `fresh=True`, sweeps and `popen` start Python anew.
+    """
+
+    def __init__(self, folder: pathlib.Path, warm: Warm):
+        self.folder, self.warm = folder, warm
         self.env = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
@@ -43,12 +86,20 @@ class CommandLine:
             **options,
         )
 
-    def __call__(self, *words: str, code: int | None = 0, timeout: float = 300):
-        process = self.popen(*words)
-        out, err = process.communicate(timeout=timeout)
+    def __call__(self, *words: str, code: int | None = 0, timeout: float = 300, fresh: bool = False):
+        if fresh or "-m" in words:
+            process = self.popen(*words)
+            out, err = process.communicate(timeout=timeout)
+            ended = process.returncode
+        else:
+            with tempfile.TemporaryDirectory() as scratch:
+                files = [pathlib.Path(scratch) / name for name in ("out", "err")]
+                job = {"argv": words, "cwd": str(self.folder), "env": self.env, "out": str(files[0]), "err": str(files[1])}
+                ended = self.warm.run(job, timeout)
+                out, err = (path.read_text() for path in files)
         if code is not None:
-            assert process.returncode == code, f"exit {process.returncode}\n--- stdout\n{out}\n--- stderr\n{err}"
-        return subprocess.CompletedProcess(words, process.returncode, out, err)
+            assert ended == code, f"exit {ended}\n--- stdout\n{out}\n--- stderr\n{err}"
+        return subprocess.CompletedProcess(words, ended, out, err)
 
     def records(self, results: str = "results") -> list[dict]:
         """All records, sorted by file name."""
@@ -56,8 +107,8 @@ class CommandLine:
 
 
 @pytest.fixture
-def clbench(tmp_path):
-    return CommandLine(tmp_path)
+def clbench(tmp_path, warm):
+    return CommandLine(tmp_path, warm)
 
 
 SMALL = ("scenario.num_classes=4", "scenario.limit_train=20", "scenario.limit_test=10", "scenario.budget.epochs=1")

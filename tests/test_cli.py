@@ -47,7 +47,7 @@ def test_help_of_each_command_has_examples(clbench, name):
     ],
 )
 def test_mistakes_are_answered_in_one_line_before_torch_is_loaded(clbench, words, message):
-    done = clbench(*words, code=2)
+    done = clbench(*words, code=2, fresh=True)
     assert done.stdout == ""
     assert done.stderr.startswith(f"clbench: {message}") and done.stderr.count("\n") == 1
     code = "import sys; from clbench.cli import answer; answer(sys.argv[1:]); sys.exit('torch' in sys.modules)"
@@ -58,7 +58,17 @@ def test_mistakes_are_answered_in_one_line_before_torch_is_loaded(clbench, words
 
 def test_list_names_every_choice_without_torch(clbench):
     out = clbench("list").stdout
-    for word in ("scenarios\n", "learners\n", "models\n", "schedules\n", "pets\n", "sweeps\n", "machines\n", "  slca ", "  cil_digits "):
+    for word in (
+        "scenarios\n",
+        "learners\n",
+        "models\n",
+        "schedules\n",
+        "pets\n",
+        "sweeps\n",
+        "machines\n",
+        "  slca ",
+        "  cil_digits ",
+    ):
         assert word in out
     assert "cil_digits" not in clbench("list", "learners").stdout
 
