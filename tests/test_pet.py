@@ -313,7 +313,7 @@ def test_wrong_options(make, words):
         make(nano(), runtime())
 
 
-def test_features_are_remembered_only_without_a_pet(monkeypatch):
+def test_features_are_remembered_only_without_a_pet():
     from clbench.streams.images import open_eval
     from clbench.streams.pixels import Pipeline
     from clbench.testing import small_stream
@@ -329,6 +329,21 @@ def test_features_are_remembered_only_without_a_pet(monkeypatch):
             before = dict(model.passes)
             assert torch.equal(model.features(data.batch(range(4))), bare) and model.passes == before
         torch.testing.assert_close(model.features(data.batch(range(4))), tuned)
+        with pet.use(tag="frozen"):
+            torch.testing.assert_close(model.features(data.batch(range(4))), tuned)
+            before = dict(model.passes)
+            torch.testing.assert_close(model.features(data.batch(range(4))), tuned)
+            assert model.passes == before
+            with pet.use(stack([pet.state()] * 2), torch.tensor([0, 1, 1, 0]), tag="bank"):
+                model.features(data.batch(range(4)))
+                assert model.passes["eval"] == before["eval"] + 4
+        state = pet.state()
+        shake(pet, 3)
+        other = pet.state()
+        pet.insert(state)
+        pet.insert(other)
+        with pet.use(tag="frozen"):
+            assert not torch.allclose(model.features(data.batch(range(4))), tuned, atol=1e-3), "insert forgets"
     assert not torch.allclose(tuned, bare, atol=1e-2)
 
 

@@ -42,22 +42,29 @@ class Backbone(nn.Module):
         self.frozen = False
         self._remembers = True
         self.pets: list[Any] = []
-        self._memo: dict[int, Tensor] = {}
+        self._memo: dict[tuple[Any, ...], Tensor] = {}
 
     def features(self, batch: Any) -> Tensor:
         """Features of a batch, or of ready images x [B, C, H, W] -> [B, D].
 
-        While frozen and without a PET at work, features of test-view batches are remembered by id: no image passes twice.
+        While frozen, features of test-view batches are remembered by id and by the tags of the PETs at work (no tag: they are
+        not): no image passes twice.
         """
-        memo = isinstance(batch, ImageBatch) and batch.plain and self._may_remember()
-        ids = batch.ids.tolist() if memo else []
-        if memo and all(i in self._memo for i in ids):
-            return torch.stack([self._memo[i] for i in ids]).to(self._device)
+        names = self._names(batch) if isinstance(batch, ImageBatch) and batch.plain and self._may_remember() else []
+        if names and all(name in self._memo for name in names):
+            return torch.stack([self._memo[name] for name in names]).to(self._device)
         out = self.net.forward_head(self.tokens(batch), pre_logits=True)  # type: ignore[operator]
-        if memo and (len(self._memo) + len(ids)) * self.num_features * 4 <= MEMO_BYTES:
-            for i, row in zip(ids, out.detach().float().cpu(), strict=True):
-                self._memo.setdefault(i, row.clone())  # the first answer stays
+        if names and (len(self._memo) + len(names)) * self.num_features * 4 <= MEMO_BYTES:
+            for name, row in zip(names, out.detach().float().cpu(), strict=True):
+                self._memo.setdefault(name, row.clone())  # the first answer stays
         return out
+
+    def _names(self, batch: ImageBatch) -> list[tuple[Any, ...]]:
+        """What each sample's features are remembered under; empty where they are not."""
+        tags = [pet.tags(len(batch)) for pet in self.pets if pet.active]
+        if any(tag is None for tag in tags):
+            return []
+        return list(zip(batch.ids.tolist(), *tags, strict=True))
 
     def tokens(self, batch: Any) -> Tensor:
         """What comes before pooling: for a ViT all tokens after the last norm [B, N, D]."""
@@ -77,14 +84,17 @@ class Backbone(nn.Module):
         return next(self.parameters()).device
 
     def _may_remember(self) -> bool:
-        bare = not any(pet.active for pet in self.pets)
-        return self.frozen and self._remembers and bare and not any(p.requires_grad for p in self.parameters())
+        return self.frozen and self._remembers and not any(p.requires_grad for p in self.parameters())
 
     def remember(self, on: bool) -> None:
         """Whether features are remembered while frozen (they are, unless told otherwise); False forgets them."""
         self._remembers = on
         if not on:
             self._memo.clear()
+
+    def forget(self) -> None:
+        """Drop what is remembered: something that it was made with has changed."""
+        self._memo.clear()
 
     def freeze(self) -> None:
         """No parameter is trained from now on; normalisation keeps its statistics; features are remembered."""

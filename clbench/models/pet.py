@@ -58,8 +58,11 @@ class Pet(nn.Module):
             {name: nn.Parameter(torch.empty(tuple(shape), device=runtime.device)) for name, (shape, _) in spec.items()}
         )
         self.reset(runtime.generator("pet", kind))
-        self._now: Mapping[str, Tensor] | None = dict(self.values.items())
+        self._own = dict(self.values.items())
+        self._now: Mapping[str, Tensor] | None = self._own
         self._rows: Tensor | None = None
+        self._tag: Any = None
+        self._model = [model]
         self._drawn = ((-1, 0), 0)
         self.merges: list[Callable[[float], None]] = []
         self._merged = False
@@ -87,24 +90,33 @@ class Pet(nn.Module):
         return self._now is not None and not self._merged
 
     @contextmanager
-    def use(self, values: Mapping[str, Tensor], rows: Tensor | None = None) -> Iterator[None]:
-        """Compute with `values`; with `rows` [B], each is a stack [S, ...] and sample b uses entry rows[b]."""
-        before = self._now, self._rows
-        self._now, self._rows = values, rows
+    def use(self, values: Mapping[str, Tensor] | None = None, rows: Tensor | None = None, tag: Any = None) -> Iterator[None]:
+        """Compute with `values` (its own by default); with `rows` [B], each is a stack [S, ...] and sample b uses rows[b].
+
+        `tag` promises that values (and rows) with this name never change: then features may be remembered under it.
+        """
+        before = self._now, self._rows, self._tag
+        self._now, self._rows, self._tag = (self._own if values is None else values), rows, tag
         try:
             yield
         finally:
-            self._now, self._rows = before
+            self._now, self._rows, self._tag = before
 
     @contextmanager
     def off(self) -> Iterator[None]:
         """Compute with the bare network."""
-        before = self._now, self._rows
-        self._now, self._rows = None, None
+        before = self._now, self._rows, self._tag
+        self._now, self._rows, self._tag = None, None, None
         try:
             yield
         finally:
-            self._now, self._rows = before
+            self._now, self._rows, self._tag = before
+
+    def tags(self, batch: int) -> list[Any] | None:
+        """The name of each sample's values, None where they have none."""
+        if self._tag is None:
+            return None
+        return [(self._tag, row) for row in ([0] * batch if self._rows is None else self._rows.tolist())]
 
     def in_use(self) -> Mapping[str, Tensor]:
         """The values that a pass now computes with: places that are missing from them stay bare."""
@@ -141,9 +153,12 @@ class Pet(nn.Module):
         """Overwrite the values in place."""
         if state.keys() != self.values.keys():
             raise UserError(f"this state does not belong to a {self.kind} of this shape")
-        with torch.no_grad():
-            for name, value in self.values.items():
-                value.copy_(state[name])
+        self.load_state_dict({f"values.{name}": value for name, value in state.items()})
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Fill in place; features that were remembered for other values are forgotten."""
+        self._model[0].forget()
+        return super().load_state_dict(state, strict, assign)
 
     def approach(self, state: Mapping[str, Tensor], share: float) -> None:
         """Move the values towards `state`: v <- (1 - share) v + share state."""
