@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from clbench.config import build, load_target
-from clbench.interfaces import BudgetExceeded, Capabilities, mismatch
+from clbench.interfaces import BudgetExceeded, Capabilities, UserError, declared, mismatch
 from clbench.streams.images import open_eval, open_experience
 from clbench.streams.pixels import Pipeline
 from clbench.streams.scenario import Scenario
@@ -93,10 +93,10 @@ def small_stream(kind: str = "class_incremental", **changes: Any) -> Scenario:
 def check_learner(config: dict[str, Any]) -> list[Result]:
     """Run every check on the learner of a resolved configuration -> (name, passed, message) each."""
     arithmetic.apply(torch.device("cpu"), arithmetic.choose_threads("auto"), 0)
-    target = load_target(config["learner"]["_target_"])
-    capabilities = getattr(target, "capabilities", None)
-    if not isinstance(capabilities, Capabilities):
-        return [("capabilities", False, f"{target.__name__} declares no `capabilities = Capabilities(...)`")]
+    try:
+        capabilities = declared(load_target(config["learner"]["_target_"]), config["learner"])
+    except UserError as error:
+        return [("capabilities", False, str(error))]
     kind = "task_incremental" if capabilities.needs_task_id else "class_incremental"
     config = copy.deepcopy(config)
     if "epochs" in config["learner"]:
@@ -213,7 +213,7 @@ def check_state_round_trip(trial: Trial) -> None:
 
 
 def check_resume_in_mid_learn(trial: Trial) -> None:
-    """Stopped after any third step of `learn` and started again, it ends in the same state to the last bit."""
+    """Stopped after any third step of `learn` (of many steps: at ten), started again, it ends in the same state, bit by bit."""
     learner, runtime, pipeline = trial.start()
     steps = 0
 
@@ -228,7 +228,7 @@ def check_resume_in_mid_learn(trial: Trial) -> None:
     runtime.progress = count
     trial.learn(learner, runtime, pipeline, 2)
     expected = fingerprint(learner.state_dict())
-    for stop_at in range(1, steps + 1, 3):
+    for stop_at in range(1, steps + 1, max(3, -(-steps // 10))):
         with tempfile.TemporaryDirectory() as folder:
             ended = _interrupted(trial, state, before, pathlib.Path(folder), stop_at)
         assert ended == expected, f"stopped at step {stop_at} of {steps} and resumed, it ends in another state"

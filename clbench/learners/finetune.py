@@ -60,7 +60,7 @@ class Finetune:
         """Grow the head by the new classes and train on the experience's data alone."""
         if experience.new_classes:
             self.head.grow(len(experience.new_classes), self.runtime.generator("head"))
-        self.model.train()
+        (self.pet or self.model).train()
 
         def loss(batch: Batch) -> Tensor:
             assert batch.y is not None

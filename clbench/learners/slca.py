@@ -26,38 +26,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clbench import counter
 from clbench.interfaces import Batch, Capabilities, Experience, Schedule
 from clbench.models.backbone import Backbone
 from clbench.models.heads import LinearHead
 from clbench.streams.images import shuffled
 from clbench.training.features import extract
 from clbench.training.fit import Recipe, fit
-from clbench.training.gaussians import ClassGaussians
-from clbench.training.losses import normalised_cross_entropy
+from clbench.training.gaussians import ClassGaussians, alignment, shrunken_means
 from clbench.training.runtime import Runtime
-from clbench.training.schedules import multistep, stepwise_cosine
+from clbench.training.schedules import multistep
 from clbench.training.state import collect, groups_of, restore
-
-
-class GaussianBatches:
-    """Per epoch: S samples of each of K classes, shuffled, in K batches of S. A pure function of the step."""
-
-    def __init__(self, gaussians: ClassGaussians, scale_K: Tensor, per_class: int, epochs: int, key: int):
-        self.gaussians, self.scale_K, self.per_class, self.key = gaussians, scale_K, per_class, key
-        self.steps = epochs * len(gaussians)
-        self._epoch: tuple[int, Tensor, Tensor] | None = None
-
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Features [S, D] and labels [S]."""
-        epoch, i = divmod(step, len(self.gaussians))
-        if self._epoch is None or self._epoch[0] != epoch:
-            rng = torch.Generator().manual_seed(counter.key(self.key, epoch) >> 1)
-            x, y = self.gaussians.sample(self.per_class, self.scale_K, rng)
-            order = torch.randperm(len(y), generator=rng).to(x.device)
-            self._epoch = (epoch, x[order], y[order])
-        part = slice(i * self.per_class, (i + 1) * self.per_class)
-        return self._epoch[1][part], self._epoch[2][part]
 
 
 class Slca:
@@ -92,7 +70,7 @@ class Slca:
             model.fresh_norm()
         self.lr, self.slow, self.epochs, self.batch_size = lr, slow, runtime.epochs(epochs), batch_size
         self.recipe = Recipe("sgd", momentum, weight_decay=weight_decay, schedule=schedule)
-        self.align = {"epochs": align_epochs, "lr": align_lr, "samples": align_samples}
+        self.align: dict[str, Any] = {"epochs": align_epochs, "lr": align_lr, "samples": align_samples}
         self.logit_norm, self.mean_rescale, self.restore_heads = logit_norm, mean_rescale, restore_heads
         self.official_task_index = official_task_index
         self.head = LinearHead(model.num_features).to(runtime.device)
@@ -131,34 +109,27 @@ class Slca:
 
     def _alignment(self, experience: Experience) -> dict[str, float]:
         """Train a copy of all heads on Gaussian features; the rate follows a cosine that moves once an epoch."""
-        epochs = int(self.align["epochs"])
-        scale_K = self.rescale(experience).to(self.gaussians.mean_KD.device)
-        batches = GaussianBatches(self.gaussians, scale_K, int(self.align["samples"]), epochs, self.runtime.key("align"))
-        widths = self.aligned.widths
-
-        def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
-            z = self.aligned(batch[0])
-            if self.logit_norm is None:
-                return F.cross_entropy(z, batch[1])
-            return normalised_cross_entropy(z, batch[1], widths, self.logit_norm)
-
-        recipe = Recipe(
-            "sgd",
-            self.recipe.momentum,
+        prepared = alignment(
+            self.runtime,
+            self.aligned,
+            self.gaussians,
+            momentum=self.recipe.momentum,
             weight_decay=self.recipe.weight_decay,
-            schedule=lambda place: stepwise_cosine(place, periods=epochs),
+            mean_scale_K=self.rescale(experience),
+            temperature=self.logit_norm,
+            widths=self.aligned.widths,
+            **self.align,
         )
-        groups = groups_of((self.aligned, self.align["lr"]))
-        return fit(self.runtime, "align", self, groups, loss, batches, recipe)
+        return fit(self.runtime, "align", self, *prepared)
 
     def rescale(self, experience: Experience) -> Tensor:
         """Factor of each class's mean [K]: 0.9 + 0.1 (tau + 1) / (t + 1), or 1."""
-        tau = torch.tensor(self.experience_of_class, dtype=torch.float32)
         if not self.mean_rescale:
-            return torch.ones_like(tau)
+            return torch.ones(len(self.experience_of_class))
+        tau = self.experience_of_class
         if self.official_task_index:
-            tau = torch.arange(len(tau)) // len(experience.new_classes)
-        return 0.9 + 0.1 * (tau + 1) / (experience.index + 1)
+            tau = [c // len(experience.new_classes) for c in range(len(tau))]
+        return shrunken_means(tau, experience.index)
 
     def predict(self, batch: Batch) -> Tensor:
         """Logits of the aligned heads [B, num_seen]; no normalisation at test time."""

@@ -69,11 +69,15 @@ class LinearHead(nn.Module):
 
 
 class CosineHead(nn.Module):
-    """sigma * cos(f, w_c): learnable sigma, 1 at the start; rows U(-1/sqrt(D), 1/sqrt(D)), one block per experience."""
+    """sigma * cos(f, w_c): learnable sigma, 1 at the start; one block per experience.
 
-    def __init__(self, num_features: int):
+    Rows start as U(-1/sqrt(D), 1/sqrt(D)), or as normal(0, std) where `std` is given.
+    """
+
+    def __init__(self, num_features: int, std: float | None = None):
         super().__init__()
-        self.linear = LinearHead(num_features, bias=False)
+        self.std = std
+        self.linear = LinearHead(num_features, bias=False, std=0.02 if std is None else std)
         self.sigma = nn.Parameter(torch.ones(1))
 
     @property
@@ -88,6 +92,9 @@ class CosineHead(nn.Module):
 
     def grow(self, count: int, generator: torch.Generator) -> None:
         """Append `count` classes; weights are drawn from a CPU generator."""
+        if self.std is not None:
+            self.linear.grow(count, generator)
+            return
         bound = self.linear.num_features**-0.5
         drawn = torch.empty(count, self.linear.num_features).uniform_(-bound, bound, generator=generator)
         self.linear.grow(count, generator)

@@ -47,7 +47,7 @@ class Pet(nn.Module):
     """Named values attached to a backbone. `spec` gives each value's shape and its initial distribution.
 
     The backbone is frozen by attaching (its own gradients are off); `values` train. Dropout inside a pet is drawn from the
-    seed, the images visited and the place, so that a resumed run draws the same.
+    seed, the images visited and the place, so that a resumed run draws the same; there is none before `train()`.
     """
 
     def __init__(self, model: Backbone, runtime: Clock, kind: str, spec: Mapping[str, tuple[Sequence[int], Init]]):
@@ -68,6 +68,7 @@ class Pet(nn.Module):
         self._merged = False
         model.freeze()
         model.pets.append(self)
+        self.eval()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pet:
         memo[id(self._runtime)] = self._runtime

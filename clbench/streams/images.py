@@ -40,6 +40,14 @@ class ImageBatch:
             self._x, self._make = self._make(), None
         return self._x
 
+    def select(self, rows: Tensor) -> ImageBatch:
+        """Some of the samples; the images are decoded once for both."""
+        if len(rows) == len(self):
+            return self
+        on_cpu = rows.to(self.ids.device)
+        y = None if self.y is None else self.y[rows.to(self.y.device)]
+        return ImageBatch(self.ids[on_cpu], y, self.task, lambda: self.x[rows.to(self.x.device)], self.plain)
+
     @staticmethod
     def of(x: Tensor, y: Tensor | None = None, ids: Tensor | None = None, task: int | None = None) -> ImageBatch:
         """A batch of ready images."""
