@@ -183,6 +183,8 @@ def _unknown_key(message: str, words: Sequence[str]) -> str:
     key = next((k for k in map(_key, words) if k == found[1] or k.endswith(f".{found[1]}")), found[1])
     others = [w for w in words if _key(w) != key and "." not in _key(w)]
     known = list(_keys(resolve(_compose(others)))) if others != list(words) else []
+    if key in known:
+        return f"'{key}' takes no new parts at once: write +{key}.NAME=VALUE for each"
     return f"no key '{key}'{nearest(key, [*known, *GROUPS])}"
 
 

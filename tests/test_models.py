@@ -208,6 +208,27 @@ def test_google_npz_files(tmp_path):
         tiny(weights="v.npz", data_root=str(tmp_path))
 
 
+def test_positions_follow_the_image_size_as_timm_has_it(tmp_path):
+    import timm
+
+    kwargs = {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    large = build_backbone("large", "vit_tiny_patch16_224", {"img_size": 64, **kwargs})
+    save_file(large.net.state_dict(), tmp_path / "large.safetensors")
+    for size in (32, (32, 64)):
+        small = build_backbone(
+            "small", "vit_tiny_patch16_224", {"img_size": size, **kwargs}, "large.safetensors", data_root=str(tmp_path)
+        )
+        reference = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=size, **kwargs)
+        state = timm.models.vision_transformer.checkpoint_filter_fn(dict(large.net.state_dict()), reference)
+        torch.testing.assert_close(small.net.pos_embed.data, state["pos_embed"])
+    wrong = {**large.net.state_dict(), "pos_embed": torch.zeros(1, 60, 24)}
+    save_file(wrong, tmp_path / "wrong.safetensors")
+    with pytest.raises(UserError, match=r"pos_embed is \(1, 60, 24\), the model wants \(1, 17, 24\)"):
+        build_backbone(
+            "small", "vit_tiny_patch16_224", {"img_size": 32, **kwargs}, "wrong.safetensors", data_root=str(tmp_path)
+        )
+
+
 def bad_files(folder):
     state = tiny().net.state_dict()
     save_file({k: v for k, v in state.items() if k != "cls_token"}, folder / "missing.safetensors")

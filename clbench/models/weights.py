@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import pathlib
 from collections.abc import Iterable
@@ -76,12 +77,27 @@ def fill(net: nn.Module, path: pathlib.Path, name: str) -> None:
     if missing or extra:
         detail = "; ".join(f"{word} {_some(keys)}" for word, keys in (("missing", missing), ("unexpected", extra)) if keys)
         raise UserError(f"weights {path} do not fit model {name}: {detail}")
+    if "pos_embed" in given:
+        given["pos_embed"] = _positions(net, given["pos_embed"], wanted["pos_embed"])
     for key, value in given.items():
         if value.shape != wanted[key].shape:
             shapes = f"{key} is {tuple(value.shape)}, the model wants {tuple(wanted[key].shape)}"
             raise UserError(f"weights {path} do not fit model {name}: {shapes}")
     _check_finite(given.items(), path)
     net.load_state_dict(given)
+
+
+def _positions(net: Any, given: Tensor, wanted: Tensor) -> Tensor:
+    """A ViT's position embedding, resampled to another image size as timm does on loading (bicubic, antialiased)."""
+    from timm.layers.pos_embed import resample_abs_pos_embed
+
+    grid = getattr(getattr(net, "patch_embed", None), "grid_size", None)
+    prefix = 0 if getattr(net, "no_embed_class", False) else int(getattr(net, "num_prefix_tokens", 0))
+    square = math.isqrt(max(0, given.shape[1] - prefix)) if given.dim() == 3 else 0
+    fits = given.dim() == 3 and given.shape[2] == wanted.shape[2] and square * square == given.shape[1] - prefix > 0
+    if given.shape == wanted.shape or grid is None or not fits:
+        return given
+    return resample_abs_pos_embed(given, list(grid), num_prefix_tokens=prefix)
 
 
 def _some(keys: list[str]) -> str:
