@@ -205,6 +205,19 @@ class Learner(Protocol):
         ...
 
 
+def declared(learner: Any, node: Mapping[str, Any]) -> Capabilities:
+    """The capabilities of a learner class under the options of its configuration node; `UserError` where it has none.
+
+    Where options change them, the class has a static method `capabilities_of(**options)`, which is asked instead.
+    """
+    found = getattr(learner, "capabilities", None)
+    if callable(ask := getattr(learner, "capabilities_of", None)):
+        found = ask(**{name: value for name, value in node.items() if not name.startswith("_")})
+    if not isinstance(found, Capabilities):
+        raise UserError(f"{node['_target_']} declares no `capabilities = Capabilities(...)`")
+    return found
+
+
 def mismatch(learner: str, can: Capabilities, facts: Facts, pretrained: bool) -> str | None:
     """Say why a learner cannot run in a scenario, or None. Names both and the capability."""
     reasons = {

@@ -24,7 +24,7 @@ from typing import Any
 from clbench import metrics, provenance, record
 from clbench.config import build, load_target
 from clbench.evaluate import SetCounts, evaluate
-from clbench.interfaces import Capabilities, Experience, UserError, mismatch
+from clbench.interfaces import Capabilities, Experience, UserError, declared, mismatch
 from clbench.models.backbone import Backbone
 from clbench.streams.images import open_eval, open_experience
 from clbench.streams.pixels import Pipeline
@@ -78,10 +78,7 @@ def prepare(config: dict[str, Any]) -> Job:
         raise UserError(f"seed must be a whole number from 0, got {config['seed']!r}")
     results = pathlib.Path(str(config["results_dir"])).expanduser().resolve()
     flags = arithmetic.apply(device, threads, config["seed"])
-    target = load_target(config["learner"]["_target_"])
-    capabilities = getattr(target, "capabilities", None)
-    if not isinstance(capabilities, Capabilities):
-        raise UserError(f"{config['learner']['_target_']} declares no `capabilities = Capabilities(...)`")
+    capabilities = declared(load_target(config["learner"]["_target_"]), config["learner"])
     scenario = build(config["scenario"])
     if not isinstance(scenario, Scenario):
         raise UserError(f"{config['scenario']['_target_']} must return a Scenario, got {type(scenario).__name__}")
@@ -374,10 +371,10 @@ def _bar(runtime: Runtime, progress: bool) -> Iterator[None]:
     bar: Any = tqdm(total=1, leave=False, unit="step", dynamic_ncols=True)
 
     def show(name: str, step: int, steps: int, loss: float) -> None:
-        if bar.total != steps or step == 1:
-            bar.reset(steps)
         bar.set_description(f"experience {runtime.experience + 1} {name}", refresh=False)
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        if bar.total != steps or step == 1:
+            bar.reset(steps)
         bar.update(step - bar.n)
 
     runtime.progress = show

@@ -139,14 +139,20 @@ def check_fits(trial: Trial) -> None:
 
 
 def check_shapes(trial: Trial) -> None:
-    """Scores are finite [B, num_seen] after every experience, also after one of a single class."""
+    """Scores are finite [B, num_seen] after every experience, also after one of a single class; heads keep their names."""
     learner, runtime, pipeline = trial.start()
+    names: list[str] | None = None
     for i in range(len(trial.scenario.manifest.experiences)):
         trial.learn(learner, runtime, pipeline, i)
         seen = trial.scenario.manifest.num_seen(i)
         z = trial.scores(learner, pipeline, 0, 5)
         assert z.shape[1] == seen, f"predict gave {z.shape[1]} columns after experience {i}, {seen} classes were seen"
         assert torch.isfinite(z).all(), f"predict gave NaN or infinite scores after experience {i}"
+        with torch.no_grad():
+            answer = learner.predict(next(open_eval(trial.scenario, 0, pipeline).batches(5))[0])
+        heads = [] if isinstance(answer, Tensor) else list(answer)
+        names = heads if names is None else names
+        assert heads == names, f"predict named its heads {names}, and after experience {i} {heads}"
 
 
 def check_determinism(trial: Trial) -> None:

@@ -10,6 +10,7 @@ import tempfile
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes side by side, read when torch is imported
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DATA = os.environ.get("CLBENCH_DATA", "")
 

@@ -21,6 +21,12 @@ VARIANTS = {
     "joint": ["learner.mode=probe"],
     "ncm": ["learner.metric=cosine"],
     "replay": ["learner.policy=herding", "learner.policy=balanced"],
+    "mos": ["learner.variant=paper", "learner.variant=official_raw", "learner.covariance=multi-centroid"],
+    "lae": ["pet=lora_lae", "pet=prefix_lae"],
+    "aper": ["pet=none", "pet=vpt", "pet=ssf"],
+    "ranpac": ["pet=none", "learner.projection=0"],
+    "ease": ["learner.pretrained_weight=1.0"],
+    "ssiat": ["learner.compat_unpaired=true"],
     "slca": ["learner.restore_heads=false", "learner.fresh_norm=false", "learner.logit_norm=null"],
 }
 CASES = [(name, "") for name in NAMES] + [(name, option) for name, options in VARIANTS.items() for option in options]

@@ -38,7 +38,7 @@ class Finetune:
         runtime: Runtime,
         *,
         lr: float = 0.01,
-        backbone_lr: float = 0.01,
+        backbone_lr: float = 0.001,
         masking: Literal["local", "seen", "batch"] = "seen",
         epochs: int | None = None,
         batch_size: int = 128,

@@ -99,7 +99,7 @@ class Lae:
         self.model.eval()
         online = self.head(self.model.features(batch)).softmax(dim=1)
         if not self.offline:
-            return {"ensemble": online}
+            return {"ensemble": online, "online": online, "offline": online}
         with self.pet.use(self.offline):
             offline = self.head(self.model.features(batch)).softmax(dim=1)
         return {"ensemble": torch.maximum(online, offline), "online": online, "offline": offline}

@@ -26,6 +26,7 @@ Published logs (ViT-B/16, CIFAR-100 B0 Inc5, seed 1993): last 89.25 %, average 9
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -73,6 +74,11 @@ class Mos:
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities(needs_pretrained=True, needs_new_classes=True)
+
+    @staticmethod
+    def capabilities_of(*, variant: str = "official_effective", **others: Any) -> Capabilities:
+        """The raw variant adapts while it predicts."""
+        return replace(Mos.capabilities, adapts_at_test=variant == "official_raw", transductive=variant == "official_raw")
 
     def __init__(
         self,

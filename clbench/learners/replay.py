@@ -44,7 +44,7 @@ class Replay:
         memory_bytes: int | None = None,
         replay: int | None = None,
         lr: float = 0.01,
-        backbone_lr: float = 0.01,
+        backbone_lr: float = 0.001,
         epochs: int | None = None,
         batch_size: int = 64,
         momentum: float = 0.9,

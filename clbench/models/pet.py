@@ -57,7 +57,7 @@ class Pet(nn.Module):
         self.values = nn.ParameterDict(
             {name: nn.Parameter(torch.empty(tuple(shape), device=runtime.device)) for name, (shape, _) in spec.items()}
         )
-        self.reset(runtime.generator("pet", kind))
+        self.reset(runtime.generator("pet", kind, len(model.pets)))
         self._own = dict(self.values.items())
         self._now: Mapping[str, Tensor] | None = self._own
         self._rows: Tensor | None = None

@@ -1,0 +1,570 @@
+"""L2P, DualPrompt, CODA-Prompt and OVOR: what each paper says against a naive version; options that mark the record."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from clbench import provenance
+from clbench.config import build, compose
+from clbench.interfaces import Capabilities, Place, UserError, declared
+from clbench.learners import coda_prompt, dualprompt, l2p, ovor
+from clbench.models.backbone import build_backbone
+from clbench.models.prompt_pool import GrownPool, as_prefixes, attended, cosines, most_similar, orthonormal, query
+from clbench.streams.images import ImageBatch, open_eval
+from clbench.testing import Trial, check_learner, small_stream
+from clbench.training.losses import masked_cross_entropy
+from clbench.training.prompts import epoch_cosine, part_of
+from clbench.training.runtime import Runtime
+from clbench.training.state import detached, fingerprint
+
+NAMES = ("l2p", "l2p_pp", "dualprompt", "coda_prompt", "ovor")
+VARIANTS = (  # test_learners runs the contract for every learner's defaults
+    "l2p learner.batchwise_prompt=true",
+    "dualprompt learner.batchwise_prompt=true learner.compat_reshape=true",
+    "coda_prompt learner.ortho=0.1",
+    "ovor learner.variant=official learner.outlier_epochs=2",
+)
+SMALL = {"neighbours": 3, "boundary": 4, "candidates": 20, "per_class": 5, "noise": 0.1}
+
+
+@pytest.mark.parametrize("words", VARIANTS)
+def test_contract(words):
+    (config,) = compose([f"learner={words.split()[0]}", *words.split()[1:]])
+    assert [f"{check}: {message}" for check, ok, message in check_learner(config) if not ok] == []
+
+
+def trial(*overrides, **stream):
+    (config,) = compose(list(overrides))
+    scenario = small_stream(**stream)
+    return Trial(config, scenario, Capabilities())
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def images(n=5, seed=0):
+    return ImageBatch.of(torch.randn(n, 3, 32, 32, generator=rng(seed)))
+
+
+def learned(name, experiences, *overrides, **stream):
+    """A learner that has learned some experiences -> learner, trial, its pipeline."""
+    t = trial(f"learner={name}", *overrides, **stream)
+    learner, runtime, pipeline = t.start()
+    for i in range(experiences):
+        t.learn(learner, runtime, pipeline, i)
+    return learner, t, runtime, pipeline
+
+
+# The pool
+
+
+def test_query_is_the_bare_networks_and_has_no_gradient():
+    bare = build(compose(["model=nano"])[0]["model"]).eval().net(images().x)
+    for name in ("l2p", "dualprompt", "coda_prompt"):
+        learner, *_ = learned(name, 1)
+        q = query(learner.model, images())
+        assert not q.requires_grad and torch.allclose(q, bare, atol=1e-5)
+        assert all(pet.active for pet in learner.model.pets), "the modules are back at work"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_passes(name):
+    """Training: one pass with a gradient, one query (OVOR: none). Test: the query of a known image is remembered."""
+    t = trial(f"learner={name}")
+    learner, runtime, pipeline = t.start()
+    t.learn(learner, runtime, pipeline, 0)
+    stage2 = 36 if name == "ovor" else 0
+    queries = 0 if name == "ovor" else 72
+    assert learner.model.passes == {"train": 72, "eval": queries + stage2}
+    t.scores(learner, pipeline, 0, 6)
+    t.scores(learner, pipeline, 0, 6)
+    assert learner.model.passes["eval"] == queries + stage2 + (36 if name == "ovor" else 54)
+
+
+def test_most_similar():
+    s = torch.tensor([[0.9, 0.1, 0.8, 0.0], [0.1, 0.2, 0.9, 0.8], [0.7, 0.1, 0.9, 0.0], [0.0, 0.9, 0.1, 0.8]])
+    assert [sorted(row) for row in most_similar(s, 2).tolist()] == [[0, 2], [2, 3], [0, 2], [1, 3]]
+    assert most_similar(s, 2, batchwise=True).tolist() == [[2, 0]] * 4, "2 has three votes, 0 and 3 have two, 0 is lower"
+    assert most_similar(s, 1, batchwise=True)[:, 0].tolist() == [2] * 4
+
+
+def test_cosines_and_attended_weights_against_the_formula():
+    q, a, k = (torch.randn(*shape, generator=rng(i)) for i, shape in enumerate([(3, 6), (4, 2, 6), (4, 2, 6)]))
+    alpha = attended(q, a, k)
+    assert alpha.shape == (3, 2, 4)
+    for b in range(3):
+        for n in range(2):
+            for m in range(4):
+                want = F.cosine_similarity(q[b] * a[m, n], k[m, n], dim=0)
+                torch.testing.assert_close(alpha[b, n, m], want, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(cosines(q, k[:, 0])[1, 2], F.cosine_similarity(q[1], k[2, 0], dim=0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attended(q, a, k), alpha) and cosines(q, k[:, 0]).dtype == torch.float32
+
+
+def test_orthonormal_rows():
+    earlier = torch.randn(7, 30, generator=rng()) * 3  # trained rows: neither orthogonal nor of length 1
+    new = orthonormal(earlier, 5, rng(1))
+    torch.testing.assert_close(new @ new.T, torch.eye(5), atol=1e-6, rtol=0)
+    assert (new @ earlier.T).abs().max() < 1e-5
+    first = torch.randn(5, 30, generator=rng(1), dtype=torch.float64)[0]  # Gram-Schmidt leaves the first draw's side
+    assert orthonormal(earlier[:0], 5, rng(1))[0] @ (first / first.norm()).float() > 0.999
+    full = orthonormal(torch.eye(30), 5, rng(1))
+    torch.testing.assert_close(full @ full.T, torch.eye(5), atol=1e-6, rtol=0)
+    assert torch.equal(new, orthonormal(earlier, 5, rng(1)))
+
+
+def test_grown_pool_trains_the_newest_and_loads_in_place():
+    pool, other = GrownPool((2,)), GrownPool((2,))
+    pool.add(torch.ones(3, 2)), pool.add(torch.zeros(1, 2)), other.add(torch.zeros(3, 2))
+    first = other.parts[0]
+    other.load_state_dict(pool.state_dict())
+    assert other.parts[0] is first and torch.equal(other.rows(), pool.rows()) and len(other) == 4
+    assert [p.requires_grad for p in other.parts] == [False, True] and other.newest.shape == (1, 2)
+    other.load_state_dict({"parts.0": torch.full((3, 2), 5.0)})
+    assert len(other) == 3 and other.parts[0] is first and first.requires_grad and (first == 5).all()
+
+
+def test_epoch_cosine():
+    def place(step, steps):
+        return Place(0, step, steps, step)
+
+    got = [epoch_cosine(place(step, 12), epochs=4) for step in range(12)]
+    want = [math.cos(99 * math.pi * (step // 3) / (200 * 3)) for step in range(12)]
+    assert got == pytest.approx(want) and got[0] == 1 and got[-1] == pytest.approx(math.cos(0.495 * math.pi))
+    assert epoch_cosine(place(0, 5), epochs=1) == 1
+    second = part_of(lambda p: epoch_cosine(p, epochs=4), 6, 12)
+    assert [second(place(step, 6)) for step in range(6)] == pytest.approx(want[6:])
+
+
+# Sizes, options, what is refused
+
+
+def big(depth=5):
+    return build_backbone("small", "vit_base_patch16_224", {"img_size": 32, "depth": depth})
+
+
+def test_published_sizes():
+    """Prompts and keys of ViT-B/16 (blocks beyond the fifth carry none)."""
+
+    def size(*modules):
+        return sum(p.numel() for module in modules for p in module.parameters())
+
+    clock = Runtime(0, torch.device("cpu"))
+    learner = l2p.L2p(big(1), clock)
+    assert size(learner.prompts, learner.keys) == 46_080
+    coda = coda_prompt.CodaPrompt(big(), clock)
+    for _ in range(10):
+        coda.grow()
+    assert size(coda.components, coda.keys, coda.attention) == 3_840_000
+    one = ovor.Ovor(big(), clock)
+    assert size(one.early, one.late) == 107_520
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        *((f"{name} model=resnet32", "pet=pr") for name in NAMES),
+        ("l2p learner.top_k=11", "top_k must lie between 1 and learner.pool=10"),
+        ("l2p learner.blocks=0:2", "has no effect"),
+        ("l2p_pp learner.length=5", "must be even"),
+        ("coda_prompt learner.length=7", "must be even"),
+        ("coda_prompt learner.components_per_experience=161", "model's 160 features"),
+        ("ovor learner.candidates=0", "candidates must be at least 1"),
+        ("ovor learner.outlier_epochs=-1", "outlier_epochs must be at least 0"),
+    ],
+)
+def test_refused(words, message):
+    name, *options = words.replace("0:2", "'0:2'").split()
+    with pytest.raises(UserError, match=message):
+        trial(f"learner={name}", *options).start()
+
+
+def test_options_that_look_at_the_batch_mark_the_record(tmp_path):
+    from clbench.runner import prepare
+
+    for words, marks in {
+        "l2p": [],
+        "l2p learner.batchwise_prompt=true": ["transductive"],
+        "dualprompt": [],
+        "dualprompt learner.batchwise_prompt=true": ["transductive"],
+        "dualprompt learner.compat_reshape=true": ["transductive"],
+        "coda_prompt": [],
+    }.items():
+        (config,) = compose([f"learner={words.split()[0]}", *words.split()[1:], f"results_dir='{tmp_path}'"])
+        entry = provenance.describe(prepare(config), [])
+        assert entry["marks"] == marks and entry["learner"]["capabilities"]["transductive"] == bool(marks)
+    with pytest.raises(UserError, match="needs_pretrained"):
+        prepare(compose(["learner=l2p", "model=nano_random", f"results_dir='{tmp_path}'"])[0])
+
+
+def test_capabilities_may_depend_on_options():
+    class Plain:
+        capabilities = Capabilities(needs_passes=2)
+
+    class Chosen(Plain):
+        @staticmethod
+        def capabilities_of(strength=1, **options):
+            return Capabilities(needs_passes=strength) if options == {"other": 0} else None
+
+    node = {"_target_": "mine.Plain", "strength": 3, "other": 0}
+    assert declared(Plain, node).needs_passes == 2 and declared(Chosen, node).needs_passes == 3
+    for wrong, given in ((Chosen, {"_target_": "mine.Plain"}), (object, node)):
+        with pytest.raises(UserError, match=r"mine\.Plain declares no"):
+            declared(wrong, given)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_is_local(name):
+    """Heads of classes that are not here stand still, also where classes come back."""
+    learner, t, runtime, pipeline = learned(name, 1)
+    before = detached(learner.head.state_dict())
+    t.learn(learner, runtime, pipeline, 1)
+    assert torch.equal(learner.head.blocks[0].weight, before["blocks.0.weight"])
+    assert learner.head.widths == [3, 1]
+    z = torch.randn(4, 4, generator=rng())
+    assert masked_cross_entropy(z, torch.full((4,), 3), "local", (3,)) == 0
+
+
+# L2P
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_l2p_tokens_against_a_naive_pass(count):
+    learner, *_ = learned("l2p", 1, f"learner.top_k={count}")
+    batch, net = images(4), learner.model.net
+    features, similarity = learner.prompted(batch)
+    with torch.no_grad():
+        for b in range(4):
+            q = query(learner.model, batch)[b]
+            cos = torch.stack([F.cosine_similarity(q, key, dim=0) for key in learner.keys.newest])
+            best = cos.argsort(descending=True)[:count]
+            torch.testing.assert_close(similarity[b], cos[best], atol=1e-5, rtol=1e-4)
+            tokens = torch.cat([learner.prompts.newest[i] for i in best])
+            assert tokens.shape == (5 * count, 160)
+            with learner.pet.off():
+                x = net.patch_embed(batch.x[b : b + 1]) + net.pos_embed[:, 1:]
+                first = net.cls_token + net.pos_embed[:, :1]
+                x = torch.cat([first, tokens[None] + net.pos_embed[:, :1], x], dim=1)
+                for block in net.blocks:
+                    x = block(x)
+            torch.testing.assert_close(features[b], net.norm(x)[0, 1 : 1 + 5 * count].mean(0), atol=2e-4, rtol=1e-3)
+
+
+def test_l2p_gradients_go_to_what_was_chosen():
+    learner, *_ = learned("l2p", 1, "learner.top_k=2", "learner.pool=9")
+    features, similarity = learner.prompted(images(2))
+    chosen = most_similar(cosines(query(learner.model, images(2)), learner.keys.newest), 2).flatten().unique()
+    features.square().sum().backward()
+    assert learner.keys.newest.grad is None, "the choice has no gradient"
+    touched = learner.prompts.newest.grad.abs().sum((1, 2)) > 0
+    assert touched.nonzero()[:, 0].tolist() == chosen.tolist()
+    similarity.sum().backward()
+    assert (learner.keys.newest.grad.abs().sum(1) > 0).nonzero()[:, 0].tolist() == chosen.tolist()
+
+
+def test_l2p_loss(monkeypatch):
+    """The pull of both forms, worked out by hand from the cosines."""
+    got = {}
+
+    def first_loss(runtime, name, learner, groups, loss, batches, recipe):
+        got["loss"], got["recipe"] = loss(batches(0)), recipe
+        got["batch"], got["rates"] = batches(0), [group["lr"] for group in groups]
+        return {}
+
+    monkeypatch.setattr(l2p, "fit", first_loss)
+    for name in ("l2p", "l2p_pp"):
+        learner, *_ = learned(name, 1)
+        batch = got["batch"]
+        features, similarity = learner.prompted(batch)
+        ce = F.cross_entropy(learner.head(features), batch.y)
+        pull = -0.1 * similarity.sum() / len(batch) if name == "l2p" else (1 - similarity).sum()
+        torch.testing.assert_close(got["loss"], ce + pull)
+        last = got["recipe"].schedule(Place(0, 99, 100, 99))
+        if name == "l2p":
+            assert got["recipe"].clip == 1.0 and last == 1 and set(got["rates"]) == {0.001875} and len(batch) == 16
+        else:
+            assert got["recipe"].clip is None and last == pytest.approx(0.0157, abs=1e-4) and set(got["rates"]) == {0.001}
+
+
+def test_l2p_pp_prefixes(monkeypatch):
+    learner, *_ = learned("l2p_pp", 1, "learner.blocks='0:2'", "learner.top_k=3", "learner.length=4")
+    values = {}
+    monkeypatch.setattr(learner.pet, "use", lambda v, rows: values.update(v) or learner.pet.off())
+    learner.prompted(images(4))
+    assert {name: tuple(v.shape) for name, v in values.items()} == dict.fromkeys(("0/k", "0/v", "1/k", "1/v"), (4, 6, 160))
+    chosen = most_similar(cosines(query(learner.model, images(4)), learner.keys.newest), 3)
+    pool = learner.prompts.newest  # [M, blocks, 2, L / 2, D]
+    for b in range(4):
+        for part, name in enumerate("kv"):
+            want = torch.cat([pool[i, 1, part] for i in chosen[b]])
+            assert torch.equal(values[f"1/{name}"][b], want)
+    assert pool.shape == (30, 2, 2, 2, 160)
+
+
+@pytest.mark.parametrize(("name", "low"), [("l2p", -1), ("l2p_pp", 0), ("dualprompt", -1), ("ovor", 0)])
+def test_starts_are_uniform(name, low, monkeypatch):
+    module = {"l2p_pp": l2p}.get(name) or globals()[name]
+    monkeypatch.setattr(module, "fit", lambda *args: {})
+    learner, *_ = learned(name, 1, *(["learner.outlier_epochs=0"] if name == "ovor" else []))
+    values = [p for part in vars(learner).values() if isinstance(part, GrownPool) for p in part.parameters()]
+    pets = [getattr(learner, part) for part in ("general", "early", "late") if hasattr(learner, part)]
+    values += [p for pet in pets for p in pet.parameters()]
+    assert len(values) >= 2
+    for value in values:
+        assert low <= value.min() < low + 0.1 and 0.9 < value.max() <= 1
+        assert value.detach().mean() == pytest.approx((low + 1) / 2, abs=0.1)
+
+
+def test_choosing_one_by_one_or_by_vote():
+    (config,) = compose(["learner=l2p"])
+    for batchwise in (False, True):
+        config["learner"] |= {"batchwise_prompt": batchwise, "top_k": 1}
+        t = Trial(config, small_stream(), Capabilities())
+        learner, *_ = t.start()
+        learner.head.grow(3, rng())
+        q = query(learner.model, images(5))
+        with torch.no_grad():
+            learner.keys.newest[:5] = q  # each image has a prompt of its own
+        whole = learner.predict(images(5))
+        alone = torch.cat([learner.predict(ImageBatch.of(images(5).x[i : i + 1])) for i in range(5)])
+        assert torch.allclose(whole, alone, atol=1e-4) != batchwise
+
+
+# DualPrompt
+
+
+def test_reshape_error_by_hand():
+    shared = {"0/k": torch.tensor([[1.0]]), "0/v": torch.tensor([[2.0]])}
+    wrong = dualprompt.reshaped(shared, None, 4)
+    assert wrong["0/k"].flatten().tolist() == [1, 1, 2, 2] and wrong["0/v"].flatten().tolist() == [1, 1, 2, 2]
+    pool = {"2/k": torch.tensor([[[10.0]], [[20.0]]]), "2/v": torch.tensor([[[11.0]], [[21.0]]])}
+    wrong = dualprompt.reshaped(pool, torch.tensor([1, 0]), 2)  # keys 20, 10 and values 21, 11, handed out in that order
+    assert wrong["2/k"].flatten().tolist() == [20, 21] and wrong["2/v"].flatten().tolist() == [10, 11]
+
+
+def test_prefixes_are_handed_out_correctly():
+    learner, *_ = learned("dualprompt", 2)
+    pool = learner.experts.rows()
+    assert pool.shape == (2, 2, 2, 5, 160), "experiences, blocks 2 and 3, keys and values, length, width"
+    values = as_prefixes(learner.expert, pool)
+    assert list(values) == ["2/k", "2/v", "3/k", "3/v"]
+    assert torch.equal(values["3/v"][1], pool[1, 1, 1]) and torch.equal(values["2/k"][0], pool[0, 0, 0])
+    assert {name: tuple(v.shape) for name, v in learner.general.values.items()} == dict.fromkeys(
+        ("0/k", "0/v", "1/k", "1/v"), (5, 160)
+    )
+
+
+def test_each_image_gets_the_expert_of_the_nearest_key():
+    learner, t, _, pipeline = learned("dualprompt", 3)
+    batch = open_eval(t.scenario, 0, pipeline).data.batch(range(6))
+    q = query(learner.model, batch)
+    with torch.no_grad():
+        learner.keys.parts[1].copy_(q[2:3]), learner.keys.parts[2].copy_(q[4:5])
+        for e, part in enumerate(learner.experts.parts):
+            part.copy_(3 * torch.randn(part.shape, generator=rng(e)))
+        answer = learner.predict(batch)
+        picked = set()
+        for b in range(6):
+            best = max(range(3), key=lambda e: float(F.cosine_similarity(q[b], learner.keys.parts[e][0], dim=0)))
+            picked.add(best)
+            with learner.expert.use(as_prefixes(learner.expert, learner.experts.parts[best][0])):
+                z = learner.head(learner.model.features(batch.x[b : b + 1]))
+            torch.testing.assert_close(answer[b], z[0], atol=1e-4, rtol=1e-3)
+    assert {1, 2} <= picked
+
+
+def test_dualprompt_trains_its_newest_expert(monkeypatch):
+    seen = {}
+    real = dualprompt.fit
+
+    def spy(runtime, name, learner, groups, loss, batches, recipe):
+        i = runtime.experience
+        copied = i == 0 or torch.equal(learner.experts.parts[i], learner.experts.parts[i - 1])
+        z = loss(batches(0))
+        features = learner.features(batches(0), as_prefixes(learner.expert, learner.experts.parts[i][0]), None)
+        local = masked_cross_entropy(learner.head(features), batches(0).y, "local", ((0, 1, 2), (3,), (4, 5))[i])
+        q = query(learner.model, batches(0))
+        pull = torch.stack([F.cosine_similarity(row, learner.keys.parts[i][0], dim=0) for row in q]).mean()
+        torch.testing.assert_close(z, local - 1.0 * pull)
+        before = [p.clone() for p in (learner.experts.parts[0], learner.keys.parts[0])]
+        log = real(runtime, name, learner, groups, loss, batches, recipe)
+        after = (learner.experts.parts[0], learner.keys.parts[0])
+        seen[i] = copied, [torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+        return log
+
+    monkeypatch.setattr(dualprompt, "fit", spy)
+    learner, *_ = learned("dualprompt", 3)
+    assert seen == {0: (True, [False, False]), 1: (True, [True, True]), 2: (True, [True, True])}
+    assert len(learner.keys) == 3 and not torch.equal(learner.keys.parts[0], learner.keys.parts[1])
+
+
+def test_the_reshape_error_leaks():
+    """With it an image's scores change with its neighbours; the permuted default's do not."""
+    gaps = {}
+    for wrong in (False, True):
+        learner, *_ = learned("dualprompt", 2, f"learner.compat_reshape={str(wrong).lower()}")
+        with torch.no_grad():
+            whole, part = learner.predict(images(4)), learner.predict(ImageBatch.of(images(4).x[2:]))
+        gaps[wrong] = (whole[2:] - part).abs().max().item()
+    assert gaps[False] < 1e-4 < 1e-3 < gaps[True]
+
+
+# CODA-Prompt
+
+
+def test_coda_components_start_orthogonal_and_then_stand_still():
+    learner, t, runtime, pipeline = learned("coda_prompt", 1)
+    pools = (learner.components, learner.keys, learner.attention)
+    before = [pool.parts[0].clone() for pool in pools]
+    runtime.begin(1)
+    learner.grow()
+    for pool in pools:
+        for block in range(4):
+            old, new = (part[:, block].flatten(1) for part in pool.parts)
+            assert (old @ new.T).abs().max() < 1e-5 * max(1.0, float(old.norm()))
+            torch.testing.assert_close(new @ new.T, torch.eye(10), atol=1e-5, rtol=0)
+    assert not torch.allclose(before[0][:, 0].flatten(1) @ before[0][:, 0].flatten(1).T, torch.eye(10), atol=1e-5), "trained"
+    learner.features(images(3)).square().sum().backward()
+    for pool in pools:
+        assert pool.parts[0].grad is None and pool.parts[1].grad.abs().sum() > 0
+    t.learn(learner, runtime, pipeline, 1)
+    assert all(torch.equal(pool.parts[0], old) for pool, old in zip(pools, before, strict=True))
+
+
+def test_coda_prefix_against_the_formula():
+    learner, *_ = learned("coda_prompt", 2)
+    q = query(learner.model, images(3))
+    got = learner.prefixes(q)
+    assert got.shape == (3, 4, 2, 4, 160)
+    p, k, a = learner.components.rows(), learner.keys.rows(), learner.attention.rows()
+    assert p.shape == (20, 4, 8, 160)
+    for b in range(3):
+        for block in range(4):
+            want = sum(F.cosine_similarity(q[b] * a[m, block], k[m, block], dim=0) * p[m, block] for m in range(20))
+            torch.testing.assert_close(got[b, block, 0], want[:4], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(got[b, block, 1], want[4:], atol=1e-5, rtol=1e-4)
+
+
+def test_coda_penalty():
+    learner, *_ = learned("coda_prompt", 0)
+    learner.grow()
+    assert learner.penalty() < 1e-9
+    with torch.no_grad():
+        for pool in (learner.components, learner.keys, learner.attention):
+            pool.newest.add_(0.1 * torch.randn(pool.newest.shape, generator=rng()))
+    learner.grow()
+    want = 0.0
+    for pool in (learner.components, learner.keys, learner.attention):
+        for block in range(4):
+            x = pool.rows()[:, block].flatten(1)
+            want += (x @ x.T - torch.eye(20)).square().mean()
+    torch.testing.assert_close(learner.penalty(), want)
+    learner.penalty().backward()
+    assert learner.keys.parts[0].grad is None and learner.keys.newest.grad is not None
+
+
+def test_coda_goes_on_where_no_room_is_left():
+    learner, t, runtime, pipeline = learned("coda_prompt", 2, "learner.components_per_experience=100")
+    assert len(learner.keys) == 200 > 160
+    assert torch.isfinite(t.scores(learner, pipeline, 0, 6)).all() and runtime.experience == 1
+
+
+# OVOR
+
+
+def cloud(n=30, d=8):
+    """Features on a ring of directions with norms from 5 to 9; two lie apart."""
+    x = F.normalize(torch.randn(n, d, generator=rng()) * 0.1 + torch.eye(d)[0], dim=1)
+    x[3], x[17] = torch.eye(d)[1], -torch.eye(d)[0]
+    return x * torch.linspace(5, 9, n)[:, None]
+
+
+def test_kth_distance():
+    x = torch.randn(6, 4, generator=rng())
+    for k in (1, 3, 9):
+        want = torch.stack([(x - row).norm(dim=1).sort().values[min(k, 6) - 1] for row in x])
+        torch.testing.assert_close(ovor.kth_distance(x, x, k), want, atol=1e-4, rtol=1e-4)
+
+
+def test_outliers_as_described_lie_around_boundary_points():
+    f = cloud()
+    made = ovor.around_boundary(f, 2, rng(1), **(SMALL | {"noise": 0.01}))
+    assert made.shape == (10, 8)
+    inside = F.normalize(f, dim=1)
+    rim = ovor.kth_distance(inside, inside, 3).argsort(descending=True)[:4].tolist()
+    assert {3, 17} <= set(rim)
+    for row in made:
+        gaps = (row / f.norm(dim=1, keepdim=True) - inside).norm(dim=1)
+        assert gaps.min() < 0.1 and int(gaps.argmin()) in rim
+    # the farthest of all candidates, one by one
+    offsets = 0.01 * torch.randn(20, 8, generator=rng(1))
+    every = [
+        (float((inside - (inside[i] + o)).norm(dim=1).sort().values[2]), (inside[i] + o) * f[i].norm())
+        for i in rim
+        for o in offsets
+    ]
+    best = sorted(every, key=lambda pair: -pair[0])[:10]
+    torch.testing.assert_close(made, torch.stack([point for _, point in best]), atol=1e-4, rtol=1e-4)
+
+
+def test_outliers_as_released_lie_around_the_origin():
+    f = cloud()
+    made = ovor.around_origin(f, 2, rng(1), **SMALL)
+    assert made.shape == (10, 8) and made.norm(dim=1).max() < 1 < f.norm(dim=1).min()
+    assert len(made.unique(dim=0)) == 3, "duplicates: each draw stands there once for every boundary point"
+    offsets = 0.1 * torch.randn(20, 8, generator=rng(1))
+    far = torch.stack([(F.normalize(f, dim=1) - o).norm(dim=1).sort().values[2] for o in offsets])
+    assert torch.equal(made[0], offsets[far.argmax()])
+
+
+def test_fewer_features_than_neighbours():
+    for make in (ovor.around_boundary, ovor.around_origin):
+        made = make(cloud()[:2], 1, rng(), neighbours=50, boundary=50, candidates=7, per_class=40, noise=0.1)
+        assert made.shape == (14, 8) and torch.isfinite(made).all()
+
+
+def test_hinge():
+    assert ovor.hinge(torch.tensor([-3.0, 0.5, 4.0])) == pytest.approx((0.125 + 3.5) / 3)
+    assert ovor.hinge(torch.zeros(0)) == 0
+
+
+def test_stage_2_trains_the_head_alone(monkeypatch):
+    calls = []
+    real = ovor.fit
+
+    def spy(runtime, name, learner, groups, loss, batches, recipe):
+        before = fingerprint([learner.early.state_dict(), learner.late.state_dict()]), fingerprint(learner.head.state_dict())
+        rates = [round(recipe.schedule(Place(0, step, batches.steps, step)), 4) for step in range(batches.steps)]
+        if name == "outliers":
+            features, y, outliers = batches(0)
+            z, zo = learner.head(features), learner.head(outliers)
+            inside, outside = (15 - z.logsumexp(1)).relu(), (zo.logsumexp(1) - 3).relu()
+
+            def huber(x):
+                return torch.where(x < 1, x * x / 2, x - 0.5).mean()
+
+            want = F.cross_entropy(z, y) + 0.1 * (huber(inside) + huber(outside))
+            torch.testing.assert_close(loss(batches(0)), want)
+            epochs = [batches(step)[2] for step in range(batches.steps)]
+            assert not torch.equal(epochs[0], epochs[2]) and sum(len(e) for e in epochs[:2]) == 120
+            assert torch.equal(batches(0)[2], epochs[0]), "a pure function of the step"
+        log = real(runtime, name, learner, groups, loss, batches, recipe)
+        after = fingerprint([learner.early.state_dict(), learner.late.state_dict()]), fingerprint(learner.head.state_dict())
+        calls.append((name, before[0] == after[0], before[1] == after[1], rates))
+        return log
+
+    monkeypatch.setattr(ovor, "fit", spy)
+    learned("ovor", 1, "learner.batch_size=18", "learner.outlier_epochs=2")
+    want = [round(math.cos(99 * math.pi * e / 600), 4) for e in (0, 0, 1, 1, 2, 2, 3, 3)]
+    assert calls == [("train", False, False, want[:4]), ("outliers", True, False, want[4:])]
+
+
+def test_ovor_without_outliers_is_oneprompt(monkeypatch):
+    monkeypatch.setattr(ovor, "extract", None)
+    learner, *_ = learned("ovor", 1, "learner.outlier_epochs=0")
+    assert learner.early.num_values() == 2 * 2 * 5 * 160 and learner.late.num_values() == 2 * 2 * 20 * 160
+    assert not torch.allclose(learner.early.values["0/k"], learner.late.values["2/k"][:5], atol=0.1)
