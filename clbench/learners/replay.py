@@ -17,13 +17,13 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from clbench.interfaces import Batch, BudgetExceeded, Capabilities, Experience, Schedule
+from clbench.interfaces import Batch, Capabilities, Experience, Schedule
 from clbench.models.backbone import Backbone
 from clbench.models.heads import LinearHead
 from clbench.streams.images import shuffled
 from clbench.training.features import extract
 from clbench.training.fit import Recipe, fit
-from clbench.training.memory import Memory, Mixed
+from clbench.training.memory import Mixed, allowed_memory
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import constant
 from clbench.training.state import collect, groups_of, restore
@@ -58,9 +58,7 @@ class Replay:
         self.lr, self.backbone_lr = lr, backbone_lr
         self.recipe = Recipe("sgd", momentum, weight_decay=weight_decay, schedule=schedule, clip=clip)
         self.head = LinearHead(model.num_features).to(runtime.device)
-        budget = runtime.budget
-        samples = _within("memory", memory, budget.exemplars)
-        self.memory = Memory(policy, samples, _within("memory_bytes", memory_bytes, budget.exemplar_bytes), runtime.seed)
+        self.memory = allowed_memory(runtime, policy, memory, memory_bytes)
 
     def learn(self, experience: Experience) -> dict[str, float]:
         """Train on the experience mixed with the memory, then choose the memory again."""
@@ -94,10 +92,3 @@ class Replay:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore them."""
         restore(self, state)
-
-
-def _within(name: str, wanted: int | None, allowed: int | None) -> int | None:
-    """What is wanted where the budget allows it, else what the budget allows."""
-    if wanted is not None and allowed is not None and wanted > allowed:
-        raise BudgetExceeded(f"learner.{name}={wanted}, the scenario's budget allows {allowed}")
-    return allowed if wanted is None else wanted

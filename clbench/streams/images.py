@@ -208,11 +208,15 @@ class Batches:
 
     def __call__(self, step: int) -> ImageBatch:
         """The batch of a step, 0 <= step < steps."""
+        key = counter.key(self.key, "augment", step // self.per_epoch)
+        return self.data.batch(self.rows(step), key if self.augment else None)
+
+    def rows(self, step: int) -> np.ndarray:
+        """Which samples of the data the batch of a step holds."""
         epoch, i = divmod(step, self.per_epoch)
         if self._order[0] != epoch:
             self._order = (epoch, counter.permutation(counter.key(self.key, "order", epoch), len(self.data)))
-        rows = self._order[1][i * self.batch_size : (i + 1) * self.batch_size]
-        return self.data.batch(rows, counter.key(self.key, "augment", epoch) if self.augment else None)
+        return self._order[1][i * self.batch_size : (i + 1) * self.batch_size]
 
 
 def shuffled(data: Any, batch_size: int, epochs: int, key: int, augment: bool = True, drop_last: bool = False) -> Batches:

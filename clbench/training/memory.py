@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from clbench import counter
-from clbench.interfaces import UserError
-from clbench.streams.images import ImageBatch, ImageData
+from clbench.interfaces import BudgetExceeded, UserError
+from clbench.streams.images import ImageBatch, ImageData, shuffled
 from clbench.training.fit import Batches
+from clbench.training.runtime import Runtime
 
 POLICIES = ("reservoir", "balanced", "herding")
 
@@ -118,6 +119,25 @@ class Memory:
         self.y, self.ids = state["y"].numpy().copy(), state["ids"].numpy().copy()
 
 
+def allowed_memory(runtime: Runtime, policy: str, samples: int | None, max_bytes: int | None = None) -> Memory:
+    """A memory of what is wanted (None: all that the budget allows); `BudgetExceeded` where that is too much."""
+    budget = runtime.budget
+    size = _within("memory", samples, budget.exemplars)
+    return Memory(policy, size, _within("memory_bytes", max_bytes, budget.exemplar_bytes), runtime.seed)
+
+
+def _within(name: str, wanted: int | None, allowed: int | None) -> int | None:
+    """What is wanted where the budget allows it, else what the budget allows."""
+    if wanted is not None and allowed is not None and wanted > allowed:
+        raise BudgetExceeded(f"learner.{name}={wanted}, the scenario's budget allows {allowed}")
+    return allowed if wanted is None else wanted
+
+
+def drawn(key: int, count: int, total: int) -> np.ndarray:
+    """`count` of `total` rows at random: without replacement where there are enough."""
+    return counter.permutation(key, total)[:count] if total >= count else counter.integers(key, count, total)
+
+
 class Mixed:
     """Batches of new samples, each joined by `size` replayed ones: a pure function of the step.
 
@@ -134,8 +154,23 @@ class Mixed:
         if self.memory is None or self.size == 0:
             return batch
         draw = counter.key(self.key, step)
-        total = len(self.memory)
-        rows = counter.permutation(draw, total)[: self.size] if total >= self.size else counter.integers(draw, self.size, total)
+        rows = drawn(draw, self.size, len(self.memory))
         joined = ImageBatch.cat([batch, self.memory.batch(rows, counter.key(draw, "augment"))])
         joined.replayed = len(rows)
         return joined
+
+
+class Rehearsed:
+    """Shuffled batches of new and stored samples together; a pure function of the step. Says how many are stored ones."""
+
+    def __init__(self, new: ImageData, stored: ImageData | None, batch_size: int, epochs: int, key: int):
+        self.first_stored = len(new)
+        data = new if stored is None else ImageData.join([new, stored])
+        self._batches = shuffled(data, batch_size, epochs, key)
+        self.steps = self._batches.steps
+
+    def __call__(self, step: int) -> ImageBatch:
+        """Batch `step`."""
+        batch = self._batches(step)
+        batch.replayed = int((self._batches.rows(step) >= self.first_stored).sum())
+        return batch

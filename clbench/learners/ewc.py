@@ -1,0 +1,139 @@
+"""EWC: Elastic Weight Consolidation (Kirkpatrick et al., PNAS 2017, arXiv 1612.00796), rehearsal-free on pre-trained models as
+in Smith et al. (CVPR-W 2023, arXiv 2203.17269).
+
+    local cross-entropy + (strength / 2) sum_p F_p (theta_p - theta*_p)^2
+
+theta* are the trained weights at the end of the previous experience, F the diagonal empirical Fisher information of the local
+cross-entropy: the mean over an experience's samples of the squared gradient, summed over experiences (`decay` < 1: online EWC).
+
+fisher  "per_sample" (default): a gradient for each sample, test transform, evaluation mode.
+        "batch": PyCIL's: squared gradients of batch means in training mode, softmax over all seen classes, mean over batches,
+        clipped at `clip_fisher` (1e-4), merged as share x old + (1 - share) x new, share = classes known before / seen; it
+        underestimates by up to the batch size, which its strength of 1000 goes with.
+trainable  all | attention | qkv, as in `l2_reg.py`.
+Deviations: the head is not held; the local loss gives its old rows no gradient. No published number: tables were not re-read.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from clbench.interfaces import Batch, Capabilities, Experience, Schedule
+from clbench.models.backbone import Backbone
+from clbench.models.heads import LinearHead
+from clbench.streams.images import shuffled
+from clbench.training.fit import Recipe, fit
+from clbench.training.importance import (
+    Part,
+    Weights,
+    fisher_per_batch,
+    fisher_per_sample,
+    kept,
+    quadratic_penalty,
+    train_only,
+)
+from clbench.training.losses import masked_cross_entropy
+from clbench.training.runtime import Runtime
+from clbench.training.schedules import cosine
+from clbench.training.state import collect, groups_of, restore
+
+
+class Ewc:
+    """State: backbone, head, the Fisher information so far (empty before the first experience)."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities()
+
+    def __init__(
+        self,
+        model: Backbone,
+        runtime: Runtime,
+        *,
+        strength: float = 100.0,
+        fisher: Literal["per_sample", "batch"] = "per_sample",
+        clip_fisher: float = 1e-4,
+        decay: float = 1.0,
+        trainable: Part = "qkv",
+        lr: float = 5e-5,
+        backbone_lr: float = 5e-5,
+        epochs: int | None = None,
+        batch_size: int = 128,
+        weight_decay: float = 0.0,
+        schedule: Schedule = cosine,
+    ):
+        train_only(model, trainable)
+        self.model, self.runtime = model, runtime
+        self.strength, self.kind, self.clip_fisher, self.decay = strength, fisher, clip_fisher, decay
+        self.lr, self.backbone_lr = lr, backbone_lr
+        self.epochs, self.batch_size = runtime.epochs(epochs), batch_size
+        self.recipe = Recipe("adam", weight_decay=weight_decay, schedule=schedule)
+        self.head = LinearHead(model.num_features).to(runtime.device)
+        self.fisher: Weights = {}
+
+    def learn(self, experience: Experience) -> dict[str, float]:
+        """Train on the new data, held where it mattered; then weigh what mattered now."""
+        reference = kept(self.model) if self.fisher else None
+        if experience.new_classes:
+            self.head.grow(len(experience.new_classes), self.runtime.generator("head"))
+        self.model.train()
+
+        def loss(batch: Batch) -> Tensor:
+            assert batch.y is not None
+            local = masked_cross_entropy(self.head(self.model.features(batch)), batch.y, "local", experience.classes)
+            if reference is None:
+                return local
+            return local + self.strength * quadratic_penalty(self.model, reference, self.fisher)
+
+        batches = shuffled(experience.train, self.batch_size, self.epochs, self.runtime.key("train"))
+        groups = groups_of((self.model, self.backbone_lr), (self.head, self.lr))
+        log = fit(self.runtime, "train", self, groups, loss, batches, self.recipe)
+        with self.runtime.phase("fisher"):
+            new = self._per_sample(experience) if self.kind == "per_sample" else self._per_batch(experience)
+        if self.kind == "per_sample":
+            self.fisher = {name: self.decay * self.fisher.get(name, torch.zeros(())) + f for name, f in new.items()}
+        else:
+            known = experience.num_seen - len(experience.new_classes)
+            share = known / experience.num_seen
+            old = self.fisher or new
+            self.fisher = {name: share * old[name] + (1 - share) * f for name, f in new.items()}
+        return {**log, "fisher_mean": float(torch.cat([f.flatten() for f in self.fisher.values()]).mean())}
+
+    def _per_sample(self, experience: Experience) -> Weights:
+        self.model.eval()
+        total: Weights = {}
+        for batch in experience.train.test_batches(self.batch_size):
+            self.runtime.check_stop()
+            assert batch.y is not None
+            part = fisher_per_sample(self.model, self.head, batch.x, batch.y, experience.classes)
+            total = {name: f + total[name] if total else f for name, f in part.items()}
+        return {name: f / len(experience.train) for name, f in total.items()}
+
+    def _per_batch(self, experience: Experience) -> Weights:
+        self.model.train()
+        batches = shuffled(experience.train, self.batch_size, 1, self.runtime.key("fisher"))
+
+        def loss(batch: Any) -> Tensor:
+            return F.cross_entropy(self.head(self.model.features(batch)), batch.y)
+
+        total: Weights = {}
+        for i in range(batches.steps):
+            self.runtime.check_stop()
+            part = fisher_per_batch(self.model, loss, batches(i))
+            total = {name: f + total[name] if total else f for name, f in part.items()}
+        return {name: (f / batches.steps).clamp_max(self.clip_fisher) for name, f in total.items()}
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Logits over the classes seen so far [B, num_seen]."""
+        self.model.eval()
+        return self.head(self.model.features(batch))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything listed in the class docstring."""
+        return collect(self, "model", "head", "fisher")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it."""
+        restore(self, state)

@@ -1,0 +1,86 @@
+"""How much each weight mattered (diagonal Fisher information) and the penalties that hold weights where they were.
+
+Legend: a *weights* mapping is {parameter name: tensor}, in the order of the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
+
+from clbench.interfaces import UserError
+from clbench.models.backbone import Backbone
+
+Weights = dict[str, Tensor]
+Part = Literal["all", "attention", "qkv"]
+CHUNK = 16  # samples whose gradients are held at a time
+
+
+def train_only(model: Backbone, part: str) -> None:
+    """Let gradients reach all weights, or those of the attention (qkv and output), or the qkv projections alone."""
+    words = {"all": ("",), "attention": ("attn.qkv.", "attn.proj."), "qkv": ("attn.qkv.",)}
+    if part not in words:
+        raise UserError(f"unknown part {part!r} of the backbone: choose {', '.join(words)}")
+    found = 0
+    for name, p in model.named_parameters():
+        p.requires_grad_(any(word in name for word in words[part]))
+        found += p.requires_grad
+    if not found:
+        raise UserError(f"learner.trainable={part}: {model.identity['name']} has no such layers")
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def kept(model: nn.Module) -> Weights:
+    """A copy of the trainable parameters."""
+    return {name: p.detach().clone() for name, p in trained(model).items()}
+
+
+def quadratic_penalty(
+    model: nn.Module, reference: Mapping[str, Tensor], importance: Mapping[str, Tensor] | None = None
+) -> Tensor:
+    """Half the sum of importance (theta - reference)^2 over the reference's weights -> scalar; importance 1 where None."""
+    own, total = dict(model.named_parameters()), 0.0
+    for name, old in reference.items():
+        gap = (own[name] - old).square()
+        total = total + (gap if importance is None else importance[name] * gap).sum()
+    assert isinstance(total, Tensor), "no weight to hold"
+    return 0.5 * total
+
+
+def fisher_per_sample(model: Backbone, head: nn.Module, x: Tensor, y: Tensor, classes: Sequence[int]) -> Weights:
+    """Sum over samples of the squared gradient of each one's own local cross-entropy: images x [B, C, H, W], labels y [B].
+
+    The softmax runs over `classes`. The network must be in evaluation mode.
+    """
+    weights = {name: p.detach() for name, p in trained(model).items()}
+    keep = torch.as_tensor(sorted(classes), device=y.device)
+    local = torch.searchsorted(keep, y)
+
+    def loss(theta: Weights, image: Tensor, target: Tensor) -> Tensor:
+        features = functional_call(model, theta, (image[None],))
+        return F.cross_entropy(head(features)[:, keep], target[None])
+
+    total: Weights = {name: torch.zeros_like(value) for name, value in weights.items()}
+    for images, targets in zip(x.split(CHUNK), local.split(CHUNK), strict=True):
+        for name, g in vmap(grad(loss), in_dims=(None, 0, 0))(weights, images, targets).items():
+            total[name] += g.detach().square().sum(0)
+        model.passes["eval"] += len(images) - 1  # vmap shows the network one image for all of them
+    return total
+
+
+def fisher_per_batch(model: Backbone, loss: Callable[[Any], Tensor], batch: Any) -> Weights:
+    """The squared gradient of a batch's mean loss, as PyCIL has it: far smaller than the mean of squares."""
+    grads = torch.autograd.grad(loss(batch), list(trained(model).values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(p) if g is None else g.detach().square()
+        for (name, p), g in zip(trained(model).items(), grads, strict=True)
+    }
