@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clbench.interfaces import UserError
 from clbench.models.backbone import Backbone
@@ -71,7 +72,9 @@ def fisher_per_sample(model: Backbone, head: nn.Module, x: Tensor, y: Tensor, cl
 
     total: Weights = {name: torch.zeros_like(value) for name, value in weights.items()}
     for images, targets in zip(x.split(CHUNK), local.split(CHUNK), strict=True):
-        for name, g in vmap(grad(loss), in_dims=(None, 0, 0))(weights, images, targets).items():
+        with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no rule for vmap
+            grads = vmap(grad(loss), in_dims=(None, 0, 0))(weights, images, targets)
+        for name, g in grads.items():
             total[name] += g.detach().square().sum(0)
         model.passes["eval"] += len(images) - 1  # vmap shows the network one image for all of them
     return total
