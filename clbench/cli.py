@@ -120,7 +120,7 @@ def parser_of(name: str) -> Parser:
     if name in ("run", "plan", "check"):
         parser.add_argument("words", nargs="*", metavar="NAME=VALUE", help="choices and options (Hydra overrides)")
     if name == "list":
-        parser.add_argument("groups", nargs="*", metavar="GROUP", help="scenarios learners models schedules pets sweeps machines")
+        parser.add_argument("groups", nargs="*", metavar="GROUP", help="scenarios, learners, models, schedules, pets, ...")
     if name == "report":
         parser.add_argument("--results-dir", default="results", metavar="DIR", help="where the records lie (results)")
         parser.add_argument("--strict", action="store_true", help="exit 1 if a run failed, died, or a record is damaged")

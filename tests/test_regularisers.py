@@ -89,7 +89,8 @@ def test_fisher_is_the_sum_of_squares_of_single_gradients():
 
 
 def test_ewc_adds_up_over_experiences():
-    t, learner, runtime, pipeline, _ = learned("learner=ewc", "learner.lr=0", "learner.backbone_lr=0", experiences=1, sizes=[3, 2, 1])
+    options = ("learner=ewc", "learner.lr=0", "learner.backbone_lr=0")
+    t, learner, runtime, pipeline, _ = learned(*options, experiences=1, sizes=[3, 2, 1])
     first = detached(learner.fisher)
     t.learn(learner, runtime, pipeline, 1)
     second = learner._per_sample(open_experience(t.scenario, 1, pipeline))
