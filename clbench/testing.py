@@ -219,7 +219,7 @@ def check_state_round_trip(trial: Trial) -> None:
 
 
 def check_resume_in_mid_learn(trial: Trial) -> None:
-    """Stopped after any third step of `learn` (of many steps: at ten), started again, it ends in the same state, bit by bit."""
+    """Stopped after any third step of `learn` (of many steps: at six), started again, it ends in the same state, bit by bit."""
     learner, runtime, pipeline = trial.start()
     steps = 0
 
@@ -234,7 +234,7 @@ def check_resume_in_mid_learn(trial: Trial) -> None:
     runtime.progress = count
     trial.learn(learner, runtime, pipeline, 2)
     expected = fingerprint(learner.state_dict())
-    for stop_at in range(1, steps + 1, max(3, -(-steps // 10))):
+    for stop_at in range(1, steps + 1, max(3, -(-steps // 6))):
         with tempfile.TemporaryDirectory() as folder:
             ended = _interrupted(trial, state, before, pathlib.Path(folder), stop_at)
         assert ended == expected, f"stopped at step {stop_at} of {steps} and resumed, it ends in another state"
