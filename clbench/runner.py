@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import math
 import os
 import pathlib
 import signal
@@ -218,7 +219,7 @@ class _Stream:
         self.job, self.runtime, self.learner, self.entry = job, runtime, learner, entry
         self.evals = [open_eval(job.scenario, j, job.pipeline) for j in range(len(job.scenario.manifest.evals))]
         self.rows: list[list[SetCounts | None]] = []
-        self.logs: list[dict[str, float]] = []
+        self.logs: list[dict[str, float | None]] = []
         self.past: list[Any] = []
         self.first, self.before = 0, 0.0
         self.start = time.perf_counter()
@@ -246,7 +247,8 @@ class _Stream:
         start = time.perf_counter()
         result = self.learner.learn(experience)
         self.runtime.meter.add_seconds("learn", time.perf_counter() - start)
-        self.logs.append({str(k): float(v) for k, v in (result or {}).items()})
+        numbers = {str(k): float(v) for k, v in (result or {}).items()}
+        self.logs.append({k: v if math.isfinite(v) else None for k, v in numbers.items()})  # JSON knows no NaN
         if self.job.capabilities.stores_all_data:
             self.past.append(experience.train)
         else:

@@ -141,6 +141,8 @@ def test_canonical_text(tmp_path: Path):
     assert manifest.renumber == {1: 0, 0: 1} and [manifest.num_seen(i) for i in (0, 1)] == [1, 2]
     assert manifest.evaluable(0, 0)
     manifest.save(tmp_path / "deep" / "m.json")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "deep" / "m.json").stat().st_mode == (tmp_path / "plain").stat().st_mode, "readable like any file"
     assert Manifest.load(tmp_path / "deep" / "m.json") == manifest
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["m.json"]
 

@@ -10,8 +10,9 @@ import hashlib
 import json
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -159,13 +160,10 @@ class Manifest:
         """Write the manifest with its hash to `path`, in one move: nobody ever sees half a file."""
         path = Path(path)
         text = json.dumps({"sha256": self.sha256, **json.loads(self.to_json())}, indent=1) + "\n"
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        except OSError as error:
-            raise UserError(f"cannot write manifest {path}: {error.strerror or error}") from None
-        try:
-            with os.fdopen(handle, "w", encoding="ascii") as file:
+            with temporary.open("x", encoding="ascii") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -173,7 +171,8 @@ class Manifest:
         except OSError as error:
             raise UserError(f"cannot write manifest {path}: {error.strerror or error}") from None
         finally:
-            Path(temporary).unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Manifest:
