@@ -161,6 +161,12 @@ def test_replay_refuses_more_than_the_budget():
         trial("learner=replay", "learner.memory=500").start()
 
 
+@pytest.mark.parametrize("name", ["replay", "derpp", "icarl", "bic", "wa"])
+def test_an_unlimited_budget_needs_a_number(name):
+    with pytest.raises(UserError, match=r"learner\.memory=N"):
+        trial(f"learner={name}", budget={"epochs": 1}).start()
+
+
 @pytest.mark.parametrize(
     ("can", "facts", "words"),
     [

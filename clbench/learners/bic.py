@@ -1,13 +1,15 @@
 """BiC: bias correction (Wu, Chen, Wang, Ye, Liu, Guo & Fu, CVPR 2019, arXiv 1905.13260), as in PyCIL.
 
-A balanced part of new and stored samples is set aside, `held_out` x memory / seen classes of each class (at least one where the
-class has two). Stage 1 trains the network on the rest with
+A balanced part of new and stored samples is set aside, `held_out` x memory / classes known before of each class (at least one
+where the class has two). Stage 1 trains the network on the rest with
     (1 - lambda) CE + lambda KD,   lambda = classes known before / classes seen, KD as in `icarl.py`
 Stage 2 trains two numbers on the part set aside: the newest classes' logits become alpha z + beta. The corrections of all
 experiences are applied at inference and in the logits that are distilled.
 
 double_softmax  PyCIL's stage 2 takes the cross-entropy of softmax(z), a softmax twice; off by default.
-Deviations: where no class is new there is no stage 2; stage 2 has its own rate `bias_lr`. The default rates are for pre-trained
+Deviations: stage 2 needs samples of new and of old classes set aside, else it is left out; it has its own rate `bias_lr` and no
+weight decay. Where classes come back, lambda = known before / (known before + classes of the experience), which is the same
+without them: else an experience without new classes would be distilled only. The default rates are for pre-trained
 backbones; PyCIL's protocol is a ResNet-32 from scratch, 170 epochs, SGD 0.1 (x 0.1 at 60, 100, 140), 2,000 exemplars.
 No published number is given: none was re-checked.
 """
@@ -114,15 +116,16 @@ class Bic:
             self.head.grow(len(experience.new_classes), self.runtime.generator("head"))
             self.bias.grow()
         train: Any = experience.train
-        stored, second = self.memory.data(train), bool(known and experience.new_classes)
-        rest, aside, rest_stored, aside_stored = train, None, stored, None
-        if second:
+        stored = self.memory.data(train)
+        rest, rest_stored, aside, aside_stored = train, stored, None, None
+        if stored is not None and experience.new_classes:
             per_class = int(self.held_out * len(self.memory) / known)
-            rest, aside = _split(train, per_class, self.runtime.key("aside", "new"))
-            if stored is not None:
-                rest_stored, aside_stored = _split(stored, per_class, self.runtime.key("aside", "stored"))
+            new = _split(train, per_class, self.runtime.key("aside", "new"))
+            old = _split(stored, per_class, self.runtime.key("aside", "stored"))
+            if (new[1].y >= known).any() and len(old[1]):
+                (rest, aside), (rest_stored, aside_stored) = new, old
         batches = Rehearsed(rest, rest_stored, self.batch_size, self.epochs, self.runtime.key("train"))
-        log = self._train(batches, known / experience.num_seen, known, teacher)
+        log = self._train(batches, known / (known + len(experience.classes)), known, teacher)
         if aside is not None:
             log |= self._correct(Rehearsed(aside, aside_stored, self.batch_size, self.epochs, self.runtime.key("bias")))
         features, _ = extract(self.runtime, self.model, self.memory.candidates(train), self.batch_size)

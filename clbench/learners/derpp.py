@@ -8,7 +8,8 @@ they were stored; each is augmented anew: three forward passes a step. `beta: 0`
 Deviations: the memory is chosen at the end of each experience (a uniform sample of everything seen), and logits are recorded
 then, under the test transform; Mammoth inserts after each step, with the logits of the augmented image. Logits cover the
 classes known at that time, and the error is taken on these alone (Mammoth's head has all classes from the start, so that stale
-logits of classes not yet seen are pulled at too).
+logits of classes not yet seen are pulled at too). The default rates, for pre-trained
+backbones, are a choice.
 Published (recalled, not re-checked; ResNet-18 from scratch, S-CIFAR-10 class-incremental, memory 200 / 500 / 5120): DER++
 64.9 / 72.7 / 85.2 %, DER 61.9 / 70.5 / 83.8 %. S-CIFAR-100 with memory 500: alpha 0.3, beta 0.5, rate 0.03.
 """
@@ -157,7 +158,7 @@ class DerPP:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore it."""
-        restore(self, state)
+        restore(self, {**state, "logits_MK": state["logits_MK"].to(self.runtime.device)})
 
 
 def dark_error(z: Tensor, stored: Tensor) -> Tensor:

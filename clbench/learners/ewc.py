@@ -9,7 +9,8 @@ cross-entropy: the mean over an experience's samples of the squared gradient, su
 fisher  "per_sample" (default): a gradient for each sample, test transform, evaluation mode.
         "batch": PyCIL's: squared gradients of batch means in training mode, softmax over all seen classes, mean over batches,
         clipped at `clip_fisher` (1e-4), merged as share x old + (1 - share) x new, share = classes known before / seen; it
-        underestimates by up to the batch size, which its strength of 1000 goes with.
+        underestimates by up to the batch size, which its strength of 1000 goes with. Where classes come back,
+        share = known before / (known before + classes of the experience): the same without them.
 trainable  all | attention | qkv, as in `l2_reg.py`.
 Deviations: the head is not held; the local loss gives its old rows no gradient. No published number: tables were not re-read.
 """
@@ -33,6 +34,7 @@ from clbench.training.importance import (
     fisher_per_batch,
     fisher_per_sample,
     kept,
+    moved,
     quadratic_penalty,
     train_only,
 )
@@ -96,7 +98,7 @@ class Ewc:
             self.fisher = {name: self.decay * self.fisher.get(name, torch.zeros(())) + f for name, f in new.items()}
         else:
             known = experience.num_seen - len(experience.new_classes)
-            share = known / experience.num_seen
+            share = known / (known + len(experience.classes))
             old = self.fisher or new
             self.fisher = {name: share * old[name] + (1 - share) * f for name, f in new.items()}
         return {**log, "fisher_mean": float(torch.cat([f.flatten() for f in self.fisher.values()]).mean())}
@@ -136,4 +138,4 @@ class Ewc:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore it."""
-        restore(self, state)
+        restore(self, {**state, "fisher": moved(state["fisher"], self.runtime.device)})

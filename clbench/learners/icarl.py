@@ -9,6 +9,7 @@ then. Exemplars are herded: greedily, so that their mean follows the class mean 
 keeps the front of its list. Two answers: `nme`, the nearest class mean of the exemplars (features and means L2-normalised;
 scores are negative squared distances), and `linear`, the trained classifier. `answer` says which counts; the other is recorded.
 
+Defaults: PILOT's for ViTs, but for the head's rate (PILOT: 1e-3 for all) and weight decay (5e-4 in the first experience).
 Deviations: where the memory holds no sample of a class, `nme` gives it the lowest score. The original paper's loss is a
 sigmoid cross-entropy (Mammoth's `icarl`), which is not built.
 Published: ResNet-32 from scratch, CIFAR-100 B0 Inc10, 2,000 exemplars, PyCIL: average about 64.4 %, last about 49.5 %
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clbench.interfaces import Batch, Capabilities, Experience, Schedule
+from clbench.interfaces import Batch, Capabilities, Experience, Schedule, UserError
 from clbench.models.backbone import Backbone
 from clbench.models.heads import LOWEST, LinearHead
 from clbench.training.distillation import frozen_copy, prediction_distillation
@@ -101,7 +102,8 @@ class Icarl:
         features, _ = extract(self.runtime, self.model, self.memory.candidates(train), self.batch_size)
         self.memory.update(train, features)
         stored = self.memory.data(train)
-        assert stored is not None, "the budget allows exemplars, and none was kept"
+        if stored is None:
+            raise UserError("iCaRL answers with its exemplars' means and kept none: set learner.memory above 0")
         features, y = extract(self.runtime, self.model, stored, self.batch_size)
         self.means_KD = exemplar_means(features, y, experience.num_seen)
         return {**log, "exemplars": float(len(self.memory))}
@@ -110,8 +112,8 @@ class Icarl:
         """Scores [B, num_seen] of both answers, the chosen one first."""
         self.model.eval()
         features = self.model.features(batch)
-        gap = F.normalize(features.float(), dim=1)[:, None] - self.means_KD
-        nme = (-gap.square().sum(2)).nan_to_num(nan=LOWEST)
+        cosines = F.normalize(features.float(), dim=1) @ self.means_KD.T
+        nme = (2 * cosines - 2).nan_to_num(nan=LOWEST)  # of unit vectors: -|f - mean|^2
         both = {"nme": nme, "linear": self.head(features)}
         return {self.answer: both[self.answer], **both}
 
@@ -121,4 +123,4 @@ class Icarl:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore it."""
-        restore(self, state)
+        restore(self, {**state, "means_KD": state["means_KD"].to(self.runtime.device)})

@@ -22,7 +22,7 @@ from clbench.models.backbone import Backbone
 from clbench.models.heads import LinearHead
 from clbench.streams.images import shuffled
 from clbench.training.fit import Recipe, fit
-from clbench.training.importance import Part, kept, quadratic_penalty, train_only
+from clbench.training.importance import Part, kept, moved, quadratic_penalty, train_only
 from clbench.training.losses import masked_cross_entropy
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import cosine
@@ -30,7 +30,7 @@ from clbench.training.state import collect, groups_of, restore
 
 
 class L2Reg:
-    """State: backbone and head (the reference is the backbone as an experience finds it)."""
+    """State: backbone, head, the pre-trained weights where these are the reference (else: the backbone as learn() finds it)."""
 
     capabilities: ClassVar[Capabilities] = Capabilities()
 
@@ -79,9 +79,9 @@ class L2Reg:
         return self.head(self.model.features(batch))
 
     def state_dict(self) -> dict[str, Any]:
-        """Backbone and head."""
-        return collect(self, "model", "head")
+        """Everything listed in the class docstring."""
+        return collect(self, "model", "head", "pretrained")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
-        restore(self, state)
+        """Restore it."""
+        restore(self, {**state, "pretrained": moved(state["pretrained"], self.runtime.device)})

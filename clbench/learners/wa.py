@@ -6,8 +6,10 @@ CE over all seen classes, KD = -sum softmax(z_old / T) log softmax(z / T), T = 2
 samples shuffled together. After training the new classes' weight vectors are multiplied by
 mean |w_old| / mean |w_new| (biases stay), so that new classes are not favoured for their longer vectors.
 
-Deviations: a class that comes back is old. The default rates are for pre-trained backbones; PyCIL's protocol is a ResNet-32
-from scratch, 170 epochs (200 first), SGD 0.1 (x 0.1 at 60, 100, 140), batch 128, weight decay 2e-4, 2,000 exemplars.
+Deviations: where classes come back, lambda = known before / (known before + classes of the experience), which is the same
+without them (else an experience without new classes would be distilled only), and such a class counts as old. The default
+rates are for pre-trained backbones; PyCIL's protocol is a ResNet-32 from scratch, 170 epochs (200 first), SGD 0.1 (x 0.1 at
+60, 100, 140), batch 128, weight decay 2e-4, 2,000 exemplars.
 No published number is given: none was re-checked.
 """
 
@@ -75,7 +77,7 @@ class WeightAligning:
     def learn(self, experience: Experience) -> dict[str, float]:
         """Train on new and stored samples, align, herd."""
         known = experience.num_seen - len(experience.new_classes)
-        share = known / experience.num_seen
+        share = known / (known + len(experience.classes))
         teacher = frozen_copy(self.model, self.head) if known else None
         if experience.new_classes:
             self.head.grow(len(experience.new_classes), self.runtime.generator("head"))

@@ -19,7 +19,7 @@ from clbench.models.backbone import Backbone
 
 Weights = dict[str, Tensor]
 Part = Literal["all", "attention", "qkv"]
-CHUNK = 16  # samples whose gradients are held at a time
+HELD = 2**28  # numbers of single samples' gradients that are held at a time (1 GiB)
 
 
 def train_only(model: Backbone, part: str) -> None:
@@ -43,6 +43,11 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 def kept(model: nn.Module) -> Weights:
     """A copy of the trainable parameters."""
     return {name: p.detach().clone() for name, p in trained(model).items()}
+
+
+def moved(weights: Weights | None, device: torch.device) -> Weights | None:
+    """The same on a device: what a journal holds comes back on the CPU."""
+    return None if weights is None else {name: value.to(device) for name, value in weights.items()}
 
 
 def quadratic_penalty(
@@ -71,7 +76,8 @@ def fisher_per_sample(model: Backbone, head: nn.Module, x: Tensor, y: Tensor, cl
         return F.cross_entropy(head(features)[:, keep], target[None])
 
     total: Weights = {name: torch.zeros_like(value) for name, value in weights.items()}
-    for images, targets in zip(x.split(CHUNK), local.split(CHUNK), strict=True):
+    chunk = max(1, min(16, HELD // sum(value.numel() for value in weights.values())))
+    for images, targets in zip(x.split(chunk), local.split(chunk), strict=True):
         with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no rule for vmap
             grads = vmap(grad(loss), in_dims=(None, 0, 0))(weights, images, targets)
         for name, g in grads.items():

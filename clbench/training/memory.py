@@ -123,7 +123,10 @@ def allowed_memory(runtime: Runtime, policy: str, samples: int | None, max_bytes
     """A memory of what is wanted (None: all that the budget allows); `BudgetExceeded` where that is too much."""
     budget = runtime.budget
     size = _within("memory", samples, budget.exemplars)
-    return Memory(policy, size, _within("memory_bytes", max_bytes, budget.exemplar_bytes), runtime.seed)
+    most = _within("memory_bytes", max_bytes, budget.exemplar_bytes)
+    if size is None and most is None:
+        raise UserError("the scenario's budget sets no limit to exemplars: say how many, learner.memory=N")
+    return Memory(policy, size, most, runtime.seed)
 
 
 def _within(name: str, wanted: int | None, allowed: int | None) -> int | None:

@@ -20,7 +20,11 @@ def collect(owner: object, *names: str) -> dict[str, Any]:
 
 
 def restore(owner: object, state: dict[str, Any]) -> None:
-    """Undo `collect`: parts with a `load_state_dict` are filled in place, the rest is assigned (tensors copied)."""
+    """Undo `collect`: parts with a `load_state_dict` are filled in place, the rest is assigned.
+
+    Tensors are copied to the device of the owner's runtime: snapshots come back on the CPU.
+    """
+    device = getattr(getattr(owner, "runtime", None), "device", None)
     for name, value in state.items():
         part = getattr(owner, name)
         if hasattr(part, "load_state_dict"):
@@ -29,17 +33,17 @@ def restore(owner: object, state: dict[str, Any]) -> None:
             with torch.no_grad():
                 part.copy_(value)
         else:
-            setattr(owner, name, detached(value))
+            setattr(owner, name, detached(value, device))
 
 
-def detached(value: Any) -> Any:
-    """A deep copy of a state: tensors are cloned without their graph, containers are rebuilt."""
+def detached(value: Any, device: torch.device | None = None) -> Any:
+    """A deep copy of a state: tensors are cloned without their graph, on `device` if given; containers are rebuilt."""
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        return value.detach().clone() if device is None else value.detach().to(device, copy=True)
     if isinstance(value, dict):
-        return {key: detached(item) for key, item in value.items()}
+        return {key: detached(item, device) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(detached(item) for item in value)
+        return type(value)(detached(item, device) for item in value)
     return value
 
 
