@@ -41,7 +41,10 @@ def test_defaults_compose_and_pass():
         (["seed"], "'seed': write NAME=VALUE"),
         (["=3"], "'=3': write NAME=VALUE"),
         (["learner=3"], "no learner '3' (one of: "),
-        (["model.kwargs={img_size: 16}"], "'model.kwargs' takes no new parts at once: write +model.kwargs.NAME=VALUE for each"),
+        (
+            ["model=vit_tiny", "model.kwargs={img_size: 16}"],
+            "'model.kwargs' takes no new parts at once: write +model.kwargs.NAME=VALUE for each",
+        ),
         (["schedule=null"], "schedule=null has no effect: leave it out"),
         (["seed=0,1"], "seed=0,1 asks for several runs: add -m"),
         (["seed=abc"], "seed must be a whole number from 0, got 'abc'"),
