@@ -39,15 +39,20 @@ EXAMPLES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("clbench plan -m learner=finetune,slca 'seed=range(0,5)'", "clbench plan sweep=default_table"),
     ),
     "list": (
-        "what can be chosen, with a line each; plug-ins included",
+        "what can be chosen, with a line each; plug-ins included; of learners: paper, capabilities, bytes held",
         ("clbench list", "clbench list learners", "clbench list scenarios models"),
     ),
     "check": (
         "run the contract suite on a learner or a scenario",
-        ("clbench check learner=slca", "clbench check learner._target_=my_file.MyLearner", "clbench check scenario=cil_digits"),
+        (
+            "clbench check learner=slca",
+            "clbench check learner._target_=my_file.MyLearner",
+            "clbench check scenario=cil_digits",
+            "clbench check --measure 'learner=glob(*)'",
+        ),
     ),
     "report": (
-        "records in, leaderboard and pages out",
+        "records in, leaderboard and reproduction cards out",
         ("clbench report", "clbench report --results-dir 'other results' --strict"),
     ),
     "verify": (
@@ -119,6 +124,10 @@ def parser_of(name: str) -> Parser:
         parser.add_argument("--cfg", choices=("job",), help="print the resolved configuration instead of running it")
     if name in ("run", "plan", "check"):
         parser.add_argument("words", nargs="*", metavar="NAME=VALUE", help="choices and options (Hydra overrides)")
+    if name == "check":
+        parser.add_argument(
+            "--measure", action="store_true", help="print what learners hold a class and an experience, as JSON"
+        )
     if name == "list":
         parser.add_argument("groups", nargs="*", metavar="GROUP", help="scenarios, learners, models, schedules, pets, ...")
     if name == "report":
@@ -175,7 +184,7 @@ def dispatch(argv: Sequence[str]) -> int:
     work = {
         "plan": commands.plan,
         "list": commands.show_choices,
-        "check": commands.check,
+        "check": commands.measure if name == "check" and args.measure else commands.check,
         "report": commands.report,
         "verify": commands.verify,
         "new": commands.new,

@@ -14,10 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from clbench import catalog, config
-from clbench.interfaces import UserError
+from clbench import catalog, config, provenance, record
+from clbench.interfaces import UserError, declared
 from clbench.isolate import Job, show_log
-from clbench.signatures import nearest
 
 Launch = Callable[[Sequence[str], Any], None]
 GO_ON = "clbench: stopped; the same command goes on where it was"
@@ -31,7 +30,7 @@ def run(args: Namespace, command: list[str], launch: Launch) -> int:
         return 0
     _check_all(composed.jobs)
     for folder in {str(job["results_dir"]): None for job in composed.jobs}:
-        _writable(Path(folder).expanduser())
+        record.ensure_writable(Path(folder).expanduser() / "records")
     if composed.multirun:
         return sweep(composed, command, launch)
     show_log(True)
@@ -55,12 +54,6 @@ def _check_all(jobs: Sequence[dict[str, Any]]) -> None:
             lines |= dict.fromkeys(str(error).splitlines())
     if lines:
         raise UserError("\n".join(lines))
-
-
-def _writable(results: Path) -> None:
-    from clbench import record
-
-    record.ensure_writable(results / "records")
 
 
 def sweep(composed: config.Composed, command: list[str], launch: Launch) -> int:
@@ -196,20 +189,8 @@ def _size(count: float | None) -> str:
 
 
 def show_choices(args: Namespace) -> int:
-    """Names and first comment lines of the chosen groups, or of all."""
-    wanted = []
-    for word in args.groups:
-        singular = word.removesuffix("s")
-        if singular not in catalog.GROUPS:
-            plurals = [f"{group}s" for group in catalog.GROUPS]
-            raise UserError(f"no group '{word}'{nearest(word, plurals)} (one of: {', '.join(plurals)})")
-        wanted.append(singular)
-    for group in wanted or catalog.GROUPS:
-        files = catalog.choices(group)
-        print(f"{group}s")
-        for name, paths in files.items():
-            origin = "" if paths[0].is_relative_to(catalog.conf_dir()) else f"  [{catalog.origin(paths[0])}]"
-            print(f"  {name:<18} {catalog.description(paths[0])}{origin}".rstrip())
+    """What can be chosen."""
+    print(catalog.listing(args.groups))
     return 0
 
 
@@ -232,12 +213,41 @@ def check(args: Namespace) -> int:
     return 1 if failed else 0
 
 
-def report(args: Namespace) -> int:
-    """Leaderboard and pages from a folder of records."""
-    from clbench.report import report as make
+def measure(args: Namespace) -> int:
+    """Print `catalog.stored` of the learners named: experiences of two classes and of three tell what grows with which."""
+    rows, jobs = {}, config.compose(args.words, multirun=True)
+    _check_all(jobs)
+    for job in jobs:
+        small, large = (_held(job, size) for size in (2, 3))
+        grown, more = small[2] - small[1], large[2] - large[1]
+        row = {"class": more - grown, "experience": 3 * grown - 2 * more}
+        rows[provenance.learner_name(job)] = row | {"besides": small[2] - 6 * row["class"] - 3 * row["experience"]}
+    print("{\n" + ",\n".join(f" {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(rows.items())) + "\n}")
+    return 0
 
-    text, code = make(Path(args.results_dir), args.strict)
-    print(text)
+
+def _held(job: dict[str, Any], size: int) -> list[int]:
+    """Bytes without exemplars after each of three experiences of `size` classes."""
+    from clbench import testing
+    from clbench.training.state import num_bytes
+
+    can = declared(catalog.load_target(job["learner"]["_target_"]), job["learner"])
+    trial = testing.Trial(job, testing.small_stream(sizes=[size] * 3, num_classes=3 * size), can)
+    learner, runtime, pipeline = trial.start()
+    held = []
+    for index in range(3):
+        trial.learn(learner, runtime, pipeline, index)
+        held.append(num_bytes(learner.state_dict()) - (learner.memory.num_bytes() if can.stores_exemplars else 0))
+    return held
+
+
+def report(args: Namespace) -> int:
+    """Leaderboard and cards from a folder of records."""
+    from clbench.report import cards, table
+
+    results = Path(args.results_dir).expanduser()
+    text, code = table.report(results, args.strict)
+    print("\n".join([text, *(f"written {path}" for path in cards.write(results, catalog.conf_dir()))]))
     return code
 
 

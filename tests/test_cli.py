@@ -1,5 +1,6 @@
 """The command line as a person types it: what it says, what it exits with, what it loads; sweeps whose jobs die."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -8,9 +9,12 @@ import sys
 import time
 
 import pytest
+import yaml
 
+from clbench import catalog
 from clbench.cli import EXAMPLES
 from clbench.commands import Tail, summary
+from clbench.interfaces import Capabilities
 from clbench.isolate import how_it_died, note, run_alone
 
 
@@ -41,6 +45,7 @@ def test_help_of_each_command_has_examples(clbench, name):
         (["plan", "learner.slwo=1"], "no key 'learner.slwo'; did you mean 'learner.slow'?"),
         (["list", "learnerz"], "no group 'learnerz'; did you mean 'learners'? (one of: "),
         (["check"], "say what to check: learner=NAME or scenario=NAME"),
+        (["check", "--measure", "learner=slac"], "no learner 'slac'; did you mean 'slca'? (one of: "),
         (["manifest", "write"], "say where to: clbench manifest write ... --out FILE"),
         (["manifest", "check"], "say which file: clbench manifest check FILE"),
         (["new", "lerner", "x"], "argument kind: invalid choice: 'lerner'"),
@@ -71,6 +76,79 @@ def test_list_names_every_choice_without_torch(clbench):
     ):
         assert word in out
     assert "cil_digits" not in clbench("list", "learners").stdout
+
+
+DETAILS = """
+import sys
+from clbench.cli import answer
+code = answer(["list", "learners"])
+heavy = [name for name in ("torch", "hydra", "timm", "pandas") if name in sys.modules]
+sys.exit(f"{heavy} loaded" if heavy else code)
+"""
+
+
+def test_list_learners_tells_paper_capabilities_and_bytes_without_torch(clbench):
+    done = subprocess.run([sys.executable, "-c", DETAILS], env=clbench.env, cwd=clbench.folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("  ease "))
+    assert lines[at + 1].strip() == "EASE: Expandable Subspace Ensemble (Zhou, Sun, Ye & Zhan, CVPR 2024, arXiv 2403.12030)."
+    assert (
+        lines[at + 2].strip().startswith("needs_pretrained needs_new_classes; holds 3.2 kB a class + 331.3 kB an experience + ")
+    )
+    assert sum("; holds " in line for line in lines) == len(catalog.choices("learner"))
+    assert "(more with some options); holds" in done.stdout and "no special needs; holds 1.3 kB a class + 0 B" in done.stdout
+
+
+def test_capabilities_are_read_as_they_are_declared():
+    for name, (path, *_) in catalog.choices("learner").items():
+        declared = catalog.load_target(yaml.safe_load(path.read_text())["_target_"]).capabilities
+        words = catalog.details(path)[1].removesuffix("(more with some options)").split()
+        assert declared == Capabilities(**dict.fromkeys(words, True)), name
+
+
+LOOSE = '''
+"""Mine (Me, HERE 2026).
+
+More.
+"""
+class Mine:
+    capabilities = Capabilities(needs_passes=2, stores_exemplars=True)
+'''
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (LOOSE, ("Mine (Me, HERE 2026).", "needs_passes=2 stores_exemplars")),
+        ("class Mine: pass", ("", "")),
+        ("Mine = 3", ("", "")),
+        ("class :", ("", "")),
+        (None, ("", "")),
+    ],
+)
+def test_details_of_a_plug_in(tmp_path, text, expected):
+    if text is not None:
+        (tmp_path / "loose_details.py").write_text(text)
+    node = tmp_path / "mine.yaml"
+    node.write_text(f"_target_: {tmp_path}/loose_details.py:Mine\n")
+    assert catalog.details(node) == expected
+    assert catalog.stored_text(None) == "-"
+
+
+def test_bytes_held_are_measured():
+    """Every learner has its row; the class means of ncm are worked by hand."""
+    assert set(catalog.stored()) == {n for n, (p, *_) in catalog.choices("learner").items() if catalog.origin(p) == "clbench"}
+    assert catalog.stored()["ncm"]["class"] == 8 * 160 + 8  # a sum in float64 and a count
+    assert (
+        catalog.stored_text({"class": 640, "experience": 12800, "besides": -5}) == "640 B a class + 12.8 kB an experience + 0 B"
+    )
+
+
+@pytest.mark.parametrize("learner", ["ncm", "slca", "ease"])
+def test_bytes_held_are_as_committed(clbench, learner):
+    done = clbench("check", "--measure", f"learner={learner}")
+    assert json.loads(done.stdout) == {learner: catalog.stored()[learner]}
 
 
 def test_results_folder_that_cannot_be_written(clbench, small):
