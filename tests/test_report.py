@@ -306,12 +306,13 @@ def test_committed_leaderboard_is_made_from_the_committed_records():
 
 
 def test_committed_table_is_in_order():
-    lines = csv.DictReader(io.StringIO((RESULTS / "leaderboard.csv").read_text()))
-    table = {row["learner"]: float(row["last_macro_mean"]) for row in lines if row["scenario"] == "cil_digits"}
-    assert set(table) == {"finetune", "joint", "ncm", "replay", "slca"}
-    assert max(table, key=table.__getitem__) == "joint" and table["joint"] >= 0.96
-    assert min(table, key=table.__getitem__) == "finetune" and table["finetune"] < 0.5
-    assert table["ncm"] >= 0.8 and table["slca"] >= 0.9 and table["replay"] >= 0.9
+    lines = [r for r in csv.DictReader(io.StringIO((RESULTS / "leaderboard.csv").read_text())) if r["scenario"] == "cil_digits"]
+    assert min(lines, key=lambda row: float(row["last_macro_mean"]))["learner"] == "finetune"
+    five = ("finetune", "joint", "ncm", "replay", "slca")
+    table = {name: [float(row["last_macro_mean"]) for row in lines if row["learner"] == name] for name in five}
+    assert min(table["joint"]) >= 0.96 and max(map(max, table.values())) == max(table["joint"])
+    assert max(table["finetune"]) < 0.5
+    assert min(table["ncm"]) >= 0.8 and min(table["slca"]) >= 0.9 and min(table["replay"]) >= 0.9
     readme = (RESULTS.parent / "README.md").read_text()
     shown = readme[readme.index("<!-- leaderboard:start -->") : readme.index("<!-- leaderboard:end -->")]
     for row in csv.DictReader(io.StringIO((RESULTS / "leaderboard.csv").read_text())):
