@@ -127,7 +127,7 @@ class Tail(threading.Thread):
         number = sum(self.counts.values())
         lines = ended["text"].splitlines()
         if ended["status"] == "ok":
-            text = next((line for line in lines if line.startswith("step_macro")), "")
+            text = next((line for line in lines if line.startswith(("step_macro", "final_loss"))), "")
         else:
             text = lines[0] if lines else ""
         head = f"[{number}/{self.total}] {ended['status']:<11} {ended['label']}"

@@ -22,11 +22,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from clbench import metrics, provenance, record
+from clbench import loss_stream, metrics, provenance, record
 from clbench.config import build, load_target
 from clbench.evaluate import SetCounts, evaluate
 from clbench.interfaces import Capabilities, Experience, UserError, declared, mismatch
-from clbench.models.backbone import Backbone
+from clbench.streams.cpt import TokenScenario
 from clbench.streams.images import open_eval, open_experience
 from clbench.streams.pixels import Pipeline
 from clbench.streams.scenario import Scenario
@@ -54,10 +54,10 @@ class Job:
 
     config: dict[str, Any]
     run_id: str
-    scenario: Scenario
-    model: Backbone
+    scenario: Any  # Scenario, or TokenScenario with a decoder and no pipeline
+    model: Any
     capabilities: Capabilities
-    pipeline: Pipeline
+    pipeline: Any
     results: pathlib.Path
     folder: pathlib.Path
     flags: dict[str, Any]
@@ -81,18 +81,21 @@ def prepare(config: dict[str, Any]) -> Job:
     flags = arithmetic.apply(device, threads, config["seed"])
     capabilities = declared(load_target(config["learner"]["_target_"]), config["learner"])
     scenario = build(config["scenario"])
-    if not isinstance(scenario, Scenario):
+    if not isinstance(scenario, Scenario | TokenScenario):
         raise UserError(f"{config['scenario']['_target_']} must return a Scenario, got {type(scenario).__name__}")
     wanted = "none" if str(config["model"].get("weights")) in ("none", "None") else "some"
     why = mismatch(provenance.learner_name(config), capabilities, scenario.facts(), wanted == "some")
     if why:
         raise UserError(why)
-    model = build(config["model"]).to(device)
+    model = loss_stream.build_model(build, config["model"], scenario).to(device)
     plugin = provenance.plugin_version(config["learner"]["_target_"])
     identity = provenance.identity(config)
     run_id = record.run_id(identity, scenario.manifest.sha256, model.identity["state_sha256"], plugin)
-    pipeline = Pipeline(model.profile, device, scenario.augment)
-    return Job(config, run_id, scenario, model, capabilities, pipeline, results, results / "runs" / run_id, flags, device)
+    pipeline = Pipeline(model.profile, device, scenario.augment) if isinstance(scenario, Scenario) else None
+    job = Job(config, run_id, scenario, model, capabilities, pipeline, results, results / "runs" / run_id, flags, device)
+    if isinstance(scenario, TokenScenario):
+        loss_stream.rehearse(build, job)
+    return job
 
 
 def run_job(config: dict[str, Any], *, command: list[str] | None = None, progress: bool = False) -> Outcome:
@@ -174,7 +177,11 @@ def write_refusal(config: dict[str, Any], error: UserError) -> pathlib.Path:
 
 
 def closing_text(entry: dict[str, Any], path: pathlib.Path) -> str:
-    """The accuracy matrix and the headline numbers of a finished run."""
+    """The matrix and the headline numbers of a finished run."""
+    if "sum_loss" in entry:
+        from clbench.report.losses import closing_text as losses_text
+
+        return losses_text(entry, path)
     from clbench.report.table import accuracy_matrix_text
 
     values = metrics.summary(entry)
@@ -188,7 +195,27 @@ def _run(job: Job, journal: Journal, entry: dict[str, Any], progress: bool) -> d
     if saved is not None:
         job.flags = arithmetic.apply(job.device, job.flags["num_threads"], job.config["seed"], saved["flags"])
         log.info("%s goes on after experience %d", job.run_id, saved["experience"] + 1)
-    runtime = Runtime(
+    losses = isinstance(job.scenario, TokenScenario)
+    runtime = loss_stream.make_runtime(job, journal) if losses else _runtime(job, journal)
+    learner = build(job.config["learner"], model=job.model, runtime=runtime)
+    for name in ("learn", "loss" if losses else "predict", "state_dict", "load_state_dict"):
+        if not callable(getattr(learner, name, None)):
+            raise UserError(f"{type(learner).__name__} has no method {name}")
+    has_memory = losses or hasattr(getattr(learner, "memory", None), "num_bytes")
+    if job.capabilities.stores_exemplars and not has_memory:
+        raise UserError(
+            f"{type(learner).__name__} declares stores_exemplars: its memory must be `self.memory` with num_bytes()"
+        )
+    stream = (loss_stream.LossStream if losses else _Stream)(job, runtime, learner, entry, saved)
+    with _signals(runtime), _bar(runtime, progress):
+        for index in range(stream.first, len(job.scenario.manifest.experiences)):
+            stream.learn(index)
+            stream.evaluate(index)
+    return stream.finish()
+
+
+def _runtime(job: Job, journal: Journal) -> Runtime:
+    return Runtime(
         seed=job.config["seed"],
         device=job.device,
         budget=job.scenario.budget,
@@ -196,20 +223,6 @@ def _run(job: Job, journal: Journal, entry: dict[str, Any], progress: bool) -> d
         exempt=job.capabilities.stores_all_data,
         journal=journal,
     )
-    learner = build(job.config["learner"], model=job.model, runtime=runtime)
-    for name in ("learn", "predict", "state_dict", "load_state_dict"):
-        if not callable(getattr(learner, name, None)):
-            raise UserError(f"{type(learner).__name__} has no method {name}")
-    if job.capabilities.stores_exemplars and not hasattr(getattr(learner, "memory", None), "num_bytes"):
-        raise UserError(
-            f"{type(learner).__name__} declares stores_exemplars: its memory must be `self.memory` with num_bytes()"
-        )
-    stream = _Stream(job, runtime, learner, entry, saved)
-    with _signals(runtime), _bar(runtime, progress):
-        for index in range(stream.first, len(job.scenario.manifest.experiences)):
-            stream.learn(index)
-            stream.evaluate(index)
-    return stream.finish()
 
 
 class _Stream:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clbench import metrics, record
+from clbench.report import losses
 
 SHOWN = ("step_macro", "step_micro", "last_macro", "last_micro", "forgetting", "bwt", "plasticity")
 _BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -157,7 +158,9 @@ def report(results_dir: str | pathlib.Path, strict: bool = False) -> tuple[str, 
         record.write_text(path, _csv(made))
     if not records and not problems:
         return f"no records in {results / 'records'}", 1 if strict else 0
-    lines = [table_text(made), ""]
+    kinds = {losses.is_loss(entry) for entry in records}
+    images = made if True not in kinds else rows([entry for entry in records if not losses.is_loss(entry)], dead)
+    lines = [*([table_text(images), ""] if False in kinds else []), *losses.report(results, records, dead)]
     counts = Counter("dead" if e["run_id"] in dead else e["status"] for e in records)
     lines.append(f"{len(records)} records: " + ", ".join(f"{n} {status}" for status, n in sorted(counts.items())))
     lines += [line for entry in records if (line := _trouble(entry, entry["run_id"] in dead))]

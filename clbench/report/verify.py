@@ -10,6 +10,7 @@ from typing import Any
 
 from clbench import metrics, record
 from clbench.interfaces import UserError
+from clbench.report import losses, verify_losses
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,12 @@ def _one(file: pathlib.Path, entry: dict[str, Any], results: pathlib.Path, manif
                 reasons.append("status ok with an error")
             if isinstance(entry.get("correct"), list):
                 reasons += [*_sizes(entry), *_counts(entry)]
+            if losses.is_loss(entry):
+                reasons += verify_losses.check(entry)
+            elif isinstance(entry.get("correct"), list):
+                reasons += _budget(entry)
             else:
-                notes.append("it holds losses, which are not checked yet")
-            reasons += _budget(entry)
+                notes.append("it holds losses of another kind of stream, which are not checked")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, ArithmeticError) as error:
         reasons.append(f"a part is missing or of the wrong kind: {type(error).__name__}: {error}")
     if reasons:
@@ -188,6 +192,9 @@ def _manifest(entry: Mapping[str, Any], results: pathlib.Path, known: dict[str, 
     path = results / "manifests" / f"{sha}.json"
     if not isinstance(sha, str) or not re.fullmatch(r"[0-9a-f]{64}", sha) or not path.exists():
         notes.append("its manifest is not at hand")
+        return
+    if losses.is_loss(entry):
+        yield from verify_losses.manifest(entry, path, sha, known)
         return
     if sha not in known:
         from clbench.streams.manifest import Manifest

@@ -52,6 +52,24 @@ def decode_ids(text: str, limit: int) -> np.ndarray:
     return np.concatenate(runs) if runs else np.zeros(0, np.int64)
 
 
+def save_json(path: Path, sha256: str, body: str) -> None:
+    """Write a manifest's canonical text with its hash, indented, in one move; what cannot be written raises `UserError`."""
+    text = json.dumps({"sha256": sha256, **json.loads(body)}, indent=1) + "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("x", encoding="ascii") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write manifest {path}: {error.strerror or error}") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
 def _frozen(ids: np.ndarray) -> np.ndarray:
     ids = np.array(ids, dtype=np.int64)
     ids.flags.writeable = False
@@ -158,21 +176,7 @@ class Manifest:
 
     def save(self, path: str | Path) -> None:
         """Write the manifest with its hash to `path`, in one move: nobody ever sees half a file."""
-        path = Path(path)
-        text = json.dumps({"sha256": self.sha256, **json.loads(self.to_json())}, indent=1) + "\n"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("x", encoding="ascii") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError as error:
-            raise UserError(f"cannot write manifest {path}: {error.strerror or error}") from None
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        save_json(Path(path), self.sha256, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Manifest:
