@@ -145,6 +145,22 @@ def details(path: Path) -> tuple[str, str]:
     return paper, _capabilities(found) if found else ""
 
 
+def asks(group: str, name: str) -> str:
+    """What a choice of group "learner" answers or of group "scenario" asks: "loss" or "predict". From the source text."""
+    import yaml
+
+    path = choices(group)[name][0]
+    if group == "learner":
+        return "loss" if "asks='loss'" in details(path)[1].split() else "predict"
+    try:
+        source, function = split_target(str(yaml.safe_load(path.read_text(encoding="utf-8"))["_target_"]))
+        module = ast.parse(source.read_text(encoding="utf-8")) if source else ast.Module([], [])
+    except (UserError, OSError, yaml.YAMLError, SyntaxError, ValueError, TypeError, KeyError):
+        return "predict"
+    made = (node.returns for node in module.body if isinstance(node, ast.FunctionDef) and node.name == function)
+    return "loss" if any(returns is not None and "TokenScenario" in ast.unparse(returns) for returns in made) else "predict"
+
+
 def _capabilities(learner: ast.ClassDef) -> str:
     """What a class writes between the brackets of `Capabilities(...)`: `needs_pretrained needs_passes=2`."""
     words = []

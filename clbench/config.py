@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from clbench.catalog import GROUPS, check, choices, conf_dir, description, load_file, load_target, plugin_dirs
+from clbench.catalog import GROUPS, asks, check, choices, conf_dir, description, load_file, load_target, plugin_dirs
 from clbench.interfaces import UserError
 from clbench.signatures import nearest, split_target
 
@@ -61,6 +61,7 @@ def read(overrides: Sequence[str], multirun: bool = False) -> Composed:
         launcher = str(base.hydra.launcher._target_)
         if not multirun:
             return Composed([resolve(base)], words, False, launcher)
+        words = [_fitting(o, base) or o.input_line for o in parsed]
         params = [f"{k}={v}" for k, v in (base.hydra.sweeper.get("params") or {}).items()]
         every = parser.parse_overrides([*params, *words])
         last = {o.get_key_element(): o for o in every}
@@ -69,6 +70,18 @@ def read(overrides: Sequence[str], multirun: bool = False) -> Composed:
             return Composed([resolve(base)], words, True, launcher, varying)  # a search: its sweeper chooses the jobs
         jobs = BasicSweeper.split_arguments(every, None)[0]
         return Composed([resolve(_compose(job)) for job in jobs], words, True, launcher, varying)
+
+
+def _fitting(o: Any, base: Any) -> str | None:
+    """`learner=glob(...)` as the names that answer what the scenario asks; None for every other word."""
+    from hydra.core.override_parser.types import Glob
+
+    glob = o.value() if o.is_sweep_override() else None
+    scenario = base.hydra.runtime.choices.get("scenario")
+    if o.get_key_element() != "learner" or not isinstance(glob, Glob) or scenario not in choices("scenario"):
+        return None
+    names = [n for n in glob.filter(list(choices("learner"))) if asks("learner", n) == asks("scenario", scenario)]
+    return f"learner={','.join(names)}" if len(names) > 1 else None
 
 
 def _check_groups(overrides: Sequence[Any]) -> None:

@@ -261,3 +261,25 @@ class LossStream:
             "final_state_sha256": fingerprint(self.learner.state_dict()),
             "finished": provenance.now(),
         }
+
+
+def estimate(job: Job) -> float:
+    """Seconds from the plan's tokens and this machine's pace: one batch, three times."""
+    m = job.scenario.manifest
+    tokens = torch.randint(m.vocab, (m.batch, m.context + 1), device=job.device)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        job.model.loss(tokens).mean().backward()
+        times.append(time.perf_counter() - start)
+    job.model.zero_grad(set_to_none=True)
+    steps = sum(e["steps"] for e in m.experiences)
+    if job.config["learner"].get("data") == "union":
+        steps = sum(e["steps"] * (i + 1) for i, e in enumerate(m.experiences))
+    seen = (len(m.experiences) + 1) * sum(e["tokens"] for e in m.evals)
+    return min(times) * (steps + seen / 3 / (m.batch * m.context))
+
+
+def disk(job: Job) -> float:
+    """Bytes of the snapshots while it runs: weights and both moments, twice where a trunk is kept aside, old and new file."""
+    return 4.0 * 3 * 2 * 2 * sum(p.numel() for p in job.model.parameters())

@@ -121,7 +121,7 @@ def split_documents(text: bytes, validation: float) -> tuple[np.ndarray, np.ndar
     Documents are set aside in the order of their SHA-256, which does not depend on where they stand, until they are the
     share `validation`; the one that would overshoot by more than it lacks is left to training, unless none is set aside yet.
     """
-    documents = [part.partition(b"\n")[2] for part in (b"\n" + text).split(b"\n" + MARK)[1:]]
+    documents = [part.partition(b"\n")[2] for part in (b"\n" + text).removesuffix(b"\n").split(b"\n" + MARK)[1:]]
     documents = [document for document in documents if document]
     order = sorted(range(len(documents)), key=lambda i: hashlib.sha256(documents[i]).digest())
     wanted, held, got = validation * sum(map(len, documents)), set(), 0

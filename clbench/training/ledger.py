@@ -62,8 +62,11 @@ class Ledger:
 def flops_per_token(model: nn.Module, context: int) -> float:
     """Training operations per token: 6 for each weight that multiplies (embedding look-ups do not), 12 L T d for attention.
 
-    Causal attention is counted in full, as most published figures do. The width and depth are the model's `identity`.
+    Causal attention is counted in full, as in most published figures. A model with a `flops_per_token(context)` says it itself.
     """
+    own = getattr(model, "flops_per_token", None)
+    if callable(own):
+        return float(own(context))  # type: ignore[arg-type]
     identity: Any = getattr(model, "identity", {})
     looked_up = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
     weights = sum(p.numel() for p in model.parameters()) - looked_up
