@@ -180,7 +180,7 @@ class Pretrain:
                 self.runtime.observer.trunk_ended(self.model)
             self.trunk.keep()
             if self.average:
-                self.model.load_state_dict(self.average.weights)
+                self.average.evaluate()
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Nats of every token after the first: tokens [B, L + 1] int64 -> [B, L]."""

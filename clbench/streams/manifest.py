@@ -165,6 +165,15 @@ class Manifest:
         body["evals"] = [{**vars(e), "ids": encode_ids(e.ids)} for e in self.evals]
         return _canonical(body)
 
+    def text(self) -> str:
+        """The stream for people: a line for each experience and each evaluation set."""
+        lines = [f"{self.kind}, {self.dataset['name']}, sha256 {self.sha256}"]
+        for e in self.experiences:
+            lines.append(f"  {e.name:<10} {len(e.train):>7} samples  classes {' '.join(map(str, e.classes))}")
+        for e in self.evals:
+            lines.append(f"  evaluate {e.name:<10} {len(e.ids):>7} samples  first seen in experience {e.first_seen}")
+        return "\n".join(lines)
+
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         """Read `to_json`'s text; malformed text raises a one-line `UserError`."""

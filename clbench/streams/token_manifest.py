@@ -11,7 +11,7 @@ from typing import Any
 
 from clbench.interfaces import UserError
 from clbench.streams import sequences
-from clbench.streams.manifest import save_json
+from clbench.streams.manifest import Manifest, save_json
 
 SCHEMA = 1
 KIND = "continual_pretraining"
@@ -67,6 +67,19 @@ class TokenManifest:
         """Write it with its hash in one move: nobody ever sees half a file."""
         save_json(Path(path), self.sha256, self.to_json())
 
+    def text(self) -> str:
+        """The stream for people: experiences with their tokens, evaluation sets with their floors."""
+        lines = [f"{self.kind}, {len(self.domains)} domains, {self.vocab} tokens in the vocabulary, sha256 {self.sha256}"]
+        size = self.batch * self.context
+        for e in self.experiences:
+            times = e["steps"] * size / (e["sequences"] * self.context)
+            lines.append(f"  {e['name']:<14} {e['steps'] * size:>11} tokens, {e['steps']} steps of {size}, {times:.2f} passes")
+        for e in self.evals:
+            known = "" if e["floor"] is None else f", floor {e['floor']:.4f} nats a token"
+            first = f"first read in experience {e['first_seen']}{known}"
+            lines.append(f"  evaluate {e['name']:<14} {e['tokens']:>7} tokens, {first}")
+        return "\n".join(lines)
+
     @classmethod
     def load(cls, path: Path) -> TokenManifest:
         """Read what `save` wrote and compare it with the hash it carries; anything else raises `UserError`."""
@@ -115,3 +128,12 @@ def check(m: TokenManifest) -> None:
             raise UserError(f"manifest: evaluation set {j} has {entry['tokens']} tokens for {entry['sequences']} sequences")
         if m.experiences[entry["first_seen"]]["domain"] != entry["domain"]:
             raise UserError(f"manifest: evaluation set {j} is of another domain than experience {entry['first_seen']}")
+
+
+def load_any(path: Path) -> TokenManifest | Manifest:
+    """A saved manifest of either kind; a file that is none raises `UserError`."""
+    try:
+        kind = json.loads(path.read_text(encoding="ascii")).get("kind")
+    except (OSError, ValueError, RecursionError, AttributeError):
+        kind = None
+    return TokenManifest.load(path) if kind == KIND else Manifest.load(path)

@@ -11,18 +11,21 @@ from torch import Tensor, nn
 
 from clbench.interfaces import UserError
 from clbench.training.pretrain import AfterStep, Segment
+from clbench.training.schedule_free import ScheduleFree
 
 
 @dataclass(frozen=True)
 class Average:
     """Which average.
 
-    kind   "none"; "ema": exponential, goes on from experience to experience; "last_k": mean of the last checkpoints of each
-    decay  of the exponential average, at most (1 + n) / (10 + n) after n steps, so that it forgets the start
+    kind   "none"; "ema": exponential, goes on from experience to experience; "last_k": mean of the last checkpoints of each;
+           "schedule_free": of all weights, and gradients are taken between weights and average (for betas [0, ...])
+    decay  of the exponential average, at most (1 + n) / (10 + n) after n steps, so that it forgets the start; beta of
+           schedule_free
     last, every   checkpoints in the mean, and their distance as a share of the experience's steps
     """
 
-    kind: Literal["none", "ema", "last_k"] = "none"
+    kind: Literal["none", "ema", "last_k", "schedule_free"] = "none"
     decay: float = 0.99
     last: int = 5
     every: float = 0.03
@@ -39,14 +42,18 @@ class Averager:
         self.model, self.rule = model, rule
         self.weights: dict[str, Tensor] = {}
         self.number = 0
+        self.free = ScheduleFree(list(model.parameters()), rule.decay) if rule.kind == "schedule_free" else None
 
     def __bool__(self) -> bool:
         return self.rule.kind != "none"
 
     @torch.no_grad()
-    def after_step(self, step: int, steps: int) -> None:
-        """Take in the weights after update `step` - 1 of `steps`."""
+    def after_step(self, step: int, steps: int, rate: float = 1.0) -> None:
+        """Take in the weights after update `step` - 1 of `steps`, made at a rate."""
         rule = self.rule
+        if self.free is not None:
+            self.free.after_step(rate)
+            return
         if rule.kind == "last_k":
             distance = max(1, round(rule.every * steps))
             left = steps - step
@@ -68,18 +75,28 @@ class Averager:
         """An `after_step` that takes in the weights, then calls another."""
 
         def both(segment: Segment, step: int, losses: Tensor, counts: np.ndarray) -> None:
-            self.after_step(step, segment.steps)
+            self.after_step(step, segment.steps, segment.rate(step - 1))
             if then is not None:
                 then(segment, step, losses, counts)
 
         return both
 
+    def evaluate(self) -> None:
+        """Put the average into the model."""
+        if self.free is not None:
+            self.free.evaluate()
+        else:
+            self.model.load_state_dict(self.weights)
+
     def state_dict(self) -> dict[str, Any]:
         """The average and how many weights it has taken in."""
-        return {"weights": self.weights, "number": self.number}
+        free = None if self.free is None else self.free.state_dict()
+        return {"weights": self.weights, "number": self.number, "free": free}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a copy."""
         device = next(self.model.parameters()).device
         self.weights = {name: value.detach().to(device, copy=True) for name, value in state["weights"].items()}
         self.number = state["number"]
+        if self.free is not None:
+            self.free.load_state_dict(state["free"])
