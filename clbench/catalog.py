@@ -218,6 +218,7 @@ _OPTIONS: dict[str, tuple[str, Any]] = {
         lambda v: v is None or (isinstance(v, int | float) and not isinstance(v, bool) and v >= 0),
     ),
     "eval_batch_size": ("a whole number from 1", lambda v: _whole(v, 1)),
+    "micro_batch": ("a whole number from 1 or null", lambda v: v is None or _whole(v, 1)),
     "on_error": ("record or raise", lambda v: v in ("record", "raise")),
 }
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from clbench import __version__
+from clbench import __version__, corpus_command, schedule_show
 from clbench.catalog import conf_dir
 from clbench.interfaces import UserError
 from clbench.signatures import nearest
@@ -63,12 +63,27 @@ EXAMPLES: dict[str, tuple[str, tuple[str, ...]]] = {
         "write a package of your own with a learner or a scenario that runs at once",
         ("clbench new learner my_method", "clbench new scenario my_stream --to ~/code"),
     ),
+    "schedule": (
+        "learning-rate schedules as a table, a sketch and a figure, with what predictors say of them",
+        (
+            "clbench schedule show cosine infinite wsd",
+            "clbench schedule show wsd wsd@short wsd@short.anneal=0.1 --experiences 3 --out wsd.svg",
+        ),
+    ),
     "manifest": (
         "write, check or show the exact stream of a scenario",
         (
             "clbench manifest show scenario=cil_digits",
             "clbench manifest write scenario=cil_digits scenario.order=random --out stream.json",
             "clbench manifest check stream.json",
+        ),
+    ),
+    "manifest corpus": (
+        "texts into folders of token shards, which scenarios of texts read",
+        (
+            "clbench manifest corpus build novels.txt --out data/novels",
+            "clbench manifest corpus build web.jsonl.gz --field content --tokenizer tokenizer.json --out data/web",
+            "clbench manifest corpus check data/novels data/web",
         ),
     ),
 }
@@ -90,7 +105,7 @@ def overview() -> str:
     """What `clbench` alone says."""
     lines = [ABOUT, "commands, each with --help:"]
     for name, (what, examples) in EXAMPLES.items():
-        lines += [f"  {name:<9}{what}", f"  {'':<9}  {examples[0]}"]
+        lines += [f"  {name:<8} {what}", f"  {'':<9}  {examples[0]}"]
     return "\n".join(
         [*lines, "", "start here:  clbench run        (digits, 5 experiences, under a minute, nothing to download)"]
     )
@@ -135,6 +150,10 @@ def parser_of(name: str) -> Parser:
         parser.add_argument("--strict", action="store_true", help="exit 1 if a run failed, died, or a record is damaged")
     if name == "verify":
         parser.add_argument("path", nargs="?", default="results", metavar="PATH", help="a record or a results folder (results)")
+    if name == "schedule":
+        schedule_show.add_arguments(parser)
+    if name == "manifest corpus":
+        corpus_command.add_arguments(parser)
     if name == "new":
         parser.add_argument("kind", choices=("learner", "scenario"))
         parser.add_argument("name", help="a Python name in lower case, such as my_method")
@@ -170,6 +189,8 @@ def dispatch(argv: Sequence[str]) -> int:
         print(f"clbench {__version__}")
         return 0
     name, *rest = argv
+    if argv[:2] == ["manifest", "corpus"]:
+        name, rest = "manifest corpus", rest[1:]
     if name not in EXAMPLES:
         kind = "option" if name.startswith("-") else "command"
         hint = nearest(name, EXAMPLES) if kind == "command" else nearest(name, ("--help", "--version"))
@@ -188,6 +209,8 @@ def dispatch(argv: Sequence[str]) -> int:
         "report": commands.report,
         "verify": commands.verify,
         "new": commands.new,
+        "schedule": schedule_show.run,
+        "manifest corpus": corpus_command.run,
         "manifest": commands.manifest,
     }
     return work[name](args)

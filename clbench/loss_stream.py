@@ -32,11 +32,14 @@ def experience_of(scenario: TokenScenario, index: int, past: bool) -> Experience
     return replace(made, past=tuple(data[:-1])) if past else made
 
 
-def build_model(build: Any, node: dict[str, Any], scenario: Any) -> Any:
+def build_model(build: Any, config: dict[str, Any], scenario: Any) -> Any:
     """The model, if it can read the stream. What it leaves open (vocab and context null) is the stream's."""
+    node = config["model"]
     if not isinstance(scenario, TokenScenario):
         if "profile" not in node and "vocab" in node:
             raise UserError(f"model {node.get('name')} reads tokens: scenario {scenario.name} is made of images")
+        if config.get("micro_batch") is not None:
+            raise UserError(f"micro_batch has no effect in scenario {scenario.name}, which is made of images")
         return build(node)
     wanted = {"vocab": scenario.manifest.vocab, "context": scenario.manifest.context}
     model = build(node, **{name: value for name, value in wanted.items() if name in node and node[name] is None})
@@ -58,6 +61,7 @@ def make_runtime(job: Job, journal: Any) -> PretrainRuntime:
         exempt=job.capabilities.stores_all_data,
         journal=journal,
         flops_per_token=flops_per_token(job.model, job.scenario.manifest.context),
+        micro_batch=job.config.get("micro_batch"),
         processed_limit=None if job.capabilities.stores_all_data else job.scenario.budget.processed,
     )
 

@@ -87,7 +87,7 @@ def prepare(config: dict[str, Any]) -> Job:
     why = mismatch(provenance.learner_name(config), capabilities, scenario.facts(), wanted == "some")
     if why:
         raise UserError(why)
-    model = loss_stream.build_model(build, config["model"], scenario).to(device)
+    model = loss_stream.build_model(build, config, scenario).to(device)
     plugin = provenance.plugin_version(config["learner"]["_target_"])
     identity = provenance.identity(config)
     run_id = record.run_id(identity, scenario.manifest.sha256, model.identity["state_sha256"], plugin)

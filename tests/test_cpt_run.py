@@ -199,6 +199,20 @@ def test_a_learner_of_losses_on_images():
         prepare(found)
 
 
+def test_pieces_of_a_batch_are_no_part_of_the_identity(finished, tmp_path):
+    entry = run(tmp_path, "micro_batch=3")
+    assert entry["run_id"] == finished[1]["rewarm_replay"]["run_id"] and entry["machine"]["micro_batch"] == 3
+    (found,) = config.compose(["micro_batch=3", "learner=ncm"])
+    with pytest.raises(UserError, match="micro_batch has no effect in scenario cil_digits"):
+        prepare(found)
+
+
+def test_the_contract_suite_knows_both_families(clbench):
+    done = clbench("check", "learner=infinite", "scenario=cpt_synthetic", *SMALL[1:9])
+    lines = done.stdout.splitlines()
+    assert len(lines) == 11 and all(line.startswith("ok") for line in lines)
+
+
 def test_more_text_than_the_budget_allows_is_a_failed_record(tmp_path):
     found = job(f"results_dir={tmp_path}", "scenario.budget.exemplar_bytes=100")
     outcome = run_job(found)

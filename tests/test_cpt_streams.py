@@ -71,6 +71,13 @@ def test_experiences_of_one_text_read_different_parts_of_it():
     assert not made.iid and stream(order=(0, 0)).iid
 
 
+def test_experiences_of_different_lengths():
+    made = stream(tokens=[320, 640])
+    assert [e["steps"] for e in made.manifest.experiences] == [10, 20]
+    with pytest.raises(UserError, match="2 experiences"):
+        stream(tokens=[320, 640, 320])
+
+
 def test_a_short_text_is_read_several_times_and_a_shorter_one_refused():
     assert len(stream(tokens=8000).data(0)) == sequences.count(900, 8) and stream(tokens=8000).data(0).steps == 250
     with pytest.raises(UserError, match="too short: 0 sequences for a batch of 4"):

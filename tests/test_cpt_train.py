@@ -220,6 +220,16 @@ def test_allocation_counts_replayed_tokens_too():
     assert ledger.trunk_replay == 24 * 6 and ledger.replay_bytes == (48 + 36) * 6
 
 
+def test_pieces_of_a_batch_give_the_same_gradients():
+    whole, pieces = learner(), learner()
+    pieces.runtime.micro_batch = 3  # of 4: uneven
+    learn(whole, experiences(1))
+    learn(pieces, experiences(1))
+    for a, b in zip(whole.model.parameters(), pieces.model.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    assert whole.runtime.ledger == pieces.runtime.ledger
+
+
 def test_averages_by_hand():
     model = torch.nn.Linear(1, 1, bias=False)
     ema, last = Averager(model, Average("ema", decay=0.5)), Averager(model, Average("last_k", last=3, every=0.2))

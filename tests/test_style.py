@@ -23,7 +23,7 @@ LAYERS = [
     {"provenance"},
     {"loss_stream"},
     {"runner"},
-    {"isolate", "scaffold", "planning", "testing"},
+    {"isolate", "scaffold", "schedule_show", "corpus_command", "planning", "testing", "testing_loss"},
     {"commands"},
     {"cli"},
     {"__main__"},

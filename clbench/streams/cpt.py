@@ -177,7 +177,7 @@ def scenario(
     order: Sequence[int],
     *,
     vocab: int,
-    tokens: int,
+    tokens: int | Sequence[int],
     context: int,
     batch: int,
     eval_tokens: int,
@@ -185,18 +185,22 @@ def scenario(
     probe_sequences: int = 16,
     probe_evenly: int = 16,
 ) -> TokenScenario:
-    """Lay experiences over domains: `order[i]` is read in experience i, for `tokens` tokens.
+    """Lay experiences over domains: `order[i]` is read in experience i, for `tokens` (of all, or of each) tokens.
 
     A text that is too short for its experiences is read several times; the record's ledger says so.
     """
-    for key, value, least in (("tokens", tokens, batch * context), ("context", context, 2), ("batch", batch, 1)):
+    amounts = [tokens] * len(order) if isinstance(tokens, int) else list(tokens)
+    fewest = min(amounts, default=0)
+    for key, value, least in (("tokens", fewest, batch * context), ("context", context, 2), ("batch", batch, 1)):
         if value < least:
             raise UserError(f"scenario.{key} must be at least {least}, got {value}")
     if not order or any(type(d) is not int or not 0 <= d < len(domains) for d in order):
         raise UserError(f"scenario.order must name domains 0..{len(domains) - 1}, got {list(order)}")
-    steps = tokens // (batch * context)
+    if len(amounts) != len(order):
+        raise UserError(f"scenario.tokens has {len(amounts)} numbers for {len(order)} experiences")
     experiences, first = [], dict.fromkeys(order, 0)
     for i, d in enumerate(order):
+        steps = amounts[i] // (batch * context)
         held = sequences.count(len(domains[d].train), context) // list(order).count(d)
         size = min(steps * batch, held)
         if size < batch:

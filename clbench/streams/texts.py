@@ -67,7 +67,7 @@ def text(
     *,
     name: str,
     corpora: Sequence[str],
-    tokens: int,
+    tokens: int | Sequence[int],
     context: int = 256,
     batch: int = 32,
     eval_tokens: int = 131_072,

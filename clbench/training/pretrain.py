@@ -101,12 +101,14 @@ class PretrainRuntime(Runtime):
     """What a pre-training learner is given: the runtime of every learner, the ledger, and the runner's observer.
 
     processed_limit  tokens that one experience may be trained on, None for no limit
+    micro_batch      sequences that pass the model at once, None for the whole batch: gradients are summed over the pieces
     """
 
     ledger: Ledger = field(default_factory=Ledger)
     observer: Observer | None = None
     flops_per_token: float = 0.0
     processed_limit: int | None = None
+    micro_batch: int | None = None
     plan: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -214,15 +216,11 @@ def train(
             count(step)
             look.look(model, segment, step)
             model.train()
-        rate = segment.rate(step)
-        with runtime.autocast():
-            losses = model.loss(tokens)  # type: ignore[operator]
-        loss = losses.mean()
-        loss.backward()
-        optimizer.step(rate)
-        sums.append(loss.detach())
+        losses = _gradients(runtime, model, tokens)
+        optimizer.step(segment.rate(step))
+        sums.append(losses.mean())
         if after_step is not None:
-            after_step(segment, step + 1, losses.detach(), mixture.counts[step - mixture.first])
+            after_step(segment, step + 1, losses, mixture.counts[step - mixture.first])
         step += 1
         if runtime.device.type == "cpu" or step % 64 == 0 or step == segment.last:
             _check_losses(runtime, segment, step, sums)
@@ -230,6 +228,17 @@ def train(
     count(segment.last)
     if look is not None and segment.last == segment.steps:
         look.look(model, segment, step)
+
+
+def _gradients(runtime: PretrainRuntime, model: nn.Module, tokens: Tensor) -> Tensor:
+    """Add the gradients of the mean loss over a batch, in pieces of `micro_batch` sequences -> losses [B, L]."""
+    found = []
+    for piece in tokens.split(runtime.micro_batch or len(tokens)):
+        with runtime.autocast():
+            losses = model.loss(piece)  # type: ignore[operator]
+        (losses.mean() * (len(piece) / len(tokens))).backward()
+        found.append(losses.detach())
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _check_losses(runtime: PretrainRuntime, segment: Segment, step: int, losses: list[Tensor]) -> None:
