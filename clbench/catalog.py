@@ -202,6 +202,12 @@ _OPTIONS: dict[str, tuple[str, Any]] = {
         lambda v: v is None or (isinstance(v, int | float) and not isinstance(v, bool) and v >= 0),
     ),
     "eval_batch_size": ("a whole number from 1", lambda v: _whole(v, 1)),
+    "feature_store": ("auto, on or off", lambda v: v in ("auto", "on", "off")),
+    "feature_store_gb": (
+        "a number from 0.001",
+        lambda v: isinstance(v, int | float) and not isinstance(v, bool) and v >= 0.001,
+    ),
+    "track": ("none, tensorboard, wandb or mlflow", lambda v: v in ("none", "tensorboard", "wandb", "mlflow")),
     "on_error": ("record or raise", lambda v: v in ("record", "raise")),
 }
 

@@ -53,15 +53,36 @@ EXAMPLES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "report": (
         "records in, leaderboard and reproduction cards out",
-        ("clbench report", "clbench report --results-dir 'other results' --strict"),
+        (
+            "clbench report",
+            "clbench report --results-dir 'other results' --strict",
+            "clbench report --scenario 'cil_*' --where learner.lr=0.03",
+            "clbench report --scenario cil_digits --format latex --out table.tex",
+        ),
     ),
     "verify": (
-        "check records: schema, counts, identity",
-        ("clbench verify", "clbench verify results/records/0123456789abcdef.json"),
+        "check records: schema, counts, identity, stream, weights; repeat the beginning of some",
+        (
+            "clbench verify",
+            "clbench verify results/records/0123456789abcdef.json",
+            "clbench verify --rerun results/records/0123456789abcdef.json",
+            "clbench verify results --rerun 3 --seed 1",
+            "clbench verify --schema",
+        ),
     ),
     "new": (
         "write a package of your own with a learner or a scenario that runs at once",
         ("clbench new learner my_method", "clbench new scenario my_stream --to ~/code"),
+    ),
+    "tune": (
+        "choose options without the data that they are judged by, freeze the choice, evaluate it once",
+        (
+            "clbench tune scenario.num_classes=6 'learner.lr=tag(log,interval(0.001,0.1))' tune.trials=10",
+            "clbench tune learner=fecam tune.space=fecam tune.protocol=first_experience seed=0,1,2",
+            "clbench tune learner=ncm learner.metric=euclidean,cosine tune.sampler=grid tune.protocol=validation",
+            "clbench tune scenario=cil_cifar100 tune.on=cil_digits tune.scenario.budget.epochs=20 tune.space=slca",
+            "clbench tune learner=replay tune.space=replay tune.protocol=test results_dir=cheating",
+        ),
     ),
     "manifest": (
         "write, check or show the exact stream of a scenario",
@@ -104,15 +125,29 @@ def options_text() -> str:
     return "\n".join(f"  {name:<24}{remark}".rstrip() for name, _, remark in rows)
 
 
-def parser_of(name: str) -> Parser:
-    """The parser of one command."""
+def described(name: str, page: str) -> tuple[str, tuple[str, ...]]:
+    """What a command, or a page of `report`, is for, and examples of it."""
     what, examples = EXAMPLES[name]
+    if name != "report":
+        return what, examples
+    from clbench.report import pages
+
+    return pages.PAGES[page] if page else (f"{what}\n\n{pages.overview()}", examples)
+
+
+def parser_of(name: str, page: str = "") -> Parser:
+    """The parser of one command; `page` is a page of `report`."""
+    what, examples = described(name, page)
     epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples)
     if name in ("run", "plan"):
         groups = "choices: scenario=, learner=, model=, schedule=, pet=, machine=, sweep=   (clbench list shows the names)"
         epilog = f"{groups}\n\noptions and their defaults:\n{options_text()}\n\n{epilog}"
+    if name == "tune":
+        from clbench.tuning_options import overview as study
+
+        epilog = f"{study()}\n\n{epilog}"
     parser = Parser(
-        f"clbench {name}",
+        f"clbench {name} {page}".rstrip(),
         description=what,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -122,7 +157,7 @@ def parser_of(name: str) -> Parser:
         parser.add_argument("-m", "--multirun", action="store_true", help="several runs: NAME=A,B,C; range(a,b); glob(*)")
     if name == "run":
         parser.add_argument("--cfg", choices=("job",), help="print the resolved configuration instead of running it")
-    if name in ("run", "plan", "check"):
+    if name in ("run", "plan", "check", "tune"):
         parser.add_argument("words", nargs="*", metavar="NAME=VALUE", help="choices and options (Hydra overrides)")
     if name == "check":
         parser.add_argument(
@@ -131,10 +166,16 @@ def parser_of(name: str) -> Parser:
     if name == "list":
         parser.add_argument("groups", nargs="*", metavar="GROUP", help="scenarios, learners, models, schedules, pets, ...")
     if name == "report":
-        parser.add_argument("--results-dir", default="results", metavar="DIR", help="where the records lie (results)")
-        parser.add_argument("--strict", action="store_true", help="exit 1 if a run failed, died, or a record is damaged")
+        from clbench.report.pages import add_arguments
+
+        add_arguments(parser, page)
     if name == "verify":
         parser.add_argument("path", nargs="?", default="results", metavar="PATH", help="a record or a results folder (results)")
+        words = "repeat the first two experiences of a record, or of N drawn from PATH (1), and compare every count"
+        parser.add_argument("--rerun", nargs="?", const="1", metavar="N | RECORD", help=words)
+        parser.add_argument("--seed", type=int, metavar="N", help="with --rerun N: which ones are drawn (0)")
+        parser.add_argument("--data-root", metavar="DIR", help="where data and weights lie (the environment's CLBENCH_DATA)")
+        parser.add_argument("--schema", action="store_true", help="print the JSON Schema of a record")
     if name == "new":
         parser.add_argument("kind", choices=("learner", "scenario"))
         parser.add_argument("name", help="a Python name in lower case, such as my_method")
@@ -176,11 +217,20 @@ def dispatch(argv: Sequence[str]) -> int:
         if "=" in name:
             hint = f"; did you mean 'clbench run {name}'?"
         raise UserError(f"no {kind} '{name}'{hint} (one of: {', '.join(EXAMPLES)})")
-    args = parser_of(name).parse_intermixed_args(rest)
+    page = ""
+    if name == "report":
+        from clbench.report.pages import split
+
+        page, rest = split(rest)
+    args = parser_of(name, page).parse_intermixed_args(rest)
     from clbench import commands
 
     if name == "run":
         return commands.run(args, ["clbench", *argv], launch)
+    if name == "tune":
+        from clbench import tuning
+
+        return tuning.run(args, ["clbench", *argv])
     work = {
         "plan": commands.plan,
         "list": commands.show_choices,

@@ -71,6 +71,21 @@ def read(overrides: Sequence[str], multirun: bool = False) -> Composed:
         return Composed([resolve(_compose(job)) for job in jobs], words, True, launcher, varying)
 
 
+def searched(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Words of a search -> (those that fix an option, key -> its values as words, or start, end and tags of an interval)."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    register()
+    with initialize_config_dir(str(conf_dir()), job_name="clbench", **behaviour()):
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        parsed = parser.parse_overrides([_parsable(word, parser) for word in overrides])
+    swept = {o.get_key_element(): o for o in parsed if o.is_sweep_override()}
+    found = {k: list(o.sweep_string_iterator()) if o.is_discrete_sweep() else vars(o.value()) for k, o in swept.items()}
+    return [str(o.input_line) for o in parsed if not o.is_sweep_override()], found
+
+
 def _check_groups(overrides: Sequence[Any]) -> None:
     """A group is chosen by a name: a number or null is answered here, Hydra would raise."""
     for o in overrides:
