@@ -35,7 +35,10 @@ def test_help_of_each_command_has_examples(clbench, name):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["rnu"], "no command 'rnu'; did you mean 'run'? (one of: run, plan, list, check, report, verify, new, manifest)"),
+        (
+            ["rnu"],
+            "no command 'rnu'; did you mean 'run'? (one of: run, plan, list, check, report, verify, new, tune, manifest)",
+        ),
         (["learner=ncm"], "no command 'learner=ncm'; did you mean 'clbench run learner=ncm'? (one of: "),
         (["--versoin"], "no option '--versoin'; did you mean '--version'? (one of: "),
         (["run", "--multirn"], "no option --multirn; did you mean '--multirun'? (clbench run --help shows what there is)"),
