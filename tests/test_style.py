@@ -23,7 +23,7 @@ LAYERS = [
     {"provenance", "tracking", "terminal"},
     {"runner", "walk"},
     {"isolate", "scaffold", "planning", "testing", "verification"},
-    {"tuning_options", "tuning_space", "tuning_streams", "tuning_trials", "tuning"},
+    {"tuning"},
     {"commands"},
     {"cli"},
     {"__main__"},
