@@ -158,7 +158,7 @@ def parser_of(name: str, page: str = "") -> Parser:
         groups = "choices: scenario=, learner=, model=, schedule=, pet=, machine=, sweep=   (clbench list shows the names)"
         epilog = f"{groups}\n\noptions and their defaults:\n{options_text()}\n\n{epilog}"
     if name == "tune":
-        from clbench.tuning_options import overview as study
+        from clbench.tuning.options import overview as study
 
         epilog = f"{study()}\n\n{epilog}"
     parser = Parser(
@@ -251,9 +251,9 @@ def dispatch(argv: Sequence[str]) -> int:
     if name == "run":
         return commands.run(args, ["clbench", *argv], launch)
     if name == "tune":
-        from clbench import tuning
+        from clbench.tuning import study
 
-        return tuning.run(args, ["clbench", *argv])
+        return study.run(args, ["clbench", *argv])
     work = {
         "plan": commands.plan,
         "list": commands.show_choices,

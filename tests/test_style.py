@@ -24,7 +24,7 @@ LAYERS = [
     {"loss_stream"},
     {"runner", "walk"},
     {"isolate", "scaffold", "schedule_show", "corpus_command", "planning", "testing", "testing_loss", "verification"},
-    {"tuning_options", "tuning_space", "tuning_streams", "tuning_trials", "tuning"},
+    {"tuning"},
     {"commands"},
     {"cli"},
     {"__main__"},
