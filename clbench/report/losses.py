@@ -11,7 +11,7 @@ from typing import Any
 
 from clbench import metrics_loss, record
 from clbench.report import loss_facts, statistics
-from clbench.report.formats import fraction, plain, safe
+from clbench.report.formats import Table, fraction, plain, safe
 from clbench.report.loss_facts import LEDGER, OPTIONS
 from clbench.report.runs import Run, boil
 from clbench.report.statistics import mean_std
@@ -56,6 +56,7 @@ ABOUT: dict[str, str] = {
     "running": "runs without a result: at work",
 }
 COLUMNS = tuple(ABOUT)
+_NAMED = ("final_loss", "learned_loss", "forgetting_after", "regret", "gap_depth")
 _WHOLE = ("gap_area", "gap_tokens")
 Row = dict[str, Any]
 
@@ -116,7 +117,7 @@ def _row(group: Sequence[Run], dead: set[str]) -> Row:
     return row
 
 
-def to_csv(made: Sequence[Row], columns: Sequence[str] = COLUMNS) -> str:
+def csv_of(made: Sequence[Row], columns: Sequence[str] = COLUMNS) -> str:
     """The rows as CSV text in fixed formats."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -145,7 +146,7 @@ def write(made: Sequence[Row], results: pathlib.Path) -> list[pathlib.Path]:
     path = results / "leaderboard_loss.csv"
     if not made and not path.exists():
         return []
-    record.write_text(path, to_csv(made))
+    record.write_text(path, csv_of(made))
     return [path]
 
 
@@ -157,18 +158,16 @@ def troubles(runs: Sequence[Run]) -> list[str]:
 
 def table_text(made: Sequence[Mapping[str, Any]]) -> str:
     """The main columns of each scenario, aligned: nats per token, mean ± standard deviation over seeds."""
-    names = ("final_loss", "learned_loss", "forgetting_after", "regret", "gap_depth")
-    head = ("learner", "model", "replay", "variant", "seeds", names[0], "?", *names[1:], "Mtokens", "seconds", "marks")
+    head = ("learner", "model", "replay", "variant", "seeds", _NAMED[0], "?", *_NAMED[1:], "Mtokens", "seconds", "marks")
     cells: list[tuple[str, ...]] = [head]
     for row in made:
         lost = "".join(f" +{row[k]} {k}" for k in ("failed", "dead", "running") if row[k])
-        numbers = [_pair(row[f"{name}_mean"], row[f"{name}_std"]) for name in names]
+        numbers = [_pair(row[f"{name}_mean"], row[f"{name}_std"]) for name in _NAMED]
         numbers[1:1] = [statistics.LETTERS.get(row["vs_best"] or "", "")]
-        counts = [row[f"tokens_{name}"] or 0 for name in LEDGER[:4]]
         seconds = "-" if row["seconds_mean"] is None else f"{row['seconds_mean']:.1f}"
         share = "-" if row["replay"] is None else f"{row['replay']:g}"
         words = (plain(row["learner"]), plain(row["model"]), share, row["variant"], f"{row['n_seeds']}{lost}")
-        cells.append((*words, *numbers, f"{sum(counts) / 1e6:.2f}", seconds, plain(row["marks"])))
+        cells.append((*words, *numbers, f"{_trained(row) / 1e6:.2f}", seconds, plain(row["marks"])))
     widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
     lines, scenario = ["  " + _aligned(head, widths)], None
     for row, line in zip(made, cells[1:], strict=True):
@@ -179,12 +178,36 @@ def table_text(made: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*lines, *statistics.legend(row["vs_best"] for row in made)])
 
 
+def for_people(made: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """The main columns of each scenario, for Markdown, LaTeX and HTML."""
+    columns = ("learner", "replay", "model", "variant", "seeds", *_NAMED, "95 %", "vs best", "Mtokens", "seconds", "marks")
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in made:
+        line = {name: row[name] for name in ("learner", "model", "variant", "marks")}
+        lost = "".join(f" +{row[k]} {k}" for k in ("failed", "dead", "running") if row[k])
+        line |= {"replay": None if row["replay"] is None else f"{row['replay']:g}", "seeds": f"{row['n_seeds']}{lost}"}
+        line |= {name: _pair(row[f"{name}_mean"], row[f"{name}_std"], " ± ") for name in _NAMED}
+        low, high = row["final_loss_low"], row["final_loss_high"]
+        line["95 %"] = None if low is None else f"{fraction(low)} .. {fraction(high)}"
+        seconds = None if row["seconds_mean"] is None else f"{row['seconds_mean']:.1f}"
+        line |= {"vs best": row["vs_best"], "Mtokens": f"{_trained(row) / 1e6:.2f}", "seconds": seconds}
+        groups.setdefault(row["scenario"], []).append(line)
+    notes = (
+        "Nats per token, mean ± unbiased standard deviation over seeds; 95 %: bootstrap interval of the mean of final_loss.",
+    )
+    return [Table(f"losses {i}", plain(name), columns, lines, notes) for i, (name, lines) in enumerate(groups.items())]
+
+
+def _trained(row: Mapping[str, Any]) -> int:
+    return sum(row[f"tokens_{name}"] or 0 for name in LEDGER[:4])
+
+
 def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join(cell.ljust(wide) for cell, wide in zip(line, widths, strict=True)).rstrip()
 
 
-def _pair(mean: float | None, std: float | None) -> str:
-    return "-" if mean is None else fraction(mean) + ("" if std is None else "±" + f"{std:.4f}".lstrip("0"))
+def _pair(mean: float | None, std: float | None, sign: str = "±") -> str:
+    return "-" if mean is None else fraction(mean) + ("" if std is None else sign + f"{std:.4f}".lstrip("0"))
 
 
 def closing_text(entry: Mapping[str, Any], path: pathlib.Path) -> str:

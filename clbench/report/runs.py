@@ -181,6 +181,7 @@ def facts_of(entry: Mapping[str, Any]) -> dict[str, Any]:
     facts |= {"seed": entry["seed"], "status": entry["status"], "run_id": entry["run_id"]}
     facts |= {"variant": variant(entry), "manifest": str(entry["scenario"].get("manifest_sha256", ""))[:8]}
     marks = {*entry.get("marks", ()), *(("legacy",) if is_legacy(entry) else ())}
+    facts["kind"] = entry["scenario"].get("kind")
     return facts | {"numbers_version": entry["numbers_version"], "marks": " ".join(sorted(marks))}
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from clbench import catalog, config, metrics, provenance, record
 from clbench.interfaces import UserError
 from clbench.isolate import run_alone
-from clbench.report.compare import check_metric
+from clbench.report.numbers import check_metric
 from clbench.tuning.options import Options, read
 from clbench.tuning.space import Variable, check_functions, size, variables
 from clbench.tuning.trials import SCHEMA, Study, finished, sealed, search, work
@@ -45,7 +45,7 @@ def run(args: Namespace, command: list[str]) -> int:
 
 def prepare(options: Options, command: list[str]) -> Study:
     """Check everything that can be checked before anything runs. `UserError` with one line or several."""
-    check_metric(options.metric)
+    check_metric(options.metric, losses=False)
     if options.protocol == "first_experience" and options.metric not in _FIRST_ONLY:
         raise UserError(f"tune.metric={options.metric} is not defined on one experience (one of: {', '.join(_FIRST_ONLY)})")
     check_functions(options.words)
@@ -62,6 +62,10 @@ def prepare(options: Options, command: list[str]) -> Study:
     from clbench.tuning.streams import guard, source
 
     evaluation = config.build(base["scenario"])
+    if evaluation.asks == "loss":
+        raise UserError(
+            f"clbench tune knows streams of images; for scenario {evaluation.name} compare options with clbench run -m"
+        )
     words, tuned, generated = source(options, fixed, evaluation, base["scenario"])
     on = guard(options.protocol, tuned, evaluation)
     if on["shared_classes"] and options.protocol == "two_phase":

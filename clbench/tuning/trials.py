@@ -12,7 +12,7 @@ from typing import Any
 from clbench import catalog, config, metrics, provenance, record
 from clbench.interfaces import UserError
 from clbench.isolate import run_alone, show_log
-from clbench.report.compare import LOWER
+from clbench.report import numbers
 from clbench.tuning.options import Options
 from clbench.tuning.space import Variable, begin
 
@@ -61,7 +61,7 @@ def sealed(study: Study) -> dict[str, Any] | None:
 
 def search(study: Study) -> dict[str, Any]:
     """Run the trials and seal the study -> what its file holds. Trials that are done are not run again."""
-    lower = study.options.metric.removeprefix("last_").removeprefix("step_") in LOWER
+    lower = numbers.lower(study.options.metric)
     made = _described(study)
     sampler = begin(study.options.sampler, study.space, study.options.seed, study.trials, lower)
     known: dict[str, dict[str, Any]] = {}
