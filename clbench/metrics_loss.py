@@ -21,6 +21,7 @@ ABOUT: dict[str, str] = {
     "average_loss": "mean over experiences of the mean over the sets seen by then",
     "learned_loss": "mean over sets right after the set's own experience (Abbes et al. 2025)",
     "retained_loss": "mean over old sets after the last experience (Abbes et al. 2025)",
+    "newest_loss": "mean over the sets of the last experience, after it",
     "forgetting_after": "mean over old sets of final - right after the set's own experience",
     "forgetting_best": "mean over old sets of final - lowest from the set's own experience on",
     "backward_transfer": "-forgetting_after: positive is good",
@@ -89,6 +90,11 @@ def learned_loss(r: Array, first_seen: Sequence[int]) -> float:
 def retained_loss(r: Array, first_seen: Sequence[int]) -> float:
     """Mean over old sets of the final loss (Abbes et al. 2025); NaN where nothing is old."""
     return _mean([r[-1, j] for j in _old(r, first_seen)])
+
+
+def newest_loss(r: Array, first_seen: Sequence[int]) -> float:
+    """Mean over the sets of the last experience of the final loss; NaN where it brings none."""
+    return _mean([r[-1, j] for j, i in enumerate(first_seen) if i == len(r) - 1])
 
 
 def forgetting_after(r: Array, first_seen: Sequence[int]) -> float:
@@ -218,6 +224,7 @@ def summary(record: Mapping[str, Any]) -> dict[str, float]:
         "final_bpb": _mean(bits_per_byte(r[-1], record["bytes_per_token"])),
         "learned_loss": learned_loss(r, first),
         "retained_loss": retained_loss(r, first),
+        "newest_loss": newest_loss(r, first),
         "forgetting_after": forgetting_after(r, first),
         "forgetting_best": forgetting_best(r, first),
         "backward_transfer": backward_transfer(r, first),

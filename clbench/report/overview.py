@@ -31,7 +31,7 @@ def tables(runs: Sequence[Run], metric: str | None = None) -> list[Table]:
     return [
         Table("rows", f"{title} over class orders and seeds", (*ROWS, *SPLIT), made, (note, _interval_note())),
         _pairs(groups, metric, title),
-        _profiles(groups, metric),
+        *([_profiles(groups, metric)] if any(side.first.loss is None for _, _, side in groups) or not groups else []),
     ]
 
 
