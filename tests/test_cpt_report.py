@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from test_cpt_run import run
 from test_report import made as accuracy_record
 
@@ -127,6 +128,50 @@ def test_rows_of_a_stream_are_told_apart(folder):
     assert line.matrix()[-1].mean() == pytest.approx(line.row["final_loss_mean"])
 
 
+def test_the_panel_has_an_interval_for_every_number(folder):
+    report(folder)
+    table = list(csv.DictReader((folder / "losses" / "cpt_synthetic.csv").read_text().splitlines()))
+    assert [(row["learner"], float(row["replay"])) for row in table] == [
+        ("infinite", 0.0),
+        ("infinite", 0.25),
+        ("joint_union", 0.0),
+        ("rewarm_replay", 0.0),
+        ("rewarm_replay", 0.25),
+    ]
+    for row, name in ((table[1], "infinite"), (table[4], "rewarm_replay")):
+        runs = scan(folder, Filter(learner=[name], where=["learner.replay.share=0.25"])).runs
+        for metric in ("final_loss", "forgetting_after", "newest_loss"):
+            low, mean, high = (float(row[f"{metric}_{part}"]) for part in ("low", "mean", "high"))
+            values = [run.values[metric] for run in runs]
+            assert mean == pytest.approx(np.mean(values), abs=1e-4) and low == pytest.approx(min(values), abs=1e-4)
+            assert high == pytest.approx(max(values), abs=1e-4)  # of two seeds, the interval is both
+    (folder / "losses" / "gone.csv").write_text((folder / "losses" / "cpt_synthetic.csv").read_text())
+    (folder / "losses" / "mine.csv").write_text("a,b")
+    report(folder)
+    assert sorted(path.name for path in (folder / "losses").glob("*.csv")) == ["cpt_synthetic.csv", "mine.csv"]
+
+
 def test_all_of_it_is_verified(folder):
-    text, code = verify(folder)
-    assert "10 verified" in text and code in (0, 1), text
+    text, _ = verify(folder)
+    assert "10 verified" in text, text
+
+
+def test_a_record_is_repeated(folder, clbench, tmp_path):
+    (one,) = scan(folder, Filter(learner=["infinite"], where=["learner.replay.share=0.25", "seed=1"])).runs
+    path = folder / "records" / f"{one.run_id}.json"
+    done = clbench("verify", "--rerun", str(path))
+    assert "repeated 2 experiences: all 15 losses are equal" in done.stdout, done.stdout + done.stderr
+    entry = record.read(path)
+    entry["sum_loss"][1][0] *= 1.01
+    (tmp_path / "manifests").symlink_to(folder / "manifests")
+    record.write(entry, tmp_path / "records")
+    done = clbench("verify", "--rerun", str(tmp_path / "records" / path.name), code=1)
+    assert "1 of 15 losses differ, sum_loss[1][0] most" in done.stdout and "on the same processor" in done.stdout
+
+
+def test_columns_are_explained():
+    words = (ROOT / "results" / "README.md").read_text()
+    for name, text in losses.ABOUT.items():
+        assert f"| `{name}` | {text} |" in words, name
+    for name in metrics_loss.ABOUT:
+        assert f"{name}_mean" in losses.COLUMNS

@@ -108,6 +108,8 @@ def _matrix(axes: Axes, r: np.ndarray, low: float, high: float) -> Any:
     axes.set_yticks(list(few), ["before" if i == 0 else str(i) for i in few])
     sets = range(0, r.shape[1], max(1, r.shape[1] // 6))
     axes.set_xticks(list(sets), [str(j + 1) for j in sets])
+    axes.set_xlabel("set")
+    axes.set_ylabel("after")
     axes.tick_params(length=2)
     axes.spines[:].set_visible(False)
     return image

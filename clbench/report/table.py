@@ -166,7 +166,10 @@ def report(results_dir: str | pathlib.Path, strict: bool = False, wanted: Filter
         return f"no records in {results / 'records'}", 1 if strict else 0
     lines = [*([table_text(made), ""] if made or not lower else []), *([losses.table_text(lower), ""] if lower else [])]
     lines += [*troubles(found), *losses.troubles(found.runs)]
-    written += losses.write(lower, results) if whole else []
+    if whole:
+        from clbench.report import loss_panel
+
+        written += [*losses.write(lower, results), *loss_panel.write(found.runs, results)]
     lines.append(f"written {', '.join(map(str, written))}" if whole else "a filtered view: nothing is written")
     return "\n".join(lines), 1 if strict and is_bad(found) else 0
 
