@@ -176,6 +176,7 @@ def test_a_running_record_has_a_row_and_no_numbers(finished):
         (("model.vocab=4",), "model decoder_tiny has vocab 4, scenario cpt_synthetic needs 8"),
         (("learner.replay.share=2",), "replay.share must be at least 0 and below 1"),
         (("scenario.budget.processed=100",), "the plan trains on 1920 tokens, the budget allows 100"),
+        (("learner.replay.source=buffer", "learner.replay.buffer_bytes=10"), "replay.buffer_bytes=10 holds no sequence"),
         (("scenario.states=7",), "a markov language of 8 words"),
         (("scenario.budget.exemplar_bytes=0",), "stores_exemplars, and the budget allows none"),
     ],

@@ -91,6 +91,8 @@ class Pretrain:
         k, text = experience.index, _text(experience.train)
         if self.until is not None and k >= self.until:
             return []
+        for old in experience.past if self.replay.active else ():
+            self.replay.capacity(_text(old), len(experience.past))
         steps = text.steps * (k + 1 if self.data == "union" else 1)
         total = round(steps / (1 - self.branch)) if self.accounting == "equal_data" else steps
         cut = steps if self.accounting == "equal_data" else round(total * (1 - self.branch))

@@ -93,13 +93,22 @@ def text(
     return scenario(name, [domain for domain, _ in opened], order, vocab=vocab.pop(), **options)
 
 
+SOURCES = {
+    "eltec_eng": " (English novels of the European Literary Text Collection, github.com/COST-ELTeC/ELTeC-eng)",
+    "eltec_deu": " (German novels of the European Literary Text Collection, github.com/COST-ELTeC/ELTeC-deu)",
+    "peps_eng": " (Python Enhancement Proposals, github.com/python/peps)",
+    "gesetze_deu": " (German federal law, www.gesetze-im-internet.de)",
+}
+
+
 def open_text(corpus: str, data_root: str | None, validation: float) -> tuple[Domain, int]:
     """A text by name -> (domain, vocabulary). A missing one raises `UserError` that says where it was looked for."""
     if not 0 < validation < 1:
         raise UserError(f"scenario.validation must lie between 0 and 1, got {validation}")
     root = data_root or os.environ.get("CLBENCH_DATA")
     if not root:
-        raise UserError(f"no text {corpus}: set data_root or CLBENCH_DATA to the folder with {corpus}.txt or shards {corpus}/")
+        where = f"set data_root or CLBENCH_DATA to the folder with {corpus}.txt or shards {corpus}/"
+        raise UserError(f"no text {corpus}{SOURCES.get(corpus, '')}: {where}")
     folder, file = Path(root).expanduser() / corpus, Path(root).expanduser() / f"{corpus}.txt"
     if folder.is_dir():
         from clbench.streams.corpus import Shards
@@ -108,7 +117,9 @@ def open_text(corpus: str, data_root: str | None, validation: float) -> tuple[Do
         parts = shards.split("train"), shards.split("validation")
         return Domain(corpus, *parts, shards.sha256), int(shards.vocab)
     if not file.is_file():
-        raise UserError(f"no text {corpus}: neither {file} nor a folder of shards {folder} is there (clbench manifest corpus)")
+        where = f"neither {file} nor a folder of shards {folder} is there"
+        command = f"clbench manifest corpus build FILES --out {folder}"
+        raise UserError(f"no text {corpus}{SOURCES.get(corpus, '')}: {where} ({command} makes it of texts or JSONL)")
     train, held = split_documents(file.read_bytes(), validation)
     if not len(train) or not len(held):
         raise UserError(f"{file} needs at least two documents, each after a line '<|doc|>title'")
