@@ -117,7 +117,10 @@ class LinearProbe:
         return [len(one.test_y) for one in self.sets]
 
     def look(self, model: Any) -> list[float]:
-        """Share of right answers on the first images of each set, fitted to a few images of its own group."""
+        """Share of right answers on the first images of each set, by one classifier for all groups, those to come included.
+
+        It is fitted to a few images of each group.
+        """
         few = [
             Labelled(
                 one.train[: self.numbers.look],
@@ -127,8 +130,8 @@ class LinearProbe:
             )
             for one in self.sets
         ]
-        found = self._features(model, few)
-        return [float(hits(a, s.train_y, b, s.test_y).mean()) for s, (a, b) in zip(few, found, strict=True)]
+        found = _together(few, self._features(model, few))
+        return [float(part.mean()) for part in found]
 
     def right(self, model: Any, experience: int | None) -> tuple[list[int], list[int | None]]:
         """Right answers on each set: (one classifier for each group's classes, one for all groups seen so far).
@@ -139,12 +142,8 @@ class LinearProbe:
         own = [int(hits(a, s.train_y, b, s.test_y).sum()) for s, (a, b) in zip(self.sets, found, strict=True)]
         seen = [j for j, first in enumerate(self.first_seen) if experience is not None and first <= experience]
         together: list[int | None] = [None] * len(self.sets)
-        if seen:
-            train = np.concatenate([found[j][0] for j in seen]), np.concatenate([self.sets[j].train_y for j in seen])
-            test = np.concatenate([found[j][1] for j in seen]), np.concatenate([self.sets[j].test_y for j in seen])
-            parts = np.split(hits(*train, *test), np.cumsum([len(self.sets[j].test_y) for j in seen])[:-1])
-            for j, part in zip(seen, parts, strict=True):
-                together[j] = int(part.sum())
+        for j, part in zip(seen, _together([self.sets[j] for j in seen], [found[j] for j in seen]), strict=True):
+            together[j] = int(part.sum())
         return own, together
 
     @torch.no_grad()
@@ -162,3 +161,12 @@ class LinearProbe:
             raise UserError("the features of an evaluation set are NaN or infinite")
         parts = np.split(features, np.cumsum([len(part) for one in sets for part in (one.train, one.test)])[:-1])
         return list(zip(parts[::2], parts[1::2], strict=True))
+
+
+def _together(sets: Sequence[Labelled], features: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
+    """One classifier for the classes of all these sets -> whether each evaluation image is right, [M] bool for each set."""
+    if not sets:
+        return []
+    train, test = (np.concatenate([pair[i] for pair in features]) for i in range(2))
+    labels = np.concatenate([one.train_y for one in sets]), np.concatenate([one.test_y for one in sets])
+    return np.split(hits(train, labels[0], test, labels[1]), np.cumsum([len(one.test_y) for one in sets])[:-1])

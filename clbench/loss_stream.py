@@ -87,20 +87,9 @@ def keeps_text(job: Job) -> bool:
 
 
 @torch.no_grad()
-def total_loss(
-    loss: Any,
-    windows: np.ndarray,
-    device: torch.device,
-    batch: int,
-    autocast: Any,
-    check: Any = None,
-    length: int | None = None,
-) -> float:
-    """Sum of nats over sequences [N, L + 1] by a `loss(tokens [B, L + 1]) -> [B, L]`, in float64.
-
-    length  L, where rows are not sequences of L + 1 tokens
-    """
-    parts, length = [], length or windows.shape[1] - 1
+def total_loss(loss: Any, windows: np.ndarray, device: torch.device, batch: int, autocast: Any, check: Any = None) -> float:
+    """Sum of nats over sequences [N, L + 1] by a `loss(tokens [B, L + 1]) -> [B, L]`, in float64; images [N, ...] uint8: L = 1."""
+    parts, length = [], 1 if windows.dtype == np.uint8 else windows.shape[1] - 1
     for start in range(0, len(windows), batch):
         tokens = torch.from_numpy(windows[start : start + batch]).to(device)
         with autocast():
@@ -170,9 +159,8 @@ class Observer:
         """Summed nats on every evaluation set."""
         size, runtime = int(self.job.config["eval_batch_size"]), self.runtime
         start = time.perf_counter()
-        length, rest = self.job.scenario.manifest.context, (runtime.autocast, runtime.check_stop)
-        row = [total_loss(loss, w, self.job.device, size, *rest, length) for w in self.sets]
-        tokens = sum(len(w) * length for w in self.sets)
+        row = [total_loss(loss, w, self.job.device, size, runtime.autocast, runtime.check_stop) for w in self.sets]
+        tokens = sum(len(w) for w in self.sets) * self.job.scenario.manifest.context
         runtime.ledger.look("evaluation", tokens, runtime.flops_per_token)
         runtime.meter.add_seconds("evaluate", time.perf_counter() - start)
         return row
@@ -207,7 +195,7 @@ class LossStream:
             self.observer.load_state_dict(saved["observer"])
             runtime.plan[:] = saved["plan"]
             self.rows, self.start_row, self.logs = saved["rows"], saved["start_row"], saved["logs"]
-            self.probed = saved["probed"]
+            self.probed = saved.get("probed", [])
             self.before, self.first = saved["seconds"], saved["experience"] + 1
             entry["resumed"] = saved["resumed"] + 1
             if len(self.rows) < self.first:

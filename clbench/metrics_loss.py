@@ -157,6 +157,22 @@ def worst_case_accuracy(curves: Mapping[str, Any], names: Sequence[str], first_s
     return _mean(newest) / t + (1 - 1 / t) * min_accuracy(curves, names, first_seen) if t > 1 else _mean(newest)
 
 
+def probe_accuracy(probe: Mapping[str, Any]) -> dict[str, float]:
+    """Accuracies of a linear probe on frozen features, from the counts of a record: {} where there is none.
+
+    probe_own           mean over sets after the last experience, one classifier for each group's own classes
+    probe_seen          the same, one classifier for all classes (all groups are seen by then)
+    probe_seen_average  mean over experiences of the mean over the sets seen by then (Singh et al. 2025)
+    probe_gain          `probe_own` minus what random weights gave before the first experience
+    """
+    n = np.asarray(probe["n"], np.float64)
+    own = np.array(probe["own"], np.float64) / n
+    seen = [_mean([c / m for c, m in zip(row, n, strict=True) if c is not None]) for row in probe["seen"]]
+    start = _mean(np.asarray(probe["own_start"], np.float64) / n)
+    found = {"probe_own": _mean(own[-1]), "probe_seen": seen[-1], "probe_seen_average": _mean(seen)}
+    return found | {"probe_gain": found["probe_own"] - start}
+
+
 def rate_share(same: Mapping[str, Any], shifted: Mapping[str, Any], name: str) -> float:
     """Share of forgetting that the learning rate causes: rise on the first set when the text stays the same / when it shifts.
 
@@ -187,6 +203,8 @@ def summary(record: Mapping[str, Any]) -> dict[str, float]:
         "regret_learned": regret_learned(r, floor, first),
         **anneal_gain(record.get("sum_loss_trunk"), r, tokens, first),
     }
+    if record.get("probe"):
+        values |= probe_accuracy(record["probe"])
     curves = record.get("curves")
     if curves and curves["tokens"]:
         found = gaps(curves, names, first)

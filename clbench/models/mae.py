@@ -228,10 +228,10 @@ class MaskedAutoencoder(nn.Module):
 
 @torch.no_grad()
 def draw_weights(model: MaskedAutoencoder, seed: int) -> None:
-    """Random weights as in the paper's code: matrices uniform (Glorot & Bengio 2010), biases 0, gains 1, both tokens of size 0.02.
+    """Random weights as in the paper's code: matrices uniform (Glorot & Bengio 2010), biases 0, gains 1.
 
-    The draws are counter-based: the same on every machine. Tokens are uniform with that standard deviation, there they are
-    normal.
+    The class and the mask token have a standard deviation of 0.02; they are uniform here, normal in that code. The draws are
+    counter-based: the same on every machine.
     """
     for name, value in model.named_parameters():
         if value.ndim < 2:
