@@ -88,7 +88,7 @@ def keeps_text(job: Job) -> bool:
 
 @torch.no_grad()
 def total_loss(loss: Any, windows: np.ndarray, device: torch.device, batch: int, autocast: Any, check: Any = None) -> float:
-    """Sum of nats over sequences [N, L + 1] by a `loss(tokens [B, L + 1]) -> [B, L]`, in float64; images [N, ...] uint8: L = 1."""
+    """Sum of nats over sequences [N, L + 1] by a `loss(tokens [B, L + 1]) -> [B, L]`, in float64; of images uint8: L = 1."""
     parts, length = [], 1 if windows.dtype == np.uint8 else windows.shape[1] - 1
     for start in range(0, len(windows), batch):
         tokens = torch.from_numpy(windows[start : start + batch]).to(device)

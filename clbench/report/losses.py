@@ -1,4 +1,4 @@
-"""The leaderboard of pre-training: losses (nats per token, of images squared errors), ledger, what pairs of runs say together."""
+"""The leaderboard of pre-training: losses (nats, for images squared errors), ledger, what pairs of runs say together."""
 
 from __future__ import annotations
 

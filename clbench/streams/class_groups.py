@@ -1,4 +1,4 @@
-"""Groups of classes one after the other, for masked autoencoders: the target of conf/scenario/cpt_mae_*.yaml. Imports no torch."""
+"""Groups of classes one after the other, for masked autoencoders: conf/scenario/cpt_mae_*.yaml. Imports no torch."""
 
 from __future__ import annotations
 
