@@ -25,17 +25,16 @@ def build_autoencoder(build: Any, node: dict[str, Any], scenario: ImageScenario)
         raise UserError(
             f"model {node.get('name')} reads tokens: scenario {scenario.name} is made of images and needs a mae_... model"
         )
-    model = build(node, **({"image": scenario.side} if "image" in node and node["image"] is None else {}))
-    if not callable(getattr(model, "loss", None)):
-        raise UserError(f"model {node.get('name')} has no loss: scenario {scenario.name} needs a mae_... model")
-    if not callable(getattr(model, "features", None)):
-        raise UserError(f"model {node.get('name')} has no features: the linear probe of scenario {scenario.name} needs them")
-    has = model.identity.get("image")
-    if has is not None and has != scenario.side:
-        hint = f"set model.image={scenario.side} or scenario.size={has}"
+    asked = node.get("image")
+    if isinstance(asked, int) and asked != scenario.side:
+        hint = f"set model.image={scenario.side} or scenario.size={asked}"
         raise UserError(
-            f"model {node.get('name')} reads images of {has} pixels, scenario {scenario.name} has {scenario.side}: {hint}"
+            f"model {node.get('name')} reads images of {asked} pixels, scenario {scenario.name} has {scenario.side}: {hint}"
         )
+    model = build(node, **({"image": scenario.side} if "image" in node and asked is None else {}))
+    for name in ("loss", "features"):  # the second is for the linear probe
+        if not callable(getattr(model, name, None)):
+            raise UserError(f"model {node.get('name')} has no {name}: scenario {scenario.name} needs a mae_... model")
     return model
 
 

@@ -16,7 +16,7 @@ LAYERS = [
     {"streams", "models"},
     {"training"},
     {"learners"},
-    {"evaluate", "metrics", "metrics_loss", "compat", "record"},
+    {"evaluate", "linear_probe", "metrics", "metrics_loss", "compat", "record"},
     {"report", "signatures"},
     {"catalog"},
     {"config"},

@@ -78,7 +78,10 @@ def class_groups(
     )
     pictures = Pictures(dealt.dataset.images, _side(dealt.dataset, size))
     entries = zip(dealt.manifest.experiences, dealt.manifest.evals, strict=True)
-    domains = [_domain(dealt.dataset, pictures, e.name, e.classes, np.asarray(e.train), np.asarray(v.ids)) for e, v in entries]
+    domains = [
+        _domain(dealt.dataset, pictures, f"group{i}", e.classes, np.asarray(e.train), np.asarray(v.ids))
+        for i, (e, v) in enumerate(entries)
+    ]
     chosen = list(range(len(domains))) if groups is None else list(groups)
     manifest = _layout(domains, chosen, augment, epochs, batch, eval_images, budget)
     return ImageScenario(
