@@ -90,12 +90,12 @@ def probed(linear: LinearProbe | None, model: Any, experience: int | None) -> li
     return [] if linear is None else [list(linear.right(model, experience))]
 
 
-def probe_entry(linear: LinearProbe | None, lines: Sequence[Any]) -> dict[str, Any] | None:
-    """What the record says: counts out of `n` before and after each experience, `own` and `seen` as in `LinearProbe.right`."""
+def probe_entry(linear: LinearProbe | None, lines: Sequence[Any]) -> dict[str, Any]:
+    """What the record says under "probe" ({} without one): counts out of `n` before and after each experience, `own` and `seen` as in `LinearProbe.right`."""
     if linear is None:
-        return None
+        return {}
     own, seen = ([line[i] for line in lines] for i in range(2))
-    return {"n": linear.n, "own_start": own[0], "own": own[1:], "seen": seen[1:]}
+    return {"probe": {"n": linear.n, "own_start": own[0], "own": own[1:], "seen": seen[1:]}}
 
 
 class LinearProbe:

@@ -175,11 +175,11 @@ class Observer:
         self.curves, self.trunks = state["curves"], state["trunks"]
 
 
-class LossStream:
-    """The state of a pre-training run between experiences: learner, rows, log. The counterpart of `runner._Stream`."""
+class LossWalk:
+    """The state of a pre-training run between experiences: learner, rows, log. The counterpart of `walk.Walk`."""
 
-    def __init__(self, job: Job, runtime: Any, learner: Any, entry: dict[str, Any], saved: dict[str, Any] | None):
-        self.job, self.runtime, self.learner, self.entry = job, runtime, learner, entry
+    def __init__(self, job: Job, runtime: Any, learner: Any, entry: dict[str, Any], saved: dict[str, Any] | None, tracker: Any):
+        self.job, self.runtime, self.learner, self.entry, self.tracker = job, runtime, learner, entry, tracker
         scenario: TokenScenario = job.scenario
         sets = [scenario.evaluation(j) for j in range(len(scenario.manifest.evals))]
         self.observer = runtime.observer = Observer(job, runtime, sets)
@@ -249,30 +249,36 @@ class LossStream:
         seconds = self.before + time.perf_counter() - self.start
         total = len(self.job.scenario.manifest.experiences)
         log.info("experience %d/%d  %s  loss %s  %.1f s", index + 1, total, name, shown, seconds)
+        numbers = {f"loss/{e['name']}": mean for e, mean in zip(entries, means, strict=True)} | {"seconds": seconds}
+        numbers |= {f"learn/{key}": value for key, value in self.logs[index].items() if value is not None}
+        self.tracker.log(index, numbers | {"loss/mean": sum(means) / len(means)})
 
     def finish(self) -> dict[str, Any]:
         """The record with losses, curves, ledger, costs and the hash of the final state."""
         runtime, model = self.runtime, self.job.model
         trained = sum(p.numel() for p in model.parameters())
         trunks = [*self.observer.trunks, *[None] * (len(self.rows) - len(self.observer.trunks))]
-        return self.entry | {
-            "status": "ok",
-            "sum_loss": self.rows,
-            "sum_loss_start": self.start_row,
-            "sum_loss_trunk": trunks if any(row is not None for row in trunks) else None,
-            "probe": probe_entry(self.observer.linear, self.probed),
-            "curves": self.observer.curves,
-            "ledger": runtime.ledger.state_dict(),
-            "plan": runtime.plan,
-            "experiences": self.logs,
-            "seconds": {"total": self.before + time.perf_counter() - self.start, **runtime.meter.seconds},
-            "peak_memory_bytes": provenance.peak_memory(self.job.device),
-            "parameters": {"trained": trained, "total": trained},
-            "steps": runtime.meter.steps,
-            "exemplars": None,
-            "final_state_sha256": fingerprint(self.learner.state_dict()),
-            "finished": provenance.now(),
-        }
+        return (
+            self.entry
+            | probe_entry(self.observer.linear, self.probed)
+            | {
+                "status": "ok",
+                "sum_loss": self.rows,
+                "sum_loss_start": self.start_row,
+                "sum_loss_trunk": trunks if any(row is not None for row in trunks) else None,
+                "curves": self.observer.curves,
+                "ledger": runtime.ledger.state_dict(),
+                "plan": runtime.plan,
+                "experiences": self.logs,
+                "seconds": {"total": self.before + time.perf_counter() - self.start, **runtime.meter.seconds},
+                "peak_memory_bytes": provenance.peak_memory(self.job.device),
+                "parameters": {"trained": trained, "total": trained},
+                "steps": runtime.meter.steps,
+                "exemplars": None,
+                "final_state_sha256": fingerprint(self.learner.state_dict()),
+                "finished": provenance.now(),
+            }
+        )
 
 
 def estimate(job: Job) -> float:
