@@ -91,7 +91,7 @@ def probed(linear: LinearProbe | None, model: Any, experience: int | None) -> li
 
 
 def probe_entry(linear: LinearProbe | None, lines: Sequence[Any]) -> dict[str, Any]:
-    """What the record says under "probe" ({} without one): counts out of `n` before and after each experience, `own` and `seen` as in `LinearProbe.right`."""
+    """What the record says under "probe": counts out of `n` before and after each experience; {} without a linear probe."""
     if linear is None:
         return {}
     own, seen = ([line[i] for line in lines] for i in range(2))

@@ -258,27 +258,24 @@ class LossWalk:
         runtime, model = self.runtime, self.job.model
         trained = sum(p.numel() for p in model.parameters())
         trunks = [*self.observer.trunks, *[None] * (len(self.rows) - len(self.observer.trunks))]
-        return (
-            self.entry
-            | probe_entry(self.observer.linear, self.probed)
-            | {
-                "status": "ok",
-                "sum_loss": self.rows,
-                "sum_loss_start": self.start_row,
-                "sum_loss_trunk": trunks if any(row is not None for row in trunks) else None,
-                "curves": self.observer.curves,
-                "ledger": runtime.ledger.state_dict(),
-                "plan": runtime.plan,
-                "experiences": self.logs,
-                "seconds": {"total": self.before + time.perf_counter() - self.start, **runtime.meter.seconds},
-                "peak_memory_bytes": provenance.peak_memory(self.job.device),
-                "parameters": {"trained": trained, "total": trained},
-                "steps": runtime.meter.steps,
-                "exemplars": None,
-                "final_state_sha256": fingerprint(self.learner.state_dict()),
-                "finished": provenance.now(),
-            }
-        )
+        return self.entry | {
+            "status": "ok",
+            "sum_loss": self.rows,
+            "sum_loss_start": self.start_row,
+            "sum_loss_trunk": trunks if any(row is not None for row in trunks) else None,
+            "curves": self.observer.curves,
+            "ledger": runtime.ledger.state_dict(),
+            "plan": runtime.plan,
+            "experiences": self.logs,
+            "seconds": {"total": self.before + time.perf_counter() - self.start, **runtime.meter.seconds},
+            "peak_memory_bytes": provenance.peak_memory(self.job.device),
+            "parameters": {"trained": trained, "total": trained},
+            "steps": runtime.meter.steps,
+            "exemplars": None,
+            "final_state_sha256": fingerprint(self.learner.state_dict()),
+            "finished": provenance.now(),
+            **probe_entry(self.observer.linear, self.probed),
+        }
 
 
 def estimate(job: Job) -> float:

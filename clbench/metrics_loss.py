@@ -41,7 +41,7 @@ ABOUT: dict[str, str] = {
     "wc_acc": "share of right guesses on the newest set / T + (1 - 1 / T) min_acc",
     "probe_own": "images: mean over sets of a linear probe's accuracy after the last experience, on each group's own classes",
     "probe_seen": "images: the same by one classifier for the classes of all groups seen",
-    "probe_seen_average": "images: mean over experiences of the mean of `probe_seen` over the sets seen by then (Singh et al. 2025)",
+    "probe_seen_average": "images: mean over experiences of `probe_seen` on the sets seen by then (Singh et al. 2025)",
     "probe_gain": "images: probe_own - what random weights gave before the first experience",
 }
 HIGHER = (
