@@ -13,7 +13,7 @@ from clbench.interfaces import UserError
 from clbench.streams import generators
 from clbench.streams.cpt_images import ImageDomain, ImageProbing, ImageScenario
 from clbench.streams.pictures import AUGMENT, Pictures
-from clbench.streams.scenario import Dataset
+from clbench.streams.scenario import Dataset, Scenario
 from clbench.streams.token_manifest import KIND, TokenBudget, TokenManifest, check
 
 
@@ -44,7 +44,7 @@ def class_groups(
     probe_evenly: int = 4,
     budget: Mapping[str, Any] | None = None,
 ) -> ImageScenario:
-    """Groups of classes, one experience each. Classes are dealt as in `generators.class_incremental`, whose options these are.
+    """Groups of classes, one experience each; dealt as in `generators.class_incremental`, whose options these are, and besides:
 
     groups           the group that each experience reads; null: each once. [0, 0, 0] is the control in which nothing shifts
     size             side of the images in pixels; null: that of the data set, whose images must be squares of one size
@@ -52,41 +52,38 @@ def class_groups(
     augment          views of training images: "none", "flip", or "crop" (random resized crop and flip)
     eval_images      at most so many evaluation images of each group
     probe_train      labelled training images of each group to which the linear probe is fitted after each experience
-    probe_look       and to which it is fitted while training, at the looks, whose images are the first `probe_sequences`
+    probe_look       the same while training, at the looks, whose images are the first `probe_sequences`
     probe_evenly     looks besides those at steps 0, 1, 2, 4, 8, ...
     """
-    least = {"epochs": epochs, "batch": batch, "eval_images": eval_images, "probe_train": probe_train}
-    for key, value in (least | {"probe_look": probe_look, "probe_sequences": probe_sequences}).items():
+    probing = ImageProbing(probe_sequences, probe_evenly, probe_train, probe_look)
+    _check_options(augment, epochs=epochs, batch=batch, eval_images=eval_images, **_numbers(probing))
+    classes = (base, increment, sizes, order, order_seed, num_classes, limit_train, limit_test)
+    dealt = generators.class_incremental(name, dataset, data_root, download, sha256, *classes)
+    domains = _domains(dealt, _side(dealt.dataset, size))
+    chosen = list(range(len(domains))) if groups is None else list(groups)
+    manifest = _layout(domains, chosen, augment, epochs, batch, eval_images, budget)
+    return ImageScenario(name, manifest, tuple(domains), augment, probing)
+
+
+def _numbers(probing: ImageProbing) -> dict[str, Any]:
+    return {"probe_train": probing.labelled, "probe_look": probing.look, "probe_sequences": probing.sequences}
+
+
+def _check_options(augment: str, **least: Any) -> None:
+    for key, value in least.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UserError(f"scenario.{key} must be a whole number from 1, got {value!r}")
     if augment not in AUGMENT:
         raise UserError(f"scenario.augment must be one of {', '.join(AUGMENT)}, got {augment!r}")
-    dealt = generators.class_incremental(
-        name,
-        dataset,
-        data_root,
-        download,
-        sha256,
-        base,
-        increment,
-        sizes,
-        order,
-        order_seed,
-        num_classes,
-        limit_train,
-        limit_test,
-    )
-    pictures = Pictures(dealt.dataset.images, _side(dealt.dataset, size))
-    entries = zip(dealt.manifest.experiences, dealt.manifest.evals, strict=True)
-    domains = [
+
+
+def _domains(dealt: Scenario, side: int) -> list[ImageDomain]:
+    pictures = Pictures(dealt.dataset.images, side)
+    entries = enumerate(zip(dealt.manifest.experiences, dealt.manifest.evals, strict=True))
+    return [
         _domain(dealt.dataset, pictures, f"group{i}", e.classes, np.asarray(e.train), np.asarray(v.ids))
-        for i, (e, v) in enumerate(entries)
+        for i, (e, v) in entries
     ]
-    chosen = list(range(len(domains))) if groups is None else list(groups)
-    manifest = _layout(domains, chosen, augment, epochs, batch, eval_images, budget)
-    return ImageScenario(
-        name, manifest, tuple(domains), augment, ImageProbing(probe_sequences, probe_evenly, probe_train, probe_look)
-    )
 
 
 def _side(data: Dataset, size: int | None) -> int:
