@@ -44,7 +44,7 @@ def class_groups(
     probe_evenly: int = 4,
     budget: Mapping[str, Any] | None = None,
 ) -> ImageScenario:
-    """Groups of classes, one experience each; dealt as in `generators.class_incremental`, whose options these are, and besides:
+    """Groups of classes, one experience each, dealt as in `generators.class_incremental`, whose options these are.
 
     groups           the group that each experience reads; null: each once. [0, 0, 0] is the control in which nothing shifts
     size             side of the images in pixels; null: that of the data set, whose images must be squares of one size
