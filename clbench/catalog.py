@@ -158,7 +158,11 @@ def asks(group: str, name: str) -> str:
     except (UserError, OSError, yaml.YAMLError, SyntaxError, ValueError, TypeError, KeyError):
         return "predict"
     made = (node.returns for node in module.body if isinstance(node, ast.FunctionDef) and node.name == function)
-    return "loss" if any(returns is not None and "TokenScenario" in ast.unparse(returns) for returns in made) else "predict"
+    return "loss" if any(returns is not None and _is_loss(ast.unparse(returns)) for returns in made) else "predict"
+
+
+def _is_loss(returns: str) -> bool:
+    return "TokenScenario" in returns or "ImageScenario" in returns
 
 
 def answering(learners: Sequence[str], scenario: str | None) -> list[str]:

@@ -20,6 +20,7 @@ from clbench.config import build, load_target
 from clbench.interfaces import Capabilities, UserError, declared, mismatch
 from clbench.models import feature_store
 from clbench.streams.cpt import TokenScenario
+from clbench.streams.cpt_images import ImageScenario
 from clbench.streams.pixels import Pipeline
 from clbench.streams.scenario import Scenario
 from clbench.terminal import bar_of, logging_to, signals
@@ -47,7 +48,7 @@ class Job:
 
     config: dict[str, Any]
     run_id: str
-    scenario: Any  # Scenario, or TokenScenario with a decoder and no pipeline
+    scenario: Any  # Scenario, or TokenScenario or ImageScenario with a model that has a loss and no pipeline
     model: Any
     capabilities: Capabilities
     pipeline: Any
@@ -75,7 +76,7 @@ def prepare(config: dict[str, Any]) -> Job:
     flags = arithmetic.apply(device, threads, config["seed"])
     capabilities = declared(load_target(config["learner"]["_target_"]), config["learner"])
     scenario = build(config["scenario"])
-    if not isinstance(scenario, Scenario | TokenScenario):
+    if not isinstance(scenario, Scenario | TokenScenario | ImageScenario):
         raise UserError(f"{config['scenario']['_target_']} must return a Scenario, got {type(scenario).__name__}")
     wanted = "none" if str(config["model"].get("weights")) in ("none", "None") else "some"
     why = mismatch(provenance.learner_name(config), capabilities, scenario.facts(), wanted == "some")
@@ -87,7 +88,7 @@ def prepare(config: dict[str, Any]) -> Job:
     run_id = record.run_id(identity, scenario.manifest.sha256, model.identity["state_sha256"], plugin)
     pipeline = Pipeline(model.profile, device, scenario.augment) if isinstance(scenario, Scenario) else None
     job = Job(config, run_id, scenario, model, capabilities, pipeline, results, results / "runs" / run_id, flags, device)
-    if isinstance(scenario, TokenScenario):
+    if not isinstance(scenario, Scenario):
         loss_stream.rehearse(build, job)
     else:
         feature_store.attach(model, config, scenario.manifest.dataset, device, flags)
@@ -210,7 +211,7 @@ def _run(job: Job, journal: Journal, entry: dict[str, Any], progress: bool, stop
     if saved is not None:
         job.flags = arithmetic.apply(job.device, job.flags["num_threads"], job.config["seed"], saved["flags"])
         log.info("%s goes on after experience %d", job.run_id, saved["experience"] + 1)
-    losses = isinstance(job.scenario, TokenScenario)
+    losses = not isinstance(job.scenario, Scenario)
     runtime = loss_stream.make_runtime(job, journal) if losses else _runtime(job, journal)
     learner = build(job.config["learner"], model=job.model, runtime=runtime)
     for name in ("learn", "loss" if losses else "predict", "state_dict", "load_state_dict"):

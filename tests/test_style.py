@@ -16,7 +16,7 @@ LAYERS = [
     {"streams", "models"},
     {"training"},
     {"learners"},
-    {"evaluate", "metrics", "metrics_loss", "compat", "record", "faults", "migrations", "schema"},
+    {"evaluate", "linear_probe", "metrics", "metrics_loss", "compat", "record", "faults", "migrations", "schema"},
     {"report", "signatures"},
     {"catalog"},
     {"config"},
