@@ -38,6 +38,10 @@ PAGES: dict[str, tuple[str, tuple[str, ...]]] = {
         "intervals and variance over class orders and seeds, all pairs of learners, profiles across scenarios",
         ("clbench report statistics", "clbench report statistics --scenario cil_digits --part pairs --format csv"),
     ),
+    "targets": (
+        "seven findings on continual pre-training: which of them the runs show",
+        ("clbench report targets", "clbench report targets --scenario 'cpt_text*' --format md"),
+    ),
     "html": (
         "one page to open in a browser: table, curves, heat maps, costs",
         ("clbench report html", "clbench report html --results-dir 'other results' --out page.html"),
@@ -172,6 +176,10 @@ def _tables(args: argparse.Namespace, results: pathlib.Path) -> list[Table]:
         return compare(args.a, args.b, args.results_dir, wanted, args.metric, args.test)
     from clbench.report import numbers, overview
 
+    if args.page == "targets":
+        from clbench.report import targets
+
+        return [targets.table(scan(results, wanted).runs)]
     if args.metric is not None:
         numbers.check_metric(args.metric)
     found = scan(results, wanted)

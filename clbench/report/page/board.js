@@ -24,7 +24,7 @@ function opening() {
     return;
   }
   byId('about').append(el('p', { class: 'intro' },
-    `${plural(done, 'finished run')} of ${plural(new Set(ROWS.map((r) => r.learner)).size, 'learner')} on ${plural(D.streams.length, 'stream')}: experiences are learned one after another, and every test set seen so far is asked again after each. `,
+    `${plural(ROWS.reduce((sum, r) => sum + r.n, 0), 'finished run')} of ${plural(new Set(ROWS.map((r) => r.learner)).size, 'learner')} on ${plural(D.streams.length, 'stream')}: experiences are learned one after another, and every test set seen so far is asked again after each. `,
     'Accuracy below is the mean over all sets after the last experience; intervals are 95 % bootstrap over seeds.',
     others.length ? ` Without a result: ${others.join(', ')}.` : ''));
   const cards = STREAMS.map(streamCard);
