@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from clbench import ranks
 from clbench.interfaces import UserError
 from clbench.signatures import find_module, nearest, problems, split_target
 
@@ -219,6 +220,7 @@ _OPTIONS: dict[str, tuple[str, Any]] = {
     ),
     "eval_batch_size": ("a whole number from 1", lambda v: _whole(v, 1)),
     "micro_batch": ("a whole number from 1 or null", lambda v: v is None or _whole(v, 1)),
+    "parallel": (f"one of {', '.join(ranks.KINDS)}", lambda v: v in ranks.KINDS),
     "on_error": ("record or raise", lambda v: v in ("record", "raise")),
 }
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from clbench import __version__, corpus_command, schedule_show
+from clbench import __version__, corpus_command, ranks, schedule_show
 from clbench.catalog import conf_dir
 from clbench.interfaces import UserError
 from clbench.signatures import nearest
@@ -198,6 +198,7 @@ def dispatch(argv: Sequence[str]) -> int:
             hint = f"; did you mean 'clbench run {name}'?"
         raise UserError(f"no {kind} '{name}'{hint} (one of: {', '.join(EXAMPLES)})")
     args = parser_of(name).parse_intermixed_args(rest)
+    ranks.refuse(name, getattr(args, "multirun", False))
     from clbench import commands
 
     if name == "run":
@@ -225,6 +226,7 @@ def answer(argv: Sequence[str]) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
+        ranks.wait_for_the_first()
         for line in str(error).splitlines():
             print(f"clbench: {line}", file=sys.stderr)
         return 2

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clbench import provenance
-from clbench.interfaces import Experience, UserError
+from clbench.interfaces import Capabilities, Experience, UserError
 from clbench.streams.cpt import TokenScenario
 from clbench.training.journal import Journal
 from clbench.training.ledger import flops_per_token
@@ -62,6 +62,7 @@ def make_runtime(job: Job, journal: Any) -> PretrainRuntime:
         journal=journal,
         flops_per_token=flops_per_token(job.model, job.scenario.manifest.context),
         micro_batch=job.config.get("micro_batch"),
+        group=job.group,
         processed_limit=None if job.capabilities.stores_all_data else job.scenario.budget.processed,
     )
 
@@ -72,9 +73,21 @@ def rehearse(build: Any, job: Job) -> None:
     if not callable(getattr(learner, "plan", None)):
         return
     scenario: TokenScenario = job.scenario
+    job.group.check_batch(scenario.manifest.batch, job.config.get("micro_batch"))
     size, limit = scenario.manifest.batch * scenario.manifest.context, learner.runtime.processed_limit
     for index in range(len(scenario.manifest.experiences)):
         check_plan(learner.plan(experience_of(scenario, index, keeps_text(job))), limit, size)
+
+
+def check_parallel(kind: str, scenario: Any, can: Capabilities, learner: str) -> None:
+    """Several processes train one model only where scenario and learner are made for it."""
+    if kind == "none":
+        return
+    if not isinstance(scenario, TokenScenario):
+        why = "is made of images: such runs are for one process, and sweeps of them for machine=... with -m"
+        raise UserError(f"scenario {scenario.name} {why}")
+    if not can.supports_parallel:
+        raise UserError(f"learner {learner} does not declare supports_parallel: it trains in one process, without torchrun")
 
 
 def keeps_text(job: Job) -> bool:
@@ -83,20 +96,24 @@ def keeps_text(job: Job) -> bool:
 
 
 @torch.no_grad()
-def total_loss(loss: Any, windows: np.ndarray, device: torch.device, batch: int, autocast: Any, check: Any = None) -> float:
-    """Sum of nats over sequences [N, L + 1] by a `loss(tokens [B, L + 1]) -> [B, L]`, in float64."""
+def total_loss(loss: Any, windows: np.ndarray, runtime: PretrainRuntime, batch: int) -> float:
+    """Sum of nats over sequences [N, L + 1] by a `loss(tokens [B, L + 1]) -> [B, L]`, in float64.
+
+    Processes share each batch; one that has none of a short batch reads a sequence that is not counted.
+    """
     parts = []
     for start in range(0, len(windows), batch):
-        tokens = torch.from_numpy(windows[start : start + batch]).to(device)
-        with autocast():
+        wanted = windows[start : start + batch]
+        own = wanted[runtime.group.rows(len(wanted))]
+        tokens = torch.from_numpy(own if len(own) else wanted[:1]).to(runtime.device)
+        with runtime.autocast():
             found = loss(tokens)
         if not isinstance(found, Tensor) or found.shape != (len(tokens), tokens.shape[1] - 1):
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise UserError(f"loss must return one number for each of {tuple(tokens[:, 1:].shape)} tokens, got {shape}")
-        parts.append(found.double().sum())
-        if check is not None:
-            check()
-    value = float(torch.stack(parts).sum())
+        parts.append(found.double().sum() * bool(len(own)))
+        runtime.check_stop()
+    (value,) = runtime.group.total(float(torch.stack(parts).sum()))
     if not math.isfinite(value):
         raise UserError("the loss on an evaluation set is NaN or infinite")
     return value
@@ -157,7 +174,7 @@ class Observer:
         """Summed nats on every evaluation set."""
         size, runtime = int(self.job.config["eval_batch_size"]), self.runtime
         start = time.perf_counter()
-        row = [total_loss(loss, w, self.job.device, size, runtime.autocast, runtime.check_stop) for w in self.sets]
+        row = [total_loss(loss, windows, runtime, size) for windows in self.sets]
         tokens = sum(len(w) * (w.shape[1] - 1) for w in self.sets)
         runtime.ledger.look("evaluation", tokens, runtime.flops_per_token)
         runtime.meter.add_seconds("evaluate", time.perf_counter() - start)

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "clbench"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
-    {"interfaces", "counter"},
+    {"interfaces", "counter", "ranks"},
     {"streams", "models"},
     {"training"},
     {"learners"},
