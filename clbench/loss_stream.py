@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clbench import provenance
-from clbench.interfaces import Capabilities, Experience, UserError
+from clbench.interfaces import Experience, UserError
 from clbench.streams.cpt import TokenScenario
 from clbench.training.journal import Journal
 from clbench.training.ledger import flops_per_token
@@ -77,17 +77,6 @@ def rehearse(build: Any, job: Job) -> None:
     size, limit = scenario.manifest.batch * scenario.manifest.context, learner.runtime.processed_limit
     for index in range(len(scenario.manifest.experiences)):
         check_plan(learner.plan(experience_of(scenario, index, keeps_text(job))), limit, size)
-
-
-def check_parallel(kind: str, scenario: Any, can: Capabilities, learner: str) -> None:
-    """Several processes train one model only where scenario and learner are made for it."""
-    if kind == "none":
-        return
-    if not isinstance(scenario, TokenScenario):
-        why = "is made of images: such runs are for one process, and sweeps of them for machine=... with -m"
-        raise UserError(f"scenario {scenario.name} {why}")
-    if not can.supports_parallel:
-        raise UserError(f"learner {learner} does not declare supports_parallel: it trains in one process, without torchrun")
 
 
 def keeps_text(job: Job) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from clbench.interfaces import UserError
+from clbench.interfaces import Capabilities, UserError
 
 KINDS = ("auto", "none", "ddp", "fsdp")
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -35,6 +35,16 @@ def choose(wanted: str) -> str:
     if wanted in ("ddp", "fsdp") and size() == 1:
         raise UserError(f"parallel={wanted} needs several processes: torchrun --nproc-per-node 2 -m clbench run ...")
     return wanted
+
+
+def check(kind: str, scenario: str, asks: str, learner: str, can: Capabilities) -> None:
+    """Several processes train one model only where scenario and learner are made for it."""
+    if kind == "none":
+        return
+    if asks != "loss":
+        raise UserError(f"scenario {scenario} is made of images: such a run is for one process, without torchrun")
+    if not can.supports_parallel:
+        raise UserError(f"learner {learner} does not declare supports_parallel: it trains in one process, without torchrun")
 
 
 def refuse(command: str, multirun: bool) -> None:

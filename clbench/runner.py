@@ -89,7 +89,7 @@ def prepare(config: dict[str, Any]) -> Job:
     why = mismatch(provenance.learner_name(config), capabilities, scenario.facts(), wanted == "some")
     if why:
         raise UserError(why)
-    loss_stream.check_parallel(kind, scenario, capabilities, provenance.learner_name(config))
+    ranks.check(kind, scenario.name, scenario.asks, provenance.learner_name(config), capabilities)
     model = loss_stream.build_model(build, config, scenario).to(device)
     plugin = provenance.plugin_version(config["learner"]["_target_"])
     identity = provenance.identity(config)

@@ -43,7 +43,9 @@ def child(job):
 if __name__ == "__main__":
     print("ready", flush=True)
     for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            child(json.loads(line))
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        pids = []
+        for job in json.loads(line):  # several: the processes of one run, as torchrun would start them
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                child(job)
+        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)

@@ -58,7 +58,9 @@ class Group:
             raise UserError(f"scenario.batch={batch} is too small for {self.size} processes: each needs a sequence")
         most, least = -(-batch // self.size), batch // self.size
         if self.kind == "fsdp" and micro is not None and -(-most // micro) != -(-least // micro):
-            raise UserError(f"scenario.batch={batch} over {self.size} processes with micro_batch={micro} gives some more pieces")
+            raise UserError(
+                f"scenario.batch={batch} over {self.size} processes with micro_batch={micro} gives some more pieces"
+            )
 
     def total(self, *values: float) -> list[float]:
         """Sums over all processes, in float64."""
@@ -161,8 +163,7 @@ def join(kind: str, device: torch.device) -> Group:
     """Meet the other processes. kind as `ranks.choose` gives it; waits for all, at most five minutes."""
     if kind == "none":
         return ALONE
-    from torch import distributed
-
+    distributed: Any = torch.distributed
     if not distributed.is_available():
         raise UserError(f"parallel={kind}: this build of torch has no torch.distributed")
     try:

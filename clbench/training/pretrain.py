@@ -168,7 +168,7 @@ class Adam:
 
 
 def batches(mixture: Mixture, first: int, last: int, device: torch.device, group: Group = ALONE) -> Iterator[Tensor]:
-    """This process's rows of batches first..last-1 on the device, [b, context + 1] int64; on a GPU the next are read meanwhile."""
+    """This process's rows of batches first..last-1 on the device, [b, context + 1] int64; a GPU's are read meanwhile."""
     rows = group.rows(mixture.new.batch)
     if device.type != "cuda":
         yield from (torch.from_numpy(mixture(step, rows)) for step in range(first, last))

@@ -56,9 +56,9 @@ def save(folder: pathlib.Path, key: str, state: dict[str, Any], group: Group) ->
     found: dict[str, Tensor] = {}
     plain = take_out(state, found)
     name = group.say(f"{key}.{secrets.token_hex(4)}.shards")
-    with _quiet():
-        import torch.distributed.checkpoint as checkpoint
-
+    checkpoint = _library()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own insides
         try:
             checkpoint.save(found, checkpoint_id=folder / name)
         except checkpoint.CheckpointException as error:
@@ -70,9 +70,9 @@ def load(folder: pathlib.Path, plain: dict[str, Any], group: Group) -> dict[str,
     """Read a state back: with `fsdp` spread over the processes that there are now, else whole, at every process."""
     name = plain.pop("shards")
     found = {note[_MARK]: _room(note, group) for note in _notes(plain)}
-    with _quiet():
-        import torch.distributed.checkpoint as checkpoint
-
+    checkpoint = _library()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own insides
         try:
             checkpoint.load(found, checkpoint_id=folder / name, no_dist=group.kind != "fsdp")
         except checkpoint.CheckpointException as error:
@@ -101,10 +101,7 @@ def _reason(error: Any) -> str:
     return (causes or [str(error)])[0].splitlines()[0]
 
 
-class _quiet(warnings.catch_warnings):
-    """torch.distributed.checkpoint warns of its own insides."""
+def _library() -> Any:
+    import torch.distributed.checkpoint
 
-    def __enter__(self) -> Any:
-        found = super().__enter__()
-        warnings.simplefilter("ignore")
-        return found
+    return torch.distributed.checkpoint

@@ -63,7 +63,9 @@ def tensors(state: Any) -> Iterator[Tensor]:
 
 def num_bytes(state: Any) -> int:
     """Bytes of all distinct tensors of a state (a tensor met twice counts once)."""
-    own = [t.to_local() if hasattr(t, "to_local") else t for t in tensors(state)]  # of a spread tensor, what lies here
+    own: list[Any] = [
+        t.to_local() if hasattr(t, "to_local") else t for t in tensors(state)
+    ]  # of a spread tensor, what lies here
     seen = {(t.data_ptr(), t.numel()): t.numel() * t.element_size() for t in own if t.numel()}
     return sum(seen.values())
 
