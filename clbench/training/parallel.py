@@ -7,12 +7,13 @@ the same variables in the environment, starts them.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -47,6 +48,7 @@ class Group:
     store: Any = None
     mesh: Any = None
     calls: dict[str, int] = field(default_factory=dict)
+    lost: bool = False
 
     def rows(self, batch: int) -> slice:
         """The rows of a batch that are this process's: those of all processes, in their order, are the batch."""
@@ -120,10 +122,12 @@ class Group:
                 self._part()
 
     def _part(self) -> None:
-        if self.rank == 0:
-            self.store.set("clbench/over", "1")
+        with suppress(RuntimeError):  # the store is gone with the process that kept it
+            self.store.set("clbench/over" if self.rank == 0 else f"clbench/left/{self.rank}", "1")
         if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+            torch.distributed.destroy_process_group()  # wakes those that wait for this one
+        for rank in range(1, self.size) if self.rank == 0 and not self.lost else ():
+            _wait(self.store, f"clbench/left/{rank}", PATIENCE / self.size)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -138,6 +142,7 @@ class Group:
     def _blamed(self, error: Exception) -> BaseException:
         told = self._told(2.0) if _of_communication(error) else None
         if told is None and _of_communication(error):
+            self.lost = True
             return Lost("another process was lost")
         if told is not None:
             failed = RankFailed(f"rank {told['rank']}: {told['type']}: {told['message']}")
@@ -146,8 +151,10 @@ class Group:
         text = "".join(traceback.format_exception(error))
         report = {"rank": self.rank, "type": type(error).__name__, "message": str(error), "traceback": text}
         self.store.compare_set("clbench/error", "", json.dumps(report))
+        traceback.clear_frames(error.__traceback__)  # they hold what holds the connections
+        gc.collect()
         if self.rank:
-            torch.distributed.destroy_process_group()  # wakes those that wait for this one
+            torch.distributed.destroy_process_group()
             _wait(self.store, "clbench/over", PATIENCE)
         return error
 
@@ -179,7 +186,7 @@ def join(kind: str, device: torch.device) -> Group:
 class Replica:
     """A model's loss as training calls it: tokens [b, L + 1] -> [b, L]; backward passes exchange gradients."""
 
-    def __init__(self, group: Group, model: nn.Module):
+    def __init__(self, group: Group, model: nn.Module, compiled: bool = False):
         self.model, self.kind = model, group.kind
         self.loss: Callable[[Tensor], Tensor] = model.loss  # type: ignore[assignment]
         self.wrapped: Any = None
@@ -190,6 +197,8 @@ class Replica:
             still = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             self.wrapped = wrap(_Loss(model), device_ids=[device] if device.type == "cuda" else None, **{still: False})
             self.loss = self.wrapped
+        if compiled:
+            self.loss = torch.compile(self.loss)
 
     def piece(self, last: bool) -> AbstractContextManager:
         """Around forward and backward of a piece of a batch: gradients are exchanged after the last one only."""

@@ -104,6 +104,7 @@ class PretrainRuntime(Runtime):
     processed_limit  tokens that one experience may be trained on, None for no limit
     micro_batch      sequences that pass the model at once, None for the whole batch: gradients are summed over the pieces
     group            the processes that train together, each on its rows of every batch
+    compiled         torch.compile for the training pass
     """
 
     ledger: Ledger = field(default_factory=Ledger)
@@ -112,7 +113,8 @@ class PretrainRuntime(Runtime):
     processed_limit: int | None = None
     micro_batch: int | None = None
     plan: list[dict[str, Any]] = field(default_factory=list)
-    group: Group = field(default_factory=lambda: ALONE)
+    group: Group = ALONE
+    compiled: bool = False
 
     def pause(self, anywhere: bool) -> bool:
         """Whether to write a snapshot now: somebody wants to stop, or it is time. The same answer in all processes."""
@@ -216,7 +218,7 @@ def train(
     Ctrl-C.
     """
     look, count, group = runtime.observer, _Count(runtime, segment, mixture, step), runtime.group
-    batch, replica = mixture.new.batch, Replica(group, model)
+    batch, replica = mixture.new.batch, Replica(group, model, runtime.compiled)
     sums: list[Tensor] = []
     model.train()
     for tokens in batches(mixture, step, segment.last, runtime.device, group):

@@ -1,0 +1,344 @@
+"""Tokens per second of pre-training beside a bare loop, in one process and one run: `python -m clbench.bench_tokens --help`.
+
+    loop     the bare hand-written loop, clbench's loop, and clbench's loop with probes, on the same model and batches
+    paths    attention x precision x matrix mode x torch.compile: which wins on this machine
+    memory   resident memory while a corpus much larger than it is read
+
+Rounds of everything that is compared alternate, and ratios are medians over rounds: absolute numbers of a busy machine mean
+little. On a GPU: `--model decoder_124m --device cuda --precision bf16 --compile --batch 32 --context 1024 --rows loop`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import nn
+
+from clbench import record
+from clbench.catalog import choices, conf_dir
+from clbench.interfaces import UserError
+from clbench.loss_stream import Observer
+from clbench.models.decoder import build_decoder
+from clbench.signatures import nearest
+from clbench.streams import sequences
+from clbench.streams.cpt import Domain, TokenScenario, scenario
+from clbench.training import arithmetic
+from clbench.training.ledger import flops_per_token
+from clbench.training.mixing import Mixture, Replay
+from clbench.training.pretrain import Adam, PretrainRuntime, Segment, train
+from clbench.training.schedules import cosine
+
+PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}  # dense bf16 operations per second
+TARGETS = {"pythia_410m": 145_000, "decoder_124m": 460_000}  # tokens per second on one H200: 40 % of its peak
+ROWS = ("loop", "paths", "memory")
+REPLAY = Replay(share=0.05)
+SETTINGS: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1, "clip": 1.0}
+
+
+def model_of(name: str, vocab: int, context: int, **changes: Any) -> Any:
+    """A decoder by the name of its configuration, with random weights."""
+    if name not in choices("model") or "build_decoder" not in (conf_dir() / "model" / f"{name}.yaml").read_text():
+        raise UserError(f"no decoder '{name}'{nearest(name, [n for n in choices('model') if 'pythia' in n or 'decoder' in n])}")
+    node = yaml.safe_load((conf_dir() / "model" / f"{name}.yaml").read_text(encoding="utf-8"))
+    drop = ("_target_", "data_root", "seed", "weights")
+    node = {key: value for key, value in node.items() if key not in drop} | {"context": context} | changes
+    node["vocab"] = node["vocab"] or vocab
+    node["eps"] = float(node["eps"])
+    return build_decoder(**node)
+
+
+def stream_of(vocab: int, context: int, batch: int, steps: int) -> TokenScenario:
+    """Two domains of random tokens: nothing can be learned from them, and any batch costs the same."""
+    rng, kind = np.random.default_rng(0), np.uint16 if vocab <= 1 << 16 else np.uint32
+    size = min(max(steps, 8) * batch * context, 1 << 24) + 1
+    made = [
+        Domain(f"d{i}", rng.integers(0, vocab, size, kind), rng.integers(0, vocab, size // 4, kind), "0" * 64) for i in (0, 1)
+    ]
+    return scenario(
+        "bench",
+        made,
+        (0, 1),
+        vocab=vocab,
+        tokens=steps * batch * context,
+        context=context,
+        batch=batch,
+        eval_tokens=64 * context,
+    )
+
+
+class Bare:
+    """What one would write by hand: random windows, loss, backward, clip, AdamW with a cosine."""
+
+    def __init__(self, model: nn.Module, tokens: np.ndarray, args: argparse.Namespace):
+        self.model, self.tokens, self.args, self.at = model, tokens, args, 0
+        self.loss: Any = torch.compile(model.loss) if args.compile else model.loss
+        params = list(model.parameters())
+        groups = [
+            {"params": [p for p in params if p.ndim >= 2]},
+            {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        self.rng = np.random.default_rng(0)
+
+    def __call__(self, steps: int) -> None:
+        """Some steps."""
+        args, device = self.args, next(self.model.parameters()).device
+        for _ in range(steps):
+            starts = self.rng.integers(0, len(self.tokens) - args.context - 1, args.batch)
+            batch = np.stack([self.tokens[s : s + args.context + 1] for s in starts]).astype(np.int64)
+            tokens = torch.from_numpy(batch).to(device)
+            for group in self.optimizer.param_groups:
+                group["lr"] = 1e-4 * (1 + np.cos(np.pi * (self.at % 1000) / 1000))
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                loss = self.loss(tokens).mean()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.at += 1
+            if device.type == "cpu":
+                loss.item()
+
+
+class Loop:
+    """clbench's loop on the same model: exact quotas with 5 % replay, ledger, and with `probes` the curves of the loss."""
+
+    def __init__(self, model: nn.Module, args: argparse.Namespace, probes: bool):
+        self.model, self.args, self.at = model, args, 0
+        device = next(model.parameters()).device
+        self.runtime = PretrainRuntime(0, device, precision=args.precision, compiled=args.compile)
+        self.runtime.flops_per_token = flops_per_token(model, args.context)
+        self.optimizer = Adam(model, **SETTINGS)
+        self.steps = args.steps * args.rounds + args.warm
+        self.stream = stream_of(args.vocab, args.context, args.batch, self.steps)
+        if probes:
+            job = SimpleNamespace(scenario=self.stream, device=device, config={"eval_batch_size": 128})
+            sets = [self.stream.evaluation(j) for j in (0, 1)]
+            self.runtime.observer = Observer(job, self.runtime, sets)
+
+    def __call__(self, steps: int) -> None:
+        """The next steps of an experience with replay."""
+        new, old, first = self.stream.data(1), self.stream.data(0), self.at
+        segment = Segment(1, "trunk", "here", "keep", first, first + steps, self.steps, 1e-4, cosine)
+        shares = REPLAY.table(self.steps, [len(old)])[first : first + steps]
+        mixture = Mixture(new, [old], REPLAY, shares, first=first, seen=[len(old)], starts=[0, first * new.batch])
+        train(self.runtime, self.model, self.optimizer, segment, mixture, first, lambda step: None)
+        self.at += steps
+
+
+def alternate(works: dict[str, Callable[[int], None]], args: argparse.Namespace) -> dict[str, list[float]]:
+    """Tokens per second of each piece of work, one number for each round; the first steps are not counted."""
+    device = torch.device(args.device)
+
+    def timed(work: Callable[[int], None], steps: int) -> float:
+        start = time.perf_counter()
+        work(steps)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    for work in works.values():
+        timed(work, args.warm)
+    found: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(args.rounds):
+        order = list(works) if number % 2 == 0 else list(works)[::-1]
+        for name in order:
+            found[name].append(args.steps * args.batch * args.context / timed(works[name], args.steps))
+    return found
+
+
+def loop_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Bare loop, clbench's loop, with probes: tokens per second, ratio to the bare one, share of a known peak."""
+    model = model_of(args.model, args.vocab, args.context, attention=args.attention).to(args.device)
+    args.vocab = model.shape.vocab
+    bare = Bare(copy.deepcopy(model), stream_of(args.vocab, args.context, args.batch, args.steps).domains[0].train, args)
+    works = {"bare": bare, "clbench": Loop(copy.deepcopy(model), args, False), "clbench with probes": Loop(model, args, True)}
+    found = alternate(works, args)
+    flops, rows = flops_per_token(model, args.context), []
+    for name, paces in found.items():
+        ratio = statistics.median(p / b for p, b in zip(paces, found["bare"], strict=True))
+        pace = statistics.median(paces)
+        row = {"row": name, "tokens_per_second": round(pace), "of_bare": round(ratio, 3), "rounds": [round(p) for p in paces]}
+        rows.append(row | {"of_peak": share_of_peak(pace * flops, args), "target": target(args) if name == "clbench" else None})
+    return rows
+
+
+def target(args: argparse.Namespace) -> int | None:
+    """The tokens per second that were set for this model on one H200."""
+    on_gpu = args.device.startswith("cuda") and "H200" in torch.cuda.get_device_name(args.device)
+    return TARGETS.get(args.model) if on_gpu else None
+
+
+def share_of_peak(flops_per_second: float, args: argparse.Namespace) -> float | None:
+    """Operations per second over the device's dense bf16 peak; None where that is not known."""
+    if not args.device.startswith("cuda") or args.precision != "bf16":
+        return None
+    name = torch.cuda.get_device_name(args.device)
+    peak = next((value for part, value in PEAKS.items() if part in name), None)
+    return None if peak is None else round(flops_per_second / peak, 3)
+
+
+def path_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every way to compute the same step, each in the bare loop."""
+    works, before = {}, torch.get_float32_matmul_precision()
+    tokens = stream_of(args.vocab, args.context, args.batch, args.steps).domains[0].train
+    for attention in ("explicit", "sdpa"):
+        for precision, matmul in (("fp32", "highest"), ("fp32", "medium"), ("bf16", "highest")):
+            for compiled in (False, True) if args.compile else (False,):
+                own = argparse.Namespace(**vars(args) | {"precision": precision, "compile": compiled})
+                model = model_of(args.model, args.vocab, args.context, attention=attention).to(args.device)
+                name = f"{attention} {precision} {matmul}" + (" compiled" if compiled else "")
+                works[name] = _in_mode(matmul, Bare(model, tokens, own))
+    try:
+        found = alternate(works, args)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    best = max(found, key=lambda name: statistics.median(found[name]))
+    first = found["explicit fp32 highest"]
+    return [
+        {
+            "row": name + ("  <- fastest" if name == best else ""),
+            "tokens_per_second": round(statistics.median(paces)),
+            "of_first": round(statistics.median(p / f for p, f in zip(paces, first, strict=True)), 3),
+        }
+        for name, paces in found.items()
+    ]
+
+
+def _in_mode(matmul: str, work: Callable[[int], None]) -> Callable[[int], None]:
+    def both(steps: int) -> None:
+        torch.set_float32_matmul_precision(matmul)
+        work(steps)
+
+    return both
+
+
+def resident() -> int:
+    """Resident bytes of this process now, mapped files included."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Read sequences from all over a corpus that lies on disk (a file with holes, which takes no room)."""
+    if not Path("/proc/self/statm").exists():
+        raise UserError("resident memory is read from /proc, which this system has not")
+    count = int(args.corpus_gb * 1e9) // 2
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "train.tokens"
+        with path.open("wb") as file:
+            file.truncate(2 * count)
+        tokens = np.memmap(path, "<u2", "r")
+        whole, rng = sequences.count(len(tokens), args.context), np.random.default_rng(0)
+        before, most, read = resident(), 0, 0
+        start = time.perf_counter()
+        while read < args.read_gb * 1e9:
+            read += 2 * sequences.windows(tokens, rng.integers(0, whole, args.batch), args.context).size
+            most = max(most, resident() - before)
+        seconds = time.perf_counter() - start
+        del tokens
+    return [
+        {
+            "row": f"{args.corpus_gb:g} GB corpus, {read / 1e9:.2f} GB read",
+            "tokens_per_second": round(read / 2 / seconds),
+            "grown_mb": round(most / 1e6, 1),
+        }
+    ]
+
+
+def machine(args: argparse.Namespace) -> dict[str, Any]:
+    """What this ran on; no names of machines."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next(
+            (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), cpu
+        )
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpu = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else None
+    found = {"cpu": cpu, "cores": usable, "threads": torch.get_num_threads(), "gpu": gpu, "torch": torch.__version__}
+    return found | {"python": platform.python_version(), "matmul": torch.get_float32_matmul_precision()}
+
+
+def table(title: str, rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of plain values in columns; what no row has is left out."""
+    names = [name for name in rows[0] if name != "rounds" and any(row.get(name) is not None for row in rows)]
+    cells = [names, *([("" if row[name] is None else str(row[name])) for name in names] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
+    return "\n".join(
+        [title, *("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells), ""]
+    )
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The options. Raises `UserError`."""
+    parser = argparse.ArgumentParser("python -m clbench.bench_tokens", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--rows", default=",".join(ROWS), help="which tables: loop,paths,memory")
+    add("--model", default="decoder_tiny", help="a decoder of `clbench list models`")
+    add("--batch", type=int, default=16)
+    add("--context", type=int, default=64)
+    add("--vocab", type=int, default=256, help="for models that leave it open")
+    add("--device", default="cpu")
+    add("--threads", default="auto")
+    add("--precision", choices=("fp32", "bf16"), default="fp32")
+    add("--attention", choices=("auto", "explicit", "sdpa"), default="auto")
+    add("--compile", action="store_true", help="torch.compile in `loop`; in `paths` compiled rows too")
+    add("--warm", type=int, default=10, help="steps before anything is timed")
+    add("--steps", type=int, default=50, help="of a round")
+    add("--rounds", type=int, default=7)
+    add("--corpus-gb", type=float, default=8.0)
+    add("--read-gb", type=float, default=0.05)
+    add("--json", metavar="FILE", help="write everything there too")
+    args = parser.parse_args(words)
+    args.rows = args.rows.split(",")
+    for name in args.rows:
+        if name not in ROWS:
+            raise UserError(f"no table '{name}'{nearest(name, ROWS)} (one of: {', '.join(ROWS)})")
+    for name, least in (("batch", 1), ("context", 2), ("vocab", 2), ("warm", 0), ("steps", 1), ("rounds", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} must be at least {least}, got {getattr(args, name)}")
+    if not 0 < args.read_gb or args.corpus_gb * 1e9 < 4 * args.context:
+        raise UserError("--read-gb and --corpus-gb must be above 0, and a corpus must hold a context")
+    return args
+
+
+def run(words: Sequence[str]) -> dict[str, Any]:
+    """Measure and print -> everything as plain values."""
+    args = parse(words)
+    threads = args.threads if args.threads == "auto" else int(args.threads)
+    device = arithmetic.choose_device(args.device)
+    args.device = str(device)
+    arithmetic.apply(device, arithmetic.choose_threads(threads), 0)
+    made: dict[str, Any] = {"machine": machine(args), "options": {k: v for k, v in vars(args).items() if k != "json"}}
+    print("\n".join(f"{key}: {value}" for key, value in made["machine"].items() if value is not None), end="\n\n")
+    work = {"loop": loop_rows, "paths": path_rows, "memory": memory_rows}
+    for name in args.rows:
+        made[name] = work[name](args)
+        print(table(f"{name}: {args.model}, batch {args.batch} x {args.context}, {args.device}, {args.precision}", made[name]))
+    if args.json:
+        record.write_text(Path(args.json), json.dumps(made, indent=1) + "\n")
+    return made
+
+
+if __name__ == "__main__":
+    try:
+        run(sys.argv[1:])
+    except UserError as error:
+        print(f"bench_tokens: {error}", file=sys.stderr)
+        sys.exit(2)
