@@ -162,6 +162,12 @@ def asks(group: str, name: str) -> str:
     return "loss" if any(returns is not None and "TokenScenario" in ast.unparse(returns) for returns in made) else "predict"
 
 
+def answering(learners: Sequence[str], scenario: str | None) -> list[str]:
+    """Those learners that answer what a scenario asks; all of them where it is not known."""
+    asked = asks("scenario", scenario) if scenario in choices("scenario") else None
+    return [name for name in learners if asked in (None, asks("learner", name))]
+
+
 def _capabilities(learner: ast.ClassDef) -> str:
     """What a class writes between the brackets of `Capabilities(...)`: `needs_pretrained needs_passes=2`."""
     words = []
@@ -221,6 +227,12 @@ _OPTIONS: dict[str, tuple[str, Any]] = {
     "eval_batch_size": ("a whole number from 1", lambda v: _whole(v, 1)),
     "micro_batch": ("a whole number from 1 or null", lambda v: v is None or _whole(v, 1)),
     "parallel": (f"one of {', '.join(ranks.KINDS)}", lambda v: v in ranks.KINDS),
+    "feature_store": ("auto, on or off", lambda v: v in ("auto", "on", "off")),
+    "feature_store_gb": (
+        "a number from 0.001",
+        lambda v: isinstance(v, int | float) and not isinstance(v, bool) and v >= 0.001,
+    ),
+    "track": ("none, tensorboard, wandb or mlflow", lambda v: v in ("none", "tensorboard", "wandb", "mlflow")),
     "on_error": ("record or raise", lambda v: v in ("record", "raise")),
 }
 
@@ -238,6 +250,18 @@ def _check_options(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, (wanted, fits) in _OPTIONS.items():
         if name in config and not fits(config[name]):
             yield name, f"{name} must be {wanted}, got {config[name]!r}"
+
+
+def importable(node: Any) -> Any:
+    """The node with every `path/to/file.py:Class` loaded and named by its module."""
+    if isinstance(node, Mapping):
+        made = {key: importable(value) for key, value in node.items()}
+        if isinstance(made.get("_target_"), str) and ".py:" in made["_target_"]:
+            path, name = split_target(made["_target_"])
+            assert path is not None
+            made["_target_"] = f"{load_file(path)}.{name}"
+        return made
+    return [importable(item) for item in node] if isinstance(node, list | tuple) else node
 
 
 def load_target(target: str) -> Any:

@@ -53,11 +53,22 @@ EXAMPLES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "report": (
         "records in, leaderboard and reproduction cards out",
-        ("clbench report", "clbench report --results-dir 'other results' --strict"),
+        (
+            "clbench report",
+            "clbench report --results-dir 'other results' --strict",
+            "clbench report --scenario 'cil_*' --where learner.lr=0.03",
+            "clbench report --scenario cil_digits --format latex --out table.tex",
+        ),
     ),
     "verify": (
-        "check records: schema, counts, identity",
-        ("clbench verify", "clbench verify results/records/0123456789abcdef.json"),
+        "check records: schema, counts, identity, stream, weights; repeat the beginning of some",
+        (
+            "clbench verify",
+            "clbench verify results/records/0123456789abcdef.json",
+            "clbench verify --rerun results/records/0123456789abcdef.json",
+            "clbench verify results --rerun 3 --seed 1",
+            "clbench verify --schema",
+        ),
     ),
     "new": (
         "write a package of your own with a learner or a scenario that runs at once",
@@ -68,6 +79,16 @@ EXAMPLES: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             "clbench schedule show cosine infinite wsd",
             "clbench schedule show wsd wsd@short wsd@short.anneal=0.1 --experiences 3 --out wsd.svg",
+        ),
+    ),
+    "tune": (
+        "choose options without the data that they are judged by, freeze the choice, evaluate it once",
+        (
+            "clbench tune scenario.num_classes=6 'learner.lr=tag(log,interval(0.001,0.1))' tune.trials=10",
+            "clbench tune learner=fecam tune.space=fecam tune.protocol=first_experience seed=0,1,2",
+            "clbench tune learner=ncm learner.metric=euclidean,cosine tune.sampler=grid tune.protocol=validation",
+            "clbench tune scenario=cil_cifar100 tune.on=cil_digits tune.scenario.budget.epochs=20 tune.space=slca",
+            "clbench tune learner=replay tune.space=replay tune.protocol=test results_dir=cheating",
         ),
     ),
     "manifest": (
@@ -119,25 +140,45 @@ def options_text() -> str:
     return "\n".join(f"  {name:<24}{remark}".rstrip() for name, _, remark in rows)
 
 
-def parser_of(name: str) -> Parser:
-    """The parser of one command."""
+def described(name: str, page: str) -> tuple[str, tuple[str, ...]]:
+    """What a command, or a page of `report`, is for, and examples of it."""
     what, examples = EXAMPLES[name]
+    if name != "report":
+        return what, examples
+    from clbench.report import pages
+
+    return pages.PAGES[page] if page else (f"{what}\n\n{pages.overview()}", examples)
+
+
+def parser_of(name: str, page: str = "") -> Parser:
+    """The parser of one command; `page` is a page of `report`."""
+    what, examples = described(name, page)
     epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples)
     if name in ("run", "plan"):
         groups = "choices: scenario=, learner=, model=, schedule=, pet=, machine=, sweep=   (clbench list shows the names)"
         epilog = f"{groups}\n\noptions and their defaults:\n{options_text()}\n\n{epilog}"
+    if name == "tune":
+        from clbench.tuning.options import overview as study
+
+        epilog = f"{study()}\n\n{epilog}"
     parser = Parser(
-        f"clbench {name}",
+        f"clbench {name} {page}".rstrip(),
         description=what,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    _add_arguments(parser, name, page)
+    return parser
+
+
+def _add_arguments(parser: Parser, name: str, page: str) -> None:
+    """What a command takes."""
     if name in ("run", "plan"):
         parser.add_argument("-m", "--multirun", action="store_true", help="several runs: NAME=A,B,C; range(a,b); glob(*)")
     if name == "run":
         parser.add_argument("--cfg", choices=("job",), help="print the resolved configuration instead of running it")
-    if name in ("run", "plan", "check"):
+    if name in ("run", "plan", "check", "tune"):
         parser.add_argument("words", nargs="*", metavar="NAME=VALUE", help="choices and options (Hydra overrides)")
     if name == "check":
         parser.add_argument(
@@ -146,10 +187,13 @@ def parser_of(name: str) -> Parser:
     if name == "list":
         parser.add_argument("groups", nargs="*", metavar="GROUP", help="scenarios, learners, models, schedules, pets, ...")
     if name == "report":
-        parser.add_argument("--results-dir", default="results", metavar="DIR", help="where the records lie (results)")
-        parser.add_argument("--strict", action="store_true", help="exit 1 if a run failed, died, or a record is damaged")
+        from clbench.report.pages import add_arguments
+
+        add_arguments(parser, page)
     if name == "verify":
-        parser.add_argument("path", nargs="?", default="results", metavar="PATH", help="a record or a results folder (results)")
+        from clbench import verification
+
+        verification.add_arguments(parser)
     if name == "schedule":
         schedule_show.add_arguments(parser)
     if name == "manifest corpus":
@@ -162,7 +206,6 @@ def parser_of(name: str) -> Parser:
         parser.add_argument("action", choices=("write", "check", "show"))
         parser.add_argument("words", nargs="*", metavar="NAME=VALUE | FILE", help="for check: the file; else choices, options")
         parser.add_argument("--out", metavar="FILE", help="for write: the file to write")
-    return parser
 
 
 def launch(words: Sequence[str], job: Any) -> None:
@@ -197,12 +240,21 @@ def dispatch(argv: Sequence[str]) -> int:
         if "=" in name:
             hint = f"; did you mean 'clbench run {name}'?"
         raise UserError(f"no {kind} '{name}'{hint} (one of: {', '.join(EXAMPLES)})")
-    args = parser_of(name).parse_intermixed_args(rest)
+    page = ""
+    if name == "report":
+        from clbench.report.pages import split
+
+        page, rest = split(rest)
+    args = parser_of(name, page).parse_intermixed_args(rest)
     ranks.refuse(name, getattr(args, "multirun", False))
     from clbench import commands
 
     if name == "run":
         return commands.run(args, ["clbench", *argv], launch)
+    if name == "tune":
+        from clbench.tuning import study
+
+        return study.run(args, ["clbench", *argv])
     work = {
         "plan": commands.plan,
         "list": commands.show_choices,

@@ -25,6 +25,7 @@ GO_ON = "clbench: stopped; the same command goes on where it was"
 def run(args: Namespace, command: list[str], launch: Launch) -> int:
     """Compose and check every job, then run: one in this process, a sweep through Hydra's launchers."""
     composed = config.read(args.words, args.multirun)
+    ranks.refuse("run", composed.multirun)
     if args.cfg:
         print("---\n".join(config.to_yaml(job) for job in composed.jobs), end="")
         return 0
@@ -245,20 +246,19 @@ def _held(job: dict[str, Any], size: int) -> list[int]:
 
 
 def report(args: Namespace) -> int:
-    """Leaderboard and cards from a folder of records."""
-    from clbench.report import cards, table
+    """Leaderboard and cards from a folder of records, or one of the pages."""
+    from clbench.report import pages
 
-    results = Path(args.results_dir).expanduser()
-    text, code = table.report(results, args.strict)
-    print("\n".join([text, *(f"written {path}" for path in cards.write(results, catalog.conf_dir()))]))
+    text, code = pages.run(args, catalog.conf_dir())
+    print(text)
     return code
 
 
 def verify(args: Namespace) -> int:
     """Check records."""
-    from clbench.report import verify as look
+    from clbench import verification
 
-    text, code = look(Path(args.path))
+    text, code = verification.run(args)
     print(text)
     return code
 

@@ -179,11 +179,11 @@ class Observer:
         self.curves, self.trunks = state["curves"], state["trunks"]
 
 
-class LossStream:
-    """The state of a pre-training run between experiences: learner, rows, log. The counterpart of `runner._Stream`."""
+class LossWalk:
+    """The state of a pre-training run between experiences: learner, rows, log. The counterpart of `walk.Walk`."""
 
-    def __init__(self, job: Job, runtime: Any, learner: Any, entry: dict[str, Any], saved: dict[str, Any] | None):
-        self.job, self.runtime, self.learner, self.entry = job, runtime, learner, entry
+    def __init__(self, job: Job, runtime: Any, learner: Any, entry: dict[str, Any], saved: dict[str, Any] | None, tracker: Any):
+        self.job, self.runtime, self.learner, self.entry, self.tracker = job, runtime, learner, entry, tracker
         scenario: TokenScenario = job.scenario
         sets = [scenario.evaluation(j) for j in range(len(scenario.manifest.evals))]
         self.observer = runtime.observer = Observer(job, runtime, sets)
@@ -248,6 +248,9 @@ class LossStream:
         seconds = self.before + time.perf_counter() - self.start
         total = len(self.job.scenario.manifest.experiences)
         log.info("experience %d/%d  %s  loss %s  %.1f s", index + 1, total, name, shown, seconds)
+        numbers = {f"loss/{e['name']}": mean for e, mean in zip(entries, means, strict=True)} | {"seconds": seconds}
+        numbers |= {f"learn/{key}": value for key, value in self.logs[index].items() if value is not None}
+        self.tracker.log(index, numbers | {"loss/mean": sum(means) / len(means)})
 
     def finish(self) -> dict[str, Any]:
         """The record with losses, curves, ledger, costs and the hash of the final state."""

@@ -16,6 +16,40 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray
+ABOUT: dict[str, str] = {
+    "final_loss": "mean over sets after the last experience, nats per token",
+    "average_loss": "mean over experiences of the mean over the sets seen by then",
+    "learned_loss": "mean over sets right after the set's own experience (Abbes et al. 2025)",
+    "retained_loss": "mean over old sets after the last experience (Abbes et al. 2025)",
+    "newest_loss": "mean over the sets of the last experience, after it",
+    "forgetting_after": "mean over old sets of final - right after the set's own experience",
+    "forgetting_best": "mean over old sets of final - lowest from the set's own experience on",
+    "backward_transfer": "-forgetting_after: positive is good",
+    "forward_transfer": "mean over later sets of before any training - just before the set's own experience: positive is good",
+    "regret": "mean over sets of final - the exact loss of the true source, where that is known",
+    "regret_learned": "mean over sets of right after the set's own experience - the exact loss of the true source",
+    "final_bpb": "final_loss in bits per byte: nats / (ln 2 x bytes per token), mean over the sets that are texts",
+    "recovery_ratio": "(final_loss without replay - final_loss) / (without replay - joint training), from three runs",
+    "gap_depth": "mean over old sets and later experiences of highest loss within - loss at its start",
+    "gap_area": "the same of nats x tokens above the start",
+    "gap_tokens": "tokens until the loss is back at its start, where it comes back",
+    "gap_recovered": "share of old sets and later experiences where it comes back",
+    "rate_share": "rise on the first set in the second experience: on the IID control / here, from two runs",
+    "anneal_gain_new": "trunk's loss - evaluated loss on the newest set, where a branch or an average is evaluated",
+    "anneal_gain_old": "the same on older sets: below zero, annealing specialises",
+    "min_acc": "mean over old sets of the lowest share of right guesses at any look after their own experience",
+    "wc_acc": "share of right guesses on the newest set / T + (1 - 1 / T) min_acc",
+}
+HIGHER = (
+    "backward_transfer",
+    "forward_transfer",
+    "recovery_ratio",
+    "gap_recovered",
+    "anneal_gain_new",
+    "anneal_gain_old",
+    "min_acc",
+    "wc_acc",
+)
 
 
 def loss_matrix(sum_loss: Any, tokens: Any) -> Array:
@@ -56,6 +90,11 @@ def learned_loss(r: Array, first_seen: Sequence[int]) -> float:
 def retained_loss(r: Array, first_seen: Sequence[int]) -> float:
     """Mean over old sets of the final loss (Abbes et al. 2025); NaN where nothing is old."""
     return _mean([r[-1, j] for j in _old(r, first_seen)])
+
+
+def newest_loss(r: Array, first_seen: Sequence[int]) -> float:
+    """Mean over the sets of the last experience of the final loss; NaN where it brings none."""
+    return _mean([r[-1, j] for j, i in enumerate(first_seen) if i == len(r) - 1])
 
 
 def forgetting_after(r: Array, first_seen: Sequence[int]) -> float:
@@ -157,13 +196,19 @@ def worst_case_accuracy(curves: Mapping[str, Any], names: Sequence[str], first_s
     return _mean(newest) / t + (1 - 1 / t) * min_accuracy(curves, names, first_seen) if t > 1 else _mean(newest)
 
 
+def first_rise(curves: Mapping[str, Any], name: str) -> float:
+    """Depth of the gap of the first set in experience 1; NaN without one."""
+    found = gaps(curves, [name], [0]) if curves["experience"] else []
+    return next((g["depth"] for g in found if g["experience"] == 1), math.nan)
+
+
 def rate_share(same: Mapping[str, Any], shifted: Mapping[str, Any], name: str) -> float:
     """Share of forgetting that the learning rate causes: rise on the first set when the text stays the same / when it shifts.
 
-    Both are the depth of the gap in experience 1; `same` is the run on the IID control with the same learner and seed.
+    `same` is the run on the IID control with the same learner and seed.
     """
-    depths = [next((g["depth"] for g in gaps(c, [name], [0]) if g["experience"] == 1), math.nan) for c in (same, shifted)]
-    return depths[0] / depths[1] if depths[1] > 0 else float("nan")
+    rises = [first_rise(curves, name) for curves in (same, shifted)]
+    return rises[0] / rises[1] if rises[1] > 0 else float("nan")
 
 
 def summary(record: Mapping[str, Any]) -> dict[str, float]:
@@ -179,6 +224,7 @@ def summary(record: Mapping[str, Any]) -> dict[str, float]:
         "final_bpb": _mean(bits_per_byte(r[-1], record["bytes_per_token"])),
         "learned_loss": learned_loss(r, first),
         "retained_loss": retained_loss(r, first),
+        "newest_loss": newest_loss(r, first),
         "forgetting_after": forgetting_after(r, first),
         "forgetting_best": forgetting_best(r, first),
         "backward_transfer": backward_transfer(r, first),

@@ -58,7 +58,7 @@ def plan_job(config: Mapping[str, Any]) -> PlanRow:
 def _records(results: str) -> list[dict[str, Any]]:
     import pathlib
 
-    return record.read_all(pathlib.Path(results) / "records")[0]
+    return record.read_all(pathlib.Path(results) / "records", details=False)[0]
 
 
 def estimate(job: Job) -> float:

@@ -29,7 +29,10 @@ MACHINE = (
     "eval_batch_size",
     "micro_batch",
     "parallel",
+    "feature_store",
+    "feature_store_gb",
     "on_error",
+    "track",
     "machine",
     "sweep",
     "names",
@@ -120,6 +123,17 @@ def peak_memory(device: Any) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+@functools.cache
+def cpu() -> str:
+    """The processor's own name where the system tells it, else its architecture: arithmetic may differ between two models."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return " ".join(names[0].split()) if names and names[0] else platform.processor() or platform.machine()
+
+
 def command_line(words: list[str]) -> str:
     """The command as one would type it, without the path of the program."""
     return shlex.join([pathlib.PurePath(words[0]).name, *words[1:]]) if words else ""
@@ -139,6 +153,7 @@ def describe(job: Any, command: list[str]) -> dict[str, Any]:
         "machine": {
             "device": str(job.device),
             "processor": platform.processor() or platform.machine(),
+            "cpu": cpu(),
             "platform": platform.platform(),
             "flags": job.flags,
             "eval_batch_size": config["eval_batch_size"],

@@ -1,7 +1,7 @@
 """One JSON file per run: identity, counts, costs. Immutable once it says ok; derived numbers are recomputed by `report`.
 
 Written to a temporary name in the same folder and moved with `os.replace`; carries a checksum over itself, so that a
-changed record is noticed. Unknown keys are kept: newer records stay readable.
+changed record is noticed. Unknown keys are kept: newer records stay readable. Older schemas are read through `migrations`.
 """
 
 from __future__ import annotations
@@ -12,34 +12,20 @@ import hashlib
 import json
 import os
 import pathlib
-import re
 import secrets
 import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from clbench import migrations
+from clbench.faults import fault
 from clbench.interfaces import UserError
+from clbench.schema import SCHEMA
 
-SCHEMA = 1
+__all__ = ["SCHEMA", "fault"]
+
 NUMBERS_VERSION = 1
-STATUSES = ("running", "ok", "failed")
-_NEEDED: dict[str, type | tuple[type, ...]] = {
-    "schema": int,
-    "run_id": str,
-    "status": str,
-    "numbers_version": int,
-    "config": dict,
-    "scenario": dict,
-    "learner": dict,
-    "model": dict,
-    "seed": int,
-    "n": list,
-    "first_seen": list,
-    "seconds": dict,
-    "error": (dict, type(None)),
-}
-_TABLES = ("correct", "correct_masked", "correct_top5")
-_AMOUNTS = ("peak_memory_bytes", "stored_bytes", "exemplars", "exemplar_bytes")
-_LARGEST = 1 << 53  # beyond it a count is no longer exact as a float
+_DETAILS = ("class_correct", "class_n", "eval_classes", "heads", "calibration", "task_confusion", "stability")
 
 
 def canonical(value: Any) -> str:
@@ -52,9 +38,15 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical(value).encode("ascii")).hexdigest()
 
 
-def run_id(config: dict[str, Any], manifest_sha256: str, weights_sha256: str, plugin: str | None) -> str:
+def run_id(
+    config: dict[str, Any],
+    manifest_sha256: str,
+    weights_sha256: str,
+    plugin: str | None,
+    numbers_version: int = NUMBERS_VERSION,
+) -> str:
     """Identity of a run, 16 hex digits: configuration without machine options, stream, weights, plug-in, numbers version."""
-    return digest([NUMBERS_VERSION, config, manifest_sha256, weights_sha256, plugin])[:16]
+    return digest([numbers_version, config, manifest_sha256, weights_sha256, plugin])[:16]
 
 
 def checksum(record: dict[str, Any]) -> str:
@@ -101,113 +93,61 @@ def write(record: dict[str, Any], folder: pathlib.Path) -> pathlib.Path:
 
 def _pretty(record: dict[str, Any]) -> str:
     """Readable in a review: one line per key, tables one line per row."""
-    lines = []
-    for key, value in record.items():
-        rows = isinstance(value, list) and value and all(isinstance(v, list) for v in value)
-        if rows:
-            text = "[\n" + ",\n".join("  " + json.dumps(row) for row in value) + "\n ]"
-        elif isinstance(value, dict):
-            text = json.dumps(value, indent=1).replace("\n", "\n ")
-        else:
-            text = json.dumps(value)
-        lines.append(f" {json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(lines) + "\n}\n"
+    return _text(record, "") + "\n"
+
+
+def _text(value: Any, left: str) -> str:
+    """JSON: keys of a mapping and rows of a table on lines of their own."""
+    if isinstance(value, dict) and value:
+        lines = [f"{left} {json.dumps(key)}: {_text(inner, left + ' ')}" for key, inner in value.items()]
+        return "{\n" + ",\n".join(lines) + f"\n{left}}}"
+    if isinstance(value, list) and any(isinstance(inner, list | dict) for inner in value):
+        return "[\n" + ",\n".join(f"{left} {json.dumps(inner)}" for inner in value) + f"\n{left}]"
+    return json.dumps(value)
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
-    """Read and validate one record; `UserError` names the file and the key."""
+    """Read and validate one record; `UserError` names the file and the key. One of an older schema is migrated in memory."""
+    return checked(load(path), path)
+
+
+def load(path: pathlib.Path) -> Any:
+    """The JSON of a file as it lies there; `UserError` names the file."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a record: {error}") from None
-    why = fault(record)
+
+
+def checked(found: Any, path: pathlib.Path) -> dict[str, Any]:
+    """What `load` gave as a valid record of this schema, or `UserError`. A seal is looked at before a migration breaks it."""
+    if migrations.is_old(found, SCHEMA):
+        if "checksum" in found and found["checksum"] != checksum(found):
+            raise UserError(f"{path} is not a record: its checksum does not fit its content, so it is not migrated")
+        found = migrations.migrate(found, SCHEMA)
+    why = fault(found)
     if why:
         raise UserError(f"{path} is not a record: {why}")
-    return record
+    return found
 
 
-def fault(record: Any) -> str | None:
-    """Why a value is no record, or None. What passes here, `report` can show; whether it is true is `verify`'s question."""
-    if not isinstance(record, dict):
-        return "not a JSON object"
-    if type(record.get("schema")) is int and record["schema"] > SCHEMA:
-        return f"schema {record['schema']} is newer than this clbench knows ({SCHEMA})"
-    for key, kind in _NEEDED.items():
-        if key not in record:
-            return f"key {key!r} is missing"
-        if not isinstance(record[key], kind) or (kind is int and isinstance(record[key], bool)):
-            return f"key {key!r} has the wrong type {type(record[key]).__name__}"
-    if record["status"] not in STATUSES:
-        return f"status {record['status']!r} is none of {', '.join(STATUSES)}"
-    if not re.fullmatch(r"[0-9a-f]{16}", record["run_id"]):
-        return f"run_id {record['run_id'][:40]!r} is not 16 hex digits"
-    if any(not isinstance(record[part].get("name"), str) for part in ("scenario", "learner", "model")):
-        return "scenario, learner and model need a name"
-    return _fault_in_extras(record) or _fault_in_counts(record)
+def files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files of a folder that should be records, in order; a folder that cannot be listed raises `UserError`.
+
+    Names that begin with a dot are files being written, or left by a writer that was killed.
+    """
+    try:
+        found = list(folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error.strerror or error}") from None
+    return sorted(path for path in found if path.suffix == ".json" and not path.name.startswith("."))
 
 
-def _fault_in_extras(record: dict[str, Any]) -> str | None:
-    """The parts that describe and cost: each may be absent, none may be of the wrong kind."""
-    marks = record.get("marks", [])
-    if not isinstance(marks, list) or not all(isinstance(mark, str) for mark in marks):
-        return "key 'marks' must be a list of words"
-    if not all(_is_number(value) for value in record["seconds"].values()):
-        return "key 'seconds' must hold numbers"
-    for key in _AMOUNTS:
-        if record.get(key) is not None and not _is_number(record[key]):
-            return f"key {key!r} must be a number, got {str(record[key])[:40]!r}"
-    if not _is_number(record["seed"]):
-        return "key 'seed' is out of range"
-    names = record["scenario"].get("eval_names")
-    if names is not None and (not isinstance(names, list) or len(names) != len(record["n"])):
-        return "scenario.eval_names must be a list with a name for each evaluation set"
-    return None
-
-
-def _fault_in_counts(record: dict[str, Any]) -> str | None:
-    """Sizes and shapes of the tables, so that every metric is defined."""
-    n, first = record["n"], record["first_seen"]
-    if len(first) != len(n):
-        return "keys 'n' and 'first_seen' differ in length"
-    if not all(_is_count(size) and size > 0 for size in n) or not all(_is_count(i) and i >= 0 for i in first):
-        return "keys 'n' and 'first_seen' must hold positive whole numbers and indices of experiences"
-    for key in _TABLES if record["status"] == "ok" else ():
-        table = record.get(key)
-        if table is None and (key != "correct" or "sum_loss" in record):
-            continue
-        if table is None or not _is_table(table, len(n)):
-            return f"key {key!r} must be a table of counts with a column for each of the {len(n)} evaluation sets"
-        if len(table) != len(record.get("correct") or ()):
-            return f"keys {key!r} and 'correct' differ in length"
-        if max(first, default=0) >= len(table):
-            return f"first_seen names experience {max(first)}, key {key!r} has {len(table)} rows"
-    return None
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and abs(value) < _LARGEST
-
-
-def _is_number(value: Any) -> bool:
-    return _is_count(value) or isinstance(value, float)
-
-
-def _is_table(value: Any, columns: int) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and columns > 0
-        and all(isinstance(row, list) and len(row) == columns for row in value)
-        and all(cell is None or _is_count(cell) for row in value for cell in row)
-    )
-
-
-def read_all(folder: pathlib.Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Every record of a folder in the order of file names, and a line for each file that is none."""
-    records, problems = [], []
-    for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+def entries(folder: pathlib.Path, problems: list[str]) -> Iterator[dict[str, Any]]:
+    """Every record of a folder in the order of file names, one at a time; a line in `problems` for each file that is none."""
+    for path in files(folder):
         try:
             record = read(path)
         except UserError as error:
@@ -216,8 +156,25 @@ def read_all(folder: pathlib.Path) -> tuple[list[dict[str, Any]], list[str]]:
         if record["run_id"] != path.stem:
             problems.append(f"{path} holds run {record['run_id']}")
             continue
-        records.append(record)
-    return records, problems
+        yield record
+
+
+def read_all(
+    folder: pathlib.Path, keep: Callable[[Mapping[str, Any]], bool] | None = None, details: bool = True
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Every record of a folder in the order of file names, and a line for each file that is none.
+
+    `keep` chooses among them while they are read; without `details` the tables by class, head and bin are left out, which
+    is most of a record. `entries` holds one at a time.
+    """
+    problems: list[str] = []
+    found = (record for record in entries(folder, problems) if keep is None or keep(record))
+    return [record if details else slim(record) for record in found], problems
+
+
+def slim(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without its tables by class, head and bin."""
+    return {key: value for key, value in record.items() if key not in _DETAILS}
 
 
 def is_dead(record: dict[str, Any], results: pathlib.Path) -> bool:

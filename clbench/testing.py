@@ -47,7 +47,13 @@ class Trial:
         """A fresh learner with its runtime and pipeline; `changes` go to the budget."""
         device = torch.device("cpu")
         model = build(self.config["model"])
-        runtime = Runtime(self.seed, device, replace(self.scenario.budget, **changes), exempt=self.capabilities.stores_all_data)
+        runtime = Runtime(
+            self.seed,
+            device,
+            replace(self.scenario.budget, **changes),
+            precision=self.config.get("precision", "fp32"),
+            exempt=self.capabilities.stores_all_data,
+        )
         runtime.journal = Journal(folder, 0.0)
         return build(self.config["learner"], model=model, runtime=runtime), runtime, Pipeline(model.profile, device, "none")
 

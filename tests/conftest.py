@@ -16,6 +16,8 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
     # Each of the test processes has processors of its own: torch's threads of two processes that share them wait in turns.
     own = sorted(os.sched_getaffinity(0))[int(worker[2:]) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
     os.sched_setaffinity(0, own or os.sched_getaffinity(0))
+SCRATCH = tempfile.TemporaryDirectory(prefix="clbench-tests-")
+os.environ["CLBENCH_CACHE"] = SCRATCH.name  # no test leaves features in the user's cache
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DATA = os.environ.get("CLBENCH_DATA", "")
 
@@ -77,6 +79,7 @@ class CommandLine:
         self.folder, self.warm = folder, warm
         self.env = {
             **os.environ,
+            "CLBENCH_CACHE": str(folder / "cache"),
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
         }
 

@@ -1,4 +1,4 @@
-"""The decoder: against transformers on the same weights, gradients, causality, weights from folders, and what is wrong there."""
+"""The decoder: against transformers on the same weights, gradients, causality, weights from folders."""
 
 import json
 import math

@@ -6,9 +6,9 @@ import torch
 from torch.nn import functional as F
 
 from clbench.catalog import asks, choices
-from clbench.config import compose
-from clbench.interfaces import BudgetExceeded, Capabilities, Facts, UserError, mismatch
-from clbench.streams.images import open_experience
+from clbench.config import compose, load_target
+from clbench.interfaces import BudgetExceeded, Capabilities, Facts, UserError, declared, mismatch
+from clbench.streams.images import open_eval, open_experience
 from clbench.testing import Trial, check_learner, small_stream
 from clbench.training.memory import Memory
 from clbench.training.state import detached
@@ -36,6 +36,28 @@ def test_contract(name, option):
     if "align_epochs" in config["learner"]:
         config["learner"]["align_epochs"] = 2  # the same phases in fewer steps
     assert [f"{check}: {message}" for check, ok, message in check_learner(config) if not ok] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16(name):
+    """Lower precision inside the network: every phase runs, scores are finite and close to those of fp32."""
+    scores = {}
+    for precision in ("fp32", "bf16"):
+        (config,) = compose([f"learner={name}", f"precision={precision}"])
+        if "align_epochs" in config["learner"]:
+            config["learner"]["align_epochs"] = 1
+        stream = small_stream(sizes=[2, 2], num_classes=4)
+        t = Trial(config, stream, declared(load_target(config["learner"]["_target_"]), config["learner"]))
+        learner, runtime, pipeline = t.start()
+        for index in range(2):
+            t.learn(learner, runtime, pipeline, index)
+        batch = next(open_eval(stream, 0, pipeline).batches(6))[0]
+        with torch.no_grad(), runtime.autocast():
+            answer = learner.predict(batch)
+        scores[precision] = (answer if isinstance(answer, torch.Tensor) else next(iter(answer.values()))).float()
+        assert torch.isfinite(scores[precision]).all() and scores[precision].shape == (6, 4)
+    spread = scores["fp32"].std()
+    assert (scores["bf16"] - scores["fp32"]).abs().median() < spread, "other numbers, not the same ones rounded"
 
 
 def trial(*overrides, **stream):

@@ -129,7 +129,7 @@ def test_what_never_falls_is_not_forgotten():
     assert metrics.forgetting(level, [0, 1]) == 0.0 and metrics.bwt(level, [0, 1]) == 0.0
 
 
-@pytest.mark.parametrize("library", ["pilot", "mammoth", "avalanche", "continuum", "libcontinual", "renate", "coda_prompt"])
+@pytest.mark.parametrize("library", [name for name in compat.PEERS if name != "gmvandeven"])
 def test_libraries_on_one_experience_and_without_zero_shot_cells(library):
     values = getattr(compat, library)(compat.percent([[5]], [10]), [10])
     assert values.get("last", 50.0) == 50.0 and math.isnan(values["forgetting"])
@@ -150,3 +150,131 @@ def test_summary_names_what_the_counts_allow():
     assert values["last_masked_macro"] == pytest.approx(0.95) and "last_top5_micro" not in values
     assert values["forgetting"] == pytest.approx(0.2) and math.isnan(values["fwt_zeroshot"])
     assert metrics.summary({"sum_loss": [[1.0]], "n": [1], "first_seen": [0]}) == {}
+
+
+def calibrated(rows, **changes):
+    return {
+        "correct": [[8, None], [6, 9]],
+        "n": [10, 10],
+        "first_seen": [0, 1],
+        "calibration": {"bins": 15, "table": rows},
+    } | changes
+
+
+def cell(n, nll, brier, conf, right):
+    empty = [0] * 13
+    return {
+        "n": n,
+        "nll": nll,
+        "brier": brier,
+        "bin_n": [n, 0, *empty],
+        "bin_conf": [*conf, *empty],
+        "bin_correct": [*right, *empty],
+    }
+
+
+def test_calibration_by_hand():
+    rows = [cell(10, 30.0, 4.0, [6.0, 0.0], [8, 0]), cell(20, 10.0, 5.0, [9.0, 4.0], [10, 5])]
+    values = metrics.summary(calibrated(rows))
+    assert values["last_ece"] == pytest.approx((1 + 1) / 20) and values["step_ece"] == pytest.approx((0.2 + 0.1) / 2)
+    assert values["last_nll"] == 0.5 and values["step_nll"] == pytest.approx((3 + 0.5) / 2) and values["last_brier"] == 0.25
+    assert set(metrics.UNBOUNDED) <= set(values)
+    values = metrics.summary(calibrated([None, rows[1]]))
+    assert values["step_ece"] == values["last_ece"]
+    assert "last_ece" not in metrics.summary(calibrated([rows[0], None])) and "step_ece" in metrics.summary(
+        calibrated([rows[0], None])
+    )
+
+
+def test_calibration_against_scikit_learn():
+    """Sums over samples, as a run would write them, against sklearn's losses."""
+    from sklearn.metrics import log_loss
+
+    random = np.random.default_rng(0)
+    p = random.dirichlet(np.ones(4), 200)
+    y = random.integers(0, 4, 200)
+    conf, hit = p.max(1), p.argmax(1) == y
+    place = np.minimum((conf * 15).astype(int), 14)
+    sums = {k: np.bincount(place, w, 15).tolist() for k, w in (("bin_conf", conf), ("bin_correct", hit), ("bin_n", None))}
+    row = {"n": 200, "nll": -np.log(p[np.arange(200), y]).sum(), "brier": ((p - np.eye(4)[y]) ** 2).sum()} | sums
+    values = metrics.calibration(calibrated([row]))
+    assert values["last_nll"] == pytest.approx(log_loss(y, p, labels=range(4)))
+    ece = sum(
+        abs(conf[place == b].mean() - hit[place == b].mean()) * (place == b).mean() for b in range(15) if (place == b).any()
+    )
+    assert values["last_ece"] == pytest.approx(ece)
+
+
+def test_confusion_by_hand():
+    entry = {"correct": [[8, None, None], [6, 9, None], [4, 5, 8]], "n": [10] * 3, "first_seen": [0, 1, 2]}
+    entry["eval_classes"] = [[0, 1], [2, 3], [4, 5]]
+    none = [0, 0, 0]
+    entry["task_confusion"] = [
+        [[10, 0, 0], none, none],
+        [[7, 3, 0], [1, 9, 0], None],
+        [[5, 1, 4], [2, 6, 2], [0, 1, 9]],
+    ]
+    values = metrics.summary(entry)
+    assert values["last_task_identity"] == pytest.approx(20 / 30) and values["last_between_task"] == pytest.approx(10 / 30)
+    assert values["last_within_task"] == pytest.approx((20 - 17) / 30)
+    assert values["last_old_to_new"] == pytest.approx(6 / 20) and values["last_new_to_old"] == pytest.approx(1 / 10)
+    assert values["step_task_identity"] == pytest.approx((1 + 16 / 20 + 20 / 30) / 3)
+    assert values["step_old_to_new"] == pytest.approx((0.3 + 0.3) / 2) and values["step_new_to_old"] == pytest.approx(
+        (0.1 + 0.1) / 2
+    )
+    parts = [values[f"last_{name}"] for name in ("within_task", "between_task")]
+    assert sum(parts) + values["last_micro"] == pytest.approx(1)
+    steps = {"experiences": [{"classes": [0, 1]}] * 3}  # domains: classes say nothing of the experience
+    assert not metrics.confusion(entry | {"eval_classes": [[0, 1]] * 3, "scenario": steps})
+    swap = {"first_seen": [1, 0, 2], "eval_classes": [[2, 3], [0, 1], [4, 5]]}  # sets in another order than experiences
+    swap["scenario"] = {"experiences": [{"classes": c} for c in ([0, 1], [2, 3], [4, 5])]}
+    for key in ("correct", "task_confusion"):
+        swap[key] = [[row[1], row[0], row[2]] for row in entry[key]]
+    again = metrics.confusion(entry | swap)
+    assert again == pytest.approx(metrics.confusion(entry))
+    more = {"first_seen": [0, 0, 1, 2], "eval_classes": [[0], [1], [2, 3], [4, 5]], "n": [5, 5, 10, 10]}
+    more |= {"correct": [[4, 4, None, None], [3, 3, 9, None], [2, 2, 5, 8]], "scenario": swap["scenario"]}
+    split = [[[5, 0, 0], [5, 0, 0]], [[4, 1, 0], [3, 2, 0]], [[3, 0, 2], [2, 1, 2]]]
+    more["task_confusion"] = [halves + table[1:] for halves, table in zip(split, entry["task_confusion"], strict=True)]
+    assert metrics.confusion(more) == pytest.approx(metrics.confusion(entry))
+    assert "last_task_identity" not in metrics.summary(entry | {"task_confusion": [None, None, None]})
+
+
+def test_stability_by_hand():
+    entry = {"correct": [[8, None], [6, 9]], "n": [10, 10], "first_seen": [0, 1]}
+    trace = [
+        {"experience": 0, "correct": [5, None], "n": [10, 10]},
+        {"experience": 1, "correct": [2, 3], "n": [10, 10]},
+        {"experience": 1, "correct": [4, 8], "n": [10, 10]},
+    ]
+    values = metrics.summary(entry | {"stability": {"trace": trace}})
+    assert values["a_auc"] == pytest.approx((0.5 + 0.25 + 0.6) / 3) and values["stability_gap"] == pytest.approx(0.8 - 0.2)
+    assert values["min_acc"] == pytest.approx(0.2) and values["wc_acc"] == pytest.approx(0.9 / 2 + 0.1)
+    assert "a_auc" not in metrics.summary(entry)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"calibration": {"table": [{"n": 0}]}},
+        {"calibration": [1]},
+        {"calibration": {"table": [{"n": 3, "bin_conf": ["x"], "bin_correct": [1], "nll": 1, "brier": 1}]}},
+        {"task_confusion": [[[1]], 7]},
+        {"task_confusion": "abc"},
+        {"stability": {"trace": [{"experience": 0}]}},
+        {"stability": 5},
+    ],
+)
+def test_damaged_optional_parts_add_nothing(damage):
+    entry = {"correct": [[8, None], [6, 9]], "n": [10, 10], "first_seen": [0, 1], "eval_classes": [[0], [1]]}
+    assert metrics.summary(entry | damage).keys() == metrics.summary(entry).keys()
+
+
+@settings(max_examples=40, deadline=None)
+@given(matrices())
+def test_prompt_ports_and_facil(case):
+    a, n = case
+    low = np.tril(a)
+    assert compat.prompt_pytorch(a, n)["forgetting"] == pytest.approx(compat.pilot(100 * a, n)["forgetting"] / 100, abs=2e-4)
+    assert compat.facil(a, n)["forgetting"] >= compat.continuum(a, n)["forgetting"] - 1e-12
+    assert compat.facil(a, n)["last"] == compat.gmvandeven(a, n)["last"] == pytest.approx(low[-1].mean())

@@ -94,13 +94,13 @@ def test_frozen_features_are_computed_once():
     model = nano()
     data = plain_data(model)
     list(map(model.features, data.test_batches(4)))
-    assert model.passes == {"train": 6, "eval": 0} and not model._memo, "not frozen: nothing is remembered"
+    assert model.passes == {"train": 6, "eval": 0, "stored": 0} and not model.memory.rows, "not frozen: nothing is remembered"
     model.freeze()
     model.train()
     assert not model.training
     first = torch.cat([model.features(b) for b in data.test_batches(4)])
     again = torch.cat([model.features(b) for b in data.test_batches(3)])
-    assert torch.equal(first, again) and model.passes == {"train": 6, "eval": 6}
+    assert torch.equal(first, again) and model.passes == {"train": 6, "eval": 6, "stored": 0}
     batch = data.batch([2])
     model.features(batch)
     assert batch._x is None, "no pixel is read for what is remembered"
@@ -130,13 +130,13 @@ def test_what_is_remembered_is_forgotten_when_weights_may_move():
 
 
 def test_memo_is_bounded(monkeypatch):
-    monkeypatch.setattr("clbench.models.backbone.MEMO_BYTES", 4 * 160 * 4)
+    monkeypatch.setattr("clbench.models.feature_memory.MEMO_BYTES", 4 * 160 * 4)
     model = nano()
     model.freeze()
     data = plain_data(model)
     for _ in range(2):
         list(map(model.features, data.test_batches(3)))
-    assert len(model._memo) == 3 and model.passes["eval"] == 9
+    assert len(model.memory.rows) == 3 and model.passes["eval"] == 9
 
 
 def test_deep_copies_are_apart_but_counted():
@@ -145,12 +145,12 @@ def test_deep_copies_are_apart_but_counted():
     data = plain_data(model)
     model.features(data.batch([0, 1]))
     twin = copy.deepcopy(model)
-    assert not twin._memo and twin.frozen and twin.profile == model.profile
+    assert not twin.memory.rows and twin.frozen and twin.profile == model.profile
     with torch.no_grad():
         next(twin.parameters()).add_(1)
     assert state_sha256(model.state_dict()) != state_sha256(twin.state_dict())
     twin.features(data.batch([0]))
-    assert model.passes == twin.passes == {"train": 0, "eval": 3} and len(model._memo) == 2
+    assert model.passes == twin.passes == {"train": 0, "eval": 3, "stored": 0} and len(model.memory.rows) == 2
 
 
 def test_weights_from_files(tmp_path, monkeypatch):
@@ -409,4 +409,4 @@ def test_digits_by_nearest_mean_of_nano_features():
         for j in range(5):
             for batch, y in open_eval(scenario, j, pipeline).batches(64):
                 right, total = right + int((head(model.features(batch)).argmax(1) == y).sum()), total + len(y)
-    assert right / total >= 0.80 and model.passes == {"train": 0, "eval": 1797}
+    assert right / total >= 0.80 and model.passes == {"train": 0, "eval": 1797, "stored": 0}

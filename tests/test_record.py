@@ -17,6 +17,7 @@ from clbench.report import report, verify
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_report import made
+from test_verify import whole
 
 
 def places(value, path=()):
@@ -52,6 +53,23 @@ def test_no_record_however_malformed_stops_a_report(tmp_path, value, monkeypatch
         path.write_text(json.dumps(bad))
         for text, _ in (report(tmp_path, strict=True), verify(tmp_path)):
             assert text.isprintable() or set(c for c in text if not c.isprintable()) <= {"\n"}
+
+
+@pytest.mark.parametrize("value", [None, math.nan, "\ud800", -1, []], ids=repr)
+def test_malformed_details_stop_no_report(tmp_path, value, monkeypatch):
+    """The same for calibration and confusion; what is refused is refused by `fault` or by `verify`, never raised."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    entry = whole()
+    path = record.write(entry, tmp_path / "records")
+    for place in places({key: entry[key] for key in ("calibration", "task_confusion")}):
+        if place[:2] == ("calibration", "table") and place[-1] in range(1, 15):
+            continue
+        bad = changed(entry, place, value)
+        bad["checksum"] = record.checksum(bad)
+        path.write_text(json.dumps(bad))
+        assert isinstance(report(tmp_path)[0], str) and isinstance(verify(tmp_path)[0], str)
+        if value in (-1, []) and place not in (("task_confusion", 0),) and not str(place[-1]).startswith(("nll", "brier")):
+            assert verify(tmp_path)[1] == 1, (place, value)
 
 
 @pytest.mark.parametrize("key", ["n", "first_seen", "correct", "correct_masked", "class_correct", "class_n", "eval_classes"])
@@ -164,3 +182,86 @@ def test_looking_at_a_lock_does_not_remove_it(tmp_path):
     lock.touch()
     assert record.is_dead(entry, tmp_path) and lock.exists()
     assert not record.is_dead(made(), tmp_path)
+
+
+def test_a_folder_of_rubbish_loses_nothing(tmp_path):
+    """Foreign, half-written, looping, unreadable: each is one line with its name, and the records beside them are all there."""
+    folder = tmp_path / "records"
+    good = [record.write(made(seed), folder) for seed in range(3)]
+    (folder / "loop.json").symlink_to(folder / "loop.json")
+    (folder / "gone.json").symlink_to(folder / "nowhere")
+    (folder / "folder.json").mkdir()
+    (folder / "foreign.json").write_text('{"name": "package", "version": "1.0", "schema": "x"}')
+    (folder / "list.json").write_text("[1, 2, 3]")
+    (folder / "bytes.json").write_bytes(b'{"run_id": "\xff\xfe"}')
+    (folder / "half.json").write_bytes(good[0].read_bytes()[:700])
+    (folder / "copy.json").write_bytes(good[0].read_bytes())
+    (folder / f".{good[0].name}.99.abcd.tmp").write_text("{")
+    (folder / "._hidden.json").write_bytes(b"\x00\x05\x16\x07")
+    (folder / "=cmd|' C calc'!A0.json").write_text("{}")
+    found, problems = record.read_all(folder)
+    assert [e["seed"] for e in found] == [e["seed"] for e in map(record.read, sorted(good))] and len(problems) == 9
+    for name in ("loop", "gone", "folder", "foreign", "list", "bytes", "half", "copy", "=cmd"):
+        assert sum(f"/{name}" in line for line in problems) == 1, name
+    text, code = report(tmp_path, strict=True)
+    assert code == 1 and "3 ok" in text
+    text, code = verify(tmp_path)
+    assert code == 1 and "12 records" in text and text.count("\n") < 20
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    def denied(self):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    (tmp_path / "records").mkdir()
+    monkeypatch.setattr(Path, "iterdir", denied)
+    with pytest.raises(UserError, match=r"cannot read .*records: Permission denied"):
+        record.read_all(tmp_path / "records")
+
+
+def test_records_are_chosen_and_slimmed_while_they_are_read(tmp_path):
+    for seed in range(4):
+        record.write(made(seed), tmp_path)
+    found, _ = record.read_all(tmp_path, keep=lambda e: e["seed"] > 1, details=False)
+    assert {e["seed"] for e in found} == {2, 3} and all("class_correct" not in e and "correct" in e for e in found)
+    problems: list[str] = []
+    assert len(list(record.entries(tmp_path, problems))) == 4 and problems == []
+    assert list(record.entries(tmp_path / "nowhere", problems)) == []
+
+
+def test_thousands_are_a_matter_of_seconds(tmp_path):
+    import time
+
+    entry = made()
+    text = record.write(entry, tmp_path).read_text()
+    for i in range(3000):
+        (tmp_path / f"{i:016x}.json").write_text(text.replace(entry["run_id"], f"{i:016x}"))
+    start = time.perf_counter()
+    found, problems = record.read_all(tmp_path)
+    assert len(found) == 3001 and not problems and time.perf_counter() - start < 10
+
+
+def test_two_reports_at_once(tmp_path):
+    for seed in range(5):
+        record.write(made(seed), tmp_path / "records")
+    report(tmp_path)
+    whole = (tmp_path / "leaderboard.csv").read_bytes()
+    codes, seen = [], set()
+
+    def work():
+        for _ in range(10):
+            codes.append(report(tmp_path, strict=True)[1])
+            seen.add((tmp_path / "leaderboard.csv").read_bytes())
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert codes == [0] * 40 and seen == {whole} and not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_record_is_readable_line_by_line(tmp_path):
+    entry = made() | {"calibration": {"bins": 15, "table": [{"n": 1}, None]}, "task_confusion": [[[1, 0], None], None]}
+    lines = record.write(entry, tmp_path).read_text().splitlines()
+    assert '   {"n": 1},' in lines and "  [[1, 0], null]," in lines and '  "class_order": [0, 1],' in lines

@@ -47,8 +47,9 @@ def complete(means_KSD: Tensor, experience_of_class: Tensor) -> Tensor:
             old = experience_of_class == i
             if not old.any():
                 continue
-            likeness = F.normalize(means_KSD[old, i], dim=1) @ F.normalize(means_KSD[later, i], dim=1).T
-            full[old, j] = likeness.softmax(dim=1) @ means_KSD[later, j]
+            with torch.autocast(full.device.type, enabled=False):
+                likeness = F.normalize(means_KSD[old, i], dim=1) @ F.normalize(means_KSD[later, i], dim=1).T
+                full[old, j] = likeness.softmax(dim=1) @ means_KSD[later, j]
     return full
 
 

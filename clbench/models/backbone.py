@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from clbench.interfaces import UserError
 from clbench.models import weights as files
+from clbench.models.feature_memory import FeatureMemory, Name
 from clbench.models.weights import state_sha256
 from clbench.streams.images import ImageBatch
 from clbench.streams.pixels import Profile, make_profile
 
-MEMO_BYTES = 2 << 30
 Family = Literal[
     "timm", "unit", "imagenet", "cifar", "small", "pilot", "ranpac", "coda", "lae", "slca_cifar", "slca_imagenet",
     "slca_finegrained", "fecam",
@@ -30,7 +30,9 @@ Family = Literal[
 class Backbone(nn.Module):
     """A timm model without its classifier. `features` gives [B, D] after the last norm and pooling (class token for ViTs).
 
-    passes    images that went through, those of deep copies included: {"train": n, "eval": n}
+    passes    images that went through, those of deep copies included, and those that the store on disk spared:
+              {"train": n, "eval": n, "stored": n}
+    memory    features that were computed already
     identity  name, timm tag, source, profile, file_sha256, state_sha256: goes into the record
     """
 
@@ -38,33 +40,64 @@ class Backbone(nn.Module):
         super().__init__()
         self.net, self.profile, self.identity, self.pretrained = net, profile, identity, pretrained
         self.num_features = int(net.num_features)  # type: ignore[arg-type]
-        self.passes = {"train": 0, "eval": 0}
+        self.passes = {"train": 0, "eval": 0, "stored": 0}
+        self.memory = FeatureMemory()
         self.frozen = False
         self._remembers = True
         self.pets: list[Any] = []
-        self._memo: dict[tuple[Any, ...], Tensor] = {}
 
     def features(self, batch: Any) -> Tensor:
         """Features of a batch, or of ready images x [B, C, H, W] -> [B, D].
 
-        While frozen, features of test-view batches are remembered by id and by the tags of the PETs at work (no tag: they are
-        not): no image passes twice.
+        While frozen, features of test-view batches are remembered as float32 by id and by the tags of the PETs at work (no tag:
+        they are not), in memory and, with a store, on disk: no image passes twice.
         """
         names = self._names(batch) if isinstance(batch, ImageBatch) and batch.plain and self._may_remember() else []
-        if names and all(name in self._memo for name in names):
-            return torch.stack([self._memo[name] for name in names]).to(self._device)
-        out = self.net.forward_head(self.tokens(batch), pre_logits=True)  # type: ignore[operator]
-        if names and (len(self._memo) + len(names)) * self.num_features * 4 <= MEMO_BYTES:
-            for name, row in zip(names, out.detach().float().cpu(), strict=True):
-                self._memo.setdefault(name, row.clone())  # the first answer stays
-        return out
+        if not names:
+            return self._pooled(batch)
+        known, stored = self.memory.find(names, self._group)
+        self.passes["stored"] += stored
+        rows = [i for i, name in enumerate(names) if name not in known]
+        if rows and any(pet.active for pet in self.pets):
+            rows = list(range(len(names)))  # a module may tell the samples of a batch apart: it needs all of them
+        if rows:
+            out = self._of_two(batch.select(torch.tensor(rows))).detach().float().cpu()
+            fresh: dict[Name, Tensor] = {}
+            for i, row in zip(rows, out, strict=True):
+                fresh.setdefault(names[i], row.clone())
+            fresh = {name: row for name, row in fresh.items() if name not in known}
+            self.memory.keep(fresh, self._group)
+            known |= fresh
+        return torch.stack([known[name] for name in names]).to(self._device)
 
-    def _names(self, batch: ImageBatch) -> list[tuple[Any, ...]]:
+    def _pooled(self, batch: Any) -> Tensor:
+        return self.net.forward_head(self.tokens(batch), pre_logits=True)  # type: ignore[operator]
+
+    def _of_two(self, batch: Any) -> Tensor:
+        """The same, but no image goes alone: kernels for single images round differently from those for batches."""
+        if len(batch) > 1 or any(pet.active for pet in self.pets):
+            return self._pooled(batch)
+        self.passes["eval"] -= 1
+        return self._pooled(batch.x.repeat(2, 1, 1, 1))[:1]
+
+    def _group(self, tags: Name) -> str | None:
+        """The store's name for the network as it stands with the modules at work; None where something unknown hangs on it."""
+        assert self.memory.store is not None
+        modules = list(self.net.modules())
+        if not self.pets and any(m._forward_hooks or m._forward_pre_hooks for m in modules):
+            return None
+        active = [pet for pet in self.pets if pet.active]
+        kinds = [type(m).__name__ for m in modules]
+        digests = [f"{pet.kind} {state_sha256(pet.in_use_by(tag))}" for pet, tag in zip(active, tags[1:], strict=True)]
+        return self.memory.store.group(tags[0], state_sha256(self.net.state_dict()), kinds, digests)
+
+    def _names(self, batch: ImageBatch) -> list[Name]:
         """What each sample's features are remembered under; empty where they are not."""
         tags = [pet.tags(len(batch)) for pet in self.pets if pet.active]
         if any(tag is None for tag in tags):
             return []
-        return list(zip(batch.ids.tolist(), *tags, strict=True))
+        lower = [torch.is_autocast_enabled(self._device.type)] * len(batch)
+        return list(zip(batch.ids.tolist(), lower, *tags, strict=True))
 
     def tokens(self, batch: Any) -> Tensor:
         """What comes before pooling: for a ViT all tokens after the last norm [B, N, D]."""
@@ -90,23 +123,24 @@ class Backbone(nn.Module):
         """Whether features are remembered while frozen (they are, unless told otherwise); False forgets them."""
         self._remembers = on
         if not on:
-            self._memo.clear()
+            self.forget()
 
     def forget(self) -> None:
-        """Drop what is remembered: something that it was made with has changed."""
-        self._memo.clear()
+        """Drop what memory holds: something that it was made with has changed."""
+        self.memory.forget()
 
     def freeze(self) -> None:
         """No parameter is trained from now on; normalisation keeps its statistics; features are remembered."""
         self.requires_grad_(False)
         self.frozen = True
+        self.forget()
         self.eval()
 
     def unfreeze(self) -> None:
         """Undo `freeze`; what was remembered is forgotten."""
         self.requires_grad_(True)
         self.frozen = False
-        self._memo.clear()
+        self.forget()
 
     def train(self, mode: bool = True) -> Backbone:
         """A frozen backbone stays in evaluation mode."""
@@ -118,17 +152,17 @@ class Backbone(nn.Module):
         if not isinstance(norm, nn.LayerNorm):
             raise UserError(f"model {self.identity['name']} has no final LayerNorm: set learner.fresh_norm=false")
         self.net.norm = nn.LayerNorm(list(norm.normalized_shape), eps=1e-5).to(self._device).requires_grad_(not self.frozen)
-        self._memo.clear()
+        self.forget()
 
     def load_state_dict(self, state: Any, strict: bool = True, assign: bool = False) -> Any:
         """Fill in place; remembered features are forgotten."""
-        self._memo.clear()
+        self.forget()
         return super().load_state_dict(state, strict, assign)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Backbone:
         """A copy of its own weights that remembers nothing yet; its passes count here."""
         twin = Backbone.__new__(Backbone)
-        memo |= {id(self): twin, id(self.passes): self.passes, id(self._memo): {}}
+        memo |= {id(self): twin, id(self.passes): self.passes}
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 

@@ -227,10 +227,8 @@ def build_decoder(
     data_root: str | None = None,
     seed: int = 0,
 ) -> Decoder:
-    """Build a decoder.
+    """Build a decoder. `vocab` and `context` (longest text in tokens) are the stream's where null.
 
-    vocab      number of tokens; the stream's where null
-    context    longest text in tokens; the stream's where null
     hidden     width of the MLP; null: 4 times `width`
     rotary     share of each head that carries the position
     parallel   attention and MLP side by side; false: one after the other

@@ -119,6 +119,10 @@ class Pet(nn.Module):
             return None
         return [(self._tag, row) for row in ([0] * batch if self._rows is None else self._rows.tolist())]
 
+    def in_use_by(self, tag: tuple[Any, int]) -> State:
+        """The values in use by the samples that have this tag (see `tags`)."""
+        return {name: value if self._rows is None else value[tag[1]] for name, value in self.in_use().items()}
+
     def in_use(self) -> Mapping[str, Tensor]:
         """The values that a pass now computes with: places that are missing from them stay bare."""
         return self._now if self._now is not None else {}
@@ -180,6 +184,7 @@ class Pet(nn.Module):
             raise UserError(f"a {self.kind} cannot be merged into the weights: it is no affine map of them")
         if self._merged == (sign > 0):
             raise UserError(f"the {self.kind} is {'already' if self._merged else 'not'} merged")
+        self._model[0].forget()
         with torch.no_grad():
             for fold in self.merges:
                 fold(sign)

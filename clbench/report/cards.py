@@ -7,6 +7,7 @@ names. Where they fall into several variants of the leaderboard, each is a line 
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import re
 import shlex
@@ -55,7 +56,7 @@ def write(results: pathlib.Path, conf: pathlib.Path) -> list[pathlib.Path]:
     if not source.exists():
         return []
     cards = load(source)
-    made = lines(cards, record.read_all(results / "records")[0], conf)
+    made = lines(cards, record.read_all(results / "records", details=False)[0], conf)
     texts = {"CARDS.md": to_markdown(cards, made), "cards.csv": to_csv(made)}
     for name, text in texts.items():
         record.write_text(results / name, text)
@@ -203,13 +204,13 @@ def command(entry: Mapping[str, Any], seeds: Sequence[str], conf: pathlib.Path) 
 def _changes(node: Mapping[str, Any], conf: pathlib.Path, part: str, name: str) -> Iterator[str]:
     """Words for what a node has that its file has not; `pet=` and `schedule=` where a file of theirs says it."""
     path = conf / part / f"{name}.yaml"
-    default = flat(_read_yaml(path)) if path.is_file() else {}
+    default = _defaults(path, path.stat().st_mtime_ns) if path.is_file() else {}
     left = dict(node)
     for group in ("pet", "schedule") if part == "learner" else ():
         own = left.get(group)
         if isinstance(own, Mapping) and not _alike(flat({group: own}), default, f"{group}."):
             for file in sorted((conf / group).glob("*.yaml")):
-                if _alike(flat(own), flat(_read_yaml(file))):
+                if _alike(flat(own), _defaults(file, file.stat().st_mtime_ns)):
                     yield f"{group}={file.stem}"
                     del left[group]
                     break
@@ -218,6 +219,12 @@ def _changes(node: Mapping[str, Any], conf: pathlib.Path, part: str, name: str) 
             yield f"{'+' if default else ''}{part}.{key}={_word(value)}"
         elif not same(value, default[key]):
             yield f"{part}.{key}={_word(value)}"
+
+
+@functools.lru_cache(maxsize=512)
+def _defaults(path: pathlib.Path, stamp: int) -> Mapping[str, Any]:
+    """A configuration file as dotted keys, read once for each `stamp`, the time of its last change."""
+    return flat(_read_yaml(path))
 
 
 def _alike(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import math
 import pathlib
@@ -9,207 +10,164 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clbench import metrics_loss, record
+from clbench.report import loss_facts, statistics
+from clbench.report.formats import Table, fraction, plain, safe
+from clbench.report.loss_facts import LEDGER, OPTIONS
+from clbench.report.runs import Run, boil
+from clbench.report.statistics import mean_std
 
-KIND = "continual_pretraining"
-SHOWN = (
-    "final_loss",
-    "average_loss",
-    "learned_loss",
-    "retained_loss",
-    "forgetting_after",
-    "forgetting_best",
-    "forward_transfer",
-    "regret",
-    "final_bpb",
-    "recovery_ratio",
-    "gap_depth",
-    "gap_area",
-    "gap_tokens",
-    "gap_recovered",
-    "rate_share",
-    "anneal_gain_new",
-    "anneal_gain_old",
-    "min_acc",
-    "wc_acc",
-)
-OPTIONS = ("replay", "branch", "accounting", "boundary")
-LEDGER = ("trunk_new", "trunk_replay", "branch_new", "branch_replay", "unique", "repeated", "probe", "replay_bytes")
-COLUMNS = (
-    *("scenario", "learner", "model", "variant", "manifest", "marks", *OPTIONS, "n_seeds", "seeds"),
-    *(f"{name}_{part}" for name in SHOWN for part in ("mean", "std")),
-    *(f"tokens_{name}" if name != "replay_bytes" else name for name in LEDGER),
-    *("flops", "seconds_mean", "failed", "dead", "running"),
-)
-
-
-def is_loss(entry: Mapping[str, Any]) -> bool:
-    """Whether a record is of a pre-training run, finished or not."""
-    return entry["scenario"].get("kind") == KIND
-
-
-def usable(entry: Mapping[str, Any]) -> bool:
-    """Whether everything that the table needs is there and of the right kind."""
-    try:
-        values = metrics_loss.summary(entry)
-        ledger = all(isinstance(entry["ledger"][name], int) for name in LEDGER)
-        return entry["status"] == "ok" and bool(values) and ledger and isinstance(entry["ledger"]["flops"], int | float)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError):
-        return False
-
-
-def rows(records: Sequence[Mapping[str, Any]], dead: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """One row for each (scenario, learner, model, variant) of pre-training, lowest final loss first."""
-    from clbench.report.table import variant
-
-    losses = [entry for entry in records if is_loss(entry)]
-    good = [entry for entry in losses if usable(entry)]
-    pairs = _Pairs(good)
-    groups: dict[tuple[str, str, str, str], list[Mapping[str, Any]]] = {}
-    for entry in losses:
-        key = (entry["scenario"]["name"], entry["learner"]["name"], entry["model"]["name"], variant(entry))
-        groups.setdefault(key, []).append(entry)
-    made = [_row(key, sorted(group, key=lambda e: e["seed"]), pairs, set(dead)) for key, group in groups.items()]
-
-    def order(row: dict[str, Any]) -> tuple:
-        value = row["final_loss_mean"]
-        return (row["scenario"], row["model"], math.inf if value is None else value, row["learner"], row["variant"])
-
-    return sorted(made, key=order)
+SHOWN = tuple(metrics_loss.ABOUT)
+ABOUT: dict[str, str] = {
+    "scenario": "chosen name",
+    "learner": "chosen name",
+    "model": "chosen name",
+    "variant": "short hash of everything but the seed",
+    "manifest": "first 8 digits of the manifest's SHA-256",
+    "marks": "`reference`: joint training, no contender; the others as in leaderboard.csv",
+    "replay": "share of each batch that is old text, where the learner has the option",
+    "branch": "share of the steps that are an annealed branch",
+    "accounting": "`equal_compute`: the branch takes its steps from the experience; `equal_data`: it comes on top",
+    "boundary": "the optimiser at a new experience: keep, reset, reset_moments, restore",
+    "n_seeds": "runs with a result",
+    "seeds": "their seeds",
+    **{
+        f"{name}_{part}": f"{words}: {text}"
+        for name, text in metrics_loss.ABOUT.items()
+        for part, words in (("mean", "mean over seeds"), ("std", "unbiased standard deviation over seeds"))
+    },
+    "final_loss_low": "lower end of the 95 % bootstrap interval of the mean of `final_loss` (too narrow below 5 seeds)",
+    "final_loss_high": "its upper end",
+    "vs_best": "`final_loss` against the lowest of the same scenario and manifest that is no reference; see leaderboard.csv",
+    "vs_best_p": "p of the paired t-test on shared seeds, adjusted by Holm over the rows that were compared",
+    "tokens_trunk_new": "tokens trained on: new text in trunks, largest over the runs, as all of the ledger",
+    "tokens_trunk_replay": "old text in trunks",
+    "tokens_branch_new": "new text in branches",
+    "tokens_branch_replay": "old text in branches",
+    "tokens_unique": "tokens that were read once at least",
+    "tokens_repeated": "tokens that had been read before",
+    "tokens_probe": "tokens looked at while training, for the curves",
+    "replay_bytes": "bytes of old text that replay needed at hand",
+    "flops": "floating-point operations of training, evaluation and probes",
+    "seconds_mean": "mean of a run's wall seconds",
+    "peak_memory_mb_mean": "mean of a run's peak memory",
+    "stored_bytes": "what the learner held at the end, weights included",
+    "failed": "runs without a result: raised",
+    "dead": "runs without a result: process gone (the same command goes on)",
+    "running": "runs without a result: at work",
+}
+COLUMNS = tuple(ABOUT)
+_NAMED = ("final_loss", "learned_loss", "forgetting_after", "regret", "gap_depth")
+_WHOLE = ("gap_area", "gap_tokens")
+Row = dict[str, Any]
 
 
-def _row(key: tuple[str, ...], group: list[Mapping[str, Any]], pairs: _Pairs, dead: set[str]) -> dict[str, Any]:
-    from clbench.report.table import mean_std
+def rows(records: Sequence[Mapping[str, Any]], dead: Sequence[str] = ()) -> list[Row]:
+    """One row for each (scenario, learner, model, variant) of pre-training records, lowest final loss first."""
+    known: dict[str, Mapping[str, Any]] = {}
+    return board(loss_facts.join([boil(entry, known) for entry in records]), dead)
 
-    done = [entry for entry in group if usable(entry)]
-    row: dict[str, Any] = dict.fromkeys(COLUMNS)
-    row |= dict(zip(("scenario", "learner", "model", "variant"), key, strict=True))
-    row |= options(group[0])
-    row["manifest"] = str(group[0]["scenario"].get("manifest_sha256", ""))[:8]
-    row["marks"] = " ".join(sorted({mark for entry in group for mark in entry.get("marks", [])}))
-    row["n_seeds"], row["seeds"] = len(done), " ".join(str(entry["seed"]) for entry in done)
-    values = [metrics_loss.summary(entry) | pairs.values(entry) for entry in done]
+
+def board(runs: Sequence[Run], dead: Sequence[str] = ()) -> list[Row]:
+    """`rows` of runs that are boiled down and joined already; runs of accuracies are left out."""
+    groups: dict[tuple[str, str, str, str, bool], list[Run]] = {}
+    for run in runs:
+        if run.loss is not None:
+            groups.setdefault((run.scenario, run.learner, run.model, run.variant, run.legacy), []).append(run)
+    lost = set(dead)
+    made = [(_row(group, lost), group) for group in (sorted(g, key=lambda r: (r.seed, r.run_id)) for g in groups.values())]
+
+    def order(pair: tuple[Row, list[Run]]) -> tuple:
+        row, value = pair[0], pair[0]["final_loss_mean"]
+        last = (row["learner"], row["variant"], "legacy" in row["marks"])
+        return (row["scenario"], row["model"], math.inf if value is None else value, *last)
+
+    made.sort(key=order)
+    fields: dict[tuple[str, str], list[tuple[Row, list[Run]]]] = {}
+    for row, group in made:
+        contends = not group[0].legacy and not {"reference", "test_tuned"} & set(row["marks"].split())
+        if contends and row["final_loss_mean"] is not None:
+            fields.setdefault((row["scenario"], group[0].stream), []).append((row, group))
+    for field in fields.values():
+        statistics.against_best(field, "final_loss", lower=True)
+    return [row for row, _ in made]
+
+
+def _row(group: Sequence[Run], dead: set[str]) -> Row:
+    first, facts = group[0], group[0].loss or {}
+    done = [run for run in group if run.loss is not None and run.loss["usable"]]
+    row: Row = dict.fromkeys(COLUMNS)
+    row |= {name: getattr(first, name) for name in ("scenario", "learner", "model", "variant")} | facts["options"]
+    row |= {"manifest": first.stream[:8], "marks": " ".join(sorted({mark for run in group for mark in run.marks}))}
+    row["n_seeds"], row["seeds"] = len(done), " ".join(str(run.seed) for run in done)
     for name in SHOWN:
-        row[f"{name}_mean"], row[f"{name}_std"] = mean_std([v[name] for v in values if name in v])
-    for name in LEDGER:
-        column = name if name == "replay_bytes" else f"tokens_{name}"
-        row[column] = max((entry["ledger"][name] for entry in done), default=None)
-    row["flops"] = max((float(entry["ledger"]["flops"]) for entry in done), default=None)
-    row["seconds_mean"] = mean_std([float(e["seconds"].get("total", math.nan)) for e in done])[0]
-    row["failed"] = sum(entry["status"] == "failed" for entry in group)
-    row["dead"] = sum(entry["run_id"] in dead for entry in group)
-    row["running"] = sum(entry["status"] == "running" for entry in group) - row["dead"]
+        row[f"{name}_mean"], row[f"{name}_std"] = mean_std([run.values[name] for run in done if name in run.values])
+    final = [run.values["final_loss"] for run in done if "final_loss" in run.values]
+    if final:
+        row["final_loss_low"], row["final_loss_high"] = statistics.bootstrap([final]) or (None, None)
+    ledgers = [run.loss["ledger"] for run in done if run.loss is not None]
+    for name in (*LEDGER, "flops"):
+        column = name if name in ("replay_bytes", "flops") else f"tokens_{name}"
+        row[column] = max((ledger[name] for ledger in ledgers), default=None)
+    for name in ("seconds", "peak_memory_mb"):
+        row[f"{name}_mean"] = mean_std([run.costs[name] for run in done if name in run.costs])[0]
+    row["stored_bytes"] = max((run.costs["stored_bytes"] for run in done if "stored_bytes" in run.costs), default=None)
+    row["failed"] = sum(run.status == "failed" for run in group)
+    row["dead"] = sum(run.run_id in dead for run in group)
+    row["running"] = sum(run.status == "running" for run in group) - row["dead"]
     return row
 
 
-def options(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a learner that the literature compares, where it has them."""
-    learner = entry["config"].get("learner", {})
-    replay = learner.get("replay")
-    share = replay.get("share") if isinstance(replay, Mapping) else None
-    return {"replay": share, **{name: learner.get(name) for name in OPTIONS[1:]}}
-
-
-class _Pairs:
-    """What two or three runs say together: recovery by replay, and the share of forgetting that is the rate's."""
-
-    def __init__(self, records: Sequence[Mapping[str, Any]]):
-        self.plain: dict[str, float] = {}
-        self.union: dict[str, list[float]] = {}
-        self.iid: dict[str, Mapping[str, Any]] = {}
-        for entry in records:
-            final = metrics_loss.summary(entry)["final_loss"]
-            learner = entry["config"]["learner"]
-            if not options(entry)["replay"] and learner.get("data", "new") == "new":
-                self.plain[_without_replay(entry)] = final
-            if learner.get("data") == "union":
-                self.union.setdefault(_stream(entry), []).append(final)
-            if entry["scenario"].get("iid"):
-                self.iid[_first_set(entry)] = entry
-
-    def values(self, entry: Mapping[str, Any]) -> dict[str, float]:
-        """`recovery_ratio` and `rate_share`, where the runs to compare with are there."""
-        made = {}
-        without, union = self.plain.get(_without_replay(entry)), self.union.get(_stream(entry))
-        if without is not None and union and options(entry)["replay"]:
-            final = metrics_loss.summary(entry)["final_loss"]
-            made["recovery_ratio"] = metrics_loss.recovery_ratio(without, final, sum(union) / len(union))
-        same = self.iid.get(_first_set(entry))
-        if same is not None and not entry["scenario"].get("iid"):
-            name = entry["scenario"]["eval_names"][0]
-            made["rate_share"] = metrics_loss.rate_share(same["curves"], entry["curves"], name)
-        return made
-
-
-def _without_replay(entry: Mapping[str, Any]) -> str:
-    learner = {key: value for key, value in entry["config"]["learner"].items() if key != "replay"}
-    return record.digest([learner, entry["config"]["model"], entry["seed"], entry["scenario"]["manifest_sha256"]])
-
-
-def _stream(entry: Mapping[str, Any]) -> str:
-    return record.digest([entry["scenario"]["manifest_sha256"], entry["config"]["model"]])
-
-
-def _first_set(entry: Mapping[str, Any]) -> str:
-    """The same learner, model and seed, and the same first evaluation set under the same budget."""
-    stream = entry["scenario"]
-    shape = [stream["context"], stream["batch"], stream["experiences"][0]["steps"], stream["eval_names"][0]]
-    first = [entry["n"][0], entry["floor"][0], *shape]
-    return record.digest([entry["config"]["learner"], entry["config"]["model"], entry["seed"], first])
-
-
-def to_csv(made: Sequence[Mapping[str, Any]]) -> str:
+def csv_of(made: Sequence[Row], columns: Sequence[str] = COLUMNS) -> str:
     """The rows as CSV text in fixed formats."""
-    import pandas as pd
-
-    from clbench.report.table import safe
-
-    frame = pd.DataFrame(made, columns=list(COLUMNS)).astype(object)
-    for name in COLUMNS:
-        form = safe
-        if name == "seconds_mean":
-            form = "{:.1f}".format
-        elif name in ("gap_area_mean", "gap_area_std", "gap_tokens_mean", "gap_tokens_std"):
-            form = "{:.0f}".format
-        elif name == "flops":
-            form = "{:.4e}".format
-        elif name.endswith(("_mean", "_std")):
-            form = _number
-        frame[name] = ["" if row[name] is None else form(row[name]) for row in made]
     out = io.StringIO()
-    frame.to_csv(out, index=False, lineterminator="\n")
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([formatted(name, row[name]) for name in columns] for row in made)
     return out.getvalue()
 
 
-def _number(value: float) -> str:
-    text = f"{value:.4f}"
-    return "0.0000" if text == "-0.0000" else text
+def formatted(name: str, value: Any) -> str:
+    """A cell of the CSV; '' for no value."""
+    if value is None:
+        return ""
+    if name == "flops":
+        return f"{value:.4e}"
+    if name == "vs_best_p" or name in OPTIONS:
+        return f"{value:.4g}" if isinstance(value, float) else safe(value)
+    if name.startswith(_WHOLE):
+        return f"{value:.0f}"
+    if isinstance(value, float):
+        return fraction(value, 1) if name.startswith(("seconds", "peak", "stored")) else fraction(value)
+    return safe(value)
 
 
-def report(results: pathlib.Path, records: Sequence[Mapping[str, Any]], dead: Sequence[str]) -> list[str]:
-    """Write `leaderboard_loss.csv` if there are pre-training runs, or were -> lines for the terminal."""
-    path, made = results / "leaderboard_loss.csv", rows(records, dead)
+def write(made: Sequence[Row], results: pathlib.Path) -> list[pathlib.Path]:
+    """Write `leaderboard_loss.csv`, if there are pre-training runs or were -> what was written."""
+    path = results / "leaderboard_loss.csv"
     if not made and not path.exists():
         return []
-    record.write_text(path, to_csv(made))
-    broken = [e["run_id"] for e in records if is_loss(e) and e["status"] == "ok" and not usable(e)]
-    return [table_text(made), "", *(f"problem {name}: its losses cannot be read" for name in broken), f"written {path}"]
+    record.write_text(path, csv_of(made))
+    return [path]
+
+
+def troubles(runs: Sequence[Run]) -> list[str]:
+    """A line for each finished record whose losses cannot be read."""
+    broken = [run for run in runs if run.loss is not None and run.status == "ok" and not run.loss["usable"]]
+    return [f"problem {plain(run.run_id)}: its losses cannot be read" for run in broken]
 
 
 def table_text(made: Sequence[Mapping[str, Any]]) -> str:
     """The main columns of each scenario, aligned: nats per token, mean ± standard deviation over seeds."""
-    from clbench.report.table import plain
-
-    names = ("final_loss", "learned_loss", "forgetting_after", "regret", "gap_depth")
-    head = ("learner", "model", "replay", "variant", "seeds", *names, "Mtokens", "seconds", "marks")
+    head = ("learner", "model", "replay", "variant", "seeds", _NAMED[0], "?", *_NAMED[1:], "Mtokens", "seconds", "marks")
     cells: list[tuple[str, ...]] = [head]
     for row in made:
         lost = "".join(f" +{row[k]} {k}" for k in ("failed", "dead", "running") if row[k])
-        numbers = [_pair(row[f"{name}_mean"], row[f"{name}_std"]) for name in names]
-        counts = [row[f"tokens_{name}"] or 0 for name in LEDGER[:4]]
+        numbers = [_pair(row[f"{name}_mean"], row[f"{name}_std"]) for name in _NAMED]
+        numbers[1:1] = [statistics.LETTERS.get(row["vs_best"] or "", "")]
         seconds = "-" if row["seconds_mean"] is None else f"{row['seconds_mean']:.1f}"
         share = "-" if row["replay"] is None else f"{row['replay']:g}"
         words = (plain(row["learner"]), plain(row["model"]), share, row["variant"], f"{row['n_seeds']}{lost}")
-        cells.append((*words, *numbers, f"{sum(counts) / 1e6:.2f}", seconds, plain(row["marks"])))
+        cells.append((*words, *numbers, f"{_trained(row) / 1e6:.2f}", seconds, plain(row["marks"])))
     widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
     lines, scenario = ["  " + _aligned(head, widths)], None
     for row, line in zip(made, cells[1:], strict=True):
@@ -217,15 +175,39 @@ def table_text(made: Sequence[Mapping[str, Any]]) -> str:
             scenario = row["scenario"]
             lines.append(plain(scenario))
         lines.append("  " + _aligned(line, widths))
-    return "\n".join(lines)
+    return "\n".join([*lines, *statistics.legend(row["vs_best"] for row in made)])
+
+
+def for_people(made: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """The main columns of each scenario, for Markdown, LaTeX and HTML."""
+    columns = ("learner", "replay", "model", "variant", "seeds", *_NAMED, "95 %", "vs best", "Mtokens", "seconds", "marks")
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in made:
+        line = {name: row[name] for name in ("learner", "model", "variant", "marks")}
+        lost = "".join(f" +{row[k]} {k}" for k in ("failed", "dead", "running") if row[k])
+        line |= {"replay": None if row["replay"] is None else f"{row['replay']:g}", "seeds": f"{row['n_seeds']}{lost}"}
+        line |= {name: _pair(row[f"{name}_mean"], row[f"{name}_std"], " ± ") for name in _NAMED}
+        low, high = row["final_loss_low"], row["final_loss_high"]
+        line["95 %"] = None if low is None else f"{fraction(low)} .. {fraction(high)}"
+        seconds = None if row["seconds_mean"] is None else f"{row['seconds_mean']:.1f}"
+        line |= {"vs best": row["vs_best"], "Mtokens": f"{_trained(row) / 1e6:.2f}", "seconds": seconds}
+        groups.setdefault(row["scenario"], []).append(line)
+    notes = (
+        "Nats per token, mean ± unbiased standard deviation over seeds; 95 %: bootstrap interval of the mean of final_loss.",
+    )
+    return [Table(f"losses {i}", plain(name), columns, lines, notes) for i, (name, lines) in enumerate(groups.items())]
+
+
+def _trained(row: Mapping[str, Any]) -> int:
+    return sum(row[f"tokens_{name}"] or 0 for name in LEDGER[:4])
 
 
 def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join(cell.ljust(wide) for cell, wide in zip(line, widths, strict=True)).rstrip()
 
 
-def _pair(mean: float | None, std: float | None) -> str:
-    return "-" if mean is None else _number(mean) + ("" if std is None else f"±{std:.4f}")
+def _pair(mean: float | None, std: float | None, sign: str = "±") -> str:
+    return "-" if mean is None else fraction(mean) + ("" if std is None else sign + f"{std:.4f}".lstrip("0"))
 
 
 def closing_text(entry: Mapping[str, Any], path: pathlib.Path) -> str:
@@ -241,8 +223,6 @@ def closing_text(entry: Mapping[str, Any], path: pathlib.Path) -> str:
 
 def matrix_text(entry: Mapping[str, Any]) -> str:
     """Nats per token after each experience (rows) on each evaluation set (columns), the floor below where it is known."""
-    from clbench.report.table import plain
-
     names = [plain(name)[:14] for name in entry["scenario"]["eval_names"]]
     tokens = entry["tokens"]
     start = metrics_loss.loss_matrix([entry["sum_loss_start"]], tokens)[0]

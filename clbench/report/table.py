@@ -2,195 +2,208 @@
 
 from __future__ import annotations
 
+import csv
+import hashlib
 import io
 import math
 import pathlib
-import unicodedata
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clbench import metrics, record
-from clbench.report import losses
+from clbench.report import costs, losses, statistics
+from clbench.report.columns import ABOUT, COLUMNS, DETAILS, SHOWN
+from clbench.report.formats import fraction, plain, safe
+from clbench.report.runs import Filter, Run, Scan, boil, scan, variant
+from clbench.report.statistics import mean_std
 
-SHOWN = ("step_macro", "step_micro", "last_macro", "last_micro", "forgetting", "bwt", "plasticity")
-_BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-COLUMNS = (
-    "scenario",
-    "learner",
-    "model",
-    "variant",
-    "manifest",
-    "marks",
-    "n_seeds",
-    "seeds",
-    *(f"{name}_{part}" for name in SHOWN for part in ("mean", "std")),
-    "seconds_mean",
-    "peak_memory_mb_mean",
-    "stored_bytes",
-    "exemplars",
-    "failed",
-    "dead",
-    "running",
-)
+__all__ = ["ABOUT", "COLUMNS", "SHOWN", "mean_std", "plain", "report", "rows", "safe", "to_csv", "variant"]
+Row = dict[str, Any]
 
 
-def variant(entry: Mapping[str, Any]) -> str:
-    """Short hash of everything but the seed: rows with other settings, streams or weights never mix.
-
-    Random weights (`source` "none") are drawn from the seed, so they do not count: their seeds are one row.
-    """
-    config = {key: value for key, value in entry["config"].items() if key != "seed"}
-    model = entry["model"]
-    weights = None if model.get("source") == "none" else model.get("state_sha256")
-    parts = [config, entry["scenario"].get("manifest_sha256"), weights, entry["numbers_version"]]
-    return record.digest([*parts, entry["learner"].get("plugin")])[:8]
-
-
-def plain(text: Any) -> str:
-    """One line without control characters, broken surrogates and text-direction marks: nothing that a terminal obeys."""
-    word = " ".join(str(text).split())
-    if word.isascii() and word.isprintable():
-        return word
-    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") or c in _BIDI else c for c in word)
-
-
-def safe(text: Any) -> str:
-    """A cell that a spreadsheet does not take for a formula, on one line."""
-    word = plain(text)
-    return f"'{word}" if word[:1] in ("=", "+", "-", "@") else word
-
-
-def rows(records: Sequence[Mapping[str, Any]], dead: Sequence[str] = ()) -> list[dict[str, Any]]:
+def rows(records: Sequence[Mapping[str, Any]], dead: Sequence[str] = ()) -> list[Row]:
     """One row for each (scenario, learner, model, variant); runs without a result count, and are never missing."""
-    groups: dict[tuple[str, str, str, str], list[Mapping[str, Any]]] = {}
-    for entry in records:
-        key = (entry["scenario"]["name"], entry["learner"]["name"], entry["model"]["name"], variant(entry))
-        groups.setdefault(key, []).append(entry)
-    made = [_row(key, sorted(group, key=lambda e: (e["seed"], e["run_id"])), set(dead)) for key, group in groups.items()]
+    known: dict[str, Mapping[str, Any]] = {}
+    return board([boil(entry, known) for entry in records], dead)
 
-    def order(row: dict[str, Any]) -> tuple:
+
+def board(runs: Sequence[Run], dead: Sequence[str] = ()) -> list[Row]:
+    """`rows` of runs that are boiled down already; those of pre-training have a table of their own (`losses`)."""
+    groups: dict[tuple[str, str, str, str, bool], list[Run]] = {}
+    for run in (run for run in runs if run.loss is None):
+        groups.setdefault((run.scenario, run.learner, run.model, run.variant, run.legacy), []).append(run)
+    lost = set(dead)
+    groups = {key: sorted(group, key=lambda r: (r.seed, r.run_id)) for key, group in groups.items()}
+    made = [(_row(group, lost), group) for group in groups.values()]
+
+    def order(pair: tuple[Row, list[Run]]) -> tuple:
+        row = pair[0]
         value = row["last_macro_mean"]
-        return (row["scenario"], row["model"], math.inf if value is None else -value, row["learner"], row["variant"])
+        last = (row["learner"], row["variant"], "legacy" in row["marks"])
+        return (row["scenario"], row["model"], math.inf if value is None else -value, *last)
 
-    return sorted(made, key=order)
+    made.sort(key=order)
+    fields: dict[tuple[str, str], list[tuple[Row, list[Run]]]] = {}
+    for row, group in made:
+        contends = not group[0].legacy and not {"reference", "test_tuned"} & set(row["marks"].split())
+        if contends and row["last_macro_mean"] is not None:
+            fields.setdefault((row["scenario"], group[0].stream), []).append((row, group))
+    for field in fields.values():
+        statistics.against_best(field, "last_macro")
+        _fronts([row for row, _ in field])
+    return [row for row, _ in made]
 
 
-def _row(key: tuple[str, str, str, str], group: list[Mapping[str, Any]], dead: set[str]) -> dict[str, Any]:
-    done = [entry for entry in group if entry["status"] == "ok"]
-    values = [metrics.summary(entry) for entry in done]
-    row: dict[str, Any] = dict.fromkeys(COLUMNS)
-    row |= dict(zip(("scenario", "learner", "model", "variant"), key, strict=True))
-    row["manifest"] = str(group[0]["scenario"].get("manifest_sha256", ""))[:8]
-    row["marks"] = " ".join(sorted({mark for entry in group for mark in entry.get("marks", [])}))
-    row["n_seeds"], row["seeds"] = len(done), " ".join(str(entry["seed"]) for entry in done)
-    for name in SHOWN:
-        row[f"{name}_mean"], row[f"{name}_std"] = mean_std([v[name] for v in values if name in v])
-    row["seconds_mean"] = mean_std([float(e["seconds"].get("total", math.nan)) for e in done])[0]
-    row["peak_memory_mb_mean"] = mean_std(
-        [e["peak_memory_bytes"] / 1e6 for e in done if e.get("peak_memory_bytes") is not None]
-    )[0]
-    for name in ("stored_bytes", "exemplars"):
-        found = [entry[name] for entry in done if entry.get(name) is not None]
-        row[name] = max(found) if found else None
-    row["failed"] = sum(entry["status"] == "failed" for entry in group)
-    row["dead"] = sum(entry["run_id"] in dead for entry in group)
-    row["running"] = sum(entry["status"] == "running" for entry in group) - row["dead"]
+def _row(group: Sequence[Run], dead: set[str]) -> Row:
+    done, first = [run for run in group if run.status == "ok"], group[0]
+    row: Row = dict.fromkeys(COLUMNS)
+    row |= {name: getattr(first, name) for name in ("scenario", "learner", "model", "variant")}
+    row |= {"manifest": first.stream[:8], "marks": " ".join(sorted({mark for run in group for mark in run.marks}))}
+    row["n_seeds"], row["seeds"] = len(done), " ".join(str(run.seed) for run in done)
+    for name in (*SHOWN, *DETAILS):
+        mean, std = mean_std([run.values[name] for run in done if name in run.values])
+        row |= {f"{name}_mean": mean} | ({f"{name}_std": std} if name in SHOWN else {})
+    row |= costs.columns([run.costs for run in done])
+    last = [run.values["last_macro"] for run in done if "last_macro" in run.values]
+    if last:
+        row["last_macro_iqm"] = float(statistics.iqm(last))
+        row["last_macro_low"], row["last_macro_high"] = statistics.bootstrap([last]) or (None, None)
+    row["failed"] = sum(run.status == "failed" for run in group)
+    row["dead"] = sum(run.run_id in dead for run in group)
+    row["running"] = sum(run.status == "running" for run in group) - row["dead"]
     return row
 
 
-def mean_std(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean and unbiased standard deviation; None where there is no value, or no spread to measure."""
-    found = [v for v in values if math.isfinite(v)]
-    if not found:
-        return None, None
-    mean = math.fsum(found) / len(found)
-    if len(found) < 2:
-        return mean, None
-    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in found) / (len(found) - 1))
+def _fronts(field: Sequence[Row]) -> None:
+    for name, cost in (("pareto_bytes", costs.held), ("pareto_seconds", lambda row: row["seconds_mean"])):
+        found = costs.front([(cost(row), row["last_macro_mean"]) for row in field])
+        for row, on in zip(field, found, strict=True):
+            row[name] = None if cost(row) is None else on
 
 
 def leaderboard(records: Sequence[Mapping[str, Any]], dead: Sequence[str] = ()) -> Any:
     """The leaderboard as a pandas DataFrame with `COLUMNS`."""
-    return _frame(rows(records, dead))
-
-
-def _frame(made: Sequence[Mapping[str, Any]]) -> Any:
     import pandas as pd
 
-    return pd.DataFrame(made, columns=list(COLUMNS))
+    return pd.DataFrame(rows(records, dead), columns=list(COLUMNS))
 
 
 def to_csv(records: Sequence[Mapping[str, Any]], dead: Sequence[str] = ()) -> str:
     """The leaderboard as CSV text: fixed formats, so that a difference in review is a difference in results."""
-    return _csv(rows(records, dead))
+    return csv_of(rows(records, dead))
 
 
-def _csv(made: Sequence[Mapping[str, Any]]) -> str:
-    frame = _frame(made).astype(object)
-    for name in COLUMNS:
-        if name in ("seconds_mean", "peak_memory_mb_mean"):
-            form = "{:.1f}".format
-        elif name.endswith(("_mean", "_std")):
-            form = _fraction
-        else:
-            form = safe
-        frame[name] = ["" if row[name] is None else form(row[name]) for row in made]
+def csv_of(made: Sequence[Row], columns: Sequence[str] = COLUMNS) -> str:
+    """Rows as CSV text."""
     out = io.StringIO()
-    frame.to_csv(out, index=False, lineterminator="\n")
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([formatted(name, row[name]) for name in columns] for row in made)
     return out.getvalue()
 
 
-def _fraction(value: float) -> str:
-    """Four decimals; a value that rounds to zero has no sign, whatever the order of the sums."""
-    text = f"{value:.4f}"
-    return "0.0000" if text == "-0.0000" else text
+def formatted(name: str, value: Any) -> str:
+    """A cell of the CSV; '' for no value."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if name == "vs_best_p":
+        return f"{value:.4g}"
+    if isinstance(value, float):
+        cost = name in costs.COLUMNS or name in ("seconds_mean", "peak_memory_mb_mean", "stored_bytes", "exemplars")
+        return fraction(value, 1) if cost else fraction(value)
+    return safe(value)
 
 
-def report(results_dir: str | pathlib.Path, strict: bool = False) -> tuple[str, int]:
-    """Rebuild `leaderboard.csv` from `records/` -> (text for the terminal, exit code: 1 if strict and something is wrong)."""
+def file_name(scenario: str) -> str:
+    """A file name for any scenario name, without a suffix: names that are not plain lower-case words get a hash."""
+    word = re.sub(r"[^a-z0-9_.-]+", "_", scenario.lower()).strip("._-")[:60]
+    devices = ("con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10)))
+    if word and word == scenario and word.split(".")[0] not in devices:
+        return word
+    return f"{word or 'scenario'}-{hashlib.sha256(scenario.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+
+
+def write(made: Sequence[Row], results: pathlib.Path) -> None:
+    """`leaderboard.csv` and a CSV for each scenario in `leaderboards/`; files there of scenarios that are gone are removed."""
+    record.write_text(results / "leaderboard.csv", csv_of(made))
+    groups: dict[str, list[Row]] = {}
+    for row in made:
+        groups.setdefault(file_name(row["scenario"]), []).append(row)
+    folder = results / "leaderboards"
+    for name, group in groups.items():
+        record.write_text(folder / f"{name}.csv", csv_of(group))
+    for path in folder.glob("*.csv"):
+        if path.stem not in groups and _is_ours(path):
+            path.unlink(missing_ok=True)
+
+
+def _is_ours(path: pathlib.Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.readline(4096).startswith(",".join(COLUMNS[:5]).encode())
+    except OSError:
+        return False
+
+
+def report(results_dir: str | pathlib.Path, strict: bool = False, wanted: Filter | None = None) -> tuple[str, int]:
+    """The table for the terminal -> (text, exit code: 1 if strict and something is wrong).
+
+    Without a filter it also rebuilds `leaderboard.csv` and `leaderboards/` from `records/`; a filtered view writes nothing.
+    """
     results = pathlib.Path(results_dir).expanduser()
-    records, problems = record.read_all(results / "records")
-    dead = [entry["run_id"] for entry in records if record.is_dead(entry, results)]
+    found = scan(results, wanted)
+    made, lower = board(found.runs, found.dead), losses.board(found.runs, found.dead)
     path = results / "leaderboard.csv"
-    made = rows(records, dead)
-    if made or problems or path.exists():
-        record.write_text(path, _csv(made))
-    if not records and not problems:
+    whole, written = not wanted, []
+    if whole and (made or found.problems or path.exists()):
+        write(made, results)
+        written = [path, results / "leaderboards"]
+    if not found.runs and not found.problems:
         return f"no records in {results / 'records'}", 1 if strict else 0
-    kinds = {losses.is_loss(entry) for entry in records}
-    images = made if True not in kinds else rows([entry for entry in records if not losses.is_loss(entry)], dead)
-    lines = [*([table_text(images), ""] if False in kinds else []), *losses.report(results, records, dead)]
-    counts = Counter("dead" if e["run_id"] in dead else e["status"] for e in records)
-    lines.append(f"{len(records)} records: " + ", ".join(f"{n} {status}" for status, n in sorted(counts.items())))
-    lines += [line for entry in records if (line := _trouble(entry, entry["run_id"] in dead))]
-    lines += [f"problem {plain(line)}" for line in problems]
-    lines.append(f"written {path}")
-    bad = bool(dead or problems or counts["failed"])
-    return "\n".join(lines), 1 if strict and bad else 0
+    lines = [*([table_text(made), ""] if made or not lower else []), *([losses.table_text(lower), ""] if lower else [])]
+    lines += [*troubles(found), *losses.troubles(found.runs)]
+    written += losses.write(lower, results) if whole else []
+    lines.append(f"written {', '.join(map(str, written))}" if whole else "a filtered view: nothing is written")
+    return "\n".join(lines), 1 if strict and is_bad(found) else 0
 
 
-def _trouble(entry: Mapping[str, Any], dead: bool) -> str | None:
-    what = f"{entry['run_id']}  {plain(entry['scenario']['name'])} {plain(entry['learner']['name'])} seed {entry['seed']}"
-    if entry["status"] == "failed":
-        error = entry["error"] or {}
-        return f"failed  {what}: {plain(error.get('type', ''))}: {plain(error.get('message', ''))[:160]}"
-    return f"dead    {what}: its process is gone; the same command goes on where it was" if dead else None
+def is_bad(found: Scan) -> bool:
+    """Whether a run failed or died, or a file is no record."""
+    return bool(found.dead or found.problems or any(run.status == "failed" for run in found.runs))
+
+
+def troubles(found: Scan) -> list[str]:
+    """How many records there are, and a line for each that has no result and for each file that is none."""
+    dead = set(found.dead)
+    counts = Counter("dead" if run.run_id in dead else run.status for run in found.runs)
+    lines = [f"{len(found.runs)} records: " + ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))]
+    for run in found.runs:
+        what = f"{run.run_id}  {plain(run.scenario)} {plain(run.learner)} seed {run.seed}"
+        if run.status == "failed":
+            lines.append(f"failed  {what}: {run.trouble}")
+        elif run.run_id in dead:
+            lines.append(f"dead    {what}: its process is gone; the same command goes on where it was")
+    return lines + [f"problem {plain(line)}" for line in found.problems]
 
 
 def table_text(made: Sequence[Mapping[str, Any]], width: int = 120) -> str:
-    """The main columns of each scenario, aligned: mean ± standard deviation over seeds.
+    """The main columns of each scenario, aligned: mean ± standard deviation over seeds, 95 % interval of last_macro.
 
     Long names are cut to fit; marks never are, so a row with several of them may be wider.
     """
-    names = ("step_macro", "last_macro", "last_micro", "forgetting")
-    head = ("learner", "model", "variant", "seeds", *names, "seconds", "marks")
+    names = ("step_macro", "last_macro", "forgetting")
+    head = ("learner", "model", "variant", "seeds", *names[:2], "95 %", "?", names[2], "seconds", "marks")
     cells: list[tuple[str, ...]] = [head]
     for row in made:
         numbers = [_pair(row[f"{name}_mean"], row[f"{name}_std"]) for name in names]
         seconds = "-" if row["seconds_mean"] is None else f"{row['seconds_mean']:.1f}"
         lost = "".join(f" +{row[k]} {k}" for k in ("failed", "dead", "running") if row[k])
         known = (plain(row["learner"]), plain(row["model"]), row["variant"], f"{row['n_seeds']}{lost}")
+        numbers[2:2] = [_interval(row), statistics.LETTERS.get(row["vs_best"] or "", "")]
         cells.append((*known, *numbers, seconds, plain(row["marks"])))
     widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
     over = sum(widths) + 2 * len(widths) - width
@@ -204,7 +217,12 @@ def table_text(made: Sequence[Mapping[str, Any]], width: int = 120) -> str:
             scenario = row["scenario"]
             lines.append(_cut(plain(scenario), width))
         lines.append("  " + _aligned(line, widths))
-    return "\n".join(lines)
+    return "\n".join([*lines, *statistics.legend(row["vs_best"] for row in made)])
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    low, high = row["last_macro_low"], row["last_macro_high"]
+    return "-" if low is None else "-".join(f"{v:.3f}".removeprefix("0") for v in (low, high))
 
 
 def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
@@ -218,7 +236,7 @@ def _cut(text: str, width: int) -> str:
 def _pair(mean: float | None, std: float | None) -> str:
     if mean is None:
         return "-"
-    return _fraction(mean) + ("" if std is None else "±" + f"{std:.4f}".lstrip("0"))
+    return fraction(mean) + ("" if std is None else "±" + f"{std:.4f}".lstrip("0"))
 
 
 def accuracy_matrix_text(entry: Mapping[str, Any]) -> str:

@@ -1,21 +1,30 @@
-"""Recompute what can be recomputed, and refuse a record that contradicts itself."""
+"""Recompute what can be recomputed, and say of every record how far it can be believed.
+
+`failed`         it contradicts itself, the stream beside it, or the weights and learners that clbench knows
+`self-reported`  consistent, but something that it names could not be looked at here: each reason says what
+`verified`       everything that can be checked without running it again is right
+`unfinished`     running, or failed with an error: it claims no result
+"""
 
 from __future__ import annotations
 
+import math
 import pathlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from clbench import metrics, record
 from clbench.interfaces import UserError
-from clbench.report import losses, verify_losses
+from clbench.report import evidence, loss_facts, verify_losses
+from clbench.report.evidence import Place
+
+SURE = 87.4  # -log of the least probability that counts: the largest nll of a sample
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One record: `verified`, `unfinished` or `failed`, with reasons; `notes` are worth knowing but not wrong.
+    """One record: `verified`, `self-reported`, `failed` or `unfinished`, with reasons; `notes` are worth knowing, not wrong.
 
     A verdict on several records together carries their names and says `failed` or `note`.
     """
@@ -26,83 +35,100 @@ class Verdict:
     notes: tuple[str, ...] = ()
 
 
-def verify(path: str | pathlib.Path) -> tuple[str, int]:
-    """Check a record or a results folder -> (text, exit code: 1 if a record is refused)."""
-    from clbench.report.table import plain
+def verify(
+    path: str | pathlib.Path, data_root: str | None = None, targets: Mapping[str, Sequence[str]] | None = None
+) -> tuple[str, int]:
+    """Check a record or a results folder -> (text, exit code: 1 if a record failed).
 
-    made, general = _look(pathlib.Path(path).expanduser())
-    lines = []
-    for v in [*made, *general]:
-        why = "; ".join([*v.reasons, *(f"note: {note}" for note in v.notes)])
-        lines.append(f"{v.verdict:<10}  {plain(v.name)}" + (f"  {plain(why)}" if why else ""))
-    bad = sum(v.verdict == "failed" for v in made)
-    good = sum(v.verdict == "verified" for v in made)
-    rest = len(made) - bad - good
-    lines.append(f"{len(made)} records: {good} verified, {bad} refused" + (f", {rest} unfinished" if rest else ""))
-    return "\n".join(lines), 1 if any(v.verdict == "failed" for v in [*made, *general]) else 0
+    `data_root` (else CLBENCH_DATA) is where weights files may lie; `targets` are the classes of the learners' names.
+    """
+    made, general, dirty = _look(pathlib.Path(path).expanduser(), data_root, targets or {})
+    bad = any(v.verdict == "failed" for v in [*made, *general])
+    return "\n".join([*(line(v) for v in [*made, *general]), *_summary(made, dirty)]), 1 if bad else 0
 
 
-def verdicts(path: pathlib.Path) -> list[Verdict]:
+def line(v: Verdict) -> str:
+    """A verdict as one line."""
+    from clbench.report.formats import plain
+
+    why = "; ".join([*v.reasons, *(f"note: {note}" for note in v.notes)])
+    return f"{v.verdict:<13}  {plain(v.name)}" + (f"  {plain(why)}" if why else "")
+
+
+def _summary(made: Sequence[Verdict], dirty: int) -> Iterator[str]:
+    kinds = ("verified", "self-reported", "failed", "unfinished")
+    counts = {kind: sum(v.verdict == kind for v in made) for kind in kinds}
+    shown = [f"{n} {kind}" for kind, n in counts.items() if n or kind != "unfinished"]
+    yield f"{len(made)} records: {', '.join(shown)}"
+    if dirty:
+        yield f"{dirty} of them say that clbench had changes that were not committed when they ran"
+
+
+def verdicts(path: pathlib.Path, data_root: str | None = None) -> list[Verdict]:
     """A verdict for every record, then one for each group of records that do not fit together."""
-    made, general = _look(path)
+    made, general, _ = _look(path, data_root, {})
     return made + general
 
 
-def _look(path: pathlib.Path) -> tuple[list[Verdict], list[Verdict]]:
-    """`path` is a file, a folder of records, or a results folder -> (verdicts on files, verdicts on groups)."""
+def _look(
+    path: pathlib.Path, data_root: str | None, targets: Mapping[str, Sequence[str]]
+) -> tuple[list[Verdict], list[Verdict], int]:
+    """`path` is a file, a folder of records, or a results folder -> (verdicts on files, on groups, records of changed code)."""
     if not path.exists():
         raise UserError(f"{path} does not exist")
     folder = path / "records" if (path / "records").is_dir() else path
-    files = sorted(folder.glob("*.json")) if folder.is_dir() else [path]
-    results = files[0].resolve().parent.parent if files else path
-    made, read = [], []
-    manifests: dict[str, Any] = {}
+    files = record.files(folder) if folder.is_dir() else [path]
+    place = Place(files[0].resolve().parent.parent if files else path, evidence.data_folder(data_root), targets)
+    made, groups, dirty = [], _Groups(), 0
     for file in files:
         try:
-            entry = record.read(file)
+            found = record.load(file)
+            entry = record.checked(found, file)
         except UserError as error:
             made.append(Verdict(file.name, "failed", (str(error).removeprefix(f"{file} "),)))
             continue
-        read.append(entry)
-        made.append(_one(file, entry, results, manifests))
-    return made, list(_groups(read))
+        made.append(_one(file, found, entry, place))
+        groups.add(entry)
+        git = entry.get("git")
+        dirty += isinstance(git, dict) and bool(git.get("dirty"))
+    return made, list(groups.verdicts()), dirty
 
 
-def _one(file: pathlib.Path, entry: dict[str, Any], results: pathlib.Path, manifests: dict[str, Any]) -> Verdict:
+def _one(file: pathlib.Path, found: dict[str, Any], entry: dict[str, Any], place: Place) -> Verdict:
+    """`found` is what lies on disk, `entry` the same in today's schema."""
     reasons: list[str] = []
+    gaps: list[str] = []
     notes: list[str] = []
     try:
-        reasons += [*_identity(file, entry), *_manifest(entry, results, manifests, notes)]
+        if found.get("checksum") != record.checksum(found):
+            reasons.append("its checksum does not fit its content")
+        reasons += [*_identity(file, entry), *evidence.look(entry, place, gaps)]
         if entry["status"] == "ok":
             if entry["error"] is not None:
                 reasons.append("status ok with an error")
-            if isinstance(entry.get("correct"), list):
-                reasons += [*_sizes(entry), *_counts(entry)]
-            if losses.is_loss(entry):
+            if loss_facts.is_loss(entry):
                 reasons += verify_losses.check(entry)
             elif isinstance(entry.get("correct"), list):
-                reasons += _budget(entry)
+                reasons += [*_sizes(entry), *_counts(entry), *_calibration(entry), *_confusion(entry), *_budget(entry)]
+                notes += _chance(entry)
             else:
-                notes.append("it holds losses of another kind of stream, which are not checked")
+                gaps.append("it holds losses of another kind of stream, which are not checked")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, ArithmeticError) as error:
         reasons.append(f"a part is missing or of the wrong kind: {type(error).__name__}: {error}")
     if reasons:
-        return Verdict(file.name, "failed", tuple(reasons), tuple(notes))
+        return Verdict(file.name, "failed", tuple(reasons), tuple([*gaps, *notes]))
     if entry["status"] != "ok":
-        return Verdict(file.name, "unfinished", (f"status {entry['status']}",), tuple(notes))
-    return Verdict(file.name, "verified", (), tuple(notes))
+        return Verdict(file.name, "unfinished", (f"status {entry['status']}",), tuple([*gaps, *notes]))
+    return Verdict(file.name, "self-reported" if gaps else "verified", tuple(gaps), tuple(notes))
 
 
 def _identity(file: pathlib.Path, entry: Mapping[str, Any]) -> Iterator[str]:
-    if entry.get("checksum") != record.checksum(dict(entry)):
-        yield "its checksum does not fit its content"
     if file.stem != entry["run_id"]:
         yield f"the file is named {file.stem}, the record says run {entry['run_id']}"
-    if entry["numbers_version"] == record.NUMBERS_VERSION:
-        plugin = entry["learner"].get("plugin")
-        sha, weights = entry["scenario"]["manifest_sha256"], entry["model"]["state_sha256"]
-        if record.run_id(entry["config"], sha, weights, plugin) != entry["run_id"]:
-            yield "run_id is not the hash of its configuration, manifest and weights"
+    plugin, version = entry["learner"].get("plugin"), entry["numbers_version"]
+    sha, weights = entry["scenario"]["manifest_sha256"], entry["model"]["state_sha256"]
+    if record.run_id(entry["config"], sha, weights, plugin, version) != entry["run_id"]:
+        yield "run_id is not the hash of its configuration, manifest and weights"
     if entry["config"].get("seed") != entry["seed"]:
         yield "seed differs from the configuration's"
 
@@ -143,7 +169,7 @@ def _counts(entry: Mapping[str, Any]) -> Iterator[str]:
             elif any(other is not None for other in others):
                 yield f"correct[{i}][{j}] is null, the other counts of this cell are not"
     values = metrics.summary(entry)
-    if any(v < -1 - 1e-9 or v > 1 + 1e-9 for v in values.values() if v == v):
+    if any(abs(v) > 1 + 1e-9 for name, v in values.items() if v == v and name not in metrics.UNBOUNDED):
         yield "a derived number is outside -1..1"
 
 
@@ -186,53 +212,82 @@ def _budget(entry: Mapping[str, Any]) -> Iterator[str]:
         yield f"{sum(entry['visits'].values())} sample visits, the budget allows {limit} in each experience"
 
 
-def _manifest(entry: Mapping[str, Any], results: pathlib.Path, known: dict[str, Any], notes: list[str]) -> Iterator[str]:
-    """The stream lies beside the records: its hash is recomputed, and the record must describe it. Read once per stream."""
-    sha, scenario = entry["scenario"]["manifest_sha256"], entry["scenario"]
-    path = results / "manifests" / f"{sha}.json"
-    if not isinstance(sha, str) or not re.fullmatch(r"[0-9a-f]{64}", sha) or not path.exists():
-        notes.append("its manifest is not at hand")
+def _seen(entry: Mapping[str, Any], i: int) -> list[int]:
+    """Sets that belong to experience i or to the past, and were evaluated."""
+    return [j for j, first in enumerate(entry["first_seen"]) if first <= i and entry["correct"][i][j] is not None]
+
+
+def _calibration(entry: Mapping[str, Any]) -> Iterator[str]:
+    """Bins hold the samples of the sets seen, with the right answers that `correct` counts, at confidences of the bin."""
+    for i, row in enumerate((entry.get("calibration") or {}).get("table", ())):
+        if row is None:
+            continue
+        seen, where = _seen(entry, i), f"calibration.table[{i}]"
+        size, right = sum(entry["n"][j] for j in seen), sum(entry["correct"][i][j] for j in seen)
+        if not row["n"] == sum(row["bin_n"]) == size:
+            yield f"{where} holds {row['n']} samples, {sum(row['bin_n'])} in bins, the sets seen have {size}"
+        if sum(row["bin_correct"]) != right:
+            yield f"{where} has {sum(row['bin_correct'])} right answers, correct has {right}"
+        if row["nll"] > SURE * row["n"] or row["brier"] > (2 + 1e-9) * row["n"]:
+            yield f"{where}: nll {row['nll']:.4g} or brier {row['brier']:.4g} is more than {row['n']} samples can give"
+        for b, (n, sure, correct) in enumerate(zip(row["bin_n"], row["bin_conf"], row["bin_correct"], strict=True)):
+            if correct > n or not n * b / 15 - 1e-6 <= sure <= n * (b + 1) / 15 + 1e-6:
+                yield f"{where}: bin {b} holds {n} samples, {correct} right, confidence {sure:.4f} in all"
+
+
+def _confusion(entry: Mapping[str, Any]) -> Iterator[str]:
+    """Rows sum to the sets' sizes; nobody is right without predicting into the own experiences; no class before its time."""
+    bring: dict[int, int] = {}
+    for k, experience in enumerate(entry["scenario"]["experiences"]):
+        bring |= {c: k for c in experience["classes"] if c not in bring}
+    own = [{bring[c] for c in classes} for classes in entry["eval_classes"]]
+    for i, table in enumerate(entry.get("task_confusion") or ()):
+        for j, row in enumerate(table or ()):
+            count, where = entry["correct"][i][j], f"task_confusion[{i}][{j}]"
+            if (row is None) != (count is None):
+                yield f"{where} is {'null' if row is None else 'there'}, correct[{i}][{j}] is {count}"
+            elif row is not None:
+                inside = sum(row[k] for k in own[j])
+                if sum(row) != entry["n"][j]:
+                    yield f"{where} sums to {sum(row)}, n is {entry['n'][j]}"
+                if inside < count:
+                    yield f"{where} has {inside} predictions into the set's own experiences, {count} are right"
+                if any(row[i + 1 :]):
+                    yield f"{where} predicts classes of experiences to come"
+
+
+def _chance(entry: Mapping[str, Any]) -> Iterator[str]:
+    """A note where the last accuracy over all samples lies more than three standard errors below guessing."""
+    seen = _seen(entry, len(entry["correct"]) - 1)
+    disclosed = entry["scenario"].get("kind") == "task_incremental"
+    ways = [len(entry["eval_classes"][j]) if disclosed else len(entry["scenario"]["class_order"]) for j in seen]
+    sizes = [entry["n"][j] for j in seen]
+    if not sizes:
         return
-    if losses.is_loss(entry):
-        yield from verify_losses.manifest(entry, path, sha, known)
-        return
-    if sha not in known:
-        from clbench.streams.manifest import Manifest
-
-        try:
-            known[sha] = Manifest.load(path)
-        except UserError as error:
-            known[sha] = str(error)
-    manifest = known[sha]
-    if isinstance(manifest, str):
-        yield manifest
-        return
-    if manifest.sha256 != sha:
-        yield f"{path.name} holds another stream"
-    steps = [(e.name, list(e.classes), e.task, len(e.train)) for e in manifest.experiences]
-    pairs = {
-        "n": (entry["n"], [len(e.ids) for e in manifest.evals]),
-        "first_seen": (entry["first_seen"], [e.first_seen for e in manifest.evals]),
-        "eval_classes": (entry.get("eval_classes"), [list(e.classes) for e in manifest.evals]),
-        "kind": (scenario["kind"], manifest.kind),
-        "class_order": (scenario["class_order"], list(manifest.class_order)),
-        "budget": (scenario["budget"], dict(manifest.budget)),
-        "experiences": ([(e["name"], e["classes"], e["task"], e["num_train"]) for e in scenario["experiences"]], steps),
-    }
-    yield from (f"{name} differs from the manifest" for name, (said, true) in pairs.items() if said != true)
+    right = sum(entry["correct"][-1][j] for j in seen)
+    chance = sum(n / k for n, k in zip(sizes, ways, strict=True))
+    error = math.sqrt(sum(n / k * (1 - 1 / k) for n, k in zip(sizes, ways, strict=True)))
+    if right < chance - 3 * error:
+        total = sum(sizes)
+        yield f"last accuracy {right / total:.4f} is far below chance ({chance / total:.4f} ± {error / total:.4f})"
 
 
-def _groups(entries: Sequence[Mapping[str, Any]]) -> Iterator[Verdict]:
-    """Records of one row of the leaderboard: no seed twice; a missing seed is noted."""
-    from clbench.report.table import variant
+class _Groups:
+    """Seeds of the records of each row of the leaderboard: none twice; a missing one is noted."""
 
-    seeds: dict[str, list[int]] = {}
-    for entry in entries:
+    def __init__(self) -> None:
+        self.seeds: dict[str, list[int]] = {}
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        from clbench.report.runs import variant
+
         name = f"{entry['scenario']['name']} {entry['learner']['name']} {entry['model']['name']} {variant(entry)}"
-        seeds.setdefault(name, []).append(entry["seed"])
-    for name, found in sorted(seeds.items()):
-        if len(found) != len(set(found)):
-            yield Verdict(name, "failed", (f"a seed occurs twice: {sorted(found)}",))
-        missing = sorted(set(range(max(found) + 1)) - set(found)) if len(found) > 1 and max(found) < 1000 else []
-        if missing:
-            yield Verdict(name, "note", (), (f"seeds {sorted(set(found))} are here, {missing} are not",))
+        self.seeds.setdefault(name, []).append(entry["seed"])
+
+    def verdicts(self) -> Iterator[Verdict]:
+        for name, found in sorted(self.seeds.items()):
+            if len(found) != len(set(found)):
+                yield Verdict(name, "failed", (f"a seed occurs twice: {sorted(found)}",))
+            missing = sorted(set(range(max(found) + 1)) - set(found)) if len(found) > 1 and max(found) < 1000 else []
+            if missing:
+                yield Verdict(name, "note", (), (f"seeds {sorted(set(found))} are here, {missing} are not",))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from clbench import metrics_loss
-from clbench.interfaces import UserError
-from clbench.report.losses import LEDGER
+from clbench.report.loss_facts import LEDGER
+from clbench.streams.token_manifest import TokenManifest
 
 SLACK = 0.01  # nats per token by which a finite evaluation set may be predicted better than by its source
 
@@ -86,30 +85,20 @@ def _curves(entry: Mapping[str, Any]) -> Iterator[str]:
         yield f"{len(curves['boundaries'])} boundaries for {len(planned)} experiences that were trained"
 
 
-def manifest(entry: Mapping[str, Any], path: pathlib.Path, sha: str, known: dict[str, Any]) -> Iterator[str]:
-    """The stream beside the records: its hash is recomputed, and the record must describe it."""
-    from clbench.streams.token_manifest import TokenManifest
-
-    if sha not in known:
-        try:
-            known[sha] = TokenManifest.load(path)
-        except UserError as error:
-            known[sha] = str(error)
-    found = known[sha]
-    if isinstance(found, str):
-        yield found
+def stream(entry: Mapping[str, Any], found: Any) -> Iterator[str]:
+    """The manifest that lies beside the records: the record must describe it."""
+    if not isinstance(found, TokenManifest):
+        yield "its manifest is of images"
         return
-    if found.sha256 != sha:
-        yield f"{path.name} holds another stream"
-    stream = entry["scenario"]
+    told = entry["scenario"]
     pairs: dict[str, tuple[Any, Any]] = {
         "n": (entry["n"], [e["tokens"] for e in found.evals]),
         "floor": (entry["floor"], [e["floor"] for e in found.evals]),
         "bytes_per_token": (entry["bytes_per_token"], [e["bytes_per_token"] for e in found.evals]),
         "first_seen": (entry["first_seen"], [e["first_seen"] for e in found.evals]),
-        "eval_names": (stream["eval_names"], [e["name"] for e in found.evals]),
-        "experiences": (stream["experiences"], [dict(e) for e in found.experiences]),
-        "budget": (stream["budget"], dict(found.budget)),
-        **{name: (stream[name], getattr(found, name)) for name in ("kind", "context", "batch", "vocab")},
+        "eval_names": (told["eval_names"], [e["name"] for e in found.evals]),
+        "experiences": (told["experiences"], [dict(e) for e in found.experiences]),
+        "budget": (told["budget"], dict(found.budget)),
+        **{name: (told[name], getattr(found, name)) for name in ("kind", "context", "batch", "vocab")},
     }
     yield from (f"{name} differs from the manifest" for name, (said, true) in pairs.items() if said != true)

@@ -117,7 +117,7 @@ def build(
                 os.rename(part, out)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
-        Path(f"{part}.lock").unlink(missing_ok=True)
+                Path(f"{part}.lock").unlink(missing_ok=True)
     except Timeout:
         raise UserError(f"another process builds {out} at this moment") from None
     except OSError as error:

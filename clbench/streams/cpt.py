@@ -214,14 +214,15 @@ def scenario(
         if number < 1:
             raise UserError(f"the validation text of {domains[d].name} is shorter than a context of {context} tokens")
         evals.append(_eval(domains[d], d, number, context, list(order).index(d)))
-    plain = [
-        {"name": d.name, "sha256": d.sha256, "train_tokens": len(d.train), "validation_tokens": len(d.validation)}
-        for d in domains
-    ]
     limits = asdict(TokenBudget(**(budget or {})))
-    made = TokenManifest(KIND, vocab, context, batch, tuple(plain), tuple(experiences), tuple(evals), limits)
+    plain = tuple(map(_domain, domains))
+    made = TokenManifest(KIND, vocab, context, batch, plain, tuple(experiences), tuple(evals), limits)
     check(made)
     return TokenScenario(name, made, tuple(domains), Probing(probe_sequences, probe_evenly))
+
+
+def _domain(d: Domain) -> dict[str, Any]:
+    return {"name": d.name, "sha256": d.sha256, "train_tokens": len(d.train), "validation_tokens": len(d.validation)}
 
 
 def _eval(domain: Domain, d: int, number: int, context: int, first_seen: int) -> dict[str, Any]:

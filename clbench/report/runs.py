@@ -1,0 +1,247 @@
+"""What tables need of a record, and no more: ten thousand of these fit where a few hundred records would.
+
+`scan` reads a folder one file at a time; a filter sees the whole record before it is boiled down.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from clbench import metrics, record
+from clbench.interfaces import UserError
+from clbench.report import costs, loss_facts
+from clbench.report.formats import plain
+from clbench.signatures import nearest
+
+_ORDER = ("order", "order_seed")  # of a scenario's configuration: what makes another class order of the same settings
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One record, boiled down. `family` is `variant` without the class order; `stream` the manifest's hash."""
+
+    run_id: str
+    status: str
+    scenario: str
+    learner: str
+    model: str
+    seed: int
+    variant: str
+    family: str
+    stream: str
+    marks: tuple[str, ...]
+    legacy: bool
+    values: Mapping[str, float]
+    costs: Mapping[str, float]
+    settings: Mapping[str, Any]
+    trouble: str
+    loss: Mapping[str, Any] | None = None  # of a pre-training run: `loss_facts.facts_of`
+
+
+def variant(entry: Mapping[str, Any]) -> str:
+    """Short hash of everything but the seed: rows with other settings, streams or weights never mix.
+
+    Random weights (`source` "none") are drawn from the seed, so they do not count: their seeds are one row.
+    """
+    config = {key: value for key, value in entry["config"].items() if key != "seed"}
+    parts = [config, entry["scenario"].get("manifest_sha256"), _weights(entry), entry["numbers_version"]]
+    return record.digest([*parts, entry["learner"].get("plugin")])[:8]
+
+
+def family(entry: Mapping[str, Any]) -> str:
+    """`variant` over all class orders: neither the seed nor `scenario.order` nor the manifest count."""
+    config = {key: value for key, value in entry["config"].items() if key != "seed"}
+    if isinstance(config.get("scenario"), Mapping):
+        config["scenario"] = {key: value for key, value in config["scenario"].items() if key not in _ORDER}
+    return record.digest([config, _weights(entry), entry["numbers_version"], entry["learner"].get("plugin"), "family"])[:8]
+
+
+def _weights(entry: Mapping[str, Any]) -> Any:
+    model = entry["model"]
+    return None if model.get("source") == "none" else model.get("state_sha256")
+
+
+def is_legacy(entry: Mapping[str, Any]) -> bool:
+    """Whether other code than this made the numbers: another `numbers_version`, or a record that says so itself."""
+    return entry["numbers_version"] != record.NUMBERS_VERSION or "legacy" in entry.get("marks", ())
+
+
+def boil(entry: Mapping[str, Any], known: dict[str, Any] | None = None) -> Run:
+    """A record -> a run. `known` shares what the runs of one variant have in common."""
+    name, legacy, done = variant(entry), is_legacy(entry), entry["status"] == "ok"
+    known = {} if known is None else known
+    if name not in known:
+        settings = {key: value for key, value in flat(entry["config"]).items() if key != "seed"}
+        settings |= {"numbers_version": entry["numbers_version"], "weights": str(_weights(entry))[:8]}
+        known[name] = (settings | {"plug-in": entry["learner"].get("plugin")}, family(entry))
+    settings, kin = known[name]
+    losses = loss_facts.is_loss(entry)
+    values: dict[str, float] = {}
+    if done:
+        found = loss_facts.values_of(entry) if losses else metrics.summary(entry)
+        values = {k: v for k, v in found.items() if math.isfinite(v)}
+    error = entry.get("error") or {}
+    trouble = f"{plain(error.get('type', ''))}: {plain(error.get('message', ''))[:160]}" if entry["status"] == "failed" else ""
+    return Run(
+        run_id=entry["run_id"],
+        status=entry["status"],
+        scenario=entry["scenario"]["name"],
+        learner=entry["learner"]["name"],
+        model=entry["model"]["name"],
+        seed=entry["seed"],
+        variant=name,
+        family=kin,
+        stream=str(entry["scenario"].get("manifest_sha256", "")),
+        marks=tuple(sorted({*entry.get("marks", ()), *(("legacy",) if legacy else ())})),
+        legacy=legacy,
+        values=values,
+        costs=costs.of(entry) if done else {},
+        settings=settings,
+        trouble=trouble,
+        loss=loss_facts.facts_of(entry) if losses else None,
+    )
+
+
+def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested configuration as dotted keys; an empty mapping stays a value."""
+    made: dict[str, Any] = {}
+    for key, value in node.items():
+        made |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return made
+
+
+@dataclass
+class Filter:
+    """Which records to show: globs on names, `key=value` on settings. It remembers what it saw, to say what there is."""
+
+    scenario: Sequence[str] = ()
+    learner: Sequence[str] = ()
+    model: Sequence[str] = ()
+    where: Sequence[str] = ()
+    _seen: dict[str, set[str]] = field(default_factory=dict)
+    _keys: set[str] = field(default_factory=set)
+    _matched: int = 0
+
+    def __post_init__(self) -> None:
+        for text in self.where:
+            if "=" not in text or text.startswith("="):
+                raise UserError(f"--where {text}: say KEY=VALUE, such as learner.lr=0.03 or seed=0")
+
+    def __bool__(self) -> bool:
+        return bool(self.scenario or self.learner or self.model or self.where)
+
+    def __call__(self, entry: Mapping[str, Any]) -> bool:
+        """Whether a record is wanted."""
+        if not self:
+            return True
+        wanted = True
+        for part in ("scenario", "learner", "model"):
+            name = entry[part]["name"]
+            self._seen.setdefault(f"--{part}", set()).add(plain(name))
+            globs = getattr(self, part)
+            wanted &= not globs or any(same_name(name, glob) for glob in globs)
+        if self.where:
+            facts = facts_of(entry)
+            self._keys.update(facts)
+            for text in self.where:
+                key, _, glob = text.partition("=")
+                if key in facts:
+                    self._seen.setdefault(key, set()).add(_word(facts[key]))
+                wanted &= key in facts and _alike(facts[key], glob)
+        self._matched += wanted
+        return wanted
+
+    def check(self) -> None:
+        """Raise `UserError` with what there is, if nothing matched."""
+        if not self or self._matched or not self._seen:
+            return
+        for part in ("scenario", "learner", "model"):
+            for glob in getattr(self, part):
+                names = sorted(self._seen[f"--{part}"])
+                if not any(same_name(name, glob) for name in names):
+                    raise UserError(f"no {part} {glob!r}{nearest(glob, names)} (there are: {_listed(names)})")
+        for text in self.where:
+            key, _, glob = text.partition("=")
+            if key not in self._keys:
+                raise UserError(f"--where {text}: no record has {key!r}{nearest(key, self._keys)}")
+            if not any(_alike(word, glob) for word in self._seen[key]):
+                names = sorted(self._seen[key])
+                raise UserError(f"--where {text}: {key} is never {glob}{nearest(glob, names)} (it is: {_listed(names)})")
+        raise UserError("no record meets all of these filters together")
+
+
+def facts_of(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What `--where` can name: settings as dotted keys, and a few facts of the record."""
+    facts = flat(entry["config"])
+    facts |= {"seed": entry["seed"], "status": entry["status"], "run_id": entry["run_id"]}
+    facts |= {"variant": variant(entry), "manifest": str(entry["scenario"].get("manifest_sha256", ""))[:8]}
+    marks = {*entry.get("marks", ()), *(("legacy",) if is_legacy(entry) else ())}
+    facts["kind"] = entry["scenario"].get("kind")
+    return facts | {"numbers_version": entry["numbers_version"], "marks": " ".join(sorted(marks))}
+
+
+def same_name(name: str, glob: str) -> bool:
+    """A name as it is, or as it is shown, against a glob; a name that holds the glob's own characters matches itself."""
+    return glob in (name, plain(name)) or fnmatch.fnmatchcase(plain(name), glob)
+
+
+def _word(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return plain(value)
+
+
+def _alike(value: Any, glob: str) -> bool:
+    word = _word(value)
+    if same_name(word, glob):
+        return True
+    try:
+        return not isinstance(value, bool) and math.isclose(float(word), float(glob), rel_tol=1e-12)
+    except ValueError:
+        return False
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+
+
+entries = record.entries
+
+
+@dataclass
+class Scan:
+    """What a results folder holds; `dead` are run ids of runs whose process is gone."""
+
+    runs: list[Run]
+    dead: list[str]
+    problems: list[str]
+
+
+def scan(results: pathlib.Path, wanted: Filter | None = None) -> Scan:
+    """Read a results folder. `UserError` if a filter lets nothing through."""
+    keep = wanted or Filter()
+    known: dict[str, Any] = {}
+    found = Scan([], [], [])
+    chosen: set[str] = set()
+    for entry in entries(results / "records", found.problems):
+        try:
+            shown = keep(entry)
+            if not shown and not loss_facts.is_loss(entry):  # one that is not shown may be what another is compared with
+                continue
+            found.runs.append(boil(entry, known))
+            if not shown:
+                continue
+            chosen.add(entry["run_id"])
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+            found.problems.append(f"record {entry['run_id']} cannot be summed up: {type(error).__name__}: {error}")
+            continue
+        if record.is_dead(entry, results):
+            found.dead.append(entry["run_id"])
+    keep.check()
+    found.runs = [run for run in loss_facts.join(found.runs) if run.run_id in chosen]
+    return found
