@@ -13,11 +13,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
-import platform
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,12 +27,12 @@ import yaml
 from torch import nn
 
 from clbench import record
+from clbench.bench_machine import machine, memory_rows, table
 from clbench.catalog import choices, conf_dir
 from clbench.interfaces import UserError
 from clbench.loss_stream import Observer
 from clbench.models.decoder import build_decoder
 from clbench.signatures import nearest
-from clbench.streams import sequences
 from clbench.streams.cpt import Domain, TokenScenario, scenario
 from clbench.training import arithmetic
 from clbench.training.ledger import flops_per_token
@@ -54,9 +51,9 @@ def model_of(name: str, vocab: int, context: int, **changes: Any) -> Any:
     """A decoder by the name of its configuration, with random weights."""
     if name not in choices("model") or "build_decoder" not in (conf_dir() / "model" / f"{name}.yaml").read_text():
         raise UserError(f"no decoder '{name}'{nearest(name, [n for n in choices('model') if 'pythia' in n or 'decoder' in n])}")
-    node = yaml.safe_load((conf_dir() / "model" / f"{name}.yaml").read_text(encoding="utf-8"))
+    found = yaml.safe_load((conf_dir() / "model" / f"{name}.yaml").read_text(encoding="utf-8"))
     drop = ("_target_", "data_root", "seed", "weights")
-    node = {key: value for key, value in node.items() if key not in drop} | {"context": context} | changes
+    node: dict[str, Any] = {key: value for key, value in found.items() if key not in drop} | {"context": context} | changes
     node["vocab"] = node["vocab"] or vocab
     node["eps"] = float(node["eps"])
     return build_decoder(**node)
@@ -86,7 +83,8 @@ class Bare:
 
     def __init__(self, model: nn.Module, tokens: np.ndarray, args: argparse.Namespace):
         self.model, self.tokens, self.args, self.at = model, tokens, args, 0
-        self.loss: Any = torch.compile(model.loss) if args.compile else model.loss
+        loss: Any = model.loss
+        self.loss = torch.compile(loss) if args.compile else loss
         params = list(model.parameters())
         groups = [
             {"params": [p for p in params if p.ndim >= 2]},
@@ -141,25 +139,40 @@ class Loop:
         self.at += steps
 
 
-def alternate(works: dict[str, Callable[[int], None]], args: argparse.Namespace) -> dict[str, list[float]]:
-    """Tokens per second of each piece of work, one number for each round; the first steps are not counted."""
+Paces = dict[str, list[float]]
+
+
+def alternate(works: dict[str, Callable[[int], None]], args: argparse.Namespace) -> tuple[Paces, Paces]:
+    """Tokens per second of each piece of work, one number for each round, by the clock and by this process's own time.
+
+    The first steps are not counted. On a machine that others use, a process's own time says more than the clock.
+    """
     device = torch.device(args.device)
 
-    def timed(work: Callable[[int], None], steps: int) -> float:
-        start = time.perf_counter()
+    def timed(work: Callable[[int], None], steps: int) -> tuple[float, float]:
+        start, own = time.perf_counter(), time.process_time()
         work(steps)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - start
+        return time.perf_counter() - start, time.process_time() - own
 
     for work in works.values():
         timed(work, args.warm)
-    found: dict[str, list[float]] = {name: [] for name in works}
+    clock: Paces = {name: [] for name in works}
+    own: Paces = {name: [] for name in works}
     for number in range(args.rounds):
         order = list(works) if number % 2 == 0 else list(works)[::-1]
         for name in order:
-            found[name].append(args.steps * args.batch * args.context / timed(works[name], args.steps))
-    return found
+            tokens = args.steps * args.batch * args.context
+            seconds = timed(works[name], args.steps)
+            clock[name].append(tokens / seconds[0])
+            own[name].append(tokens / seconds[1])
+    return clock, own
+
+
+def ratio(paces: Paces, name: str, to: str) -> float:
+    """Median over rounds of one pace to another."""
+    return round(statistics.median(a / b for a, b in zip(paces[name], paces[to], strict=True)), 3)
 
 
 def loop_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -168,12 +181,13 @@ def loop_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     args.vocab = model.shape.vocab
     bare = Bare(copy.deepcopy(model), stream_of(args.vocab, args.context, args.batch, args.steps).domains[0].train, args)
     works = {"bare": bare, "clbench": Loop(copy.deepcopy(model), args, False), "clbench with probes": Loop(model, args, True)}
-    found = alternate(works, args)
+    found, own = alternate(works, args)
     flops, rows = flops_per_token(model, args.context), []
     for name, paces in found.items():
-        ratio = statistics.median(p / b for p, b in zip(paces, found["bare"], strict=True))
         pace = statistics.median(paces)
-        row = {"row": name, "tokens_per_second": round(pace), "of_bare": round(ratio, 3), "rounds": [round(p) for p in paces]}
+        row: dict[str, Any] = {"row": name, "tokens_per_second": round(pace), "of_bare": ratio(found, name, "bare")}
+        row |= {"of_bare_own_time": ratio(own, name, "bare") if args.device == "cpu" else None}
+        row |= {"rounds": [round(p) for p in paces]}
         rows.append(row | {"of_peak": share_of_peak(pace * flops, args), "target": target(args) if name == "clbench" else None})
     return rows
 
@@ -205,16 +219,17 @@ def path_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
                 name = f"{attention} {precision} {matmul}" + (" compiled" if compiled else "")
                 works[name] = _in_mode(matmul, Bare(model, tokens, own))
     try:
-        found = alternate(works, args)
+        found, own = alternate(works, args)
     finally:
         torch.set_float32_matmul_precision(before)
     best = max(found, key=lambda name: statistics.median(found[name]))
-    first = found["explicit fp32 highest"]
+    first = "explicit fp32 highest"
     return [
         {
             "row": name + ("  <- fastest" if name == best else ""),
             "tokens_per_second": round(statistics.median(paces)),
-            "of_first": round(statistics.median(p / f for p, f in zip(paces, first, strict=True)), 3),
+            "of_first": ratio(found, name, first),
+            "of_first_own_time": ratio(own, name, first) if args.device == "cpu" else None,
         }
         for name, paces in found.items()
     ]
@@ -226,62 +241,6 @@ def _in_mode(matmul: str, work: Callable[[int], None]) -> Callable[[int], None]:
         work(steps)
 
     return both
-
-
-def resident() -> int:
-    """Resident bytes of this process now, mapped files included."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def memory_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Read sequences from all over a corpus that lies on disk (a file with holes, which takes no room)."""
-    if not Path("/proc/self/statm").exists():
-        raise UserError("resident memory is read from /proc, which this system has not")
-    count = int(args.corpus_gb * 1e9) // 2
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "train.tokens"
-        with path.open("wb") as file:
-            file.truncate(2 * count)
-        tokens = np.memmap(path, "<u2", "r")
-        whole, rng = sequences.count(len(tokens), args.context), np.random.default_rng(0)
-        before, most, read = resident(), 0, 0
-        start = time.perf_counter()
-        while read < args.read_gb * 1e9:
-            read += 2 * sequences.windows(tokens, rng.integers(0, whole, args.batch), args.context).size
-            most = max(most, resident() - before)
-        seconds = time.perf_counter() - start
-        del tokens
-    return [
-        {
-            "row": f"{args.corpus_gb:g} GB corpus, {read / 1e9:.2f} GB read",
-            "tokens_per_second": round(read / 2 / seconds),
-            "grown_mb": round(most / 1e6, 1),
-        }
-    ]
-
-
-def machine(args: argparse.Namespace) -> dict[str, Any]:
-    """What this ran on; no names of machines."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next(
-            (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), cpu
-        )
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gpu = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else None
-    found = {"cpu": cpu, "cores": usable, "threads": torch.get_num_threads(), "gpu": gpu, "torch": torch.__version__}
-    return found | {"python": platform.python_version(), "matmul": torch.get_float32_matmul_precision()}
-
-
-def table(title: str, rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of plain values in columns; what no row has is left out."""
-    names = [name for name in rows[0] if name != "rounds" and any(row.get(name) is not None for row in rows)]
-    cells = [names, *([("" if row[name] is None else str(row[name])) for name in names] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
-    return "\n".join(
-        [title, *("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells), ""]
-    )
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -300,8 +259,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--attention", choices=("auto", "explicit", "sdpa"), default="auto")
     add("--compile", action="store_true", help="torch.compile in `loop`; in `paths` compiled rows too")
     add("--warm", type=int, default=10, help="steps before anything is timed")
-    add("--steps", type=int, default=50, help="of a round")
-    add("--rounds", type=int, default=7)
+    add("--steps", type=int, default=15, help="of a round")
+    add("--rounds", type=int, default=15)
     add("--corpus-gb", type=float, default=8.0)
     add("--read-gb", type=float, default=0.05)
     add("--json", metavar="FILE", help="write everything there too")

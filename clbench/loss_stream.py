@@ -38,8 +38,8 @@ def build_model(build: Any, config: dict[str, Any], scenario: Any) -> Any:
     if not isinstance(scenario, TokenScenario):
         if "profile" not in node and "vocab" in node:
             raise UserError(f"model {node.get('name')} reads tokens: scenario {scenario.name} is made of images")
-        if config.get("micro_batch") is not None:
-            raise UserError(f"micro_batch has no effect in scenario {scenario.name}, which is made of images")
+        if option := next((name for name in ("micro_batch", "compile") if config.get(name)), None):
+            raise UserError(f"{option} has no effect in scenario {scenario.name}, which is made of images")
         return build(node)
     wanted = {"vocab": scenario.manifest.vocab, "context": scenario.manifest.context}
     model = build(node, **{name: value for name, value in wanted.items() if name in node and node[name] is None})
@@ -63,6 +63,7 @@ def make_runtime(job: Job, journal: Any) -> PretrainRuntime:
         flops_per_token=flops_per_token(job.model, job.scenario.manifest.context),
         micro_batch=job.config.get("micro_batch"),
         group=job.group,
+        compiled=bool(job.config.get("compile")),
         processed_limit=None if job.capabilities.stores_all_data else job.scenario.budget.processed,
     )
 

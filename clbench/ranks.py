@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 
 from clbench.interfaces import Capabilities, UserError
@@ -52,6 +53,21 @@ def refuse(command: str, multirun: bool) -> None:
     if size() > 1 and (command != "run" or multirun):
         what = "a sweep is launched by machine=..." if multirun else f"clbench {command} is for one process"
         raise UserError(f"{what}, not by torchrun, which starts {size()} of them")
+
+
+def from_launcher() -> None:
+    """Where submitit started several tasks for one job, say so in the environment as torchrun would."""
+    submitit = sys.modules.get("submitit")
+    if submitit is None or size() > 1:
+        return
+    try:
+        tasks = submitit.JobEnvironment().num_tasks
+    except RuntimeError:  # this process was started otherwise
+        return
+    if tasks > 1:
+        from submitit.helpers import TorchDistributedEnvironment
+
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
 
 
 def wait_for_the_first(seconds: float = 20.0) -> None:

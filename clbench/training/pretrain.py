@@ -130,7 +130,7 @@ class Adam:
         self.made = self._make()
 
     def _make(self) -> torch.optim.AdamW:
-        params = list(self.model.parameters())
+        self.params = params = list(self.model.parameters())
         groups = [
             {"params": [p for p in params if p.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
@@ -153,7 +153,7 @@ class Adam:
         for group in self.made.param_groups:
             group["lr"] = rate
         if self.clip is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+            nn.utils.clip_grad_norm_(self.params, self.clip)
         self.made.step()
         self.made.zero_grad(set_to_none=True)
 

@@ -1,0 +1,74 @@
+"""What a bench says besides its numbers: the machine without its name, memory that stays flat, tables."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from clbench.interfaces import UserError
+from clbench.streams import sequences
+
+
+def resident() -> int:
+    """Resident bytes of this process now, mapped files included."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Read sequences from all over a corpus that lies on disk (a file with holes, which takes no room)."""
+    if not Path("/proc/self/statm").exists():
+        raise UserError("resident memory is read from /proc, which this system has not")
+    count = int(args.corpus_gb * 1e9) // 2
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "train.tokens"
+        with path.open("wb") as file:
+            file.truncate(2 * count)
+        tokens = np.memmap(path, "<u2", "r")
+        whole, rng = sequences.count(len(tokens), args.context), np.random.default_rng(0)
+        before, most, read = resident(), 0, 0
+        start = time.perf_counter()
+        while read < args.read_gb * 1e9:
+            read += 2 * sequences.windows(tokens, rng.integers(0, whole, args.batch), args.context).size
+            most = max(most, resident() - before)
+        seconds = time.perf_counter() - start
+        del tokens
+    return [
+        {
+            "row": f"{args.corpus_gb:g} GB corpus, {read / 1e9:.2f} GB read",
+            "tokens_per_second": round(read / 2 / seconds),
+            "grown_mb": round(most / 1e6, 1),
+        }
+    ]
+
+
+def machine(args: argparse.Namespace) -> dict[str, Any]:
+    """What this ran on; no names of machines."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next(
+            (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), cpu
+        )
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpu = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else None
+    found = {"cpu": cpu, "cores": usable, "threads": torch.get_num_threads(), "gpu": gpu, "torch": torch.__version__}
+    return found | {"python": platform.python_version(), "matmul": torch.get_float32_matmul_precision()}
+
+
+def table(title: str, rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of plain values in columns; what no row has is left out."""
+    names = [name for name in rows[0] if name != "rounds" and any(row.get(name) is not None for row in rows)]
+    cells = [names, *([("" if row[name] is None else str(row[name])) for name in names] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
+    return "\n".join(
+        [title, *("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells), ""]
+    )
