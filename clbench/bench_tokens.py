@@ -147,13 +147,12 @@ def alternate(works: dict[str, Callable[[int], None]], args: argparse.Namespace)
 
     The first steps are not counted. On a machine that others use, a process's own time says more than the clock.
     """
-    device = torch.device(args.device)
 
     def timed(work: Callable[[int], None], steps: int) -> tuple[float, float]:
         start, own = time.perf_counter(), time.process_time()
         work(steps)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if args.device.startswith("cuda"):
+            torch.cuda.synchronize(args.device)
         return time.perf_counter() - start, time.process_time() - own
 
     for work in works.values():
@@ -280,7 +279,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 def run(words: Sequence[str]) -> dict[str, Any]:
     """Measure and print -> everything as plain values."""
     args = parse(words)
-    threads = args.threads if args.threads == "auto" else int(args.threads)
+    threads = int(args.threads) if args.threads.isdigit() else args.threads
     device = arithmetic.choose_device(args.device)
     args.device = str(device)
     arithmetic.apply(device, arithmetic.choose_threads(threads), 0)
