@@ -2,6 +2,8 @@
 
 import random
 import signal
+import subprocess
+import sys
 import textwrap
 
 import numpy as np
@@ -52,7 +54,8 @@ RUN = (
     "scenario=cpt_synthetic",
     "scenario.symbols=8",
     "scenario.states=8",
-    "scenario.tokens=1280",
+    "scenario.order=[0,1]",
+    "scenario.tokens=768",
     "scenario.context=8",
     "scenario.batch=8",
     "scenario.eval_tokens=320",
@@ -67,7 +70,7 @@ RUN = (
     "learner._target_=doomed.Doomed",
     "learner.replay.share=0.25",
     "checkpoint_seconds=0",
-)  # three experiences of 20 steps, of which the last 3 are a branch
+)  # two experiences of 12 steps, of which the last 2 are a branch
 SAME = ("run_id", "sum_loss", "sum_loss_start", "sum_loss_trunk", "curves", "ledger", "plan", "final_state_sha256", "steps")
 COUNTS = ("run_id", "ledger", "plan", "steps", "tokens", "n")
 
@@ -101,13 +104,9 @@ def kill(doomed, place, *words):
 
 RANDOM = random.Random(5)
 PLACES = {
-    "a random step": [f"{RANDOM.randrange(3)}:{RANDOM.randrange(2, 16)}"],
-    "the first step": ["0:1"],
-    "before, at and after a boundary": ["0:20", "0:end", "0:evaluated", "1:1"],
-    "the end of a trunk": ["1:17"],
-    "inside a branch": ["1:19"],
-    "twice": ["0:6", "2:18"],
-    "the very end": ["2:evaluated"],
+    "at random steps, twice": [f"0:{RANDOM.randrange(2, 12)}", f"1:{RANDOM.randrange(2, 9)}"],
+    "before, at and after a boundary": ["0:12", "0:end", "0:evaluated", "1:1"],
+    "at the end of a trunk, inside its branch, at the very end": ["1:10", "1:11", "1:evaluated"],
 }
 
 
@@ -118,7 +117,7 @@ def test_killed_and_equal_to_the_last_bit(doomed, straight, places):
     doomed(*RUN)
     (entry,) = doomed.records()
     assert {key: entry[key] for key in SAME} == {key: straight[0][key] for key in SAME}
-    assert entry["resumed"] >= 1 or places == ["0:1"] or places[0].startswith("0:")
+    assert entry["resumed"] >= 1
     assert not list((doomed.folder / "results" / "runs").glob("*/journal/*"))
 
 
@@ -170,14 +169,13 @@ def test_two_processes_read_the_same_text(doomed, straight, parallel):
     parts = [(doomed.folder / f"ids.{rank}").read_text().splitlines() for rank in (0, 1)]
     both = [line for i in range(0, len(parts[0]), 4) for part in parts for line in part[i : i + 4]]
     assert both == text  # row for row
-    assert "1 verified" in doomed("verify").stdout
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_one_then_two_then_one_process(doomed, straight, parallel):
     kill(doomed, "0:8")
     seconds = "checkpoint_seconds=0" if parallel == "ddp" else "checkpoint_seconds=0.5"
-    ended = doomed.together(2, *RUN, f"parallel={parallel}", seconds, DOOM="1:18", DOOM_RANK="1")
+    ended = doomed.together(2, *RUN, f"parallel={parallel}", seconds, DOOM="1:11", DOOM_RANK="1")
     assert ended[1][0] == -signal.SIGKILL and ended[0][0] == 130, ended
     assert "another process was lost; the same command goes on" in ended[0][2] and "Traceback" not in ended[0][2]
     assert doomed.records()[0]["status"] == "running"
@@ -185,6 +183,56 @@ def test_one_then_two_then_one_process(doomed, straight, parallel):
     (entry,) = doomed.records()
     close(entry, straight[0])
     assert entry["resumed"] >= 1 and entry["machine"]["processes"] == 1
+
+
+def test_torchrun_with_an_error_in_one_process(doomed):
+    """The real launcher: its processes end, the first says why, in words."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "clbench"]
+    env = {**doomed.env, "OMP_NUM_THREADS": "1", "FAIL": "0:5", "DOOM_RANK": "1"}
+    done = subprocess.run([*command, *RUN], cwd=doomed.folder, env=env, capture_output=True, text=True, timeout=120)
+    (entry,) = doomed.records()
+    assert done.returncode == 1 and entry["status"] == "failed", done.stderr
+    assert entry["error"]["message"] == "rank 1: ValueError: a disk is gone" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words", "message"),
+    [
+        (2, ("run", "learner=ncm"), "scenario cil_digits is made of images: such a run is for one process"),
+        (2, (*RUN, "parallel=none"), "parallel=none, and 2 processes were started"),
+        (1, (*RUN, "parallel=fsdp"), "parallel=fsdp needs several processes: torchrun --nproc-per-node 2 -m clbench"),
+        (2, (*RUN, "scenario.batch=1"), "scenario.batch=1 is too small for 2 processes"),
+        (2, (*RUN, "parallel=fsdp", "scenario.batch=7", "micro_batch=3"), "gives some more pieces"),
+        (2, (*RUN, "parallel=fsdp", "learner.trainable=half"), "which parallel=fsdp cannot"),
+        (2, (*RUN, "device=cuda:1"), "say device=cuda, each takes one of its own"),
+        (2, ("list",), "clbench list is for one process, not by torchrun, which starts 2"),
+        (2, (*RUN, "-m", "seed=0,1"), "a sweep is launched by machine=..., not by torchrun"),
+        (2, (*RUN, "parallel=dpp"), "parallel must be one of auto, none, ddp, fsdp, got 'dpp'"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_said_once(doomed, ranks, words, message):
+    first, *others = doomed.together(ranks, *words)
+    assert first[0] == 2 and message in first[2], first
+    assert all(err == "" for _, _, err in others)
+    assert not doomed.records()
+
+
+def test_rows_of_all_processes_are_the_batch():
+    from clbench.training.parallel import Group
+
+    for batch in range(1, 20):
+        for size in range(1, batch + 1):
+            found = [np.arange(batch)[Group(rank, size).rows(batch)] for rank in range(size)]
+            assert np.array_equal(np.concatenate(found), np.arange(batch)) and min(map(len, found)) >= 1
+
+
+def test_one_run_over_several_tasks_of_a_cluster(doomed, straight):
+    """Under submitit's local executor, as slurm_parallel would do it."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    doomed(*RUN, "-m", "machine=submitit_local_parallel")
+    (entry,) = doomed.records()
+    assert entry["machine"]["processes"] == 2 and entry["machine"]["parallel"] == "ddp"
+    close(entry, straight[0])
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import runpy
+import signal
 import sys
 import traceback
 
@@ -48,4 +49,10 @@ if __name__ == "__main__":
             pids.append(os.fork())
             if pids[-1] == 0:
                 child(job)
-        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
+        codes = []
+        for pid in pids:
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+            if codes == [2]:
+                for other in pids[1:]:
+                    os.kill(other, signal.SIGTERM)
+        print(json.dumps(codes), flush=True)
