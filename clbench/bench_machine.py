@@ -17,6 +17,24 @@ import torch
 from clbench.interfaces import UserError
 from clbench.streams import sequences
 
+PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}  # dense bf16 operations per second
+TARGETS = {"pythia_410m": 145_000, "decoder_124m": 460_000}  # tokens per second on one H200: 40 % of its peak
+
+
+def target(args: argparse.Namespace) -> int | None:
+    """The tokens per second that were set for this model on one H200."""
+    on_gpu = args.device.startswith("cuda") and "H200" in torch.cuda.get_device_name(args.device)
+    return TARGETS.get(args.model) if on_gpu else None
+
+
+def share_of_peak(flops_per_second: float, args: argparse.Namespace) -> float | None:
+    """Operations per second over the device's dense bf16 peak; None where that is not known."""
+    if not args.device.startswith("cuda") or args.precision != "bf16":
+        return None
+    name = torch.cuda.get_device_name(args.device)
+    peak = next((value for part, value in PEAKS.items() if part in name), None)
+    return None if peak is None else round(flops_per_second / peak, 3)
+
 
 def resident() -> int:
     """Resident bytes of this process now, mapped files included."""

@@ -28,7 +28,7 @@ import yaml
 from torch import nn
 
 from clbench import record
-from clbench.bench_machine import machine, memory_rows, table
+from clbench.bench_machine import machine, memory_rows, share_of_peak, table, target
 from clbench.catalog import choices, conf_dir
 from clbench.interfaces import UserError
 from clbench.loss_stream import Observer
@@ -41,8 +41,6 @@ from clbench.training.mixing import Mixture, Replay
 from clbench.training.pretrain import Adam, PretrainRuntime, Segment, train
 from clbench.training.schedules import cosine
 
-PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}  # dense bf16 operations per second
-TARGETS = {"pythia_410m": 145_000, "decoder_124m": 460_000}  # tokens per second on one H200: 40 % of its peak
 ROWS = ("loop", "paths", "memory")
 REPLAY = Replay(share=0.05)
 SETTINGS: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1, "clip": 1.0}
@@ -192,21 +190,6 @@ def loop_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
         }
         rows.append(row | {"of_peak": share_of_peak(pace * flops, args), "target": target(args) if name == "clbench" else None})
     return rows
-
-
-def target(args: argparse.Namespace) -> int | None:
-    """The tokens per second that were set for this model on one H200."""
-    on_gpu = args.device.startswith("cuda") and "H200" in torch.cuda.get_device_name(args.device)
-    return TARGETS.get(args.model) if on_gpu else None
-
-
-def share_of_peak(flops_per_second: float, args: argparse.Namespace) -> float | None:
-    """Operations per second over the device's dense bf16 peak; None where that is not known."""
-    if not args.device.startswith("cuda") or args.precision != "bf16":
-        return None
-    name = torch.cuda.get_device_name(args.device)
-    peak = next((value for part, value in PEAKS.items() if part in name), None)
-    return None if peak is None else round(flops_per_second / peak, 3)
 
 
 def path_rows(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -115,7 +115,12 @@ class CommandLine:
         with socket.socket() as free, tempfile.TemporaryDirectory() as scratch:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-            shared = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            shared = {
+                "WORLD_SIZE": str(number),
+                "LOCAL_WORLD_SIZE": str(number),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
             jobs = []
             for rank in range(number):
                 place = {**self.env, **env, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}

@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from clbench.bench_machine import memory_rows, table
-from clbench.bench_tokens import TARGETS, model_of, parse, run, stream_of
+from clbench.bench_machine import TARGETS, memory_rows, table
+from clbench.bench_tokens import model_of, parse, run, stream_of
 from clbench.catalog import choices
 from clbench.interfaces import UserError
 from clbench.streams import sequences
