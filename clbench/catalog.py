@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from clbench import ranks
 from clbench.interfaces import UserError
 from clbench.signatures import find_module, nearest, problems, split_target
 
@@ -229,6 +230,8 @@ _OPTIONS: dict[str, tuple[str, Any]] = {
     ),
     "eval_batch_size": ("a whole number from 1", lambda v: _whole(v, 1)),
     "micro_batch": ("a whole number from 1 or null", lambda v: v is None or _whole(v, 1)),
+    "compile": ("true or false", lambda v: isinstance(v, bool)),
+    "parallel": (f"one of {', '.join(ranks.KINDS)}", lambda v: v in ranks.KINDS),
     "feature_store": ("auto, on or off", lambda v: v in ("auto", "on", "off")),
     "feature_store_gb": (
         "a number from 0.001",

@@ -15,40 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from clbench.interfaces import UserError
-from clbench.streams.cpt import TokenScenario
 from clbench.streams.cpt_images import ImageScenario, Labelled
-
-
-def build_autoencoder(build: Any, node: dict[str, Any], scenario: ImageScenario) -> Any:
-    """The model of a stream of images, if it can read it; what it leaves open (image null) is the stream's."""
-    if "vocab" in node:
-        raise UserError(
-            f"model {node.get('name')} reads tokens: scenario {scenario.name} is made of images and needs a mae_... model"
-        )
-    asked = node.get("image")
-    if isinstance(asked, int) and asked != scenario.side:
-        hint = f"set model.image={scenario.side} or scenario.size={asked}"
-        raise UserError(
-            f"model {node.get('name')} reads images of {asked} pixels, scenario {scenario.name} has {scenario.side}: {hint}"
-        )
-    model = build(node, **({"image": scenario.side} if "image" in node and asked is None else {}))
-    for name in ("loss", "features"):  # the second is for the linear probe
-        if not callable(getattr(model, name, None)):
-            raise UserError(f"model {node.get('name')} has no {name}: scenario {scenario.name} needs a mae_... model")
-    return model
-
-
-def refuse_autoencoder(node: dict[str, Any], scenario: Any) -> None:
-    """A masked autoencoder answers no other question than its own."""
-    if "mask" not in node or "decoder_depth" not in node:
-        return
-    if isinstance(scenario, TokenScenario):
-        raise UserError(
-            f"model {node.get('name')} reads images: scenario {scenario.name} is made of tokens and needs a decoder_... model"
-        )
-    raise UserError(
-        f"model {node.get('name')} is a masked autoencoder: scenario {scenario.name} asks for classes, cpt_mae_... ones do not"
-    )
 
 
 def hits(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray) -> np.ndarray:

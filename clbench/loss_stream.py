@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from clbench import provenance
 from clbench.interfaces import Experience, UserError
-from clbench.linear_probe import build_autoencoder, linear_probe, look_at, probe_entry, probed, refuse_autoencoder
+from clbench.linear_probe import linear_probe, look_at, probe_entry, probed
 from clbench.streams.cpt import TokenScenario
-from clbench.streams.cpt_images import ImageScenario
 from clbench.training.journal import Journal
 from clbench.training.ledger import flops_per_token
 from clbench.training.pretrain import PretrainRuntime, Segment, check_plan
@@ -33,29 +32,6 @@ def experience_of(scenario: TokenScenario, index: int, past: bool) -> Experience
     return replace(made, past=tuple(data[:-1])) if past else made
 
 
-def build_model(build: Any, config: dict[str, Any], scenario: Any) -> Any:
-    """The model, if it can read the stream. What it leaves open (vocab and context null) is the stream's."""
-    node = config["model"]
-    if isinstance(scenario, ImageScenario):
-        return build_autoencoder(build, node, scenario)
-    refuse_autoencoder(node, scenario)
-    if not isinstance(scenario, TokenScenario):
-        if "profile" not in node and "vocab" in node:
-            raise UserError(f"model {node.get('name')} reads tokens: scenario {scenario.name} is made of images")
-        if config.get("micro_batch") is not None:
-            raise UserError(f"micro_batch has no effect in scenario {scenario.name}, which is made of images")
-        return build(node)
-    wanted = {"vocab": scenario.manifest.vocab, "context": scenario.manifest.context}
-    model = build(node, **{name: value for name, value in wanted.items() if name in node and node[name] is None})
-    if not callable(getattr(model, "loss", None)):
-        raise UserError(f"model {node.get('name')} has no loss: scenario {scenario.name} needs a decoder_... model")
-    for name, needs in wanted.items():
-        has = model.identity.get(name)
-        if isinstance(has, int) and has < needs:
-            raise UserError(f"model {node.get('name')} has {name} {has}, scenario {scenario.name} needs {needs}")
-    return model
-
-
 def make_runtime(job: Job, journal: Any) -> PretrainRuntime:
     """The runtime of a pre-training run."""
     return PretrainRuntime(
@@ -66,6 +42,8 @@ def make_runtime(job: Job, journal: Any) -> PretrainRuntime:
         journal=journal,
         flops_per_token=flops_per_token(job.model, job.scenario.manifest.context),
         micro_batch=job.config.get("micro_batch"),
+        group=job.group,
+        compiled=bool(job.config.get("compile")),
         processed_limit=None if job.capabilities.stores_all_data else job.scenario.budget.processed,
     )
 
@@ -76,6 +54,7 @@ def rehearse(build: Any, job: Job) -> None:
     if not callable(getattr(learner, "plan", None)):
         return
     scenario: TokenScenario = job.scenario
+    job.group.check_batch(scenario.manifest.batch, job.config.get("micro_batch"))
     size, limit = scenario.manifest.batch * scenario.manifest.context, learner.runtime.processed_limit
     for index in range(len(scenario.manifest.experiences)):
         check_plan(learner.plan(experience_of(scenario, index, keeps_text(job))), limit, size)
@@ -87,20 +66,24 @@ def keeps_text(job: Job) -> bool:
 
 
 @torch.no_grad()
-def total_loss(loss: Any, windows: np.ndarray, device: torch.device, batch: int, autocast: Any, check: Any = None) -> float:
-    """Sum of nats over sequences [N, L + 1] by a `loss(tokens [B, L + 1]) -> [B, L]`, in float64; of images uint8: L = 1."""
+def total_loss(loss: Any, windows: np.ndarray, runtime: PretrainRuntime, batch: int) -> float:
+    """Sum of nats over sequences [N, L + 1] by a `loss(tokens [B, L + 1]) -> [B, L]`, in float64; of images uint8: L = 1.
+
+    Processes share each batch; one that has none of a short batch reads a sequence that is not counted.
+    """
     parts, length = [], 1 if windows.dtype == np.uint8 else windows.shape[1] - 1
     for start in range(0, len(windows), batch):
-        tokens = torch.from_numpy(windows[start : start + batch]).to(device)
-        with autocast():
+        wanted = windows[start : start + batch]
+        own = wanted[runtime.group.rows(len(wanted))]
+        tokens = torch.from_numpy(own if len(own) else wanted[:1]).to(runtime.device)
+        with runtime.autocast():
             found = loss(tokens)
         if not isinstance(found, Tensor) or found.shape != (len(tokens), length):
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise UserError(f"loss must return one number for each of {(len(tokens), length)} tokens, got {shape}")
-        parts.append(found.double().sum())
-        if check is not None:
-            check()
-    value = float(torch.stack(parts).sum())
+        parts.append(found.double().sum() * bool(len(own)))
+        runtime.check_stop()
+    (value,) = runtime.group.total(float(torch.stack(parts).sum()))
     if not math.isfinite(value):
         raise UserError("the loss on an evaluation set is NaN or infinite")
     return value
@@ -159,7 +142,7 @@ class Observer:
         """Summed nats on every evaluation set."""
         size, runtime = int(self.job.config["eval_batch_size"]), self.runtime
         start = time.perf_counter()
-        row = [total_loss(loss, w, self.job.device, size, runtime.autocast, runtime.check_stop) for w in self.sets]
+        row = [total_loss(loss, windows, runtime, size) for windows in self.sets]
         tokens = sum(len(w) for w in self.sets) * self.job.scenario.manifest.context
         runtime.ledger.look("evaluation", tokens, runtime.flops_per_token)
         runtime.meter.add_seconds("evaluate", time.perf_counter() - start)

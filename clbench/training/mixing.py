@@ -162,17 +162,22 @@ class Mixture:
         nothing = np.zeros((1, len(self.old) + 1), np.int64)
         self.before = np.concatenate([nothing, np.cumsum(self.counts, 0)])
 
-    def __call__(self, step: int) -> np.ndarray:
-        """The batch of a step: [B, context + 1] int64, or rows of images uint8."""
+    def __call__(self, step: int, rows: slice = slice(None)) -> np.ndarray:
+        """The batch of a step, or some rows of it: [B, context + 1] int64, or rows of images uint8."""
         counts, start = self.counts[step - self.first], self.starts + self.before[step - self.first]
-        parts = []
-        for k, old in enumerate(self.old):
-            if counts[k]:
-                positions = start[k] + np.arange(counts[k])
-                ids = self.replay.ids(old, self.seen[k], len(self.old), positions)
-                parts.append(old.take(ids, "replay", positions))
-        if counts[-1]:
-            parts.append(self.new.read(start[-1] + np.arange(counts[-1]), self.size))
+        begin, end, _ = rows.indices(int(counts.sum()))
+        parts, at = [], 0
+        for k, count in enumerate(counts.tolist()):
+            inside = np.arange(max(begin - at, 0), min(end - at, count))
+            at += count
+            if not len(inside):
+                continue
+            if k == len(self.old):
+                parts.append(self.new.read(start[k] + inside, self.size))
+            else:
+                positions = start[k] + inside
+                ids = self.replay.ids(self.old[k], self.seen[k], len(self.old), positions)
+                parts.append(self.old[k].take(ids, "replay", positions))
         return np.concatenate(parts)
 
     def used(self, first: int, last: int) -> np.ndarray:
