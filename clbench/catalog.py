@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from clbench import ranks
 from clbench.interfaces import UserError
 from clbench.signatures import find_module, nearest, problems, split_target
 
@@ -158,7 +159,11 @@ def asks(group: str, name: str) -> str:
     except (UserError, OSError, yaml.YAMLError, SyntaxError, ValueError, TypeError, KeyError):
         return "predict"
     made = (node.returns for node in module.body if isinstance(node, ast.FunctionDef) and node.name == function)
-    return "loss" if any(returns is not None and "TokenScenario" in ast.unparse(returns) for returns in made) else "predict"
+    return "loss" if any(returns is not None and _is_loss(ast.unparse(returns)) for returns in made) else "predict"
+
+
+def _is_loss(returns: str) -> bool:
+    return "TokenScenario" in returns or "ImageScenario" in returns
 
 
 def answering(learners: Sequence[str], scenario: str | None) -> list[str]:
@@ -225,6 +230,8 @@ _OPTIONS: dict[str, tuple[str, Any]] = {
     ),
     "eval_batch_size": ("a whole number from 1", lambda v: _whole(v, 1)),
     "micro_batch": ("a whole number from 1 or null", lambda v: v is None or _whole(v, 1)),
+    "compile": ("true or false", lambda v: isinstance(v, bool)),
+    "parallel": (f"one of {', '.join(ranks.KINDS)}", lambda v: v in ranks.KINDS),
     "feature_store": ("auto, on or off", lambda v: v in ("auto", "on", "off")),
     "feature_store_gb": (
         "a number from 0.001",

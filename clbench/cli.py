@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from clbench import __version__, corpus_command, schedule_show
+from clbench import __version__, corpus_command, ranks, schedule_show
 from clbench.catalog import conf_dir
 from clbench.interfaces import UserError
 from clbench.signatures import nearest
@@ -246,6 +246,7 @@ def dispatch(argv: Sequence[str]) -> int:
 
         page, rest = split(rest)
     args = parser_of(name, page).parse_intermixed_args(rest)
+    ranks.refuse(name, getattr(args, "multirun", False))
     from clbench import commands
 
     if name == "run":
@@ -277,6 +278,7 @@ def answer(argv: Sequence[str]) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
+        ranks.wait_for_the_first()
         for line in str(error).splitlines():
             print(f"clbench: {line}", file=sys.stderr)
         return 2

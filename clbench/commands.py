@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from clbench import catalog, config, provenance, record
+from clbench import catalog, config, provenance, ranks, record
 from clbench.interfaces import UserError, declared
 from clbench.isolate import Job, show_log
 
@@ -25,6 +25,7 @@ GO_ON = "clbench: stopped; the same command goes on where it was"
 def run(args: Namespace, command: list[str], launch: Launch) -> int:
     """Compose and check every job, then run: one in this process, a sweep through Hydra's launchers."""
     composed = config.read(args.words, args.multirun)
+    ranks.refuse("run", composed.multirun)
     if args.cfg:
         print("---\n".join(config.to_yaml(job) for job in composed.jobs), end="")
         return 0
@@ -33,10 +34,13 @@ def run(args: Namespace, command: list[str], launch: Launch) -> int:
         record.ensure_writable(Path(folder).expanduser() / "records")
     if composed.multirun:
         return sweep(composed, command, launch)
-    show_log(True)
+    first = ranks.rank() == 0
+    show_log(first)
     from clbench.runner import run_job
 
-    outcome = run_job(composed.jobs[0], command=command, progress=True)
+    outcome = run_job(composed.jobs[0], command=command, progress=first)
+    if not first:
+        return {"interrupted": 130, "failed": 1}.get(outcome.status, 0)
     if outcome.status == "interrupted":
         print(f"clbench: {outcome.text}", file=sys.stderr)
         return 130

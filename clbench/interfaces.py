@@ -68,6 +68,7 @@ class Capabilities:
     stores_all_data     keeps every sample: a reference (upper bound), not a contender; exempt from the sample budgets
     transductive        predictions may depend on the other samples of a test batch: marks the record
     adapts_at_test      changes its state while predicting: marks the record
+    supports_parallel   one model may be trained by several processes (torchrun)
     """
 
     asks: Literal["predict", "loss"] = "predict"
@@ -80,6 +81,7 @@ class Capabilities:
     stores_all_data: bool = False
     transductive: bool = False
     adapts_at_test: bool = False
+    supports_parallel: bool = False
 
 
 @dataclass(frozen=True)

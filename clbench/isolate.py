@@ -23,6 +23,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from clbench import ranks
+
 GRACE = 60.0  # seconds that a stopped child has to write its snapshot
 
 
@@ -49,9 +51,11 @@ class Job:
         start = time.perf_counter()
         shown = label(self.varying)
         plain = resolve_job(config)
+        ranks.from_launcher()
         ended = run_alone(_run, plain, self.command, self.progress)
         ended |= {"label": shown, "seconds": time.perf_counter() - start}
-        note(Path(self.log), ended)
+        if ranks.rank() == 0:
+            note(Path(self.log), ended)
         if ended["stopped"]:
             raise KeyboardInterrupt
         if plain.get("on_error") == "raise" and ended["status"] in ("failed", "died"):

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from clbench import provenance
 from clbench.interfaces import Experience, UserError
+from clbench.linear_probe import linear_probe, look_at, probe_entry, probed
 from clbench.streams.cpt import TokenScenario
 from clbench.training.journal import Journal
 from clbench.training.ledger import flops_per_token
@@ -32,26 +32,6 @@ def experience_of(scenario: TokenScenario, index: int, past: bool) -> Experience
     return replace(made, past=tuple(data[:-1])) if past else made
 
 
-def build_model(build: Any, config: dict[str, Any], scenario: Any) -> Any:
-    """The model, if it can read the stream. What it leaves open (vocab and context null) is the stream's."""
-    node = config["model"]
-    if not isinstance(scenario, TokenScenario):
-        if "profile" not in node and "vocab" in node:
-            raise UserError(f"model {node.get('name')} reads tokens: scenario {scenario.name} is made of images")
-        if config.get("micro_batch") is not None:
-            raise UserError(f"micro_batch has no effect in scenario {scenario.name}, which is made of images")
-        return build(node)
-    wanted = {"vocab": scenario.manifest.vocab, "context": scenario.manifest.context}
-    model = build(node, **{name: value for name, value in wanted.items() if name in node and node[name] is None})
-    if not callable(getattr(model, "loss", None)):
-        raise UserError(f"model {node.get('name')} has no loss: scenario {scenario.name} needs a decoder_... model")
-    for name, needs in wanted.items():
-        has = model.identity.get(name)
-        if isinstance(has, int) and has < needs:
-            raise UserError(f"model {node.get('name')} has {name} {has}, scenario {scenario.name} needs {needs}")
-    return model
-
-
 def make_runtime(job: Job, journal: Any) -> PretrainRuntime:
     """The runtime of a pre-training run."""
     return PretrainRuntime(
@@ -62,6 +42,8 @@ def make_runtime(job: Job, journal: Any) -> PretrainRuntime:
         journal=journal,
         flops_per_token=flops_per_token(job.model, job.scenario.manifest.context),
         micro_batch=job.config.get("micro_batch"),
+        group=job.group,
+        compiled=bool(job.config.get("compile")),
         processed_limit=None if job.capabilities.stores_all_data else job.scenario.budget.processed,
     )
 
@@ -72,6 +54,7 @@ def rehearse(build: Any, job: Job) -> None:
     if not callable(getattr(learner, "plan", None)):
         return
     scenario: TokenScenario = job.scenario
+    job.group.check_batch(scenario.manifest.batch, job.config.get("micro_batch"))
     size, limit = scenario.manifest.batch * scenario.manifest.context, learner.runtime.processed_limit
     for index in range(len(scenario.manifest.experiences)):
         check_plan(learner.plan(experience_of(scenario, index, keeps_text(job))), limit, size)
@@ -83,20 +66,24 @@ def keeps_text(job: Job) -> bool:
 
 
 @torch.no_grad()
-def total_loss(loss: Any, windows: np.ndarray, device: torch.device, batch: int, autocast: Any, check: Any = None) -> float:
-    """Sum of nats over sequences [N, L + 1] by a `loss(tokens [B, L + 1]) -> [B, L]`, in float64."""
-    parts = []
+def total_loss(loss: Any, windows: np.ndarray, runtime: PretrainRuntime, batch: int) -> float:
+    """Sum of nats over sequences [N, L + 1] by a `loss(tokens [B, L + 1]) -> [B, L]`, in float64; of images uint8: L = 1.
+
+    Processes share each batch; one that has none of a short batch reads a sequence that is not counted.
+    """
+    parts, length = [], 1 if windows.dtype == np.uint8 else windows.shape[1] - 1
     for start in range(0, len(windows), batch):
-        tokens = torch.from_numpy(windows[start : start + batch]).to(device)
-        with autocast():
+        wanted = windows[start : start + batch]
+        own = wanted[runtime.group.rows(len(wanted))]
+        tokens = torch.from_numpy(own if len(own) else wanted[:1]).to(runtime.device)
+        with runtime.autocast():
             found = loss(tokens)
-        if not isinstance(found, Tensor) or found.shape != (len(tokens), tokens.shape[1] - 1):
+        if not isinstance(found, Tensor) or found.shape != (len(tokens), length):
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise UserError(f"loss must return one number for each of {tuple(tokens[:, 1:].shape)} tokens, got {shape}")
-        parts.append(found.double().sum())
-        if check is not None:
-            check()
-    value = float(torch.stack(parts).sum())
+            raise UserError(f"loss must return one number for each of {(len(tokens), length)} tokens, got {shape}")
+        parts.append(found.double().sum() * bool(len(own)))
+        runtime.check_stop()
+    (value,) = runtime.group.total(float(torch.stack(parts).sum()))
     if not math.isfinite(value):
         raise UserError("the loss on an evaluation set is NaN or infinite")
     return value
@@ -114,6 +101,7 @@ class Observer:
         self.sizes = [len(r) for r in rows]
         self.steps: dict[int, set[int]] = {}
         self.trunks: list[list[float] | None] = []
+        self.linear = linear_probe(job, runtime)
         self.curves: dict[str, Any] = {"tokens": [], "lr": [], "experience": [], "step": [], "role": [], "boundaries": []}
         self.curves |= {"loss": {name: [] for name in self.names}, "accuracy": {name: [] for name in self.names}}
 
@@ -129,10 +117,7 @@ class Observer:
         start = time.perf_counter()
         model.eval()
         with self.runtime.autocast():
-            logits = model(self.probe[:, :-1]).float()
-        targets = self.probe[:, 1:]
-        nats = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
-        right = (logits.argmax(-1) == targets).float()
+            losses, right = look_at(model, self.probe, self.sizes, self.linear)
         curves, ledger = self.curves, self.runtime.ledger
         if step == 0:
             curves["boundaries"].append(ledger.trained)
@@ -141,10 +126,10 @@ class Observer:
         curves["experience"].append(segment.experience)
         curves["step"].append(step)
         curves["role"].append(segment.role)
-        for name, loss, hits in zip(self.names, nats.split(self.sizes), right.split(self.sizes), strict=True):
+        for name, loss, share in zip(self.names, losses.split(self.sizes), right, strict=True):
             curves["loss"][name].append(round(float(loss.double().mean()), 5))
-            curves["accuracy"][name].append(round(float(hits.double().mean()), 5))
-        ledger.look("probe", targets.numel(), self.runtime.flops_per_token)
+            curves["accuracy"][name].append(round(share, 5))
+        ledger.look("probe", losses.numel(), self.runtime.flops_per_token)
         self.runtime.meter.add_seconds("probe", time.perf_counter() - start)
 
     def trunk_ended(self, model: nn.Module) -> None:
@@ -157,8 +142,8 @@ class Observer:
         """Summed nats on every evaluation set."""
         size, runtime = int(self.job.config["eval_batch_size"]), self.runtime
         start = time.perf_counter()
-        row = [total_loss(loss, w, self.job.device, size, runtime.autocast, runtime.check_stop) for w in self.sets]
-        tokens = sum(len(w) * (w.shape[1] - 1) for w in self.sets)
+        row = [total_loss(loss, windows, runtime, size) for windows in self.sets]
+        tokens = sum(len(w) for w in self.sets) * self.job.scenario.manifest.context
         runtime.ledger.look("evaluation", tokens, runtime.flops_per_token)
         runtime.meter.add_seconds("evaluate", time.perf_counter() - start)
         return row
@@ -182,6 +167,7 @@ class LossWalk:
         sets = [scenario.evaluation(j) for j in range(len(scenario.manifest.evals))]
         self.observer = runtime.observer = Observer(job, runtime, sets)
         self.rows: list[list[float]] = []
+        self.probed: list[Any] = []  # what a linear probe got right: before, and after each experience
         self.logs: list[dict[str, float | None]] = []
         self.first, self.before = 0, 0.0
         self.start = time.perf_counter()
@@ -192,12 +178,14 @@ class LossWalk:
             self.observer.load_state_dict(saved["observer"])
             runtime.plan[:] = saved["plan"]
             self.rows, self.start_row, self.logs = saved["rows"], saved["start_row"], saved["logs"]
+            self.probed = saved.get("probed", [])
             self.before, self.first = saved["seconds"], saved["experience"] + 1
             entry["resumed"] = saved["resumed"] + 1
             if len(self.rows) < self.first:
                 self.evaluate(self.first - 1)
         else:
             self.start_row = self.observer.evaluate(learner.loss)
+            self.probed += probed(self.observer.linear, job.model, None)
 
     def learn(self, index: int) -> None:
         """One experience, then the state on disk."""
@@ -225,6 +213,7 @@ class LossWalk:
             "observer": self.observer.state_dict(),
             "plan": self.runtime.plan,
             "rows": self.rows,
+            "probed": self.probed,
             "start_row": self.start_row,
             "logs": self.logs,
             "flags": {k: self.job.flags[k] for k in ("matmul", "fused_attention")},
@@ -235,6 +224,7 @@ class LossWalk:
     def evaluate(self, index: int) -> None:
         """Append the row of this experience and say how it went."""
         self.rows.append(self.observer.evaluate(self.learner.loss))
+        self.probed += probed(self.observer.linear, self.job.model, index)
         entries = self.job.scenario.manifest.evals
         means = [total / e["tokens"] for total, e in zip(self.rows[-1], entries, strict=True)]
         shown = "  ".join(f"{e['name']} {mean:.4f}" for e, mean in zip(entries, means, strict=True))
@@ -267,13 +257,14 @@ class LossWalk:
             "exemplars": None,
             "final_state_sha256": fingerprint(self.learner.state_dict()),
             "finished": provenance.now(),
+            **probe_entry(self.observer.linear, self.probed),
         }
 
 
 def estimate(job: Job) -> float:
     """Seconds from the plan's tokens and this machine's pace: one batch, three times."""
     m = job.scenario.manifest
-    tokens = torch.randint(m.vocab, (m.batch, m.context + 1), device=job.device)
+    tokens = torch.from_numpy(job.scenario.data(0).read(np.arange(m.batch))).to(job.device)
     times = []
     for _ in range(3):
         start = time.perf_counter()

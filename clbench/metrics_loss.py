@@ -39,6 +39,10 @@ ABOUT: dict[str, str] = {
     "anneal_gain_old": "the same on older sets: below zero, annealing specialises",
     "min_acc": "mean over old sets of the lowest share of right guesses at any look after their own experience",
     "wc_acc": "share of right guesses on the newest set / T + (1 - 1 / T) min_acc",
+    "probe_own": "images: mean over sets of a linear probe's accuracy after the last experience, on each group's own classes",
+    "probe_seen": "images: the same by one classifier for the classes of all groups seen",
+    "probe_seen_average": "images: mean over experiences of `probe_seen` on the sets seen by then (Singh et al. 2025)",
+    "probe_gain": "images: probe_own - what random weights gave before the first experience",
 }
 HIGHER = (
     "backward_transfer",
@@ -49,6 +53,10 @@ HIGHER = (
     "anneal_gain_old",
     "min_acc",
     "wc_acc",
+    "probe_own",
+    "probe_seen",
+    "probe_seen_average",
+    "probe_gain",
 )
 
 
@@ -196,6 +204,22 @@ def worst_case_accuracy(curves: Mapping[str, Any], names: Sequence[str], first_s
     return _mean(newest) / t + (1 - 1 / t) * min_accuracy(curves, names, first_seen) if t > 1 else _mean(newest)
 
 
+def probe_accuracy(probe: Mapping[str, Any]) -> dict[str, float]:
+    """Accuracies of a linear probe on frozen features, from the counts of a record: {} where there is none.
+
+    probe_own           mean over sets after the last experience, one classifier for each group's own classes
+    probe_seen          the same, one classifier for all classes (all groups are seen by then)
+    probe_seen_average  mean over experiences of the mean over the sets seen by then (Singh et al. 2025)
+    probe_gain          `probe_own` minus what random weights gave before the first experience
+    """
+    n = np.asarray(probe["n"], np.float64)
+    own = np.array(probe["own"], np.float64) / n
+    seen = [_mean([c / m for c, m in zip(row, n, strict=True) if c is not None]) for row in probe["seen"]]
+    start = _mean(np.asarray(probe["own_start"], np.float64) / n)
+    found = {"probe_own": _mean(own[-1]), "probe_seen": seen[-1], "probe_seen_average": _mean(seen)}
+    return found | {"probe_gain": found["probe_own"] - start}
+
+
 def first_rise(curves: Mapping[str, Any], name: str) -> float:
     """Depth of the gap of the first set in experience 1; NaN without one."""
     found = gaps(curves, [name], [0]) if curves["experience"] else []
@@ -233,6 +257,8 @@ def summary(record: Mapping[str, Any]) -> dict[str, float]:
         "regret_learned": regret_learned(r, floor, first),
         **anneal_gain(record.get("sum_loss_trunk"), r, tokens, first),
     }
+    if record.get("probe"):
+        values |= probe_accuracy(record["probe"])
     curves = record.get("curves")
     if curves and curves["tokens"]:
         found = gaps(curves, names, first)

@@ -15,15 +15,17 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from clbench import loss_stream, metrics, provenance, record, tracking
+from clbench import loss_stream, metrics, provenance, ranks, record, tracking
 from clbench.config import build, load_target
 from clbench.interfaces import Capabilities, UserError, declared, mismatch
+from clbench.matching import build_model
 from clbench.models import feature_store
 from clbench.streams.cpt import TokenScenario
+from clbench.streams.cpt_images import ImageScenario
 from clbench.streams.pixels import Pipeline
 from clbench.streams.scenario import Scenario
 from clbench.terminal import bar_of, logging_to, signals
-from clbench.training import arithmetic
+from clbench.training import arithmetic, parallel
 from clbench.training.journal import Journal
 from clbench.training.runtime import Interrupted, Runtime
 from clbench.walk import Walk
@@ -47,7 +49,7 @@ class Job:
 
     config: dict[str, Any]
     run_id: str
-    scenario: Any  # Scenario, or TokenScenario with a decoder and no pipeline
+    scenario: Any  # Scenario, or TokenScenario or ImageScenario with a model that has a loss and no pipeline
     model: Any
     capabilities: Capabilities
     pipeline: Any
@@ -55,6 +57,7 @@ class Job:
     folder: pathlib.Path
     flags: dict[str, Any]
     device: Any
+    group: parallel.Group = parallel.ALONE
 
     @property
     def record_path(self) -> pathlib.Path:
@@ -64,6 +67,7 @@ class Job:
 
 def prepare(config: dict[str, Any]) -> Job:
     """Build scenario and model, check that the learner fits, and give the run its identity. Raises `UserError`."""
+    kind = ranks.choose(str(config.get("parallel", "auto")))
     device = arithmetic.choose_device(str(config["device"]))
     threads = arithmetic.choose_threads(config["num_threads"])
     if config["precision"] not in ("fp32", "bf16"):
@@ -75,19 +79,23 @@ def prepare(config: dict[str, Any]) -> Job:
     flags = arithmetic.apply(device, threads, config["seed"])
     capabilities = declared(load_target(config["learner"]["_target_"]), config["learner"])
     scenario = build(config["scenario"])
-    if not isinstance(scenario, Scenario | TokenScenario):
+    if not isinstance(scenario, Scenario | TokenScenario | ImageScenario):
         raise UserError(f"{config['scenario']['_target_']} must return a Scenario, got {type(scenario).__name__}")
     wanted = "none" if str(config["model"].get("weights")) in ("none", "None") else "some"
     why = mismatch(provenance.learner_name(config), capabilities, scenario.facts(), wanted == "some")
     if why:
         raise UserError(why)
-    model = loss_stream.build_model(build, config, scenario).to(device)
+    ranks.check(kind, scenario.name, scenario.asks, provenance.learner_name(config), capabilities)
+    model = build_model(build, config, scenario).to(device)
     plugin = provenance.plugin_version(config["learner"]["_target_"])
     identity = provenance.identity(config)
     run_id = record.run_id(identity, scenario.manifest.sha256, model.identity["state_sha256"], plugin)
     pipeline = Pipeline(model.profile, device, scenario.augment) if isinstance(scenario, Scenario) else None
-    job = Job(config, run_id, scenario, model, capabilities, pipeline, results, results / "runs" / run_id, flags, device)
-    if isinstance(scenario, TokenScenario):
+    group = parallel.join(kind, device)
+    group.share(model)
+    folder = results / "runs" / run_id
+    job = Job(config, run_id, scenario, model, capabilities, pipeline, results, folder, flags, device, group)
+    if not isinstance(scenario, Scenario):
         loss_stream.rehearse(build, job)
     else:
         feature_store.attach(model, config, scenario.manifest.dataset, device, flags)
@@ -106,13 +114,40 @@ def run_job(
     With `on_error: record` an exception becomes a failed record; with `raise` it is raised after that. `tuning` says how the
     options were chosen: it goes into the record with its `marks`, and stays when the run is resumed or repeated.
     """
+    job = prepare(config)
+    with job.group.running():
+        return _follow(job) if job.group.rank else _lead(job, command, progress, tuning)
+
+
+def _follow(job: Job) -> Outcome:
+    """A process that trains along: it writes nothing and says nothing, the first one does."""
+    status = job.group.say()
+    if status != "running":
+        return Outcome(job.run_id, status, "")
+    journal = Journal(job.folder / "journal", group=job.group)
+    job.flags = job.group.say()
+    arithmetic.apply(job.device, job.flags["num_threads"], job.config["seed"], job.flags)
+    try:
+        with job.group.watching():
+            _run(job, journal, {"resumed": 0}, False)
+    except KeyboardInterrupt:
+        status = "interrupted"
+    except Exception as error:
+        log.error("%s", error)
+        status = "failed"
+    return Outcome(job.run_id, status, "")
+
+
+def _lead(job: Job, command: list[str] | None, progress: bool, tuning: dict[str, Any] | None) -> Outcome:
+    """The one process of a run, or the first of several."""
     from filelock import FileLock, Timeout
 
-    job = prepare(config)
+    config = job.config
     record.ensure_writable(job.results / "records")
     refusal_path(config).unlink(missing_ok=True)
     old = record.read(job.record_path) if job.record_path.exists() else None
     if old is not None and old["status"] == "ok" and not config["force"]:
+        job.group.say("skipped")
         text = f"{job.run_id} is done already (force=true repeats it)\n\n{closing_text(old, job.record_path)}"
         return Outcome(job.run_id, "skipped", text, job.record_path)
     record.ensure_writable(job.folder)
@@ -120,10 +155,11 @@ def run_job(
     try:
         lock.acquire(timeout=0)
     except Timeout:
+        job.group.say("busy")
         return Outcome(job.run_id, "busy", f"{job.run_id} is being run by another process", job.record_path)
     with lock, logging_to(job.folder / "run.log"):
         seconds = config["checkpoint_seconds"]
-        journal = Journal(job.folder / "journal", float("inf") if seconds is None else float(seconds))
+        journal = Journal(job.folder / "journal", float("inf") if seconds is None else float(seconds), job.group)
         if config["force"] or (old is not None and old["status"] == "failed"):
             journal.clear()
         entry = provenance.describe(job, command or sys.argv)
@@ -131,10 +167,13 @@ def run_job(
             entry |= {"tuning": told, "marks": [*entry["marks"], *told.get("marks", ())]}
         record.write(entry, job.results / "records")
         job.scenario.manifest.save(job.results / "manifests" / f"{job.scenario.manifest.sha256}.json")
+        job.group.say("running")
+        job.group.say(job.flags)
         try:
-            entry = _run(job, journal, entry, progress)
-        except Interrupted:
-            text = f"stopped; the same command goes on where {job.run_id} was"
+            with job.group.watching():
+                entry = _run(job, journal, entry, progress)
+        except (Interrupted, parallel.Lost) as error:
+            text = f"{error or 'stopped'}; the same command goes on where {job.run_id} was"
             return Outcome(job.run_id, "interrupted", text, job.record_path)
         except Exception as error:
             entry |= {"status": "failed", "finished": provenance.now(), "error": _described(error)}
@@ -210,7 +249,7 @@ def _run(job: Job, journal: Journal, entry: dict[str, Any], progress: bool, stop
     if saved is not None:
         job.flags = arithmetic.apply(job.device, job.flags["num_threads"], job.config["seed"], saved["flags"])
         log.info("%s goes on after experience %d", job.run_id, saved["experience"] + 1)
-    losses = isinstance(job.scenario, TokenScenario)
+    losses = not isinstance(job.scenario, Scenario)
     runtime = loss_stream.make_runtime(job, journal) if losses else _runtime(job, journal)
     learner = build(job.config["learner"], model=job.model, runtime=runtime)
     for name in ("learn", "loss" if losses else "predict", "state_dict", "load_state_dict"):
@@ -221,7 +260,8 @@ def _run(job: Job, journal: Journal, entry: dict[str, Any], progress: bool, stop
         raise UserError(
             f"{type(learner).__name__} declares stores_exemplars: its memory must be `self.memory` with num_bytes()"
         )
-    kind, first = job.config.get("track", "none"), None if saved is None else saved["experience"]
+    kind = "none" if job.group.rank else job.config.get("track", "none")
+    first = None if saved is None else saved["experience"]
     try:
         with closing(tracking.open_tracker(kind, job.folder, entry, first)) as tracker:
             walk = (loss_stream.LossWalk if losses else Walk)(job, runtime, learner, entry, saved, tracker)

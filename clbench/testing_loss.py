@@ -18,6 +18,7 @@ from clbench.config import build
 from clbench.interfaces import Capabilities, Experience
 from clbench.loss_stream import experience_of
 from clbench.streams.cpt import TokenScenario, eval_windows
+from clbench.streams.cpt_images import ImageScenario
 from clbench.streams.texts import synthetic
 from clbench.streams.token_manifest import TokenManifest
 from clbench.training.journal import Journal
@@ -196,7 +197,12 @@ def check_tokens(built: list[TokenScenario]) -> None:
 
 
 def check_no_leak(built: list[TokenScenario]) -> None:
-    """No window of an evaluation set stands in the training text it belongs to (the first few are looked for)."""
+    """No window of an evaluation set stands in its training text (the first few are looked for), no image in both parts."""
+    if isinstance(built[0], ImageScenario):
+        for group in built[0].domains:
+            both = np.intersect1d(group.train, group.validation)
+            assert not len(both), f"{group.name}: {len(both)} image(s) are for training and for evaluation"
+        return
     for domain in built[0].domains:
         train = np.ascontiguousarray(domain.train[: 1 << 26]).tobytes()
         context = built[0].manifest.context

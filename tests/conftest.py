@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import select
+import socket
 import subprocess
 import sys
 import tempfile
@@ -35,8 +36,8 @@ class Warm:
 
     process = None
 
-    def run(self, job: dict, timeout: float) -> int:
-        """The exit status of one command line; a negative one is a signal."""
+    def run(self, jobs: list[dict], timeout: float) -> list[int]:
+        """The exit statuses of command lines that run side by side; a negative one is a signal."""
         if self.process is None:
             self.process = subprocess.Popen(
                 [sys.executable, str(ROOT / "tests" / "warm.py")],
@@ -46,12 +47,12 @@ class Warm:
                 text=True,
             )
             assert self.process.stdout.readline() == "ready\n"
-        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.write(json.dumps(jobs) + "\n")
         self.process.stdin.flush()
         if not select.select([self.process.stdout], [], [], timeout)[0]:
             self.stop()
-            raise TimeoutError(f"{job['argv']} took more than {timeout} s")
-        return int(self.process.stdout.readline())
+            raise TimeoutError(f"{jobs[0]['argv']} took more than {timeout} s")
+        return json.loads(self.process.stdout.readline())
 
     def stop(self) -> None:
         """End it."""
@@ -103,11 +104,32 @@ class CommandLine:
             with tempfile.TemporaryDirectory() as scratch:
                 files = [pathlib.Path(scratch) / name for name in ("out", "err")]
                 job = {"argv": words, "cwd": str(self.folder), "env": self.env, "out": str(files[0]), "err": str(files[1])}
-                ended = self.warm.run(job, timeout)
+                (ended,) = self.warm.run([job], timeout)
                 out, err = (path.read_text() for path in files)
         if code is not None:
             assert ended == code, f"exit {ended}\n--- stdout\n{out}\n--- stderr\n{err}"
         return subprocess.CompletedProcess(words, ended, out, err)
+
+    def together(self, number: int, *words: str, timeout: float = 120, **env: str):
+        """One run in several processes -> (exit status, stdout, stderr) of each."""
+        with socket.socket() as free, tempfile.TemporaryDirectory() as scratch:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+            shared = {
+                "WORLD_SIZE": str(number),
+                "LOCAL_WORLD_SIZE": str(number),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            jobs = []
+            for rank in range(number):
+                place = {**self.env, **env, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                files = {name: f"{scratch}/{name}{rank}" for name in ("out", "err")}
+                jobs.append({"argv": words, "cwd": str(self.folder), "env": place, **files})
+            free.close()
+            codes = self.warm.run(jobs, timeout)
+            texts = [[pathlib.Path(job[name]).read_text() for name in ("out", "err")] for job in jobs]
+        return [(code, *text) for code, text in zip(codes, texts, strict=True)]
 
     def records(self, results: str = "results") -> list[dict]:
         """All records, sorted by file name."""

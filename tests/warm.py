@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import runpy
+import signal
 import sys
 import traceback
 
@@ -43,7 +44,15 @@ def child(job):
 if __name__ == "__main__":
     print("ready", flush=True)
     for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            child(json.loads(line))
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        pids = []
+        for job in json.loads(line):  # several: the processes of one run, as torchrun would start them
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                child(job)
+        codes = []
+        for pid in pids:
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+            if codes == [2]:
+                for other in pids[1:]:
+                    os.kill(other, signal.SIGTERM)
+        print(json.dumps(codes), flush=True)

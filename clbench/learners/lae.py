@@ -2,13 +2,13 @@
 
 One PET module (adapter, LoRA or prefix) on a frozen ViT, never reset: the online one.
   learning      local cross-entropy: the softmax runs over the experience's classes. From the second experience on the online
-                module stands still for the first part of the epochs, while the new classifier finds its place.
+                module stands still for the first part of the training, while the new classifier finds its place.
   accumulation  an offline copy, made at the end of the first experience, follows by theta_off <- a theta_off + (1 - a)
                 theta_on after every step, frozen ones included (a = 0.9999).
   ensemble      p = max(softmax(z_on), softmax(z_off)), element by element over all seen classes.
 
 The paper's adaptation-speed calibration is in the modules: `pet=adapter_lae | lora_lae | prefix_lae` (blocks 0 to 4).
-`freeze` is a share of the epochs: the release's 3 of 5 (CIFAR-100) and 30 of 50 (ImageNet-R) are both 0.6.
+`freeze` is a share of the training: the release's 3 of 5 epochs (CIFAR-100) and 30 of 50 (ImageNet-R) are both 0.6.
 As released, the incomplete last batch of an epoch is dropped.
 PILOT's port differs (batch 128 with the rate of batch 24, prefix frozen in the first experience): other numbers.
 Published (recalled, not re-checked; ViT-B/16 orig_in21k, three orders, 5 epochs, batch 24): CIFAR-100 B0 Inc10 with the
@@ -55,7 +55,7 @@ class Lae:
         schedule: Schedule = constant,
     ):
         if not 0 <= freeze < 1:
-            raise UserError(f"learner.freeze is a share of the epochs below 1, got {freeze}")
+            raise UserError(f"learner.freeze is a share of the training below 1, got {freeze}")
         if not 0 <= decay <= 1:
             raise UserError(f"learner.decay must lie between 0 and 1, got {decay}")
         online = pet(model, runtime)
@@ -76,7 +76,7 @@ class Lae:
         if self.learned == 1:
             self.offline = self.pet.state()
         batches = shuffled(experience.train, self.batch_size, self.epochs, self.runtime.key("train"), drop_last=True)
-        frozen = round(self.freeze * self.epochs) * batches.visits // self.epochs if self.learned else 0
+        frozen = round(self.freeze * batches.visits) if self.learned else 0
         self.pet.train()
 
         def loss(batch: Batch) -> Tensor:

@@ -48,7 +48,7 @@ Shares = Callable[[Segment], np.ndarray]
 class Pretrain:
     """Trains segment after segment. State: weights, optimiser, the trunk while a branch is evaluated, places in the texts."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(asks="loss")
+    capabilities: ClassVar[Capabilities] = Capabilities(asks="loss", supports_parallel=True)
 
     def __init__(
         self,
@@ -84,7 +84,8 @@ class Pretrain:
     def capabilities_of(data: str = "new", replay: Any = None, **options: Any) -> Capabilities:
         """Joint training keeps all data, replay keeps some."""
         some = isinstance(replay, Mapping) and replay.get("share", 0.0) != 0
-        return Capabilities(asks="loss", stores_all_data=data == "union", stores_exemplars=data == "new" and some)
+        stores = {"stores_all_data": data == "union", "stores_exemplars": data == "new" and some}
+        return Capabilities(asks="loss", supports_parallel=True, **stores)
 
     def plan(self, experience: Experience) -> list[Segment]:
         """The segments of one experience."""
@@ -218,6 +219,9 @@ def _check(learner: Pretrain) -> None:
         "learner.branch and learner.average exclude each other: both stand for the anneal": branches and averages,
         "learner.start=scratch needs boundary=reset, no replay and no branch": scratch
         and (replays or branches or learner.boundary != "reset"),
+        "learner.trainable=half freezes other weights in each experience, which parallel=fsdp cannot: parallel=ddp": (
+            learner.trainable == "half" and learner.runtime.group.kind == "fsdp"
+        ),
         "learner.data=union is joint training: it needs start=scratch and passes=1": joint
         and (not scratch or learner.passes > 1),
     }

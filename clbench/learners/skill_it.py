@@ -29,7 +29,7 @@ from clbench.training.state import detached
 class SkillIt:
     """`Pretrain` with shares that follow the losses. State: that of `Pretrain`, shares, losses."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(asks="loss", stores_exemplars=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(asks="loss", stores_exemplars=True, supports_parallel=True)
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The leaderboard of pre-training: losses in nats per token, the ledger, and what is known only from pairs of runs."""
+"""The leaderboard of pre-training: losses (nats, for images squared errors), ledger, what pairs of runs say together."""
 
 from __future__ import annotations
 
@@ -213,11 +213,21 @@ def _pair(mean: float | None, std: float | None, sign: str = "±") -> str:
 def closing_text(entry: Mapping[str, Any], path: pathlib.Path) -> str:
     """The loss matrix, the headline numbers and the ledger of a finished run."""
     values, ledger = metrics_loss.summary(entry), entry["ledger"]
-    names = ("final_loss", "learned_loss", "forgetting_after", "regret", "gap_depth", "anneal_gain_new")
+    names = (
+        "final_loss",
+        "learned_loss",
+        "forgetting_after",
+        "regret",
+        "gap_depth",
+        "anneal_gain_new",
+        "probe_own",
+        "probe_seen",
+    )
     shown = "   ".join(f"{n} {values[n]:.4f}" for n in names if n in values and math.isfinite(values[n]))
     trained = sum(ledger[name] for name in LEDGER[:4])
     parts = f"branch {(ledger['branch_new'] + ledger['branch_replay']) / 1e6:.2f} M, repeated {ledger['repeated'] / 1e6:.2f} M"
-    used = f"{trained / 1e6:.2f} M tokens trained on ({parts}), {ledger['flops']:.2e} FLOPs, {entry['seconds']['total']:.0f} s"
+    unit = entry["scenario"].get("unit", "tokens")
+    used = f"{trained / 1e6:.2f} M {unit} trained on ({parts}), {ledger['flops']:.2e} FLOPs, {entry['seconds']['total']:.0f} s"
     return f"{matrix_text(entry)}\n\n{shown}\n{used}\nrecord {path}"
 
 

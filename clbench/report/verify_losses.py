@@ -30,6 +30,7 @@ def check(entry: Mapping[str, Any]) -> Iterator[str]:
                 yield f"set {j}: a loss of {total / tokens:.4f} is below the exact floor {floor:.4f}"
     yield from _ledger(entry)
     yield from _curves(entry)
+    yield from _probe(entry)
     if not all(isinstance(value, float) for value in metrics_loss.summary(entry).values()):
         yield "a derived number is not a number"
 
@@ -61,6 +62,27 @@ def _ledger(entry: Mapping[str, Any]) -> Iterator[str]:
     limit = stream["budget"]["exemplar_bytes"]
     if limit is not None and ledger["replay_bytes"] > limit:
         yield f"replay held {ledger['replay_bytes']} bytes, the budget allows {limit}"
+
+
+def _probe(entry: Mapping[str, Any]) -> Iterator[str]:
+    """Right answers of the linear probe are whole numbers up to the number of images, one for each set that is due."""
+    probe, first = entry.get("probe"), entry["first_seen"]
+    if (probe is None) == (entry["scenario"].get("unit") == "images"):
+        yield "streams of images have a linear probe, streams of tokens have none"
+    if probe is None:
+        return
+    if probe["n"] != entry["n"]:
+        yield "the linear probe was judged on other images than the losses"
+    rows = [probe["own_start"], *probe["own"], *probe["seen"]]
+    due = [[True] * len(first)] * (1 + len(probe["own"])) + [[own <= i for own in first] for i in range(len(probe["seen"]))]
+    if len(probe["own"]) != len(entry["sum_loss"]) or len(probe["seen"]) != len(entry["sum_loss"]):
+        yield "the linear probe does not have a row for each experience"
+    for row, wanted in zip(rows, due, strict=True):
+        fits = len(row) == len(wanted) and all((c is not None) == w for c, w in zip(row, wanted, strict=True))
+        if not fits or any(
+            c is not None and (type(c) is not int or not 0 <= c <= n) for c, n in zip(row, probe["n"], strict=True)
+        ):
+            yield f"a row of the linear probe is not made of counts: {row}"
 
 
 def _curves(entry: Mapping[str, Any]) -> Iterator[str]:

@@ -86,7 +86,11 @@ class TokenData:
 
     def read(self, positions: np.ndarray, size: int | None = None) -> np.ndarray:
         """Sequences by position -> [B, context + 1] int64."""
-        return sequences.windows(self.tokens, self.ids(positions, size), self.context)
+        return self.take(self.ids(positions, size), "new", positions)
+
+    def take(self, ids: np.ndarray, role: str, positions: np.ndarray) -> np.ndarray:
+        """Sequences by place in the domain -> [B, context + 1] int64; why and when they are read does not matter here."""
+        return sequences.windows(self.tokens, ids, self.context)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,14 @@ asked for at any step, on any machine, in any order.
 
 from __future__ import annotations
 
+import mmap
+
 import numpy as np
 
 from clbench import counter
 
 _ROUNDS = 4
+_HELD = 16 << 20  # bytes of a mapped file that may stay resident
 
 
 def permuted(key: int, n: int, positions: np.ndarray) -> np.ndarray:
@@ -57,4 +60,24 @@ def count(num_tokens: int, context: int) -> int:
 
 def windows(tokens: np.ndarray, ids: np.ndarray, context: int) -> np.ndarray:
     """Sequences by id -> [B, context + 1] int64; sequence i starts at token i * context."""
-    return tokens[np.asarray(ids, np.int64)[:, None] * context + np.arange(context + 1)].astype(np.int64)
+    found = tokens[np.asarray(ids, np.int64)[:, None] * context + np.arange(context + 1)].astype(np.int64)
+    if isinstance(tokens, np.memmap):
+        _release(tokens, len(found) * (mmap.PAGESIZE + context * tokens.itemsize))
+    return found
+
+
+def _release(tokens: np.memmap, touched: int) -> None:
+    """Give back the pages of a mapped file from time to time: they stay in the system's cache, not in this process.
+
+    Without this a run that reads all over a corpus grows until it is as large as the corpus; and without the other advice the
+    system reads megabytes around each sequence that is not in its cache.
+    """
+    mapped, seen = getattr(tokens, "_mmap", None), vars(tokens)
+    if not isinstance(mapped, mmap.mmap) or tokens.mode != "r" or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    if "touched" not in seen:
+        mapped.madvise(mmap.MADV_RANDOM)
+    seen["touched"] = seen.get("touched", 0) + touched
+    if seen["touched"] > _HELD:
+        mapped.madvise(mmap.MADV_DONTNEED)
+        seen["touched"] = 0

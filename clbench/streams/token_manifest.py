@@ -54,6 +54,11 @@ class TokenManifest:
     budget: dict[str, Any]
     schema: int = SCHEMA
 
+    @property
+    def unit(self) -> str:
+        """What is counted: "tokens", or "images" (then a sequence is one image, with one loss)."""
+        return str(self.domains[0].get("unit", "tokens"))
+
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of the canonical JSON text."""
@@ -69,15 +74,17 @@ class TokenManifest:
 
     def text(self) -> str:
         """The stream for people: experiences with their tokens, evaluation sets with their floors."""
-        lines = [f"{self.kind}, {len(self.domains)} domains, {self.vocab} tokens in the vocabulary, sha256 {self.sha256}"]
+        unit, words = self.unit, f"{self.vocab} tokens in the vocabulary"
+        words = f"images of {self.domains[0]['side']} pixels" if unit == "images" else words
+        lines = [f"{self.kind}, {len(self.domains)} domains, {words}, sha256 {self.sha256}"]
         size = self.batch * self.context
         for e in self.experiences:
             times = e["steps"] * size / (e["sequences"] * self.context)
-            lines.append(f"  {e['name']:<14} {e['steps'] * size:>11} tokens, {e['steps']} steps of {size}, {times:.2f} passes")
+            lines.append(f"  {e['name']:<14} {e['steps'] * size:>11} {unit}, {e['steps']} steps of {size}, {times:.2f} passes")
         for e in self.evals:
             known = "" if e["floor"] is None else f", floor {e['floor']:.4f} nats a token"
             first = f"first read in experience {e['first_seen']}{known}"
-            lines.append(f"  evaluate {e['name']:<14} {e['tokens']:>7} tokens, {first}")
+            lines.append(f"  evaluate {e['name']:<14} {e['tokens']:>7} {unit}, {first}")
         return "\n".join(lines)
 
     @classmethod
@@ -121,7 +128,8 @@ def check(m: TokenManifest) -> None:
         domain = m.domains[entry["domain"]]
         if entry["first"] < 0 or entry["sequences"] < 1 or entry["steps"] < 1:
             raise UserError(f"manifest: experience {i} has no sequences or no steps")
-        if entry["first"] + entry["sequences"] > sequences.count(domain["train_tokens"], m.context):
+        whole = domain["train_tokens"] if m.unit == "images" else sequences.count(domain["train_tokens"], m.context)
+        if entry["first"] + entry["sequences"] > whole:
             raise UserError(f"manifest: experience {i} reads past the end of domain {domain['name']}")
     for j, entry in enumerate(m.evals):
         if entry["tokens"] != entry["sequences"] * m.context or entry["sequences"] < 1:

@@ -8,15 +8,22 @@ from typing import Any
 import numpy as np
 import torch
 
+from clbench import ranks
 from clbench.interfaces import UserError
 
 
 def choose_device(name: str) -> torch.device:
     """The torch device: "auto" takes cuda, else cpu; anything torch knows otherwise. An absent device raises `UserError`."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.size() > 1 and name.startswith("cuda"):
+        if name != "cuda":
+            raise UserError(f"device={name}, and {ranks.size()} processes: say device=cuda, each takes one of its own")
+        name = f"cuda:{ranks.local()[0]}"
     try:
         device = torch.device(name)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device={name} is not available here: {str(error).splitlines()[0]}") from error
@@ -27,7 +34,7 @@ def choose_threads(wanted: str | int) -> int:
     """Threads: "auto" takes the processors this process may use, at most 8; the same number whatever the launcher has set."""
     if wanted == "auto":
         usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-        return max(1, min(8, usable))
+        return max(1, min(8, usable // ranks.local()[1]))
     if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1:
         raise UserError(f"num_threads must be auto or a number from 1, got {wanted!r}")
     return wanted

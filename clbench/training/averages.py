@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clbench.interfaces import UserError
+from clbench.training.parallel import like
 from clbench.training.pretrain import AfterStep, Segment
 from clbench.training.schedule_free import ScheduleFree
 
@@ -95,8 +96,8 @@ class Averager:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a copy."""
-        device = next(self.model.parameters()).device
-        self.weights = {name: value.detach().to(device, copy=True) for name, value in state["weights"].items()}
+        own = self.model.state_dict()
+        self.weights = {name: like(value, own[name]) for name, value in state["weights"].items()}
         self.number = state["number"]
         if self.free is not None:
             self.free.load_state_dict(state["free"])

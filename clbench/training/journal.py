@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from clbench.interfaces import UserError
+from clbench.training import shards
+from clbench.training.parallel import ALONE, Group
 
 
 def save_atomic(path: pathlib.Path, state: Any) -> None:
@@ -35,13 +37,16 @@ def save_atomic(path: pathlib.Path, state: Any) -> None:
 
 
 class Journal:
-    """Snapshots of the run in `folder`; `Journal()` keeps none. `seconds` is the least time between two snapshots of a fit."""
+    """Snapshots of the run in `folder`; `Journal()` keeps none. `seconds` is the least time between two snapshots of a fit.
 
-    def __init__(self, folder: pathlib.Path | None = None, seconds: float = 60.0):
-        self.folder, self.seconds = folder, seconds
+    Of several processes in `group` the first writes and all read; tensors that are spread over them are written by all.
+    """
+
+    def __init__(self, folder: pathlib.Path | None = None, seconds: float = 60.0, group: Group = ALONE):
+        self.folder, self.seconds, self.group = folder, seconds, group
         self.calls, self.experience = 0, -1
         self.last = time.monotonic()
-        if folder is not None:
+        if folder is not None and group.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             for left in folder.glob("*.tmp"):
                 left.unlink()
@@ -61,25 +66,35 @@ class Journal:
         if path is None or not path.exists():
             return None
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return state if state["experience"] == self.experience or key == "experience" else None
+        if state["experience"] != self.experience and key != "experience":
+            return None
+        return shards.load(path.parent, state, self.group) if "shards" in state else state
 
     def save(self, key: str, state: dict[str, Any]) -> None:
         """Write a snapshot now."""
         if self.folder is not None:
-            save_atomic(self.folder / f"{key}.pt", state)
+            if self.group.kind == "fsdp":
+                state = shards.save(self.folder, key, state, self.group)
+            if self.group.rank == 0:
+                save_atomic(self.folder / f"{key}.pt", state)
+                shards.remove(self.folder, key, besides=state.get("shards"))
         self.last = time.monotonic()
 
     def due(self) -> bool:
         """Whether enough time has passed for another snapshot."""
-        return self.folder is not None and time.monotonic() - self.last >= self.seconds
+        return self.folder is not None and self.group.rank == 0 and time.monotonic() - self.last >= self.seconds
 
     def finish_experience(self, state: dict[str, Any]) -> None:
         """Write the state after an experience, then drop the snapshots of its `fit` calls."""
         self.save("experience", state)
-        for path in self.folder.glob("fit-*.pt") if self.folder is not None else ():
-            path.unlink()
+        self._drop("fit-*")
 
     def clear(self) -> None:
         """The run is over: its record says everything."""
-        for path in self.folder.glob("*.pt") if self.folder is not None else ():
-            path.unlink()
+        self._drop("*")
+
+    def _drop(self, pattern: str) -> None:
+        if self.folder is not None and self.group.rank == 0:
+            for path in self.folder.glob(f"{pattern}.pt"):
+                path.unlink()
+            shards.remove(self.folder, pattern)

@@ -17,6 +17,9 @@ from clbench import counter
 from clbench.interfaces import UserError
 from clbench.streams import sequences
 from clbench.streams.cpt import TokenData
+from clbench.streams.cpt_images import ImageData
+
+Data = TokenData | ImageData
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Replay:
         places = np.arange(steps)
         return places >= steps - length if self.timing == "last" else places < length
 
-    def ids(self, old: TokenData, seen: int, num_old: int, positions: np.ndarray) -> np.ndarray:
+    def ids(self, old: Data, seen: int, num_old: int, positions: np.ndarray) -> np.ndarray:
         """Replayed sequences by position in the stream of replays -> [B] int64 places in the domain of `old`.
 
         seen: how many of its sequences were read when it was new.
@@ -92,7 +95,7 @@ class Replay:
             inside = sequences.permuted(counter.key(old.key, "buffer"), seen, inside)
         return old.ids(inside, seen)
 
-    def capacity(self, old: TokenData, num_old: int) -> int:
+    def capacity(self, old: Data, num_old: int) -> int:
         """Sequences of one old experience that may be held; `UserError` if the buffer is too small for one."""
         if self.buffer_bytes is None:
             return 1 << 62
@@ -101,7 +104,7 @@ class Replay:
             raise UserError(f"replay.buffer_bytes={self.buffer_bytes} holds no sequence of {old.sequence_bytes} bytes")
         return held
 
-    def held_bytes(self, old: Sequence[TokenData], seen: Sequence[int]) -> int:
+    def held_bytes(self, old: Sequence[Data], seen: Sequence[int]) -> int:
         """Bytes of old text that replay needs at hand."""
         if not self.active:
             return 0
@@ -141,8 +144,8 @@ class Mixture:
 
     def __init__(
         self,
-        new: TokenData,
-        old: Sequence[TokenData],
+        new: Data,
+        old: Sequence[Data],
         replay: Replay,
         shares_SK: np.ndarray,
         *,
@@ -159,16 +162,22 @@ class Mixture:
         nothing = np.zeros((1, len(self.old) + 1), np.int64)
         self.before = np.concatenate([nothing, np.cumsum(self.counts, 0)])
 
-    def __call__(self, step: int) -> np.ndarray:
-        """The batch of a step: [B, context + 1] int64."""
+    def __call__(self, step: int, rows: slice = slice(None)) -> np.ndarray:
+        """The batch of a step, or some rows of it: [B, context + 1] int64, or rows of images uint8."""
         counts, start = self.counts[step - self.first], self.starts + self.before[step - self.first]
-        parts = []
-        for k, old in enumerate(self.old):
-            if counts[k]:
-                ids = self.replay.ids(old, self.seen[k], len(self.old), start[k] + np.arange(counts[k]))
-                parts.append(sequences.windows(old.tokens, ids, old.context))
-        if counts[-1]:
-            parts.append(self.new.read(start[-1] + np.arange(counts[-1]), self.size))
+        begin, end, _ = rows.indices(int(counts.sum()))
+        parts, at = [], 0
+        for k, count in enumerate(counts.tolist()):
+            inside = np.arange(max(begin - at, 0), min(end - at, count))
+            at += count
+            if not len(inside):
+                continue
+            if k == len(self.old):
+                parts.append(self.new.read(start[k] + inside, self.size))
+            else:
+                positions = start[k] + inside
+                ids = self.replay.ids(self.old[k], self.seen[k], len(self.old), positions)
+                parts.append(self.old[k].take(ids, "replay", positions))
         return np.concatenate(parts)
 
     def used(self, first: int, last: int) -> np.ndarray:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from clbench.interfaces import Place, Schedule, UserError
 from clbench.training.ledger import Ledger
 from clbench.training.mixing import Mixture
+from clbench.training.parallel import ALONE, Group, Replica, like
 from clbench.training.runtime import Runtime
 from clbench.training.state import detached
 
@@ -102,6 +103,8 @@ class PretrainRuntime(Runtime):
 
     processed_limit  tokens that one experience may be trained on, None for no limit
     micro_batch      sequences that pass the model at once, None for the whole batch: gradients are summed over the pieces
+    group            the processes that train together, each on its rows of every batch
+    compiled         torch.compile for the training pass
     """
 
     ledger: Ledger = field(default_factory=Ledger)
@@ -110,6 +113,13 @@ class PretrainRuntime(Runtime):
     processed_limit: int | None = None
     micro_batch: int | None = None
     plan: list[dict[str, Any]] = field(default_factory=list)
+    group: Group = ALONE
+    compiled: bool = False
+
+    def pause(self, anywhere: bool) -> bool:
+        """Whether to write a snapshot now: somebody wants to stop, or it is time. The same answer in all processes."""
+        self.stop, due = self.group.any(self.stop, anywhere and self.journal.due())
+        return self.stop or due
 
 
 class Adam:
@@ -120,7 +130,7 @@ class Adam:
         self.made = self._make()
 
     def _make(self) -> torch.optim.AdamW:
-        params = list(self.model.parameters())
+        self.params = params = list(self.model.parameters())
         groups = [
             {"params": [p for p in params if p.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
@@ -143,7 +153,7 @@ class Adam:
         for group in self.made.param_groups:
             group["lr"] = rate
         if self.clip is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+            nn.utils.clip_grad_norm_(self.params, self.clip)
         self.made.step()
         self.made.zero_grad(set_to_none=True)
 
@@ -155,16 +165,19 @@ class Adam:
         """Take over a state; it is copied."""
         self.made = self._make()
         self.made.load_state_dict(detached(state))
+        for param, moments in self.made.state.items():
+            moments |= {name: like(value, param) for name, value in moments.items() if value.shape == param.shape}
 
 
-def batches(mixture: Mixture, first: int, last: int, device: torch.device) -> Iterator[Tensor]:
-    """Batches of steps first..last-1 on the device, [B, context + 1] int64; on a GPU the next ones are read meanwhile."""
+def batches(mixture: Mixture, first: int, last: int, device: torch.device, group: Group = ALONE) -> Iterator[Tensor]:
+    """This process's rows of batches first..last-1 on the device, [b, context + 1] int64; a GPU's are read meanwhile."""
+    rows = group.rows(mixture.new.batch)
     if device.type != "cuda":
-        yield from (torch.from_numpy(mixture(step)) for step in range(first, last))
+        yield from (torch.from_numpy(mixture(step, rows)) for step in range(first, last))
         return
 
     def read(step: int) -> Tensor:
-        return torch.from_numpy(mixture(step)).pin_memory()
+        return torch.from_numpy(mixture(step, rows)).pin_memory()
 
     with ThreadPoolExecutor(1) as pool:
         waiting = [pool.submit(read, step) for step in range(first, min(first + 3, last))]
@@ -204,11 +217,12 @@ def train(
     Raises FloatingPointError on a NaN or infinite loss (looked at in every step, on a GPU in every 64th), `Interrupted` on
     Ctrl-C.
     """
-    look, count = runtime.observer, _Count(runtime, segment, mixture, step)
+    look, count, group = runtime.observer, _Count(runtime, segment, mixture, step), runtime.group
+    batch, replica = mixture.new.batch, Replica(group, model, runtime.compiled)
     sums: list[Tensor] = []
     model.train()
-    for tokens in batches(mixture, step, segment.last, runtime.device):
-        if runtime.stop or (step > segment.first and runtime.journal.due()):
+    for tokens in batches(mixture, step, segment.last, runtime.device, group):
+        if runtime.pause(step > segment.first):
             count(step)
             save(step)
             runtime.check_stop()
@@ -216,11 +230,11 @@ def train(
             count(step)
             look.look(model, segment, step)
             model.train()
-        losses = _gradients(runtime, model, tokens)
+        losses = _gradients(runtime, replica, tokens, batch)
         optimizer.step(segment.rate(step))
         sums.append(losses.mean())
         if after_step is not None:
-            after_step(segment, step + 1, losses, mixture.counts[step - mixture.first])
+            after_step(segment, step + 1, group.gathered(losses, batch), mixture.counts[step - mixture.first])
         step += 1
         if runtime.device.type == "cpu" or step % 64 == 0 or step == segment.last:
             _check_losses(runtime, segment, step, sums)
@@ -230,20 +244,24 @@ def train(
         look.look(model, segment, step)
 
 
-def _gradients(runtime: PretrainRuntime, model: nn.Module, tokens: Tensor) -> Tensor:
-    """Add the gradients of the mean loss over a batch, in pieces of `micro_batch` sequences -> losses [B, L]."""
-    found = []
-    for piece in tokens.split(runtime.micro_batch or len(tokens)):
-        with runtime.autocast():
-            losses = model.loss(piece)  # type: ignore[operator]
-        (losses.mean() * (len(piece) / len(tokens))).backward()
+def _gradients(runtime: PretrainRuntime, replica: Replica, tokens: Tensor, batch: int) -> Tensor:
+    """Add the gradients of the mean loss over a batch of which this process has `tokens` [b, L + 1] -> losses [b, L].
+
+    In pieces of `micro_batch` sequences. Over processes gradients are averaged, hence their number in each one's share.
+    """
+    found, pieces = [], tokens.split(runtime.micro_batch or len(tokens))
+    for i, piece in enumerate(pieces):
+        with replica.piece(last=i + 1 == len(pieces)):
+            with runtime.autocast():
+                losses = replica.loss(piece)
+            (losses.mean() * (len(piece) * runtime.group.size / batch)).backward()
         found.append(losses.detach())
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _check_losses(runtime: PretrainRuntime, segment: Segment, step: int, losses: list[Tensor]) -> None:
     """Stop at a loss that is no number; show how far it is."""
-    mean = float(torch.stack(losses).mean())
+    mean = runtime.group.total(float(torch.stack(losses).mean()))[0] / runtime.group.size
     if not math.isfinite(mean):
         where = f"experience {segment.experience}, {segment.role}, step {step - 1} of {segment.steps}"
         raise FloatingPointError(f"loss is {mean} in {where}, learning rate {segment.rate(step - 1):g}")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from clbench.interfaces import UserError
+from clbench.training.parallel import like
 
 
 class ScheduleFree:
@@ -62,5 +63,5 @@ class ScheduleFree:
         """Take over a copy."""
         for own, saved in ((self.average, state["average"]), (self.moving, state["moving"])):
             for mine, other in zip(own, saved, strict=True):
-                mine.copy_(other)
+                mine.copy_(like(other, mine))
         self.weight = state["weight"]

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clbench.training.parallel import whole
+
 
 def collect(owner: object, *names: str) -> dict[str, Any]:
     """Gather attributes by name: whatever has a `state_dict` gives that, everything else is taken as it is."""
@@ -61,7 +63,8 @@ def tensors(state: Any) -> Iterator[Tensor]:
 
 def num_bytes(state: Any) -> int:
     """Bytes of all distinct tensors of a state (a tensor met twice counts once)."""
-    seen = {(t.data_ptr(), t.numel()): t.numel() * t.element_size() for t in tensors(state) if t.numel()}
+    own = [getattr(t, "to_local", lambda t=t: t)() for t in tensors(state)]  # of a spread tensor, what lies here
+    seen = {(t.data_ptr(), t.numel()): t.numel() * t.element_size() for t in own if t.numel()}
     return sum(seen.values())
 
 
@@ -74,7 +77,7 @@ def fingerprint(state: Any) -> str:
 
 def _absorb(digest: Any, value: Any) -> None:
     if isinstance(value, Tensor):
-        array = value.detach().cpu().contiguous()
+        array = whole(value.detach()).cpu().contiguous()
         digest.update(f"tensor {array.dtype} {tuple(array.shape)}".encode())
         digest.update(array.reshape(-1).view(torch.uint8).numpy().tobytes() if array.numel() else b"")
     elif isinstance(value, dict):
