@@ -70,6 +70,17 @@ EXAMPLES: dict[str, tuple[str, tuple[str, ...]]] = {
             "clbench verify --schema",
         ),
     ),
+    "bench": (
+        "how fast it is here: rates, seconds by phase, share of the floor, ratio to naive code",
+        (
+            "clbench bench",
+            "clbench bench --learners ncm,mos --scenario cil_cifar100 --model vit_tiny scenario.num_classes=20",
+            "clbench bench --preset cpu_targets",
+            "clbench bench --preset vit_base_h200 --stand-ins",
+            "clbench bench scaling --learners ncm,ease --experiences 5,10,20",
+            "clbench bench startup",
+        ),
+    ),
     "new": (
         "write a package of your own with a learner or a scenario that runs at once",
         ("clbench new learner my_method", "clbench new scenario my_stream --to ~/code"),
@@ -146,6 +157,10 @@ def parser_of(name: str, page: str = "") -> Parser:
         from clbench.tuning_options import overview as study
 
         epilog = f"{study()}\n\n{epilog}"
+    if name == "bench":
+        from clbench.bench.options import overview as measured
+
+        epilog = f"{measured()}\n\n{epilog}"
     parser = Parser(
         f"clbench {name} {page}".rstrip(),
         description=what,
@@ -176,6 +191,10 @@ def parser_of(name: str, page: str = "") -> Parser:
         parser.add_argument("--seed", type=int, metavar="N", help="with --rerun N: which ones are drawn (0)")
         parser.add_argument("--data-root", metavar="DIR", help="where data and weights lie (the environment's CLBENCH_DATA)")
         parser.add_argument("--schema", action="store_true", help="print the JSON Schema of a record")
+    if name == "bench":
+        from clbench.bench.options import add_arguments as bench_arguments
+
+        bench_arguments(parser)
     if name == "new":
         parser.add_argument("kind", choices=("learner", "scenario"))
         parser.add_argument("name", help="a Python name in lower case, such as my_method")
@@ -231,6 +250,12 @@ def dispatch(argv: Sequence[str]) -> int:
         from clbench import tuning
 
         return tuning.run(args, ["clbench", *argv])
+    if name == "bench":
+        from clbench.bench import command
+
+        text, code = command.run(args)
+        print(text)
+        return code
     work = {
         "plan": commands.plan,
         "list": commands.show_choices,

@@ -24,6 +24,7 @@ LAYERS = [
     {"runner", "walk"},
     {"isolate", "scaffold", "planning", "testing", "verification"},
     {"tuning_options", "tuning_space", "tuning_streams", "tuning_trials", "tuning"},
+    {"bench"},
     {"commands"},
     {"cli"},
     {"__main__"},
