@@ -77,7 +77,7 @@ def test_the_same_answers_and_the_needed_passes(name, tmp_path):
 
 def official(name, stream, options):
     """Passes of published code, from its loops: methods' loggings included."""
-    n, m, tested, e = sum(stream.train), sum(stream.test), stream.tested, stream.epochs
+    n, tested, e = sum(stream.train), stream.tested, stream.epochs
     first = e * stream.train[0] + e * stream.test[0]  # first session with a look at the test images after each epoch
     if name in ("ncm", "simplecil", "fecam", "ranpac without module"):
         return n + tested

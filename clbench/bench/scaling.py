@@ -1,6 +1,6 @@
 """Seconds and memory against the number of experiences and of classes, on images made for it, and the exponent.
 
-The work is the same in every row of a table: against experiences, 100 classes with as many images come in 5, 10, 20, ... pieces;
+The work is the same in every row of a table: against experiences, 100 classes with as many images come in 5, 10, 20, ... parts;
 against classes, as many images in 10 experiences belong to 10, 30, ... classes. The exponent p of seconds ~ size^p is that of
 the straight line through the logarithms. It is shown for the whole run, for learning and for evaluation; a learner whose
 network changes must test again every class seen after every experience, so its evaluation may grow with the experiences (p up
@@ -98,7 +98,7 @@ def one(job: dict[str, Any], device: Any) -> dict[str, Any]:
 
 
 def slope(sizes: Sequence[float], values: Sequence[float]) -> float | None:
-    """p of the least-squares line through (log size, log value); None of fewer than two sizes or values that are not above 0."""
+    """Exponent p of value ~ size^p by least squares of logarithms; None of fewer than two sizes, or a value not above 0."""
     if len(set(sizes)) < 2 or min(values) <= 0:
         return None
     x, y = [math.log(s) for s in sizes], [math.log(v) for v in values]
