@@ -146,9 +146,8 @@ def described(name: str, page: str) -> tuple[str, tuple[str, ...]]:
     return pages.PAGES[page] if page else (f"{what}\n\n{pages.overview()}", examples)
 
 
-def parser_of(name: str, page: str = "") -> Parser:
-    """The parser of one command; `page` is a page of `report`."""
-    what, examples = described(name, page)
+def epilog_of(name: str, examples: Sequence[str]) -> str:
+    """What stands below the options of a command: what there is to choose, and examples."""
     epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples)
     if name in ("run", "plan"):
         groups = "choices: scenario=, learner=, model=, schedule=, pet=, machine=, sweep=   (clbench list shows the names)"
@@ -158,13 +157,19 @@ def parser_of(name: str, page: str = "") -> Parser:
 
         epilog = f"{study()}\n\n{epilog}"
     if name == "bench":
-        from clbench.bench.options import overview as measured
+        from clbench.bench.options import overview as measures
 
-        epilog = f"{measured()}\n\n{epilog}"
+        epilog = f"{measures()}\n\n{epilog}"
+    return epilog
+
+
+def parser_of(name: str, page: str = "") -> Parser:
+    """The parser of one command; `page` is a page of `report`."""
+    what, examples = described(name, page)
     parser = Parser(
         f"clbench {name} {page}".rstrip(),
         description=what,
-        epilog=epilog,
+        epilog=epilog_of(name, examples),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -192,9 +197,9 @@ def parser_of(name: str, page: str = "") -> Parser:
         parser.add_argument("--data-root", metavar="DIR", help="where data and weights lie (the environment's CLBENCH_DATA)")
         parser.add_argument("--schema", action="store_true", help="print the JSON Schema of a record")
     if name == "bench":
-        from clbench.bench.options import add_arguments as bench_arguments
+        from clbench.bench.options import add_arguments as add_measures
 
-        bench_arguments(parser)
+        add_measures(parser)
     if name == "new":
         parser.add_argument("kind", choices=("learner", "scenario"))
         parser.add_argument("name", help="a Python name in lower case, such as my_method")

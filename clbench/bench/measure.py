@@ -81,7 +81,7 @@ def _all_rates(session: Session, models: dict[str, dict[str, Any]], device: Any,
         if session.quick:
             paths = paths[-1:]
         top = session.found.setdefault("peak_flops", {}).setdefault(precision, {})
-        for way, value in rates.peak(device, precision, paths).items():
+        for way, value in rates.peak(device, precision, paths, 256 if session.quick else 0).items():
             top[way] = max(top.get(way, 0.0), value)
         for node in models.values():
             say(f"rates of {node['name']} in {precision} ({', '.join(paths)})")

@@ -37,9 +37,9 @@ class ParallelAdapter(nn.Module):
         return self.mlp(x) + 0.1 * self.up(self.down(x).relu())
 
 
-def peak(device: torch.device, precision: str, paths: Sequence[str]) -> dict[str, float]:
-    """FLOP/s of square products in every way that the arithmetic of `paths` reaches -> {"fp32 highest": ..., "bf16": ...}."""
-    n = 2048 if device.type == "cpu" else 8192
+def peak(device: torch.device, precision: str, paths: Sequence[str], n: int = 0) -> dict[str, float]:
+    """FLOP/s of n x n products in every way that the arithmetic of `paths` reaches -> {"fp32 highest": ..., "bf16": ...}."""
+    n = n or (2048 if device.type == "cpu" else 8192)
     ways = {f"fp32 {mode}": (torch.float32, mode) for mode in dict.fromkeys(calibration.PATHS[p][0] for p in paths)}
     if precision == "bf16":
         ways["bf16"] = (torch.bfloat16, "highest")

@@ -24,7 +24,7 @@ from clbench.interfaces import UserError
 from clbench.training import arithmetic
 
 LEARNERS = "ncm,ranpac,slca,ease,mos"
-PER_CLASS, TEST_PER_CLASS, PIECES = 10, 5, 10
+PER_CLASS, TEST_PER_CLASS, PIECES = 6, 3, 10
 FIXED = ("force=true", "on_error=raise", "checkpoint_seconds=null", "track=none", "feature_store=off")
 OWN = {"ranpac": ("learner.projection=500",), "slca": ("learner.align_epochs=1",), "mos": ("learner.align_epochs=1",)}
 
