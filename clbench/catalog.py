@@ -145,6 +145,32 @@ def details(path: Path) -> tuple[str, str]:
     return paper, _capabilities(found) if found else ""
 
 
+def asks(group: str, name: str) -> str:
+    """What a choice of group "learner" answers or of group "scenario" asks: "loss" or "predict". From the source text."""
+    import yaml
+
+    path = choices(group)[name][0]
+    if group == "learner":
+        return "loss" if "asks='loss'" in details(path)[1].split() else "predict"
+    try:
+        source, function = split_target(str(yaml.safe_load(path.read_text(encoding="utf-8"))["_target_"]))
+        module = ast.parse(source.read_text(encoding="utf-8")) if source else ast.Module([], [])
+    except (UserError, OSError, yaml.YAMLError, SyntaxError, ValueError, TypeError, KeyError):
+        return "predict"
+    made = (node.returns for node in module.body if isinstance(node, ast.FunctionDef) and node.name == function)
+    return "loss" if any(returns is not None and _is_loss(ast.unparse(returns)) for returns in made) else "predict"
+
+
+def _is_loss(returns: str) -> bool:
+    return "TokenScenario" in returns or "ImageScenario" in returns
+
+
+def answering(learners: Sequence[str], scenario: str | None) -> list[str]:
+    """Those learners that answer what a scenario asks; all of them where it is not known."""
+    asked = asks("scenario", scenario) if scenario in choices("scenario") else None
+    return [name for name in learners if asked in (None, asks("learner", name))]
+
+
 def _capabilities(learner: ast.ClassDef) -> str:
     """What a class writes between the brackets of `Capabilities(...)`: `needs_pretrained needs_passes=2`."""
     words = []
@@ -206,6 +232,7 @@ _OPTIONS: dict[str, tuple[str, Any]] = {
         lambda v: v is None or (isinstance(v, int | float) and not isinstance(v, bool) and v >= 0),
     ),
     "eval_batch_size": ("a whole number from 1", lambda v: _whole(v, 1)),
+    "micro_batch": ("a whole number from 1 or null", lambda v: v is None or _whole(v, 1)),
     "feature_store": ("auto, on or off", lambda v: v in ("auto", "on", "off")),
     "feature_store_gb": (
         "a number from 0.001",
@@ -229,6 +256,18 @@ def _check_options(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, (wanted, fits) in _OPTIONS.items():
         if name in config and not fits(config[name]):
             yield name, f"{name} must be {wanted}, got {config[name]!r}"
+
+
+def importable(node: Any) -> Any:
+    """The node with every `path/to/file.py:Class` loaded and named by its module."""
+    if isinstance(node, Mapping):
+        made = {key: importable(value) for key, value in node.items()}
+        if isinstance(made.get("_target_"), str) and ".py:" in made["_target_"]:
+            path, name = split_target(made["_target_"])
+            assert path is not None
+            made["_target_"] = f"{load_file(path)}.{name}"
+        return made
+    return [importable(item) for item in node] if isinstance(node, list | tuple) else node
 
 
 def load_target(target: str) -> Any:

@@ -11,99 +11,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from clbench import __version__
+from clbench import __version__, corpus_command, schedule_show
 from clbench.catalog import conf_dir
+from clbench.examples import ABOUT, EXAMPLES
 from clbench.interfaces import UserError
 from clbench.signatures import nearest
-
-ABOUT = """\
-clbench measures continual learning: a scenario x a learner x a model x a seed gives one checkable record,
-and a folder of records gives a leaderboard.
-"""
-
-EXAMPLES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "run": (
-        "learn, evaluate, write a record; done runs are skipped, killed ones go on",
-        (
-            "clbench run",
-            "clbench run learner=ncm seed=1 device=cpu num_threads=2",
-            "clbench run learner.lr=0.03 schedule=cosine scenario.budget.epochs=10",
-            "clbench run -m learner=finetune,joint,ncm,replay,slca seed=0,1,2",
-            "clbench run -m 'learner=glob(*)' machine=joblib hydra.launcher.n_jobs=4",
-            "clbench run sweep=default_table",
-            "clbench run learner._target_=my_file.MyLearner learner.lr=0.1",
-        ),
-    ),
-    "plan": (
-        "what `run` with the same words would do: jobs, their state, time and disk; errors of all jobs at once",
-        ("clbench plan -m learner=finetune,slca 'seed=range(0,5)'", "clbench plan sweep=default_table"),
-    ),
-    "list": (
-        "what can be chosen, with a line each; plug-ins included; of learners: paper, capabilities, bytes held",
-        ("clbench list", "clbench list learners", "clbench list scenarios models"),
-    ),
-    "check": (
-        "run the contract suite on a learner or a scenario",
-        (
-            "clbench check learner=slca",
-            "clbench check learner._target_=my_file.MyLearner",
-            "clbench check scenario=cil_digits",
-            "clbench check --measure 'learner=glob(*)'",
-        ),
-    ),
-    "report": (
-        "records in, leaderboard and reproduction cards out",
-        (
-            "clbench report",
-            "clbench report --results-dir 'other results' --strict",
-            "clbench report --scenario 'cil_*' --where learner.lr=0.03",
-            "clbench report --scenario cil_digits --format latex --out table.tex",
-        ),
-    ),
-    "verify": (
-        "check records: schema, counts, identity, stream, weights; repeat the beginning of some",
-        (
-            "clbench verify",
-            "clbench verify results/records/0123456789abcdef.json",
-            "clbench verify --rerun results/records/0123456789abcdef.json",
-            "clbench verify results --rerun 3 --seed 1",
-            "clbench verify --schema",
-        ),
-    ),
-    "bench": (
-        "how fast it is here: rates, seconds by phase, share of the floor, ratio to naive code",
-        (
-            "clbench bench",
-            "clbench bench --learners ncm,mos --scenario cil_cifar100 --model vit_tiny scenario.num_classes=20",
-            "clbench bench --preset cpu_targets",
-            "clbench bench --preset vit_base_h200 --stand-ins",
-            "clbench bench scaling --learners ncm,ease --experiences 5,10,20",
-            "clbench bench startup",
-        ),
-    ),
-    "new": (
-        "write a package of your own with a learner or a scenario that runs at once",
-        ("clbench new learner my_method", "clbench new scenario my_stream --to ~/code"),
-    ),
-    "tune": (
-        "choose options without the data that they are judged by, freeze the choice, evaluate it once",
-        (
-            "clbench tune scenario.num_classes=6 'learner.lr=tag(log,interval(0.001,0.1))' tune.trials=10",
-            "clbench tune learner=fecam tune.space=fecam tune.protocol=first_experience seed=0,1,2",
-            "clbench tune learner=ncm learner.metric=euclidean,cosine tune.sampler=grid tune.protocol=validation",
-            "clbench tune scenario=cil_cifar100 tune.on=cil_digits tune.scenario.budget.epochs=20 tune.space=slca",
-            "clbench tune learner=replay tune.space=replay tune.protocol=test results_dir=cheating",
-        ),
-    ),
-    "manifest": (
-        "write, check or show the exact stream of a scenario",
-        (
-            "clbench manifest show scenario=cil_digits",
-            "clbench manifest write scenario=cil_digits scenario.order=random --out stream.json",
-            "clbench manifest check stream.json",
-        ),
-    ),
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -122,7 +34,7 @@ def overview() -> str:
     """What `clbench` alone says."""
     lines = [ABOUT, "commands, each with --help:"]
     for name, (what, examples) in EXAMPLES.items():
-        lines += [f"  {name:<9}{what}", f"  {'':<9}  {examples[0]}"]
+        lines += [f"  {name:<8} {what}", f"  {'':<9}  {examples[0]}"]
     return "\n".join(
         [*lines, "", "start here:  clbench run        (digits, 5 experiences, under a minute, nothing to download)"]
     )
@@ -153,7 +65,7 @@ def epilog_of(name: str, examples: Sequence[str]) -> str:
         groups = "choices: scenario=, learner=, model=, schedule=, pet=, machine=, sweep=   (clbench list shows the names)"
         epilog = f"{groups}\n\noptions and their defaults:\n{options_text()}\n\n{epilog}"
     if name == "tune":
-        from clbench.tuning_options import overview as study
+        from clbench.tuning.options import overview as study
 
         epilog = f"{study()}\n\n{epilog}"
     if name == "bench":
@@ -173,6 +85,12 @@ def parser_of(name: str, page: str = "") -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    _add_arguments(parser, name, page)
+    return parser
+
+
+def _add_arguments(parser: Parser, name: str, page: str) -> None:
+    """What a command takes."""
     if name in ("run", "plan"):
         parser.add_argument("-m", "--multirun", action="store_true", help="several runs: NAME=A,B,C; range(a,b); glob(*)")
     if name == "run":
@@ -190,12 +108,13 @@ def parser_of(name: str, page: str = "") -> Parser:
 
         add_arguments(parser, page)
     if name == "verify":
-        parser.add_argument("path", nargs="?", default="results", metavar="PATH", help="a record or a results folder (results)")
-        words = "repeat the first two experiences of a record, or of N drawn from PATH (1), and compare every count"
-        parser.add_argument("--rerun", nargs="?", const="1", metavar="N | RECORD", help=words)
-        parser.add_argument("--seed", type=int, metavar="N", help="with --rerun N: which ones are drawn (0)")
-        parser.add_argument("--data-root", metavar="DIR", help="where data and weights lie (the environment's CLBENCH_DATA)")
-        parser.add_argument("--schema", action="store_true", help="print the JSON Schema of a record")
+        from clbench import verification
+
+        verification.add_arguments(parser)
+    if name == "schedule":
+        schedule_show.add_arguments(parser)
+    if name == "manifest corpus":
+        corpus_command.add_arguments(parser)
     if name == "bench":
         from clbench.bench.options import add_arguments as add_measures
 
@@ -208,7 +127,6 @@ def parser_of(name: str, page: str = "") -> Parser:
         parser.add_argument("action", choices=("write", "check", "show"))
         parser.add_argument("words", nargs="*", metavar="NAME=VALUE | FILE", help="for check: the file; else choices, options")
         parser.add_argument("--out", metavar="FILE", help="for write: the file to write")
-    return parser
 
 
 def launch(words: Sequence[str], job: Any) -> None:
@@ -235,6 +153,8 @@ def dispatch(argv: Sequence[str]) -> int:
         print(f"clbench {__version__}")
         return 0
     name, *rest = argv
+    if argv[:2] == ["manifest", "corpus"]:
+        name, rest = "manifest corpus", rest[1:]
     if name not in EXAMPLES:
         kind = "option" if name.startswith("-") else "command"
         hint = nearest(name, EXAMPLES) if kind == "command" else nearest(name, ("--help", "--version"))
@@ -252,9 +172,9 @@ def dispatch(argv: Sequence[str]) -> int:
     if name == "run":
         return commands.run(args, ["clbench", *argv], launch)
     if name == "tune":
-        from clbench import tuning
+        from clbench.tuning import study
 
-        return tuning.run(args, ["clbench", *argv])
+        return study.run(args, ["clbench", *argv])
     if name == "bench":
         from clbench.bench import command
 
@@ -268,6 +188,8 @@ def dispatch(argv: Sequence[str]) -> int:
         "report": commands.report,
         "verify": commands.verify,
         "new": commands.new,
+        "schedule": schedule_show.run,
+        "manifest corpus": corpus_command.run,
         "manifest": commands.manifest,
     }
     return work[name](args)

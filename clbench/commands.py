@@ -127,7 +127,7 @@ class Tail(threading.Thread):
         number = sum(self.counts.values())
         lines = ended["text"].splitlines()
         if ended["status"] == "ok":
-            text = next((line for line in lines if line.startswith("step_macro")), "")
+            text = next((line for line in lines if line.startswith(("step_macro", "final_loss"))), "")
         else:
             text = lines[0] if lines else ""
         head = f"[{number}/{self.total}] {ended['status']:<11} {ended['label']}"
@@ -269,7 +269,7 @@ def new(args: Namespace) -> int:
 
 def manifest(args: Namespace) -> int:
     """Write, check or show the stream of a scenario."""
-    from clbench.streams.manifest import Manifest
+    from clbench.streams.token_manifest import load_any
 
     if args.out and args.action != "write":
         raise UserError(f"--out has no effect with manifest {args.action}")
@@ -277,22 +277,18 @@ def manifest(args: Namespace) -> int:
         if not args.words:
             raise UserError("say which file: clbench manifest check FILE")
         for path in args.words:
-            print(f"{path}: ok, sha256 {Manifest.load(path).sha256}")
+            print(f"{path}: ok, sha256 {load_any(Path(path)).sha256}")
         return 0
     found = config.compose(args.words)[0]
     catalog.check(found)
     made = config.build(found["scenario"]).manifest
     if args.action == "show":
-        print(f"{made.kind}, {made.dataset['name']}, sha256 {made.sha256}")
-        for entry in made.experiences:
-            print(f"  {entry.name:<10} {len(entry.train):>7} samples  classes {' '.join(map(str, entry.classes))}")
-        for entry in made.evals:
-            print(f"  evaluate {entry.name:<10} {len(entry.ids):>7} samples  first seen in experience {entry.first_seen}")
+        print(made.text())
         return 0
     if not args.out:
         raise UserError("say where to: clbench manifest write ... --out FILE")
     out = Path(args.out)
-    if out.exists() and Manifest.load(out).sha256 != made.sha256:
+    if out.exists() and load_any(out).sha256 != made.sha256:
         raise UserError(f"{out} holds another stream; choose another name or remove it first")
     made.save(out)
     print(f"{out}: sha256 {made.sha256}")

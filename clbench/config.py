@@ -13,9 +13,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from clbench.catalog import GROUPS, check, choices, conf_dir, description, load_file, load_target, plugin_dirs
+from clbench.catalog import GROUPS, answering, check, choices, conf_dir, description, importable, load_target, plugin_dirs
 from clbench.interfaces import UserError
-from clbench.signatures import nearest, split_target
+from clbench.signatures import nearest
 
 __all__ = ["build", "check", "choices", "compose", "conf_dir", "description", "load_target", "plugin_dirs", "read"]
 
@@ -61,6 +61,7 @@ def read(overrides: Sequence[str], multirun: bool = False) -> Composed:
         launcher = str(base.hydra.launcher._target_)
         if not multirun:
             return Composed([resolve(base)], words, False, launcher)
+        words = [_fitting(o, base) for o in parsed]
         params = [f"{k}={v}" for k, v in (base.hydra.sweeper.get("params") or {}).items()]
         every = parser.parse_overrides([*params, *words])
         last = {o.get_key_element(): o for o in every}
@@ -69,6 +70,15 @@ def read(overrides: Sequence[str], multirun: bool = False) -> Composed:
             return Composed([resolve(base)], words, True, launcher, varying)  # a search: its sweeper chooses the jobs
         jobs = BasicSweeper.split_arguments(every, None)[0]
         return Composed([resolve(_compose(job)) for job in jobs], words, True, launcher, varying)
+
+
+def _fitting(o: Any, base: Any) -> str:
+    """The word as it was typed; `learner=glob(...)` as the names that answer what the scenario asks."""
+    glob: Any = o.value() if o.is_sweep_override() else None
+    if o.get_key_element() != "learner" or not hasattr(glob, "filter"):
+        return str(o.input_line)
+    names = answering(glob.filter(list(choices("learner"))), base.hydra.runtime.choices.get("scenario"))
+    return f"learner={','.join(names)}" if names else str(o.input_line)
 
 
 def searched(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -246,7 +256,7 @@ def build(node: Mapping[str, Any], /, **extra: Any) -> Any:
     import hydra.utils
     from hydra.errors import InstantiationException
 
-    prepared = _importable(node)
+    prepared = importable(node)
     allowed = ["clbench.*", *(f"{package.split('.')[0]}.*" for package in plugin_dirs()), prepared["_target_"]]
     scope = getattr(hydra.utils, "execution_whitelist", None)
     with scope(allowed) if scope else nullcontext():
@@ -260,18 +270,6 @@ def build(node: Mapping[str, Any], /, **extra: Any) -> Any:
         if node.get("_partial_"):
             return functools.partial(make, **extra) if extra else make
         return make(**extra)
-
-
-def _importable(node: Any) -> Any:
-    """The node with every `path/to/file.py:Class` loaded and named by its module."""
-    if isinstance(node, Mapping):
-        made = {key: _importable(value) for key, value in node.items()}
-        if isinstance(made.get("_target_"), str) and ".py:" in made["_target_"]:
-            path, name = split_target(made["_target_"])
-            assert path is not None
-            made["_target_"] = f"{load_file(path)}.{name}"
-        return made
-    return [_importable(item) for item in node] if isinstance(node, list | tuple) else node
 
 
 def resolve_job(config: Any) -> dict[str, Any]:

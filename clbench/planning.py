@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from clbench import provenance, record
+from clbench import loss_stream, provenance, record
 from clbench.runner import Job, prepare
 
 _MEASURED: dict[str, tuple[float, float]] = {}
@@ -48,8 +48,10 @@ def plan_job(config: Mapping[str, Any]) -> PlanRow:
         and entry["status"] == "ok"
         and entry["scenario"]["manifest_sha256"] == job.scenario.manifest.sha256
     ]
-    seconds = sum(known) / len(known) if known else estimate(job)
-    return PlanRow(*names, job.config["seed"], job.run_id, state, seconds, disk(job))
+    losses = job.scenario.asks == "loss"
+    seconds = sum(known) / len(known) if known else (loss_stream.estimate(job) if losses else estimate(job))
+    size = loss_stream.disk(job) if losses else disk(job)
+    return PlanRow(*names, job.config["seed"], job.run_id, state, seconds, size)
 
 
 @cache

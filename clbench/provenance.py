@@ -28,6 +28,7 @@ MACHINE = (
     "force",
     "checkpoint_seconds",
     "eval_batch_size",
+    "micro_batch",
     "feature_store",
     "feature_store_gb",
     "on_error",
@@ -140,7 +141,7 @@ def command_line(words: list[str]) -> str:
 
 def describe(job: Any, command: list[str]) -> dict[str, Any]:
     """A fresh record with status `running`: everything that is known before learning starts. `job` is a `runner.Job`."""
-    config, manifest, can = job.config, job.scenario.manifest, job.capabilities
+    config, can = job.config, job.capabilities
     marks = [name for name in ("transductive", "adapts_at_test") if getattr(can, name)]
     marks += ["reference"] if can.stores_all_data else []
     return {
@@ -156,8 +157,35 @@ def describe(job: Any, command: list[str]) -> dict[str, Any]:
             "platform": platform.platform(),
             "flags": job.flags,
             "eval_batch_size": config["eval_batch_size"],
+            "micro_batch": config.get("micro_batch"),
             "command": command_line(command),
         },
+        **(job.scenario.describe() if job.scenario.asks == "loss" else describe_images(job)),
+        "learner": {
+            "name": learner_name(config),
+            "target": config["learner"]["_target_"],
+            "plugin": plugin_version(config["learner"]["_target_"]),
+            "capabilities": asdict(can),
+        },
+        "model": dict(job.model.identity),
+        "seed": config["seed"],
+        "correct": None,
+        "seconds": {"total": 0.0},
+        "versions": versions(),
+        "git": git_state(),
+        "created": now(),
+        "finished": None,
+        "pid": os.getpid(),
+        "resumed": 0,
+        "marks": marks,
+        "error": None,
+    }
+
+
+def describe_images(job: Any) -> dict[str, Any]:
+    """The stream and the evaluation sets of the image families."""
+    manifest = job.scenario.manifest
+    return {
         "scenario": {
             "name": job.scenario.name,
             "kind": manifest.kind,
@@ -171,28 +199,10 @@ def describe(job: Any, command: list[str]) -> dict[str, Any]:
             ],
             "budget": asdict(job.scenario.budget),
         },
-        "learner": {
-            "name": learner_name(config),
-            "target": config["learner"]["_target_"],
-            "plugin": plugin_version(config["learner"]["_target_"]),
-            "capabilities": asdict(can),
-        },
-        "model": dict(job.model.identity),
-        "seed": config["seed"],
         "n": [len(e.ids) for e in manifest.evals],
         "first_seen": [e.first_seen for e in manifest.evals],
         "eval_classes": [list(e.classes) for e in manifest.evals],
         "class_n": [class_counts(job.scenario, e) for e in manifest.evals],
-        "correct": None,
-        "seconds": {"total": 0.0},
-        "versions": versions(),
-        "git": git_state(),
-        "created": now(),
-        "finished": None,
-        "pid": os.getpid(),
-        "resumed": 0,
-        "marks": marks,
-        "error": None,
     }
 
 

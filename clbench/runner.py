@@ -15,11 +15,12 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from clbench import metrics, provenance, record, tracking
+from clbench import loss_stream, metrics, provenance, record, tracking
 from clbench.config import build, load_target
 from clbench.interfaces import Capabilities, UserError, declared, mismatch
 from clbench.models import feature_store
-from clbench.models.backbone import Backbone
+from clbench.streams.cpt import TokenScenario
+from clbench.streams.cpt_images import ImageScenario
 from clbench.streams.pixels import Pipeline
 from clbench.streams.scenario import Scenario
 from clbench.terminal import bar_of, logging_to, signals
@@ -47,10 +48,10 @@ class Job:
 
     config: dict[str, Any]
     run_id: str
-    scenario: Scenario
-    model: Backbone
+    scenario: Any  # Scenario, or TokenScenario or ImageScenario with a model that has a loss and no pipeline
+    model: Any
     capabilities: Capabilities
-    pipeline: Pipeline
+    pipeline: Any
     results: pathlib.Path
     folder: pathlib.Path
     flags: dict[str, Any]
@@ -76,19 +77,23 @@ def prepare(config: dict[str, Any]) -> Job:
     flags = arithmetic.apply(device, threads, config["seed"], wanted=wanted, precision=config["precision"])
     capabilities = declared(load_target(config["learner"]["_target_"]), config["learner"])
     scenario = build(config["scenario"])
-    if not isinstance(scenario, Scenario):
+    if not isinstance(scenario, Scenario | TokenScenario | ImageScenario):
         raise UserError(f"{config['scenario']['_target_']} must return a Scenario, got {type(scenario).__name__}")
     wanted = "none" if str(config["model"].get("weights")) in ("none", "None") else "some"
     why = mismatch(provenance.learner_name(config), capabilities, scenario.facts(), wanted == "some")
     if why:
         raise UserError(why)
-    model = build(config["model"]).to(device)
+    model = loss_stream.build_model(build, config, scenario).to(device)
     plugin = provenance.plugin_version(config["learner"]["_target_"])
     identity = provenance.identity(config)
     run_id = record.run_id(identity, scenario.manifest.sha256, model.identity["state_sha256"], plugin)
-    pipeline = Pipeline(model.profile, device, scenario.augment)
-    feature_store.attach(model, config, scenario.manifest.dataset, device, flags)
-    return Job(config, run_id, scenario, model, capabilities, pipeline, results, results / "runs" / run_id, flags, device)
+    pipeline = Pipeline(model.profile, device, scenario.augment) if isinstance(scenario, Scenario) else None
+    job = Job(config, run_id, scenario, model, capabilities, pipeline, results, results / "runs" / run_id, flags, device)
+    if not isinstance(scenario, Scenario):
+        loss_stream.rehearse(build, job)
+    else:
+        feature_store.attach(model, config, scenario.manifest.dataset, device, flags)
+    return job
 
 
 def run_job(
@@ -179,7 +184,11 @@ def write_refusal(config: dict[str, Any], error: UserError) -> pathlib.Path:
 
 
 def closing_text(entry: dict[str, Any], path: pathlib.Path) -> str:
-    """The accuracy matrix and the headline numbers of a finished run."""
+    """The matrix and the headline numbers of a finished run."""
+    if "sum_loss" in entry:
+        from clbench.report.losses import closing_text as losses_text
+
+        return losses_text(entry, path)
     from clbench.report.table import accuracy_matrix_text
 
     values = metrics.summary(entry)
@@ -202,7 +211,8 @@ def _keep(job: Job, threads: int, flags: dict[str, Any]) -> None:
     """Go on with the arithmetic that a run began with, whatever this machine or the command would choose now."""
     job.flags = arithmetic.apply(job.device, threads, job.config["seed"], flags)
     arithmetic.pin(job.model, job.flags)
-    feature_store.attach(job.model, job.config, job.scenario.manifest.dataset, job.device, job.flags)
+    if isinstance(job.scenario, Scenario):
+        feature_store.attach(job.model, job.config, job.scenario.manifest.dataset, job.device, job.flags)
 
 
 def _run(job: Job, journal: Journal, entry: dict[str, Any], progress: bool, stop_after: int | None = None) -> dict[str, Any]:
@@ -211,7 +221,33 @@ def _run(job: Job, journal: Journal, entry: dict[str, Any], progress: bool, stop
     if saved is not None:
         _keep(job, job.flags["num_threads"], saved["flags"])
         log.info("%s goes on after experience %d", job.run_id, saved["experience"] + 1)
-    runtime = Runtime(
+    losses = not isinstance(job.scenario, Scenario)
+    runtime = loss_stream.make_runtime(job, journal) if losses else _runtime(job, journal)
+    learner = build(job.config["learner"], model=job.model, runtime=runtime)
+    for name in ("learn", "loss" if losses else "predict", "state_dict", "load_state_dict"):
+        if not callable(getattr(learner, name, None)):
+            raise UserError(f"{type(learner).__name__} has no method {name}")
+    has_memory = losses or hasattr(getattr(learner, "memory", None), "num_bytes")
+    if job.capabilities.stores_exemplars and not has_memory:
+        raise UserError(
+            f"{type(learner).__name__} declares stores_exemplars: its memory must be `self.memory` with num_bytes()"
+        )
+    kind, first = job.config.get("track", "none"), None if saved is None else saved["experience"]
+    try:
+        with closing(tracking.open_tracker(kind, job.folder, entry, first)) as tracker:
+            walk = (loss_stream.LossWalk if losses else Walk)(job, runtime, learner, entry, saved, tracker)
+            with signals(runtime), bar_of(runtime, progress):
+                for index in range(walk.first, stop_after or len(job.scenario.manifest.experiences)):
+                    walk.learn(index)
+                    walk.evaluate(index)
+    finally:
+        if not losses and job.model.memory.store is not None:
+            job.model.memory.store.flush()
+    return walk.finish()
+
+
+def _runtime(job: Job, journal: Journal) -> Runtime:
+    return Runtime(
         seed=job.config["seed"],
         device=job.device,
         budget=job.scenario.budget,
@@ -219,26 +255,6 @@ def _run(job: Job, journal: Journal, entry: dict[str, Any], progress: bool, stop
         exempt=job.capabilities.stores_all_data,
         journal=journal,
     )
-    learner = build(job.config["learner"], model=job.model, runtime=runtime)
-    for name in ("learn", "predict", "state_dict", "load_state_dict"):
-        if not callable(getattr(learner, name, None)):
-            raise UserError(f"{type(learner).__name__} has no method {name}")
-    if job.capabilities.stores_exemplars and not hasattr(getattr(learner, "memory", None), "num_bytes"):
-        raise UserError(
-            f"{type(learner).__name__} declares stores_exemplars: its memory must be `self.memory` with num_bytes()"
-        )
-    kind, first = job.config.get("track", "none"), None if saved is None else saved["experience"]
-    try:
-        with closing(tracking.open_tracker(kind, job.folder, entry, first)) as tracker:
-            walk = Walk(job, runtime, learner, entry, saved, tracker)
-            with signals(runtime), bar_of(runtime, progress):
-                for index in range(walk.first, stop_after or len(job.scenario.manifest.experiences)):
-                    walk.learn(index)
-                    walk.evaluate(index)
-    finally:
-        if job.model.memory.store is not None:
-            job.model.memory.store.flush()
-    return walk.finish()
 
 
 def _described(error: Exception) -> dict[str, str]:

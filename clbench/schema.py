@@ -113,7 +113,7 @@ class Record(TypedDict, total=False):
     exemplars: float | None
     exemplar_bytes: float | None
     final_state_sha256: str
-    tuning: Any
+    tuning: dict[str, Any]
     machine: dict[str, Any]
     versions: dict[str, str]
     git: dict[str, Any]

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clbench import testing_loss
 from clbench.config import build, load_target
 from clbench.interfaces import BudgetExceeded, Capabilities, UserError, declared, mismatch
 from clbench.streams.images import open_eval, open_experience
@@ -103,6 +104,8 @@ def check_learner(config: dict[str, Any]) -> list[Result]:
         capabilities = declared(load_target(config["learner"]["_target_"]), config["learner"])
     except UserError as error:
         return [("capabilities", False, str(error))]
+    if capabilities.asks == "loss":
+        return testing_loss.check_learner(config, capabilities, _run)
     kind = "task_incremental" if capabilities.needs_task_id else "class_incremental"
     config = copy.deepcopy(config)
     if "epochs" in config["learner"]:
@@ -314,7 +317,8 @@ LEARNER_CHECKS: tuple[Callable[[Trial], None], ...] = (
 def check_scenario(config: dict[str, Any]) -> list[Result]:
     """Run every check on the scenario of a resolved configuration -> (name, passed, message) each."""
     built = [build(config["scenario"]) for _ in range(2)]
-    return [_run(check.__name__.removeprefix("check_"), check, built) for check in SCENARIO_CHECKS]
+    checks: Any = testing_loss.SCENARIO_CHECKS if getattr(built[0], "asks", "") == "loss" else SCENARIO_CHECKS
+    return [_run(check.__name__.removeprefix("check_"), check, built) for check in checks]
 
 
 def check_same_hash(built: list[Scenario]) -> None:

@@ -5,18 +5,28 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from clbench import catalog, record
 from clbench.interfaces import UserError
-from clbench.report import rerun
+from clbench.report import loss_facts, rerun, rerun_losses
 from clbench.report.verify import Verdict, line, verdicts, verify
 from clbench.signatures import signature
 
 STEPS = 2  # experiences that are repeated
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """What `clbench verify` takes."""
+    parser.add_argument("path", nargs="?", default="results", metavar="PATH", help="a record or a results folder (results)")
+    words = "repeat the first two experiences of a record, or of N drawn from PATH (1), and compare every count"
+    parser.add_argument("--rerun", nargs="?", const="1", metavar="N | RECORD", help=words)
+    parser.add_argument("--seed", type=int, metavar="N", help="with --rerun N: which ones are drawn (0)")
+    parser.add_argument("--data-root", metavar="DIR", help="where data and weights lie (the environment's CLBENCH_DATA)")
+    parser.add_argument("--schema", action="store_true", help="print the JSON Schema of a record")
 
 
 def run(args: Namespace) -> tuple[str, int]:
@@ -75,7 +85,8 @@ def repeat(path: Path, number: int, seed: int, data_root: str | None) -> tuple[s
 
 def _drawn(path: Path, number: int, seed: int) -> Iterator[Path]:
     folder = path / "records" if (path / "records").is_dir() else path
-    good = [e["run_id"] for e in record.entries(folder, []) if e["status"] == "ok" and isinstance(e.get("correct"), list)]
+    done = (e for e in record.entries(folder, []) if e["status"] == "ok")
+    good = [e["run_id"] for e in done if isinstance(e.get("correct"), list) or loss_facts.usable(e)]
     for run_id in sorted(random.Random(seed).sample(good, min(number, len(good)))):
         yield folder / f"{run_id}.json"
 
@@ -83,8 +94,9 @@ def _drawn(path: Path, number: int, seed: int) -> Iterator[Path]:
 def _again(file: Path, data_root: str | None) -> Verdict:
     """Build the run from its record, see that it is the same run, repeat its beginning, compare."""
     entry = record.read(file)
-    if not isinstance(entry.get("correct"), list):
-        raise UserError("it holds losses, which are not repeated yet")
+    losses = loss_facts.usable(entry)
+    if not losses and not isinstance(entry.get("correct"), list):
+        raise UserError("it holds losses of a kind of stream that is not known here")
     config = restored(entry, data_root)
     catalog.check(config)
     from clbench import runner
@@ -107,7 +119,7 @@ def _again(file: Path, data_root: str | None) -> Verdict:
         )
     steps = min(STEPS, len(job.scenario.manifest.experiences))
     flags = (entry.get("machine") or {}).get("flags") or {}
-    return rerun.compare(file.name, entry, runner.repeat(job, flags, steps))
+    return (rerun_losses if losses else rerun).compare(file.name, entry, runner.repeat(job, flags, steps))
 
 
 def restored(entry: Mapping[str, Any], data_root: str | None) -> dict[str, Any]:
@@ -133,14 +145,15 @@ def restored(entry: Mapping[str, Any], data_root: str | None) -> dict[str, Any]:
     machine = entry.get("machine") or {}
     flags = machine.get("flags") or {}
     options |= {"device": str(machine.get("device", "cpu")), "num_threads": flags.get("num_threads", 1), "data_root": data_root}
-    options |= {"eval_batch_size": machine.get("eval_batch_size", 128), "results_dir": "results", "on_error": "raise"}
+    options |= {"eval_batch_size": machine.get("eval_batch_size", 128), "micro_batch": machine.get("micro_batch")}
+    options |= {"results_dir": "results", "on_error": "raise"}
     options |= {"feature_store": "off", "track": "none", "download": False, "force": False, "checkpoint_seconds": None}
     made = options | made | {"names": {"learner": entry["learner"]["name"]}}
     made["model"] |= {"weights": entry["model"].get("source", "none"), "seed": entry["seed"]}
     for part in ("scenario", "model"):
         found = signature(made[part]["_target_"])
-        if found is not None and "data_root" in found.parameters:
-            made[part] |= {"data_root": data_root, "download": False}
+        given = {"data_root": data_root, "download": False}
+        made[part] |= {key: value for key, value in given.items() if found is not None and key in found.parameters}
     return made
 
 

@@ -7,7 +7,7 @@ import textwrap
 import pytest
 
 from clbench import config
-from clbench.catalog import GROUPS, check, choices, conf_dir, description
+from clbench.catalog import GROUPS, asks, check, choices, conf_dir, description
 from clbench.interfaces import Place, UserError
 from clbench.signatures import problems, signature
 
@@ -101,7 +101,9 @@ def test_sweeps_are_expanded():
     jobs = config.compose(["learner=ncm,slca", "seed=range(0,3)"], multirun=True)
     assert [(j["names"]["learner"], j["seed"]) for j in jobs] == [(n, s) for n in ("ncm", "slca") for s in range(3)]
     every = config.compose(["learner=glob(*)"], multirun=True)
-    assert {j["names"]["learner"] for j in every} == set(choices("learner"))
+    assert {j["names"]["learner"] for j in every} == {n for n in choices("learner") if asks("learner", n) == "predict"}
+    every = config.compose(["learner=glob(*)", "scenario=cpt_synthetic"], multirun=True)
+    assert {j["names"]["learner"] for j in every} == {n for n in choices("learner") if asks("learner", n) == "loss"}
     assert len(config.compose(["learner.lr=0.1,0.2", "learner.schedule.gamma=choice(0.1,0.5)"], multirun=True)) == 4
 
 

@@ -1,12 +1,11 @@
 """Every learner under the contract, and what each paper says against a naive version."""
 
-import pathlib
-
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from clbench.catalog import asks, choices
 from clbench.config import compose, load_target
 from clbench.interfaces import BudgetExceeded, Capabilities, Facts, UserError, declared, mismatch
 from clbench.streams.images import open_eval, open_experience
@@ -14,8 +13,7 @@ from clbench.testing import Trial, check_learner, small_stream
 from clbench.training.memory import Memory
 from clbench.training.state import detached
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-NAMES = sorted(path.stem for path in (ROOT / "conf" / "learner").glob("*.yaml") if path.stem != "custom")
+NAMES = [name for name in choices("learner") if asks("learner", name) == "predict"]
 VARIANTS = {
     "finetune": ["learner.masking=local", "learner.masking=batch", "pet=adapter", "pet=ssf"],
     "joint": ["learner.mode=probe"],

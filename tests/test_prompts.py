@@ -78,7 +78,7 @@ def test_passes(name):
     t.learn(learner, runtime, pipeline, 0)
     stage2 = 36 if name == "ovor" else 0
     queries = 0 if name == "ovor" else 72
-    assert learner.model.passes == {"train": 72, "eval": queries + stage2}
+    assert learner.model.passes == {"train": 72, "eval": queries + stage2, "stored": 0}
     t.scores(learner, pipeline, 0, 6)
     t.scores(learner, pipeline, 0, 6)
     assert learner.model.passes["eval"] == queries + stage2 + (36 if name == "ovor" else 54)

@@ -86,5 +86,9 @@ def example(folder: pathlib.Path):
         "        path.parent.mkdir(parents=True, exist_ok=True)\n"
         "        Image.fromarray(image).save(path)\n"
         "np.savez('example.npz', **arrays)\n"
+        "import json\n"
+        "texts = {w: [' '.join(f'{w}{(7 * d + 3 * k) % 50}' for k in range(300)) for d in range(20)] for w in ('the', 'le')}\n"
+        "pathlib.Path('english.txt').write_text(''.join(f'<|doc|>{d}\\n{t}\\n' for d, t in enumerate(texts['the'])))\n"
+        "pathlib.Path('french.jsonl').write_text(''.join(json.dumps({'body': t}) + '\\n' for t in texts['le']))\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)

@@ -23,7 +23,15 @@ def last_correct(record):
 def test_ncm_does_not_depend_on_order_or_number_of_experiences(clbench):
     for order in ("natural", "icarl1993", "[5,0,3,1,4,2]"):
         for increment in (2, 3):
-            clbench("run", *SUBSET, *MODEL, "learner=ncm", f"scenario.order={order}", f"scenario.increment={increment}")
+            clbench(
+                "run",
+                "feature_store=off",
+                *SUBSET,
+                *MODEL,
+                "learner=ncm",
+                f"scenario.order={order}",
+                f"scenario.increment={increment}",
+            )
     records = clbench.records()
     assert len(records) == 6 and len({last_correct(r) for r in records}) == 1
     correct, n = last_correct(records[0])

@@ -27,7 +27,7 @@ def finished(clbench, results):
 
 def numbers(record):
     keys = ("run_id", "correct", "correct_masked", "class_correct", "final_state_sha256", "visits", "steps", "experiences")
-    return {key: record[key] for key in keys}
+    return {key: record[key] for key in (*keys, "calibration", "task_confusion")}
 
 
 def kill_when(clbench, words, results, when, number=signal.SIGKILL):

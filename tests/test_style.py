@@ -12,18 +12,19 @@ PACKAGE = ROOT / "clbench"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
-    {"interfaces", "counter"},
+    {"interfaces", "counter", "examples"},
     {"streams", "models"},
     {"training"},
     {"learners"},
-    {"evaluate", "metrics", "compat", "record", "faults", "migrations", "schema"},
+    {"evaluate", "linear_probe", "metrics", "metrics_loss", "compat", "record", "faults", "migrations", "schema"},
     {"report", "signatures"},
     {"catalog"},
     {"config"},
     {"provenance", "tracking", "terminal"},
+    {"loss_stream"},
     {"runner", "walk"},
-    {"isolate", "scaffold", "planning", "testing", "verification"},
-    {"tuning_options", "tuning_space", "tuning_streams", "tuning_trials", "tuning"},
+    {"isolate", "scaffold", "schedule_show", "corpus_command", "planning", "testing", "testing_loss", "verification"},
+    {"tuning"},
     {"bench"},
     {"commands"},
     {"cli"},

@@ -8,11 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clbench import config, record, tuning, tuning_options, tuning_space, tuning_streams, tuning_trials
+from clbench import config, record
 from clbench.interfaces import UserError
 from clbench.report import table
 from clbench.streams.manifest import Manifest
-from clbench.tuning_space import Variable, begin, variables
+from clbench.tuning import options as tuning_options
+from clbench.tuning import space as tuning_space
+from clbench.tuning import streams as tuning_streams
+from clbench.tuning import study as tuning_study
+from clbench.tuning import trials as tuning_trials
+from clbench.tuning.space import Variable, begin, variables
 
 TINY = (
     "scenario.num_classes=4",
@@ -38,7 +43,7 @@ def direct(monkeypatch):
         except SystemExit:
             return {"run_id": "", "status": "died", "text": "left", "stopped": False}
 
-    for module in (tuning, tuning_trials):
+    for module in (tuning_study, tuning_trials):
         monkeypatch.setattr(module, "run_alone", alone)
     monkeypatch.setattr(tuning_trials, "show_log", lambda shown: None)
     threads, exact = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
@@ -48,7 +53,7 @@ def direct(monkeypatch):
 
 
 def tune(results, *words: str) -> int:
-    return tuning.run(Namespace(words=[*TINY, *words, f"results_dir={results}"]), ["clbench", "tune", *words])
+    return tuning_study.run(Namespace(words=[*TINY, *words, f"results_dir={results}"]), ["clbench", "tune", *words])
 
 
 def study_of(results) -> dict:
@@ -127,7 +132,7 @@ def test_a_file_of_ranges_gives_way_to_the_command_line(tmp_path):
 def test_the_spaces_fit_their_learners(path):
     options = tuning_options.read([f"learner={path.stem}", f"tune.space={path.stem}"])
     fixed, spaces = config.searched(options.words)
-    tuning._check_ends(fixed, variables(spaces))
+    tuning_study._check_ends(fixed, variables(spaces))
 
 
 @given(

@@ -11,16 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clbench import metrics
 from clbench.interfaces import UserError
-from clbench.report import statistics
+from clbench.report import numbers, statistics
 from clbench.report.formats import Table, fraction, plain
 from clbench.report.runs import Filter, Run, scan
 from clbench.signatures import nearest
 
-LOWER = frozenset(
-    ("forgetting", "forgetting_diagonal", "ece", "nll", "brier", "within_task", "between_task", "old_to_new", "new_to_old")
-) | {"stability_gap"}
 SHORT = ("scenario", "model", "row", "pairs", "a", "b", "difference", "95 %", "p", "verdict", "seconds", "bytes")
 FULL = (
     *("scenario", "model", "learner_a", "learner_b", "variant_a", "variant_b", "metric", "pairs", "orders", "mean_a", "mean_b"),
@@ -59,9 +55,13 @@ def sides(runs: Sequence[Run]) -> dict[tuple[str, str, str], dict[tuple[str, boo
     return {name: {key: Side(tuple(group)) for key, group in rows.items()} for name, rows in groups.items()}
 
 
-def compare(a: str, b: str, results: str, wanted: Filter, metric: str = "last_macro", test: str = "t") -> list[Table]:
-    """The answer as tables: `rows` to read (short) and `full` (every column). `UserError` if nothing can be compared."""
-    check_metric(metric)
+def compare(a: str, b: str, results: str, wanted: Filter, metric: str | None = None, test: str = "t") -> list[Table]:
+    """The answer as tables: `rows` to read (short) and `full` (every column). `UserError` if nothing can be compared.
+
+    `metric` None: `last_macro`, and `final_loss` of pre-training runs.
+    """
+    if metric is not None:
+        numbers.check_metric(metric)
     folders = [(pathlib.Path(word).expanduser() / "records").is_dir() for word in (a, b)]
     if all(folders):
         matches, notes = _folders(pathlib.Path(a).expanduser(), pathlib.Path(b).expanduser(), wanted)
@@ -71,23 +71,14 @@ def compare(a: str, b: str, results: str, wanted: Filter, metric: str = "last_ma
     else:
         matches, notes = _learners(a, b, pathlib.Path(results).expanduser(), wanted)
         names = (plain(a), plain(b))
-    full = [_row(match, metric, test) for match in matches]
+    full = [_row(match, metric or numbers.headline(match[0].first), test) for match in matches]
+    name = numbers.said(metric, [one.first for one, _ in matches])
     for row, p in zip(full, statistics.holm([row["p"] for row in full]), strict=True):
         row["p_holm"] = p
         row["verdict"] = _verdict(row, names)
     if not any(row["pairs"] for row in full):
-        raise UserError(f"nothing to compare: {_why_nothing(full, metric)}")
-    return _tables(full, f"A = {plain(a)}, B = {plain(b)}: {metric}, difference = B - A", notes, test)
-
-
-def check_metric(metric: str) -> None:
-    """Raise `UserError` for a number that no record can have."""
-    stream = ("a_auc", "stability_gap", "min_acc", "wc_acc")
-    known = [name for name in metrics.FORMULAS if name not in ("fwt_init", "intransigence")]
-    known += ["last_masked_macro", "last_top5_micro", *stream]
-    known += [f"{part}_{name}" for name in metrics.DETAILS if name not in stream for part in ("last", "step")]
-    if metric not in known:
-        raise UserError(f"no metric {metric!r}{nearest(metric, known)} (clbench report explain names them)")
+        raise UserError(f"nothing to compare: {_why_nothing(full, name)}")
+    return _tables(full, f"A = {plain(a)}, B = {plain(b)}: {name}, difference = B - A", notes, test)
 
 
 def _why_nothing(full: Sequence[Mapping[str, Any]], metric: str) -> str:
@@ -186,18 +177,18 @@ def _row(match: Match, metric: str, test: str) -> dict[str, Any]:
     runs = [[side[k] for k in shared] or list(side.values()) for side in have]
     means = [_mean([run.values[metric] for run in side]) for side in runs]
     pair = statistics.paired([[y - x for x, y in zip(a, b, strict=True)] for a, b in zip(*values, strict=True)])
-    lower = metric.removeprefix("last_").removeprefix("step_") in LOWER
+    lower = numbers.lower(metric)
     x, y = values[::-1] if lower else values
     low, high = statistics.improvement_interval(y, x) or (None, None)
     names = {f"{part}_{side}": v for side, s in (("a", one), ("b", two)) for part, v in _names(s).items()}
-    numbers = {"pairs": pair.n, "orders": len(streams), "mean_a": means[0], "mean_b": means[1], "difference": pair.mean}
+    counted = {"pairs": pair.n, "orders": len(streams), "mean_a": means[0], "mean_b": means[1], "difference": pair.mean}
     tested = {"low": pair.low, "high": pair.high, "test": TESTS[test], "p": pair.p_t if test == "t" else pair.p_flip}
     tested |= {"p_t": pair.p_t, "p_sign_flip": pair.p_flip, "p_least": pair.p_least}
     chance = {"p_b_better": statistics.improvement(y, x), "p_b_better_low": low, "p_b_better_high": high}
     ratios = {"seconds_ratio": _ratio(runs, ("seconds",)), "bytes_ratio": _ratio(runs, ("stored_bytes", "exemplar_bytes"))}
     known = {"scenario": one.first.scenario, "model": one.first.model, "metric": metric, "differs": "; ".join(differs)}
     marks = {"lower": lower, "level": pair.level, "seeds": f"A has {_seeds(one)}, B has {_seeds(two)}"}
-    return known | names | numbers | tested | chance | ratios | marks
+    return known | names | counted | tested | chance | ratios | marks
 
 
 def _names(side: Side) -> dict[str, str]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from clbench import record
 from clbench.interfaces import UserError
+from clbench.report import loss_facts, verify_losses
 from clbench.signatures import problems, split_target
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -38,12 +39,12 @@ class Place:
     _configs: dict[str, list[str]] = field(default_factory=dict)
 
     def manifest(self, sha: str, path: pathlib.Path) -> Any:
-        """A manifest, or why it is none; each file is read once."""
+        """A manifest of images or of texts, or why it is none; each file is read once."""
         if sha not in self._manifests:
-            from clbench.streams.manifest import Manifest
+            from clbench.streams.token_manifest import load_any
 
             try:
-                self._manifests[sha] = Manifest.load(path)
+                self._manifests[sha] = load_any(path)
             except UserError as error:
                 self._manifests[sha] = str(error)
         return self._manifests[sha]
@@ -86,6 +87,9 @@ def _manifest(entry: Entry, place: Place, gaps: list[str]) -> Iterator[str]:
         return
     if manifest.sha256 != sha:
         yield f"{path.name} holds another stream"
+    if loss_facts.is_loss(entry):
+        yield from verify_losses.stream(entry, manifest)
+        return
     steps = [(e.name, list(e.classes), e.task, len(e.train)) for e in manifest.experiences]
     pairs = {
         "n": (entry["n"], [len(e.ids) for e in manifest.evals]),

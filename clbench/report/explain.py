@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from clbench import compat, metrics, record
+from clbench import compat, metrics, metrics_loss, record
 from clbench.interfaces import UserError
+from clbench.report import explain_losses, loss_facts
 from clbench.report.columns import ABOUT
 from clbench.report.formats import Table, plain
 from clbench.signatures import nearest
@@ -25,7 +26,6 @@ from clbench.signatures import nearest
 EXAMPLE = ((80, 90, 10, 5), (85, 70, 15, 8), (75, 72, 60, 20), (60, 65, 75, 80))
 SIZES = (400, 100, 100, 100)
 UNTRAINED = 10.0
-PARTS = ("matrix", "formulas", "peers", "details", "columns")
 SYMBOLS = (
     "a[i][j]: accuracy on set j after experience i, i and j from 0; n[j]: samples of set j; T experiences; own(j): the "
     "experience of set j; old sets: own(j) < T-1; macro: every set weighs the same, micro: every sample does"
@@ -54,8 +54,8 @@ def example() -> Case:
     return Case(title, np.array(EXAMPLE, np.float64), SIZES, range(4), UNTRAINED, {})
 
 
-def of_record(word: str, results: pathlib.Path) -> Case:
-    """The matrix of a record, given by path, run id or the beginning of one."""
+def of_record(word: str, results: pathlib.Path) -> list[Table]:
+    """The tables of a record, given by path, run id or the beginning of one."""
     path = pathlib.Path(word).expanduser()
     if not path.is_file():
         folder = results / "records"
@@ -70,17 +70,25 @@ def of_record(word: str, results: pathlib.Path) -> Case:
             raise UserError(f"{word!r} is no file{';' if near else ','} {many}")
         path = folder / f"{near[0]}.json"
     entry = record.read(path)
+    names = [plain(entry[part]["name"]) for part in ("scenario", "learner", "model")]
+    title = f"record {entry['run_id']}: {' '.join(names)} seed {entry['seed']}"
+    if loss_facts.usable(entry):
+        return explain_losses.tables(entry, f"{title}, nats per token")
     if entry["status"] != "ok" or not isinstance(entry.get("correct"), list):
         raise UserError(f"{path} has no accuracies: its status is {entry['status']}")
     a = compat.percent(entry["correct"], entry["n"])
-    names = [plain(entry[part]["name"]) for part in ("scenario", "learner", "model")]
-    title = f"record {entry['run_id']}: {' '.join(names)} seed {entry['seed']}, per cent"
-    return Case(title, a, entry["n"], entry["first_seen"], None, entry)
+    return tables(Case(f"{title}, per cent", a, entry["n"], entry["first_seen"], None, entry))
 
 
 def tables(case: Case) -> list[Table]:
-    """`matrix`, `formulas`, `peers`, `details` and `columns`."""
-    return [_matrix(case), _formulas(case), _peers(case), _details(case), _columns()]
+    """`matrix`, `formulas`, `peers`, `details`, `columns` and those of losses."""
+    made = [_matrix(case), _formulas(case), _peers(case), _details(case), _columns()]
+    return made if case.entry else [*made, explain_losses.columns(), _losses()]
+
+
+def _losses() -> Table:
+    rows = [{"name": name, "formula": text} for name, text in metrics_loss.ABOUT.items()]
+    return Table("losses", "numbers of pre-training", ("name", "formula"), rows, (explain_losses.SYMBOLS,))
 
 
 def _matrix(case: Case) -> Table:

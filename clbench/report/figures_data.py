@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from clbench import metrics
-from clbench.interfaces import UserError
 from clbench.report import table
 from clbench.report.formats import plain
 from clbench.report.runs import Filter, Run, boil, entries
@@ -82,7 +81,7 @@ def short(text: Any, longest: int = LONGEST) -> str:
 
 
 def read(results: pathlib.Path, wanted: Filter | None = None) -> list[Field]:
-    """The fields of a results folder, by scenario and stream. `UserError` if there is nothing to draw."""
+    """The fields of a results folder, by scenario and stream; [] without a finished run."""
     keep, known = wanted or Filter(), {}
     traces: dict[tuple[str, str, str, str, bool], list[Trace]] = {}
     names: dict[tuple[str, str, str, str, bool], tuple[str, ...]] = {}
@@ -96,11 +95,8 @@ def read(results: pathlib.Path, wanted: Filter | None = None) -> list[Field]:
         traces.setdefault(key, []).append(Trace(run, accuracy, np.asarray(entry["first_seen"]), extra))
         listed = entry["scenario"].get("eval_names") or range(1, len(entry["n"]) + 1)
         names.setdefault(key, tuple(plain(name) for name in listed))
-    keep.check()
     rows = table.board([trace.run for group in traces.values() for trace in group])
     rows = [row for row in rows if row["last_macro_mean"] is not None]
-    if not rows:
-        raise UserError(f"no finished run in {results / 'records'}, so there is nothing to draw")
     grouped: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         grouped.setdefault((row["scenario"], row["manifest"]), []).append(row)

@@ -19,7 +19,7 @@ from clbench.interfaces import UserError
 from clbench.report import page_data
 
 FOLDER = pathlib.Path(__file__).resolve().parent / "page"
-SCRIPTS = ("core", "numbers", "colours", "plot", "figures", "board", "table", "scatter", "row", "compare", "start")
+SCRIPTS = ("core", "numbers", "colours", "plot", "figures", "board", "table", "scatter", "row", "losses", "compare", "start")
 _POLICY = (
     "default-src 'none'; script-src {script}; style-src {style}; img-src data:; base-uri 'none'; form-action 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'"

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from clbench.report import statistics
-from clbench.report.compare import LOWER, Side, sides
+from clbench.report import numbers, statistics
+from clbench.report.compare import Side, sides
 from clbench.report.formats import Table, plain
 from clbench.report.runs import Run
 
@@ -19,15 +19,19 @@ MOST = 2000
 THRESHOLDS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 
 
-def tables(runs: Sequence[Run], metric: str) -> list[Table]:
-    """Three tables: `rows`, `pairs`, `profiles`. Legacy runs have rows and are tested against nothing."""
+def tables(runs: Sequence[Run], metric: str | None = None) -> list[Table]:
+    """Three tables: `rows`, `pairs`, `profiles`. Legacy runs have rows and are tested against nothing.
+
+    `metric` None: `last_macro`, and `final_loss` of pre-training runs.
+    """
     groups = [(name, key, side) for name, held in sorted(sides(runs).items()) for key, side in sorted(held.items())]
-    made = [_row(name, side, metric) for name, _, side in groups]
+    made = [_row(name, side, metric or numbers.headline(side.first)) for name, _, side in groups]
+    title = numbers.said(metric, [side.first for _, _, side in groups])
     note = "variance: one-way random effects, class orders are the groups; a negative share of the order is given as 0 and said"
     return [
-        Table("rows", f"{metric} over class orders and seeds", (*ROWS, *SPLIT), made, (note, _interval_note())),
-        _pairs(groups, metric),
-        _profiles(groups, metric),
+        Table("rows", f"{title} over class orders and seeds", (*ROWS, *SPLIT), made, (note, _interval_note())),
+        _pairs(groups, metric, title),
+        *([_profiles(groups, metric)] if any(side.first.loss is None for _, _, side in groups) or not groups else []),
     ]
 
 
@@ -62,18 +66,19 @@ def _row(name: tuple[str, str, str], side: Side, metric: str) -> dict[str, Any]:
     return known | parts | {"split": "negative estimate for the order, given as 0" if split.truncated else ""}
 
 
-def _pairs(groups: Sequence[tuple[tuple[str, str, str], tuple[str, bool], Side]], metric: str) -> Table:
+def _pairs(groups: Sequence[tuple[tuple[str, str, str], tuple[str, bool], Side]], given: str | None, title: str) -> Table:
     """All pairs of settings on one scenario and model; Holm over all of them."""
-    lower = metric.removeprefix("last_").removeprefix("step_") in LOWER
     several = {name for name, count in Counter(name for name, _, _ in groups).items() if count > 1}
     made: list[dict[str, Any]] = []
     sizes = Counter((name[0], name[2]) for name, _, _ in groups)
     if sum(n * (n - 1) // 2 for n in sizes.values()) > MOST:
         why = f"more than {MOST} pairs: choose with --scenario, --learner, --where"
-        return Table("pairs", f"{metric}: pairs of learners", PAIRS, [], (why,))
+        return Table("pairs", f"{title}: pairs of learners", PAIRS, [], (why,))
     for (name, _, one), (other, _, two) in combinations(groups, 2):
         if (name[0], name[2]) != (other[0], other[2]) or one.first.legacy or two.first.legacy:
             continue
+        metric = given or numbers.headline(one.first)
+        less = numbers.lower(metric)
         have = [{(r.stream, r.seed): r.values[metric] for r in side.runs if metric in r.values} for side in (one, two)]
         shared = sorted(have[0].keys() & have[1].keys())
         if not shared:
@@ -82,26 +87,27 @@ def _pairs(groups: Sequence[tuple[tuple[str, str, str], tuple[str, bool], Side]]
         x, y = ([[side[k] for k in shared if k[0] == s] for s in streams] for side in have)
         pair = statistics.paired([[a - b for a, b in zip(*both, strict=True)] for both in zip(x, y, strict=True)])
         row = {"scenario": name[0], "model": name[2], "pairs": pair.n, "difference": pair.mean, "p": pair.p_t}
-        row |= {"low": pair.low, "high": pair.high, "p_a_better": statistics.improvement(*((y, x) if lower else (x, y)))}
+        row |= {"low": pair.low, "high": pair.high, "p_a_better": statistics.improvement(*((y, x) if less else (x, y)))}
+        row["gain"] = None if pair.mean is None else -pair.mean if less else pair.mean
         labels = (f"{n[1]}@{s.first.variant}" if n in several else n[1] for n, s in ((name, one), (other, two)))
         made.append(row | dict(zip("ab", labels, strict=True)))
     for row, p in zip(made, statistics.holm([row["p"] for row in made]), strict=True):
-        gain = None if row["difference"] is None else -row["difference"] if lower else row["difference"]
-        word = statistics.verdict(gain, p)
+        word = statistics.verdict(row["gain"], p)
         row["p_holm"] = p
         row["verdict"] = {"better": f"{plain(row['a'])} better", "worse": f"{plain(row['b'])} better"}.get(word, word)
         row["verdict"] = "not distinguishable: 1 shared seed" if word == "too few seeds" else row["verdict"]
     note = f"paired t-test on shared streams and seeds, Holm over {len(made)} pairs; p_a_better = P(A > B) + P(A = B) / 2"
-    return Table("pairs", f"{metric}: pairs of learners", PAIRS, made, (note,), {"p": 6, "p_holm": 6})
+    return Table("pairs", f"{title}: pairs of learners", PAIRS, made, (note,), {"p": 6, "p_holm": 6})
 
 
-def _profiles(groups: Sequence[tuple[tuple[str, str, str], Any, Side]], metric: str) -> Table:
+def _profiles(groups: Sequence[tuple[tuple[str, str, str], Any, Side]], given: str | None) -> Table:
     """Share of runs above each threshold, each scenario with equal weight; of several settings on one scenario all count."""
     scores: dict[tuple[str, str], dict[str, list[float]]] = {}
     for (scenario, learner, model), _, side in groups:
-        if not side.first.legacy:
-            values = [v for group in strata(side, metric) for v in group]
+        if not side.first.legacy and side.first.loss is None:
+            values = [v for group in strata(side, given or numbers.HEADLINE) for v in group]
             scores.setdefault((learner, model), {}).setdefault(scenario, []).extend(values)
+    metric = given or numbers.HEADLINE
     made: list[Mapping[str, Any]] = []
     for (learner, model), held in sorted(scores.items()):
         shares = statistics.profile(held, THRESHOLDS)

@@ -14,7 +14,7 @@ from typing import Any
 
 from clbench import metrics, record
 from clbench.interfaces import UserError
-from clbench.report import cards, page_detail, table
+from clbench.report import cards, page_detail, page_losses, table
 from clbench.report.columns import ABOUT
 from clbench.report.formats import plain
 from clbench.report.runs import Run, boil, entries
@@ -44,9 +44,13 @@ class _Folder:
         self.first: dict[Key, dict[str, Any]] = {}  # the record that stands for a row
         self.streams: dict[tuple[str, str], dict[str, Any]] = {}
         self.newest = ""
+        self.losses, self.others = page_losses.Losses(), []
         known: dict[str, Mapping[str, Any]] = {}
         for entry in entries(results / "records", self.problems):
             run = boil(entry, known)
+            if run.loss is not None:
+                self._loss(entry, run, results)
+                continue
             key = (run.scenario, run.learner, run.model, run.variant, run.legacy)
             self.runs.append(run)
             self.groups.setdefault(key, []).append(run)
@@ -59,6 +63,15 @@ class _Folder:
             self.streams.setdefault((run.scenario, run.stream), _stream(entry))
             if record.is_dead(entry, results):
                 self.dead.append(run.run_id)
+
+    def _loss(self, entry: dict[str, Any], run: Run, results: pathlib.Path) -> None:
+        """A record of pre-training has tables of its own; lost runs are counted with the others."""
+        self.losses.add(entry, run)
+        self.others.append(run)
+        if run.status == "ok":
+            self.newest = max(self.newest, _day(entry.get("finished")))
+        if record.is_dead(entry, results):
+            self.dead.append(run.run_id)
 
 
 def collect(results: pathlib.Path, beside: bool = False) -> dict[str, Any]:
@@ -75,6 +88,7 @@ def collect(results: pathlib.Path, beside: bool = False) -> dict[str, Any]:
         pool, settings = {}, [None] * len(groups)
     conf = _conf()
     made = {
+        "losses": folder.losses.collect(lambda first, group: _command(first, group, conf)),
         "links": beside,
         "keys": _ids(board),
         "differs": _differs(board, groups),
@@ -99,10 +113,10 @@ def collect(results: pathlib.Path, beside: bool = False) -> dict[str, Any]:
 
 def _whole(folder: _Folder, groups: Sequence[Sequence[Run]]) -> dict[str, Any]:
     """What is said of the folder and its streams."""
-    dead = set(folder.dead)
+    dead, runs = set(folder.dead), [*folder.runs, *folder.others]
     streams = {name: i for i, name in enumerate(sorted(folder.streams))}
     return {
-        "counts": dict(sorted(Counter("dead" if run.run_id in dead else run.status for run in folder.runs).items())),
+        "counts": dict(sorted(Counter("dead" if run.run_id in dead else run.status for run in runs).items())),
         "newest": folder.newest,
         "streams": [folder.streams[name] for name in streams],
         "stream": [streams[group[0].scenario, group[0].stream] for group in groups],
@@ -230,7 +244,7 @@ def _detailed(names: Sequence[str]) -> dict[str, str]:
 
 def _lost(folder: _Folder, dead: set[str]) -> list[list[Any]]:
     """Runs without a result: status, run, names, seed, why."""
-    lost = [run for run in folder.runs if run.status != "ok"]
+    lost = [run for run in (*folder.runs, *folder.others) if run.status != "ok"]
     return [
         ["dead" if r.run_id in dead else r.status, r.run_id, *map(_cut, (r.scenario, r.learner)), r.seed, _cut(r.trouble)]
         for r in lost[:MOST_LINES]

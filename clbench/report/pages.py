@@ -10,7 +10,7 @@ from typing import Any
 
 from clbench import record
 from clbench.interfaces import UserError
-from clbench.report import formats, table
+from clbench.report import formats, losses, table
 from clbench.report.formats import Table, plain
 from clbench.report.runs import Filter, scan
 from clbench.signatures import nearest
@@ -95,7 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser, page: str) -> None:
         parser.add_argument("b", metavar="B", help="the same, what A is compared with")
         parser.add_argument("--test", choices=("t", "sign-flip"), default="t", help="paired t-test, or sign flips (exact) (t)")
     if page in ("compare", "statistics"):
-        parser.add_argument("--metric", default="last_macro", help="any number that `explain` names (last_macro)")
+        words = "any number that `explain` names (last_macro, of pre-training final_loss)"
+        parser.add_argument("--metric", help=words)
     if page != "explain" and page != "html":
         for part in ("scenario", "learner", "model"):
             words = f"only this {part}; globs and repetition allowed"
@@ -162,17 +163,17 @@ def _tables(args: argparse.Namespace, results: pathlib.Path) -> list[Table]:
     if args.page == "explain":
         from clbench.report import explain
 
-        case = explain.of_record(args.record, results) if args.record else explain.example()
-        made = explain.tables(case)
-        return made if args.part else made[:-1]
+        made = explain.of_record(args.record, results) if args.record else explain.tables(explain.example())
+        return made if args.part else [table for table in made if "columns" not in table.part]
     wanted = Filter(args.scenario, args.learner, args.model, args.where)
     if args.page == "compare":
         from clbench.report.compare import compare
 
         return compare(args.a, args.b, args.results_dir, wanted, args.metric, args.test)
-    from clbench.report import compare, overview
+    from clbench.report import numbers, overview
 
-    compare.check_metric(args.metric)
+    if args.metric is not None:
+        numbers.check_metric(args.metric)
     found = scan(results, wanted)
     if not found.runs:
         raise UserError(f"no records in {results / 'records'}")
@@ -188,33 +189,39 @@ def _plot(args: argparse.Namespace, results: pathlib.Path) -> tuple[str, int]:
 
 
 def _view(results: pathlib.Path, wanted: Filter, form: str, args: argparse.Namespace) -> tuple[str, int]:
-    """The leaderboard in one format; what is wrong with the folder goes to stderr, so that the output stays a table."""
+    """The leaderboards in one format; what is wrong with the folder goes to stderr, so that the output stays a table."""
     found = scan(results, wanted)
     if not found.runs:
         raise UserError(f"no records in {results / 'records'}")
-    made = table.board(found.runs, found.dead)
-    for line in table.troubles(found)[1:]:
+    for line in [*table.troubles(found)[1:], *losses.troubles(found.runs)]:
         print(f"clbench: {line}", file=sys.stderr)
-    columns = _chosen(args.columns)
+    boards = [("leaderboard", table, table.board(found.runs, found.dead))]
+    boards.append(("losses", losses, losses.board(found.runs, found.dead)))
+    boards = [kind for kind in boards if kind[2]]
+    if len(boards) > 1 and (form == "csv" or args.columns):
+        raise UserError("accuracies and losses are two tables: choose with --scenario, or --where kind=continual_pretraining")
     if form == "csv":
-        text = table.csv_of(made, columns).rstrip("\n")
+        _, kind, made = boards[0]
+        text = kind.csv_of(made, _chosen(args.columns, kind.COLUMNS)).rstrip("\n")
     elif form == "json" or args.columns:
-        digits = {name: 1 for name in columns if name.startswith(("seconds", "peak"))}
-        text = formats.render([Table("leaderboard", "", columns, made, (), digits)], form)
+        digits = {name: 1 for _, kind, _ in boards for name in kind.COLUMNS if name.startswith(("seconds", "peak"))}
+        tables = [Table(part, "", _chosen(args.columns, kind.COLUMNS), made, (), digits) for part, kind, made in boards]
+        text = formats.render(tables, form)
     elif form == "text":
-        text = table.table_text(made)
+        text = "\n\n".join(kind.table_text(made) for _, kind, made in boards)
     else:
-        text = formats.render(for_people(made), form)
+        shown = [*for_people(table.board(found.runs, found.dead)), *losses.for_people(losses.board(found.runs, found.dead))]
+        text = formats.render(shown, form)
     return text, 1 if args.strict and table.is_bad(found) else 0
 
 
-def _chosen(words: str | None) -> tuple[str, ...]:
+def _chosen(words: str | None, known: tuple[str, ...]) -> tuple[str, ...]:
     if words is None:
-        return table.COLUMNS
+        return known
     names = tuple(dict.fromkeys(name.strip() for name in words.split(",") if name.strip()))
     for name in names:
-        if name not in table.COLUMNS:
-            raise UserError(f"no column {name!r}{nearest(name, table.COLUMNS)} (clbench report explain --part columns)")
+        if name not in known:
+            raise UserError(f"no column {name!r}{nearest(name, known)} (clbench report explain --part columns)")
     if not names:
         raise UserError("--columns names no column")
     return names

@@ -28,7 +28,14 @@ KINDS: dict[str, str] = {
     "profiles": "share of runs above each accuracy, across scenarios",
     "loss": "training loss and learning rate, of records with curves",
     "stability": "accuracy inside experiences, of records with a trace",
+    **{
+        "losses": "pre-training: loss on every set over tokens with the boundaries, the learning rate below",
+        "loss_matrix": "pre-training: loss on every set before and after every experience",
+        "replay": "pre-training: final loss on old sets and on the newest against the share of replay",
+        "gaps": "pre-training: rise of the loss on old sets after a boundary, over steps",
+    },
 }
+LOSSES = ("losses", "loss_matrix", "replay", "gaps")  # of records of pre-training
 FORMS = ("png", "svg", "pdf")
 
 
@@ -54,21 +61,27 @@ def write(
     if form not in FORMS:
         raise UserError(f"no format {form!r}{nearest(form, FORMS)} (one of: {', '.join(FORMS)})")
     makers = _makers()
-    from clbench.report import figures_data
+    from clbench.report import figures_data, loss_data
 
-    fields = figures_data.read(results, wanted)
+    fields, lower = figures_data.read(results, wanted), loss_data.read(results, wanted)
+    if wanted is not None:
+        wanted.check()
+    if not fields and not lower:
+        raise UserError(f"no finished run in {results / 'records'}, so there is nothing to draw")
     record.ensure_writable(out)
     made: list[pathlib.Path] = []
     with _ink():
         for kind in dict.fromkeys(kinds or KINDS):
             found: list[pathlib.Path] = []
-            for name, figure in makers[kind](fields):
+            for name, figure in makers[kind](lower if kind in LOSSES else fields):
                 again = sum(path.stem == f"{kind}-{name}" for path in found)
                 end = f"-again{len(found)}" if again else ""
                 found.append(_save(figure, out / f"{kind}-{name}{end}.{form}", form))
             if kinds and not found:
                 what = {"loss": "`curves`", "stability": "`stability.trace`"}.get(kind, "an old set")
                 what = "two learners or two scenarios" if kind == "profiles" else what
+                if kind in LOSSES:
+                    what = "two shares of replay" if kind == "replay" else "losses"
                 raise UserError(f"there is nothing to draw for {kind}: no record has {what}")
             made += found
     return made
@@ -80,9 +93,11 @@ def _makers() -> dict[str, Any]:
     except ImportError as error:
         raise UserError(f"figures need matplotlib ({error}): pip install 'clbench[report]'") from None
     from clbench.report import figures_board as board
+    from clbench.report import figures_losses
     from clbench.report import figures_runs as runs
 
     own = {name: getattr(board, name) for name in ("leaderboard", "overview", "cost", "forgetting")}
+    own |= {name: getattr(figures_losses, name) for name in LOSSES}
     return own | {name: getattr(runs, name) for name in ("matrix", "curves", "profiles", "loss", "stability")}
 
 

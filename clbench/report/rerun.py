@@ -54,7 +54,7 @@ def compare(name: str, entry: Entry, again: Entry) -> Verdict:
     others = list(machine(entry, again))
     if not found:
         note = f"repeated {steps} experiences: all {len(cells)} counts are equal"
-        return Verdict(name, "verified", (), (note + (f", although {_listed(others)}" if others else ""),))
+        return Verdict(name, "verified", (), (note + (f", although {listed(others)}" if others else ""),))
     most = max(found, key=lambda d: d.size)
     text = (
         f"repeated {steps} experiences: {len(found)} of {len(cells)} counts differ, {most.where} most: the record says "
@@ -67,11 +67,12 @@ def compare(name: str, entry: Entry, again: Entry) -> Verdict:
     if over:
         worst = max(over, key=lambda d: d.size - d.allowed)
         why = f"{len(over)} beyond the tolerance ({rule}), such as {worst.where}: {worst.said}, repeated {worst.found}"
-        return Verdict(name, "failed", (text, why), (_listed(others),))
-    return Verdict(name, "verified", (), (f"{text}; all within the tolerance ({rule})", _listed(others)))
+        return Verdict(name, "failed", (text, why), (listed(others),))
+    return Verdict(name, "verified", (), (f"{text}; all within the tolerance ({rule})", listed(others)))
 
 
-def _listed(others: list[str]) -> str:
+def listed(others: list[str]) -> str:
+    """What differs, in words."""
     return f"the machine differs: {', '.join(others)}"
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from clbench import metrics, record
 from clbench.interfaces import UserError
-from clbench.report import costs
+from clbench.report import costs, loss_facts
 from clbench.report.formats import plain
 from clbench.signatures import nearest
 
@@ -40,6 +40,7 @@ class Run:
     costs: Mapping[str, float]
     settings: Mapping[str, Any]
     trouble: str
+    loss: Mapping[str, Any] | None = None  # of a pre-training run: `loss_facts.facts_of`
 
 
 def variant(entry: Mapping[str, Any]) -> str:
@@ -79,6 +80,11 @@ def boil(entry: Mapping[str, Any], known: dict[str, Any] | None = None) -> Run:
         settings |= {"numbers_version": entry["numbers_version"], "weights": str(_weights(entry))[:8]}
         known[name] = (settings | {"plug-in": entry["learner"].get("plugin")}, family(entry))
     settings, kin = known[name]
+    losses = loss_facts.is_loss(entry)
+    values: dict[str, float] = {}
+    if done:
+        found = loss_facts.values_of(entry) if losses else metrics.summary(entry)
+        values = {k: v for k, v in found.items() if math.isfinite(v)}
     error = entry.get("error") or {}
     trouble = f"{plain(error.get('type', ''))}: {plain(error.get('message', ''))[:160]}" if entry["status"] == "failed" else ""
     return Run(
@@ -93,10 +99,11 @@ def boil(entry: Mapping[str, Any], known: dict[str, Any] | None = None) -> Run:
         stream=str(entry["scenario"].get("manifest_sha256", "")),
         marks=tuple(sorted({*entry.get("marks", ()), *(("legacy",) if legacy else ())})),
         legacy=legacy,
-        values={k: v for k, v in metrics.summary(entry).items() if math.isfinite(v)} if done else {},
+        values=values,
         costs=costs.of(entry) if done else {},
         settings=settings,
         trouble=trouble,
+        loss=loss_facts.facts_of(entry) if losses else None,
     )
 
 
@@ -174,6 +181,7 @@ def facts_of(entry: Mapping[str, Any]) -> dict[str, Any]:
     facts |= {"seed": entry["seed"], "status": entry["status"], "run_id": entry["run_id"]}
     facts |= {"variant": variant(entry), "manifest": str(entry["scenario"].get("manifest_sha256", ""))[:8]}
     marks = {*entry.get("marks", ()), *(("legacy",) if is_legacy(entry) else ())}
+    facts["kind"] = entry["scenario"].get("kind")
     return facts | {"numbers_version": entry["numbers_version"], "marks": " ".join(sorted(marks))}
 
 
@@ -219,15 +227,21 @@ def scan(results: pathlib.Path, wanted: Filter | None = None) -> Scan:
     keep = wanted or Filter()
     known: dict[str, Any] = {}
     found = Scan([], [], [])
+    chosen: set[str] = set()
     for entry in entries(results / "records", found.problems):
         try:
-            if not keep(entry):
+            shown = keep(entry)
+            if not shown and not loss_facts.is_loss(entry):  # one that is not shown may be what another is compared with
                 continue
             found.runs.append(boil(entry, known))
+            if not shown:
+                continue
+            chosen.add(entry["run_id"])
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
             found.problems.append(f"record {entry['run_id']} cannot be summed up: {type(error).__name__}: {error}")
             continue
         if record.is_dead(entry, results):
             found.dead.append(entry["run_id"])
     keep.check()
+    found.runs = [run for run in loss_facts.join(found.runs) if run.run_id in chosen]
     return found

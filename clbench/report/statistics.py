@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,6 +149,38 @@ def verdict(mean: float | None, p: float | None, alpha: float = 0.05) -> str:
     if mean is None or p is None:
         return "too few seeds"
     return "not distinguishable" if p >= alpha else "better" if mean > 0 else "worse"
+
+
+LETTERS = {"best": "*", "not distinguishable": "=", "too few seeds": "?", "better": "+"}
+LEGEND = {
+    "best": "best mean on its stream among contenders",
+    "not distinguishable": "not distinguishable from it on shared seeds (paired t-test, Holm-adjusted p >= 0.05)",
+    "too few seeds": "cannot be told: fewer than two seeds shared with it",
+}
+
+
+def legend(words: Iterable[str | None]) -> list[str]:
+    """What the letters mean that stand for these verdicts."""
+    used = set(words)
+    return [f"  {letter}  {LEGEND[name]}" for name, letter in LETTERS.items() if name in used and name in LEGEND]
+
+
+def against_best(field: Sequence[tuple[dict[str, Any], Sequence[Any]]], metric: str, lower: bool = False) -> None:
+    """Fill `vs_best` and `vs_best_p` of the contenders on one stream: (row, its runs) each, the best by its mean.
+
+    Holm's adjustment runs over all that share two seeds with the best. `lower`: lower is better.
+    """
+    sign = -1.0 if lower else 1.0
+    best, best_runs = max(field, key=lambda pair: sign * pair[0][f"{metric}_mean"])
+    others = [(row, runs) for row, runs in field if row is not best]
+    base = {run.seed: run.values[metric] for run in best_runs if metric in run.values}
+    tests = []
+    for _, runs in others:
+        tests.append(t_test([sign * (r.values[metric] - base[r.seed]) for r in runs if r.seed in base and metric in r.values]))
+    best["vs_best"] = "best"
+    for (row, _), (mean, _), p in zip(others, tests, holm([p for _, p in tests]), strict=True):
+        row["vs_best_p"] = p
+        row["vs_best"] = verdict(mean, p)
 
 
 def sign_flip(differences: Any, *, seed: int = 0, draws: int = 20_000) -> float:

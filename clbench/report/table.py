@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clbench import metrics, record
-from clbench.report import costs, statistics
+from clbench.report import costs, losses, statistics
 from clbench.report.columns import ABOUT, COLUMNS, DETAILS, SHOWN
 from clbench.report.formats import fraction, plain, safe
 from clbench.report.runs import Filter, Run, Scan, boil, scan, variant
@@ -21,12 +21,6 @@ from clbench.report.statistics import mean_std
 
 __all__ = ["ABOUT", "COLUMNS", "SHOWN", "mean_std", "plain", "report", "rows", "safe", "to_csv", "variant"]
 Row = dict[str, Any]
-LETTERS = {"best": "*", "not distinguishable": "=", "too few seeds": "?", "better": "+"}
-LEGEND = {
-    "best": "best mean on its stream among contenders",
-    "not distinguishable": "not distinguishable from it on shared seeds (paired t-test, Holm-adjusted p >= 0.05)",
-    "too few seeds": "cannot be told: fewer than two seeds shared with it",
-}
 
 
 def rows(records: Sequence[Mapping[str, Any]], dead: Sequence[str] = ()) -> list[Row]:
@@ -36,9 +30,9 @@ def rows(records: Sequence[Mapping[str, Any]], dead: Sequence[str] = ()) -> list
 
 
 def board(runs: Sequence[Run], dead: Sequence[str] = ()) -> list[Row]:
-    """`rows` of runs that are boiled down already."""
+    """`rows` of runs that are boiled down already; those of pre-training have a table of their own (`losses`)."""
     groups: dict[tuple[str, str, str, str, bool], list[Run]] = {}
-    for run in runs:
+    for run in (run for run in runs if run.loss is None):
         groups.setdefault((run.scenario, run.learner, run.model, run.variant, run.legacy), []).append(run)
     lost = set(dead)
     groups = {key: sorted(group, key=lambda r: (r.seed, r.run_id)) for key, group in groups.items()}
@@ -57,7 +51,7 @@ def board(runs: Sequence[Run], dead: Sequence[str] = ()) -> list[Row]:
         if contends and row["last_macro_mean"] is not None:
             fields.setdefault((row["scenario"], group[0].stream), []).append((row, group))
     for field in fields.values():
-        _against_best(field)
+        statistics.against_best(field, "last_macro")
         _fronts([row for row, _ in field])
     return [row for row, _ in made]
 
@@ -80,21 +74,6 @@ def _row(group: Sequence[Run], dead: set[str]) -> Row:
     row["dead"] = sum(run.run_id in dead for run in group)
     row["running"] = sum(run.status == "running" for run in group) - row["dead"]
     return row
-
-
-def _against_best(field: Sequence[tuple[Row, list[Run]]]) -> None:
-    """Fill `vs_best` of the contenders on one stream; Holm's adjustment runs over all that share two seeds with the best."""
-    best, best_runs = max(field, key=lambda pair: pair[0]["last_macro_mean"])
-    others = [(row, runs) for row, runs in field if row is not best]
-    base = {run.seed: run.values["last_macro"] for run in best_runs if "last_macro" in run.values}
-    tests = []
-    for _, runs in others:
-        shared = [r.values["last_macro"] - base[r.seed] for r in runs if r.seed in base and "last_macro" in r.values]
-        tests.append(statistics.t_test(shared))
-    best["vs_best"] = "best"
-    for (row, _), (mean, _), p in zip(others, tests, statistics.holm([p for _, p in tests]), strict=True):
-        row["vs_best_p"] = p
-        row["vs_best"] = statistics.verdict(mean, p)
 
 
 def _fronts(field: Sequence[Row]) -> None:
@@ -177,15 +156,21 @@ def report(results_dir: str | pathlib.Path, strict: bool = False, wanted: Filter
     """
     results = pathlib.Path(results_dir).expanduser()
     found = scan(results, wanted)
-    made = board(found.runs, found.dead)
+    made, lower = board(found.runs, found.dead), losses.board(found.runs, found.dead)
     path = results / "leaderboard.csv"
-    whole = not wanted
+    whole, written = not wanted, []
     if whole and (made or found.problems or path.exists()):
         write(made, results)
+        written = [path, results / "leaderboards"]
     if not found.runs and not found.problems:
         return f"no records in {results / 'records'}", 1 if strict else 0
-    lines = [table_text(made), "", *troubles(found)]
-    lines.append(f"written {path}, {results / 'leaderboards'}" if whole else "a filtered view: nothing is written")
+    lines = [*([table_text(made), ""] if made or not lower else []), *([losses.table_text(lower), ""] if lower else [])]
+    lines += [*troubles(found), *losses.troubles(found.runs)]
+    if whole:
+        from clbench.report import loss_panel
+
+        written += [*losses.write(lower, results), *loss_panel.write(found.runs, results)]
+    lines.append(f"written {', '.join(map(str, written))}" if whole else "a filtered view: nothing is written")
     return "\n".join(lines), 1 if strict and is_bad(found) else 0
 
 
@@ -221,7 +206,7 @@ def table_text(made: Sequence[Mapping[str, Any]], width: int = 120) -> str:
         seconds = "-" if row["seconds_mean"] is None else f"{row['seconds_mean']:.1f}"
         lost = "".join(f" +{row[k]} {k}" for k in ("failed", "dead", "running") if row[k])
         known = (plain(row["learner"]), plain(row["model"]), row["variant"], f"{row['n_seeds']}{lost}")
-        numbers[2:2] = [_interval(row), LETTERS.get(row["vs_best"] or "", "")]
+        numbers[2:2] = [_interval(row), statistics.LETTERS.get(row["vs_best"] or "", "")]
         cells.append((*known, *numbers, seconds, plain(row["marks"])))
     widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
     over = sum(widths) + 2 * len(widths) - width
@@ -235,9 +220,7 @@ def table_text(made: Sequence[Mapping[str, Any]], width: int = 120) -> str:
             scenario = row["scenario"]
             lines.append(_cut(plain(scenario), width))
         lines.append("  " + _aligned(line, widths))
-    used = {row["vs_best"] for row in made}
-    lines += [f"  {letter}  {LEGEND[name]}" for name, letter in LETTERS.items() if name in used and name in LEGEND]
-    return "\n".join(lines)
+    return "\n".join([*lines, *statistics.legend(row["vs_best"] for row in made)])
 
 
 def _interval(row: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from clbench import metrics, record
 from clbench.interfaces import UserError
-from clbench.report import evidence
+from clbench.report import evidence, loss_facts, verify_losses
 from clbench.report.evidence import Place
 
 SURE = 87.4  # -log of the least probability that counts: the largest nll of a sample
@@ -106,12 +106,13 @@ def _one(file: pathlib.Path, found: dict[str, Any], entry: dict[str, Any], place
         if entry["status"] == "ok":
             if entry["error"] is not None:
                 reasons.append("status ok with an error")
-            if isinstance(entry.get("correct"), list):
-                reasons += [*_sizes(entry), *_counts(entry), *_calibration(entry), *_confusion(entry)]
+            if loss_facts.is_loss(entry):
+                reasons += verify_losses.check(entry)
+            elif isinstance(entry.get("correct"), list):
+                reasons += [*_sizes(entry), *_counts(entry), *_calibration(entry), *_confusion(entry), *_budget(entry)]
                 notes += _chance(entry)
             else:
-                gaps.append("it holds losses, which are not checked yet")
-            reasons += _budget(entry)
+                gaps.append("it holds losses of another kind of stream, which are not checked")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, ArithmeticError) as error:
         reasons.append(f"a part is missing or of the wrong kind: {type(error).__name__}: {error}")
     if reasons:

@@ -52,6 +52,24 @@ def decode_ids(text: str, limit: int) -> np.ndarray:
     return np.concatenate(runs) if runs else np.zeros(0, np.int64)
 
 
+def save_json(path: Path, sha256: str, body: str) -> None:
+    """Write a manifest's canonical text with its hash, indented, in one move; what cannot be written raises `UserError`."""
+    text = json.dumps({"sha256": sha256, **json.loads(body)}, indent=1) + "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("x", encoding="ascii") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write manifest {path}: {error.strerror or error}") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
 def _frozen(ids: np.ndarray) -> np.ndarray:
     ids = np.array(ids, dtype=np.int64)
     ids.flags.writeable = False
@@ -147,6 +165,15 @@ class Manifest:
         body["evals"] = [{**vars(e), "ids": encode_ids(e.ids)} for e in self.evals]
         return _canonical(body)
 
+    def text(self) -> str:
+        """The stream for people: a line for each experience and each evaluation set."""
+        lines = [f"{self.kind}, {self.dataset['name']}, sha256 {self.sha256}"]
+        for e in self.experiences:
+            lines.append(f"  {e.name:<10} {len(e.train):>7} samples  classes {' '.join(map(str, e.classes))}")
+        for e in self.evals:
+            lines.append(f"  evaluate {e.name:<10} {len(e.ids):>7} samples  first seen in experience {e.first_seen}")
+        return "\n".join(lines)
+
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         """Read `to_json`'s text; malformed text raises a one-line `UserError`."""
@@ -158,21 +185,7 @@ class Manifest:
 
     def save(self, path: str | Path) -> None:
         """Write the manifest with its hash to `path`, in one move: nobody ever sees half a file."""
-        path = Path(path)
-        text = json.dumps({"sha256": self.sha256, **json.loads(self.to_json())}, indent=1) + "\n"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("x", encoding="ascii") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError as error:
-            raise UserError(f"cannot write manifest {path}: {error.strerror or error}") from None
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        save_json(Path(path), self.sha256, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Manifest:

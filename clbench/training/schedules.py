@@ -1,11 +1,16 @@
-"""Learning-rate schedules: pure functions `Place -> multiplier` of every base rate. Nothing to save, nothing to restore."""
+"""Learning-rate schedules: pure functions `Place -> multiplier` of every base rate. Nothing to save, nothing to restore.
+
+A share is one of the experience's steps. Warm-up is (n + 1) / warm in update n of this file, so no update is without effect;
+`schedules_infinite` counts from 0 as its sources do. Values that make no sense raise `UserError`.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
-from clbench.interfaces import Place
+from clbench.interfaces import Place, UserError
 
 
 def constant(place: Place) -> float:
@@ -32,6 +37,125 @@ def stepwise_cosine(place: Place, *, periods: int) -> float:
     """Cosine to 0 that moves once a period (torch's CosineAnnealingLR stepped once an epoch): (1 + cos(pi e / periods)) / 2."""
     period = place.step * periods // place.steps
     return 0.5 * (1 + math.cos(math.pi * period / periods))
+
+
+def constant_after_warmup(place: Place, *, warmup: float = 0.01) -> float:
+    """Rise from 0 over the first `warmup` share of the first experience, then always 1: for averages in place of anneals."""
+    shares(warmup=warmup)
+    warm = round(warmup * place.steps)
+    return min(1.0, (place.global_step + 1) / max(1, warm))
+
+
+def repeated_cosine(
+    place: Place, *, warmup: float = 0.01, end: float = 0.1, rewarm: Literal["zero", "end"] = "zero", repeats: int = 1
+) -> float:
+    """Re-warm and re-decay: warm-up and half a cosine to `end`, `repeats` times in every experience.
+
+    rewarm  where a later warm-up starts: from 0 (Ibrahim et al. 2024), or from `end`, where the cosine before it ended (the
+            cyclic schedule in the code of Singh et al. 2025). `warmup` is a share of a cycle.
+    """
+    shares(warmup=warmup, end=end)
+    if repeats < 1 or repeats > place.steps:
+        raise UserError(f"schedule.repeats must be from 1 to the number of steps, {place.steps}, got {repeats}")
+    cycle = min(place.step * repeats // place.steps, repeats - 1)
+    first, last = (-(-i * place.steps // repeats) for i in (cycle, cycle + 1))
+    inside = Place(place.experience, place.step - first, last - first, place.global_step)
+    warm = round(warmup * inside.steps)
+    later = cycle > 0 or place.experience > 0
+    if inside.step < warm and later and rewarm == "end":
+        return end + (1 - end) * (inside.step + 1) / warm
+    return cosine(inside, warmup=warmup, end=end)
+
+
+def autoregressive_cosine(place: Place, *, warmup: float = 0.01, end: float = 0.0) -> float:
+    """TiC-LM's "AR" (Li et al. 2025): each experience has a warm-up and a cosine of its own, with a falling peak.
+
+    The peak is what one cosine over all steps so far and those of this experience would be at its start: 1, then for equal
+    experiences (1 + end) / 2, ...
+    """
+    shares(warmup=warmup, end=end)
+    before = place.global_step - place.step
+    peak = end + (1 - end) * 0.5 * (1 + math.cos(math.pi * before / max(1, before + place.steps)))
+    warm = round(warmup * place.steps)
+    if place.step < warm:
+        return peak * (place.step + 1) / warm
+    share = (place.step - warm) / max(1, place.steps - warm)
+    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def inverse_sqrt(
+    place: Place, *, warmup: float = 0.01, scale: float = 0.05, end: float = 0.0, anneal: float = 0.0, restart: bool = False
+) -> float:
+    """1 / sqrt(tau), tau = (n - warm + s) / s, not below `end`: for runs whose length is unknown.
+
+    scale    s as a share of the experience's steps
+    anneal   share at the end of each experience in which it falls in a line to `end`
+    restart  false: n goes on from experience to experience, true: each experience starts anew
+    """
+    shares(warmup=warmup, end=end, anneal=anneal)
+    if scale <= 0:
+        raise UserError(f"schedule.scale must be above 0, got {scale}")
+    warm, stretch = round(warmup * place.steps), scale * place.steps
+    before = 0 if restart else place.global_step - place.step
+
+    def rate(n: int) -> float:
+        if n < warm:
+            return (n + 1) / warm
+        return max(end, ((n - warm + stretch) / stretch) ** -0.5)
+
+    start = round((1 - anneal) * place.steps)
+    if place.step <= start:
+        return rate(before + place.step)
+    top = rate(before + start)
+    return top + (end - top) * (place.step - start) / (place.steps - start)
+
+
+def rex(place: Place, *, warmup: float = 0.0, beta: float = 0.5) -> float:
+    """(1 - p) / ((1 - beta) + beta (1 - p)) over the share p after warm-up: above linear everywhere (Chen et al. 2022)."""
+    shares(warmup=warmup)
+    if not 0 <= beta < 1:
+        raise UserError(f"schedule.beta must be at least 0 and below 1, got {beta}")
+    return _warm(place, warmup, lambda share: (1 - share) / ((1 - beta) + beta * (1 - share)))
+
+
+def power(
+    place: Place,
+    *,
+    batch: int,
+    context: int,
+    peak: float = 0.02,
+    a: float = 4.0,
+    b: float = -0.51,
+    warmup: float = 0.01,
+    anneal: float = 0.1,
+    end: float = 0.01,
+) -> float:
+    """min(1, batch a n^b / peak) after n tokens (Shen et al. 2024, arXiv 2408.13359), then an exponential anneal to `end`.
+
+    batch, context  sequences in a step and tokens in a sequence
+    peak            the learner's base rate, 0.02 in the paper, because the law gives rates and a schedule gives multipliers
+    """
+    shares(warmup=warmup, anneal=anneal, end=end)
+    warm, start = round(warmup * place.steps), round((1 - anneal) * place.steps)
+    before = place.global_step - place.step
+
+    def rate(step: int) -> float:
+        if before + step < warm:
+            return (before + step + 1) / warm
+        return min(1.0, batch * a * max(1, (before + step) * batch * context) ** b / peak)
+
+    if place.step <= start:
+        return rate(place.step)
+    if end == 0:
+        raise UserError("schedule.end must be above 0: an exponential anneal never gets to 0")
+    return rate(start) * (end / rate(start)) ** ((place.step - start) / (place.steps - start))
+
+
+def shares(**values: float) -> None:
+    """`UserError` unless every value lies from 0 to 1."""
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"schedule.{name} must lie from 0 to 1, got {value}")
 
 
 def _warm(place: Place, warmup: float, then) -> float:

@@ -19,6 +19,10 @@ function opening() {
   }
   const done = D.counts.ok || 0;
   const others = Object.entries(D.counts).filter(([status]) => status !== 'ok').map(([status, n]) => `${n} ${status}`);
+  if (!ROWS.length && D.losses.rows.length) {
+    byId('about').append(el('p', { class: 'intro' }, `${plural(done, 'finished run')} of continual pre-training: a model learns one domain after another, and its loss on all of them is measured after each.`, others.length ? ` Without a result: ${others.join(', ')}.` : ''));
+    return;
+  }
   byId('about').append(el('p', { class: 'intro' },
     `${plural(done, 'finished run')} of ${plural(new Set(ROWS.map((r) => r.learner)).size, 'learner')} on ${plural(D.streams.length, 'stream')}: experiences are learned one after another, and every test set seen so far is asked again after each. `,
     'Accuracy below is the mean over all sets after the last experience; intervals are 95 % bootstrap over seeds.',

@@ -10,15 +10,16 @@ function route() {
   try { keys = (value || '').split(',').map(decodeURIComponent); } catch { keys = []; }
   const rows = keys.map((key) => KEYS.get(key));
   let shown = 'home';
-  if (name === 'row' && rows[0]) shown = 'row';
+  const loss = name === 'loss' ? PREKEYS.get(keys[0]) : null;
+  if ((name === 'row' && rows[0]) || loss) shown = 'row';
   if ((name === 'compare' || hash === 'compare') && ROWS.some((r) => r.n)) shown = 'versus';
   if (!byId('home').hidden && shown !== 'home') wasAt = window.scrollY;
   const back = byId('home').hidden && shown === 'home';
   for (const id of ['home', 'row', 'versus']) byId(id).hidden = id !== shown;
   document.title = TITLE;
   if (shown === 'row') {
-    showRow(rows[0]);
-    document.title = `${briefly(rows[0].learner, 60)} \u00b7 ${TITLE}`;
+    if (loss) showLoss(loss); else showRow(rows[0]);
+    document.title = `${briefly(loss ? loss.label : rows[0].learner, 60)} \u00b7 ${TITLE}`;
   } else if (shown === 'versus') {
     const a = rows[0] || defaults()[0];
     const b = rows[1] || [...defaults(D.stream[a.i])].find((r) => r !== a) || a;
@@ -27,7 +28,7 @@ function route() {
   }
   tray();
   if (shown !== 'home') { window.scrollTo(0, 0); if (!first) byId(shown).focus({ preventScroll: true }); } else if (back && !hash) { byId('home').focus({ preventScroll: true }); window.scrollTo(0, wasAt); } else if (byId(hash) && byId('home').contains(byId(hash))) { byId(hash).scrollIntoView(); byId(hash).focus({ preventScroll: true }); }
-  if (name === 'row' && !rows[0]) say('No row has this name; the leaderboard is shown.');
+  if ((name === 'row' && !rows[0]) || (name === 'loss' && !loss)) say('No row has this name; the leaderboard is shown.');
   first = false;
   requestAnimationFrame(() => redrawAll(false));
 }
@@ -66,6 +67,7 @@ setTheme(preferred());
 opening();
 board();
 scatterFigure();
+preBoard();
 notInTable();
 byId('foot').append(`Made by clbench report html${D.newest ? ` from records up to ${D.newest}` : ''}. One file: it asks the network for nothing. `,
   D.left.slice(1).some(Boolean) ? `To keep it small, details were thinned out: single seeds of ${plural(D.left[1] + D.left[2], 'row')}, matrices of ${plural(D.left[3], 'row')}, everything but the table for ${plural(D.left[4], 'row')}. ` : '',

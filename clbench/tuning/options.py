@@ -10,7 +10,7 @@ from typing import Any
 from clbench.catalog import conf_dir, description
 from clbench.interfaces import UserError
 from clbench.signatures import nearest
-from clbench.tuning_space import SAMPLERS
+from clbench.tuning.space import SAMPLERS
 
 PROTOCOLS = {
     "two_phase": "tune on other classes or other data (tune.on), evaluate the frozen choice on this stream",

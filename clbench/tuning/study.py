@@ -4,7 +4,7 @@ A study is a pure function of its words, the sampler's seed and the results of i
 in `results_dir/tuning/<study>/records`, away from the leaderboard; `results_dir/tuning/<study>.json` lists them all. When the
 last trial is done the study is sealed: its choice is never made again, and the same command goes on with what is left. The
 records of the choice lie where those of any run lie, with the same run ids, and say how it was made in `tuning`. Protocols and
-what they guarantee: `tuning_streams`.
+what they guarantee: `clbench.tuning.streams`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clbench import catalog, config, metrics, provenance, record, tuning_space
+from clbench import catalog, config, metrics, provenance, record
 from clbench.interfaces import UserError
 from clbench.isolate import run_alone
-from clbench.report.compare import check_metric
-from clbench.tuning_options import Options, read
-from clbench.tuning_space import Variable
-from clbench.tuning_trials import SCHEMA, Study, finished, sealed, search, work
+from clbench.report.numbers import check_metric
+from clbench.tuning.options import Options, read
+from clbench.tuning.space import Variable, check_functions, size, variables
+from clbench.tuning.trials import SCHEMA, Study, finished, sealed, search, work
 
 _FIRST_ONLY = ("last_macro", "last_micro", "step_macro", "step_micro", "triangle_macro", "plasticity", "worst")
 
@@ -45,23 +45,27 @@ def run(args: Namespace, command: list[str]) -> int:
 
 def prepare(options: Options, command: list[str]) -> Study:
     """Check everything that can be checked before anything runs. `UserError` with one line or several."""
-    check_metric(options.metric)
+    check_metric(options.metric, losses=False)
     if options.protocol == "first_experience" and options.metric not in _FIRST_ONLY:
         raise UserError(f"tune.metric={options.metric} is not defined on one experience (one of: {', '.join(_FIRST_ONLY)})")
-    tuning_space.check_functions(options.words)
+    check_functions(options.words)
     fixed, spaces = config.searched(options.words)
     seeds = spaces.pop("seed", [word.partition("=")[2] for word in fixed if word.startswith("seed=")] or ["0"])
     fixed = [word for word in fixed if not word.startswith("seed=")]
     if not isinstance(seeds, list) or not all(seed.isdigit() for seed in seeds):
         raise UserError("seed must be whole numbers from 0: those on which the choice is evaluated")
-    space = tuning_space.variables(spaces)
+    space = variables(spaces)
     _check_ends(fixed, space)
     base = config.compose([*fixed, *(f"{v.key}={v.ends()[0]}" for v in space)])[0]
     results = Path(str(base["results_dir"])).expanduser().resolve()
     trials = _trials(options, space)
-    from clbench.tuning_streams import guard, source
+    from clbench.tuning.streams import guard, source
 
     evaluation = config.build(base["scenario"])
+    if evaluation.asks == "loss":
+        raise UserError(
+            f"clbench tune knows streams of images; for scenario {evaluation.name} compare options with clbench run -m"
+        )
     words, tuned, generated = source(options, fixed, evaluation, base["scenario"])
     on = guard(options.protocol, tuned, evaluation)
     if on["shared_classes"] and options.protocol == "two_phase":
@@ -75,22 +79,22 @@ def prepare(options: Options, command: list[str]) -> Study:
     study = Study(options, tuple(fixed), space, tuple(map(int, seeds)), results, name, trials, on, tuple(words), None, command)
     if not generated:
         return study
-    from clbench.tuning_streams import stored
+    from clbench.tuning.streams import stored
 
     record.ensure_writable(study.folder)
     return Study(**{**vars(study), "node": stored(tuned, base["scenario"], study.folder)})
 
 
 def _trials(options: Options, space: Sequence[Variable]) -> int:
-    size = tuning_space.size(space)
+    count = size(space)
     if options.sampler != "grid":
         return options.trials or 20
-    if size is None:
+    if count is None:
         endless = ", ".join(v.key for v in space if not v.values)
         raise UserError(f"tune.sampler=grid needs lists: {endless} is an interval; write choice(...), range(...) or A,B,C")
-    if options.trials not in (None, size):
-        raise UserError(f"tune.sampler=grid tries all {size} choices: leave tune.trials out, or take tune.sampler=random")
-    return size
+    if options.trials not in (None, count):
+        raise UserError(f"tune.sampler=grid tries all {count} choices: leave tune.trials out, or take tune.sampler=random")
+    return count
 
 
 def _check_ends(fixed: Sequence[str], space: Sequence[Variable]) -> None:

@@ -25,7 +25,7 @@ from clbench.interfaces import UserError
 from clbench.streams.manifest import EvalEntry, ExperienceEntry, Manifest
 from clbench.streams.scenario import Scenario
 from clbench.streams.splits import drawn
-from clbench.tuning_options import Options
+from clbench.tuning.options import Options
 
 REST = "rest"
 

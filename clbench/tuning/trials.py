@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clbench import catalog, config, metrics, provenance, record, tuning_space
+from clbench import catalog, config, metrics, provenance, record
 from clbench.interfaces import UserError
 from clbench.isolate import run_alone, show_log
-from clbench.report.compare import LOWER
-from clbench.tuning_options import Options
-from clbench.tuning_space import Variable
+from clbench.report import numbers
+from clbench.tuning.options import Options
+from clbench.tuning.space import Variable, begin
 
 SCHEMA = 1
 
@@ -61,9 +61,9 @@ def sealed(study: Study) -> dict[str, Any] | None:
 
 def search(study: Study) -> dict[str, Any]:
     """Run the trials and seal the study -> what its file holds. Trials that are done are not run again."""
-    lower = study.options.metric.removeprefix("last_").removeprefix("step_") in LOWER
+    lower = numbers.lower(study.options.metric)
     made = _described(study)
-    sampler = tuning_space.begin(study.options.sampler, study.space, study.options.seed, study.trials, lower)
+    sampler = begin(study.options.sampler, study.space, study.options.seed, study.trials, lower)
     known: dict[str, dict[str, Any]] = {}
     for number in range(study.trials):
         chosen = sampler.ask()

@@ -1,0 +1,234 @@
+"""Continual pre-training (Ibrahim et al. 2024, arXiv 2403.08763; Singh et al. 2025, arXiv 2503.02844): one loop, many plans.
+
+The model goes on from domain to domain with AdamW; what differs from learner to learner are options:
+
+schedule      the rate over an experience's steps; "re-warm and re-decay" is a cosine with warm-up in each experience
+branch        share of the steps that are a branch: the rate is annealed on a copy, the copy is evaluated, the next experience
+              continues from before the anneal, with its optimiser. 0: no branch, the model itself goes on
+accounting    "equal_compute": the branch takes its steps from the experience, so the trunk sees less of it; "equal_data":
+              the trunk sees all of it, and the branch comes on top
+boundary      the optimiser at a new experience: "keep" (with a branch: as the anneal left it, as in the code of Singh et al.),
+              "reset" (Ibrahim et al.), "reset_moments" (the step count stays), "restore" (with a branch: the trunk's)
+replay        old text in each batch, displacing new text
+data, start   "union" with start "scratch": joint training on everything so far, the reference; "new" with "scratch": each
+              domain alone
+until         experiences that are learned at all, then the model is frozen; null for all
+passes        several passes over the first part of an experience instead of one over all of it (Guo et al. 2024)
+average       weights averaged along the trunk are evaluated instead of annealed ones
+trainable     "half": in every later experience a random half of the matrices of each kind in each block rests (HFT, Hui et al.)
+
+No published number is at this scale; what is to be expected is listed in the sweeps `conf/sweep/cpt_*.yaml`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from torch import Tensor, nn
+
+from clbench.interfaces import Capabilities, Experience, Schedule, UserError
+from clbench.training.averages import Average, Averager
+from clbench.training.halves import rest_half
+from clbench.training.mixing import Mixture, Replay
+from clbench.training.places import Places
+from clbench.training.pretrain import Adam, AfterStep, PretrainRuntime, Segment, check_plan, train
+from clbench.training.progress import Progress
+from clbench.training.schedules import constant
+from clbench.training.state import collect, detached, restore
+from clbench.training.trunk import Trunk
+
+NO_REPLAY, NO_AVERAGE = Replay(), Average()
+PARTS = ("model", "optimizer", "average", "trunk", "places")
+Shares = Callable[[Segment], np.ndarray]
+
+
+class Pretrain:
+    """Trains segment after segment. State: weights, optimiser, the trunk while a branch is evaluated, places in the texts."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities(asks="loss")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        runtime: PretrainRuntime,
+        *,
+        lr: float = 3e-3,
+        schedule: Schedule = constant,
+        branch: float = 0.0,
+        accounting: Literal["equal_compute", "equal_data"] = "equal_compute",
+        boundary: Literal["keep", "reset", "reset_moments", "restore"] = "keep",
+        replay: Replay = NO_REPLAY,
+        start: Literal["trunk", "scratch"] = "trunk",
+        data: Literal["new", "union"] = "new",
+        until: int | None = None,
+        passes: int = 1,
+        average: Average = NO_AVERAGE,
+        trainable: Literal["all", "half"] = "all",
+        betas: Sequence[float] = (0.9, 0.95),
+        weight_decay: float = 0.1,
+        clip: float | None = 1.0,
+    ):
+        self.model, self.runtime, self.lr, self.schedule = model, runtime, lr, schedule
+        self.branch, self.accounting, self.boundary, self.replay = branch, accounting, boundary, replay
+        self.start, self.data, self.until, self.passes, self.trainable = start, data, until, passes, trainable
+        self.optimizer, self.places = Adam(model, betas, weight_decay, clip), Places()
+        self.average = Averager(model, average)
+        initial = detached(model.state_dict()) if start == "scratch" else {}
+        self.trunk = Trunk(model, self.optimizer, self.places, initial)
+        _check(self)
+
+    @staticmethod
+    def capabilities_of(data: str = "new", replay: Any = None, **options: Any) -> Capabilities:
+        """Joint training keeps all data, replay keeps some."""
+        some = isinstance(replay, Mapping) and replay.get("share", 0.0) != 0
+        return Capabilities(asks="loss", stores_all_data=data == "union", stores_exemplars=data == "new" and some)
+
+    def plan(self, experience: Experience) -> list[Segment]:
+        """The segments of one experience."""
+        k, text = experience.index, _text(experience.train)
+        if self.until is not None and k >= self.until:
+            return []
+        steps = text.steps * (k + 1 if self.data == "union" else 1)
+        total = round(steps / (1 - self.branch)) if self.accounting == "equal_data" else steps
+        cut = steps if self.accounting == "equal_data" else round(total * (1 - self.branch))
+        mixture = {"replay": dict(vars(self.replay)), "data": self.data, "passes": self.passes}
+        start = "init" if k == 0 or self.start == "scratch" else "trunk"
+        policy = "new" if k == 0 else self.boundary
+        made = [Segment(k, "trunk", start, policy, 0, cut, total, self.lr, self.schedule, mixture)]
+        if cut < total:
+            _check_trunk(made[0], self.branch)
+            made.append(Segment(k, "branch", "here", "keep", cut, total, total, self.lr, self.schedule, mixture))
+        return made
+
+    def learn(self, experience: Experience) -> dict[str, float]:
+        """Train the plan's segments."""
+        return self.run(experience, self.plan(experience))
+
+    def run(
+        self,
+        experience: Experience,
+        plan: Sequence[Segment],
+        shares: Shares | None = None,
+        after_step: AfterStep | None = None,
+        owner: Any = None,
+    ) -> dict[str, float]:
+        """Train segments, from where a killed run was.
+
+        shares  `shares(segment)` -> [S, K] in place of what `replay` says
+        owner   a learner that is built on this one: its state is what is saved
+        """
+        owner = owner or self
+        text, runtime = _text(experience.train), self.runtime
+        check_plan(plan, runtime.processed_limit, text.batch * text.context)
+        progress = Progress(runtime, plan)
+        rest_half(self.model, runtime.key("rest") if self.trainable == "half" and experience.index else None)
+        if progress.saved is not None:
+            owner.load_state_dict(progress.saved)
+        elif plan:
+            self._begin(plan[0], experience)
+        then = self.average.before(after_step) if self.average else after_step
+        for i in range(progress.segment, len(plan)):
+            segment = plan[i]
+            table = self._shares(segment, experience) if shares is None else shares(segment)
+            mixture = self._mixture(segment, experience, table)
+            step = progress.step if i == progress.segment else segment.first
+
+            def save(step: int, i: int = i) -> None:
+                progress.save(i, step, owner.state_dict())
+
+            train(runtime, self.model, self.optimizer, segment, mixture, step, save, then)
+            ends = segment.role == "trunk" and (i + 1 == len(plan) or plan[i + 1].role == "branch")
+            self._advance(segment, mixture, trunk_ends=ends)
+        return {"tokens": float(sum(s.last - s.first for s in plan) * text.batch * text.context)}
+
+    def _begin(self, segment: Segment, experience: Experience) -> None:
+        self.trunk.begin(segment)
+        self.places.begin(experience.index, replays_start_anew=self.data == "union")
+        held = self.replay.held_bytes([_text(old) for old in experience.past], self.places.seen[: len(experience.past)])
+        self.runtime.ledger.replay_bytes = max(self.runtime.ledger.replay_bytes, held)
+
+    def _shares(self, segment: Segment, experience: Experience) -> np.ndarray:
+        """Share of each source in each step of a segment [S, K], the new text last."""
+        if self.data == "union":
+            sizes = np.array([len(text) for text in (*experience.past, experience.train)], np.float64)
+            return np.repeat((sizes / sizes.sum())[None], segment.last - segment.first, 0)
+        trained = self.places.trained[: len(experience.past)]
+        return self.replay.table(segment.steps, trained)[segment.first : segment.last]
+
+    def _mixture(self, segment: Segment, experience: Experience, shares_SK: np.ndarray) -> Mixture:
+        new, old, places = _text(experience.train), [_text(past) for past in experience.past], self.places
+        return Mixture(
+            new,
+            old,
+            self.replay,
+            shares_SK,
+            first=segment.first,
+            seen=[len(text) for text in old] if self.data == "union" else places.seen[: len(old)],
+            starts=places.starts(len(old)),
+            carry=places.carry[-shares_SK.shape[1] :],
+            size=max(new.batch, len(new) // self.passes),
+        )
+
+    def _advance(self, segment: Segment, mixture: Mixture, trunk_ends: bool) -> None:
+        """Move the places on; at the trunk's last step keep it, if something else is evaluated."""
+        self.places.advance(mixture.used(segment.first, segment.last), mixture, segment.experience)
+        if trunk_ends and (self.branch > 0 or self.average):
+            if self.runtime.observer is not None:
+                self.runtime.observer.trunk_ended(self.model)
+            self.trunk.keep()
+            if self.average:
+                self.average.evaluate()
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        """Nats of every token after the first: tokens [B, L + 1] int64 -> [B, L]."""
+        self.model.eval()
+        return self.model.loss(tokens)  # type: ignore[operator]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that goes on, and what is evaluated."""
+        return collect(self, *PARTS)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it."""
+        restore(self, state)
+
+
+def _text(data: Any) -> Any:
+    """The `TokenData` that an experience of a pre-training stream holds."""
+    return data
+
+
+def _check(learner: Pretrain) -> None:
+    """Options that contradict each other, or have no effect, are errors."""
+    joint, replays, branches = learner.data == "union", learner.replay.active, learner.branch > 0
+    averages, scratch = bool(learner.average), learner.start == "scratch"
+    wrong = {
+        "learner.branch must be at least 0 and below 1": not 0 <= learner.branch < 1,
+        "learner.passes must be at least 1": learner.passes < 1,
+        "learner.until must be at least 1 or null": learner.until is not None and learner.until < 1,
+        "learner.lr must be above 0": not learner.lr > 0,
+        "learner.accounting=equal_data has no effect without a branch": learner.accounting == "equal_data" and not branches,
+        "learner.boundary=restore needs a branch or an average: without one it would be keep": learner.boundary == "restore"
+        and not (branches or averages),
+        "learner.branch and learner.average exclude each other: both stand for the anneal": branches and averages,
+        "learner.start=scratch needs boundary=reset, no replay and no branch": scratch
+        and (replays or branches or learner.boundary != "reset"),
+        "learner.data=union is joint training: it needs start=scratch and passes=1": joint
+        and (not scratch or learner.passes > 1),
+    }
+    lines = [line for line, holds in wrong.items() if holds]
+    if lines:
+        raise UserError("\n".join(lines))
+
+
+def _check_trunk(trunk: Segment, branch: float) -> None:
+    """A trunk that ends below the rate with which the next begins has a part of the anneal in it."""
+    ends, goes_on = trunk.rate(trunk.last - 1), replace(trunk, experience=trunk.experience + 1).rate(0)
+    if ends < 0.99 * goes_on:
+        raise UserError(
+            f"learner.branch={branch} does not fit the schedule: the trunk of experience {trunk.experience} would end at rate "
+            f"{ends:g}, the next would begin at {goes_on:g}; a trunk must end before the anneal begins"
+        )

@@ -1,0 +1,43 @@
+"""The numbers that tables can be asked for: which there are, in which of them less is better, which one stands for a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from clbench import metrics, metrics_loss
+from clbench.interfaces import UserError
+from clbench.report.runs import Run
+from clbench.signatures import nearest
+
+_LOWER = frozenset(
+    ("forgetting", "forgetting_diagonal", "ece", "nll", "brier", "within_task", "between_task", "old_to_new", "new_to_old")
+) | {"stability_gap"}
+_STREAM = ("a_auc", "stability_gap", "min_acc", "wc_acc")
+HEADLINE, HEADLINE_LOSS = "last_macro", "final_loss"
+
+
+def lower(metric: str) -> bool:
+    """Whether less is better."""
+    if metric in metrics_loss.ABOUT:
+        return metric not in metrics_loss.HIGHER
+    return metric.removeprefix("last_").removeprefix("step_") in _LOWER
+
+
+def headline(run: Run) -> str:
+    """The number that stands for a run: `last_macro`, of pre-training `final_loss`."""
+    return HEADLINE if run.loss is None else HEADLINE_LOSS
+
+
+def said(metric: str | None, runs: Iterable[Run]) -> str:
+    """What a title calls the number: the one asked for, else the headlines of the runs."""
+    return metric or ", ".join(sorted({headline(run) for run in runs}, reverse=True))
+
+
+def check_metric(metric: str, losses: bool = True) -> None:
+    """Raise `UserError` for a number that no record can have; without `losses` those of pre-training are none."""
+    known = [name for name in metrics.FORMULAS if name not in ("fwt_init", "intransigence")]
+    known += ["last_masked_macro", "last_top5_micro", *_STREAM]
+    known += [f"{part}_{name}" for name in metrics.DETAILS if name not in _STREAM for part in ("last", "step")]
+    known += [name for name in metrics_loss.ABOUT if losses and name not in known]
+    if metric not in known:
+        raise UserError(f"no metric {metric!r}{nearest(metric, known)} (clbench report explain names them)")

@@ -1,0 +1,1 @@
+"""Options chosen on one stream, frozen, evaluated once on another: `clbench tune`."""
