@@ -220,6 +220,10 @@ _OPTIONS: dict[str, tuple[str, Any]] = {
     "device": ("auto, cpu, cuda, cuda:N or mps", lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", str(v))),
     "precision": ("fp32 or bf16", lambda v: v in ("fp32", "bf16")),
     "num_threads": ("auto or a whole number from 1", lambda v: v == "auto" or _whole(v, 1)),
+    "arithmetic": (
+        "auto, reference, or highest, high or medium with +fused or +explicit",
+        lambda v: re.fullmatch(r"auto|reference|(highest|high|medium)\+(fused|explicit)", str(v)),
+    ),
     "results_dir": ("a folder", lambda v: isinstance(v, str | int | float) and str(v) and not isinstance(v, bool)),
     "data_root": ("a folder or null", lambda v: v is None or isinstance(v, str)),
     "download": ("true or false", lambda v: isinstance(v, bool)),

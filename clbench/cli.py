@@ -13,101 +13,9 @@ from typing import Any, NoReturn
 
 from clbench import __version__, corpus_command, ranks, schedule_show
 from clbench.catalog import conf_dir
+from clbench.examples import ABOUT, EXAMPLES
 from clbench.interfaces import UserError
 from clbench.signatures import nearest
-
-ABOUT = """\
-clbench measures continual learning: a scenario x a learner x a model x a seed gives one checkable record,
-and a folder of records gives a leaderboard.
-"""
-
-EXAMPLES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "run": (
-        "learn, evaluate, write a record; done runs are skipped, killed ones go on",
-        (
-            "clbench run",
-            "clbench run learner=ncm seed=1 device=cpu num_threads=2",
-            "clbench run learner.lr=0.03 schedule=cosine scenario.budget.epochs=10",
-            "clbench run -m learner=finetune,joint,ncm,replay,slca seed=0,1,2",
-            "clbench run -m 'learner=glob(*)' machine=joblib hydra.launcher.n_jobs=4",
-            "clbench run sweep=default_table",
-            "clbench run learner._target_=my_file.MyLearner learner.lr=0.1",
-        ),
-    ),
-    "plan": (
-        "what `run` with the same words would do: jobs, their state, time and disk; errors of all jobs at once",
-        ("clbench plan -m learner=finetune,slca 'seed=range(0,5)'", "clbench plan sweep=default_table"),
-    ),
-    "list": (
-        "what can be chosen, with a line each; plug-ins included; of learners: paper, capabilities, bytes held",
-        ("clbench list", "clbench list learners", "clbench list scenarios models"),
-    ),
-    "check": (
-        "run the contract suite on a learner or a scenario",
-        (
-            "clbench check learner=slca",
-            "clbench check learner._target_=my_file.MyLearner",
-            "clbench check scenario=cil_digits",
-            "clbench check --measure 'learner=glob(*)'",
-        ),
-    ),
-    "report": (
-        "records in, leaderboard and reproduction cards out",
-        (
-            "clbench report",
-            "clbench report --results-dir 'other results' --strict",
-            "clbench report --scenario 'cil_*' --where learner.lr=0.03",
-            "clbench report --scenario cil_digits --format latex --out table.tex",
-        ),
-    ),
-    "verify": (
-        "check records: schema, counts, identity, stream, weights; repeat the beginning of some",
-        (
-            "clbench verify",
-            "clbench verify results/records/0123456789abcdef.json",
-            "clbench verify --rerun results/records/0123456789abcdef.json",
-            "clbench verify results --rerun 3 --seed 1",
-            "clbench verify --schema",
-        ),
-    ),
-    "new": (
-        "write a package of your own with a learner or a scenario that runs at once",
-        ("clbench new learner my_method", "clbench new scenario my_stream --to ~/code"),
-    ),
-    "schedule": (
-        "learning-rate schedules as a table, a sketch and a figure, with what predictors say of them",
-        (
-            "clbench schedule show cosine infinite wsd",
-            "clbench schedule show wsd wsd@short wsd@short.anneal=0.1 --experiences 3 --out wsd.svg",
-        ),
-    ),
-    "tune": (
-        "choose options without the data that they are judged by, freeze the choice, evaluate it once",
-        (
-            "clbench tune scenario.num_classes=6 'learner.lr=tag(log,interval(0.001,0.1))' tune.trials=10",
-            "clbench tune learner=fecam tune.space=fecam tune.protocol=first_experience seed=0,1,2",
-            "clbench tune learner=ncm learner.metric=euclidean,cosine tune.sampler=grid tune.protocol=validation",
-            "clbench tune scenario=cil_cifar100 tune.on=cil_digits tune.scenario.budget.epochs=20 tune.space=slca",
-            "clbench tune learner=replay tune.space=replay tune.protocol=test results_dir=cheating",
-        ),
-    ),
-    "manifest": (
-        "write, check or show the exact stream of a scenario",
-        (
-            "clbench manifest show scenario=cil_digits",
-            "clbench manifest write scenario=cil_digits scenario.order=random --out stream.json",
-            "clbench manifest check stream.json",
-        ),
-    ),
-    "manifest corpus": (
-        "texts into folders of token shards, which scenarios of texts read",
-        (
-            "clbench manifest corpus build novels.txt --out data/novels",
-            "clbench manifest corpus build web.jsonl.gz --field content --tokenizer tokenizer.json --out data/web",
-            "clbench manifest corpus check data/novels data/web",
-        ),
-    ),
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -150,9 +58,8 @@ def described(name: str, page: str) -> tuple[str, tuple[str, ...]]:
     return pages.PAGES[page] if page else (f"{what}\n\n{pages.overview()}", examples)
 
 
-def parser_of(name: str, page: str = "") -> Parser:
-    """The parser of one command; `page` is a page of `report`."""
-    what, examples = described(name, page)
+def epilog_of(name: str, examples: Sequence[str]) -> str:
+    """What stands below the options of a command: what there is to choose, and examples."""
     epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples)
     if name in ("run", "plan"):
         groups = "choices: scenario=, learner=, model=, schedule=, pet=, machine=, sweep=   (clbench list shows the names)"
@@ -161,10 +68,20 @@ def parser_of(name: str, page: str = "") -> Parser:
         from clbench.tuning.options import overview as study
 
         epilog = f"{study()}\n\n{epilog}"
+    if name == "bench":
+        from clbench.bench.options import overview as measures
+
+        epilog = f"{measures()}\n\n{epilog}"
+    return epilog
+
+
+def parser_of(name: str, page: str = "") -> Parser:
+    """The parser of one command; `page` is a page of `report`."""
+    what, examples = described(name, page)
     parser = Parser(
         f"clbench {name} {page}".rstrip(),
         description=what,
-        epilog=epilog,
+        epilog=epilog_of(name, examples),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -198,6 +115,10 @@ def _add_arguments(parser: Parser, name: str, page: str) -> None:
         schedule_show.add_arguments(parser)
     if name == "manifest corpus":
         corpus_command.add_arguments(parser)
+    if name == "bench":
+        from clbench.bench.options import add_arguments as add_measures
+
+        add_measures(parser)
     if name == "new":
         parser.add_argument("kind", choices=("learner", "scenario"))
         parser.add_argument("name", help="a Python name in lower case, such as my_method")
@@ -255,6 +176,12 @@ def dispatch(argv: Sequence[str]) -> int:
         from clbench.tuning import study
 
         return study.run(args, ["clbench", *argv])
+    if name == "bench":
+        from clbench.bench import command
+
+        text, code = command.run(args)
+        print(text)
+        return code
     work = {
         "plan": commands.plan,
         "list": commands.show_choices,

@@ -216,7 +216,7 @@ class LossWalk:
             "probed": self.probed,
             "start_row": self.start_row,
             "logs": self.logs,
-            "flags": {k: self.job.flags[k] for k in ("matmul", "fused_attention")},
+            "flags": {k: self.job.flags[k] for k in ("matmul", "fused_attention", "arithmetic") if k in self.job.flags},
             "seconds": self.before + time.perf_counter() - self.start,
             "resumed": self.entry["resumed"],
         }

@@ -21,6 +21,7 @@ from clbench import __version__, record
 MACHINE = (
     "device",
     "num_threads",
+    "arithmetic",
     "results_dir",
     "data_root",
     "download",

@@ -28,7 +28,7 @@ from clbench.terminal import bar_of, logging_to, signals
 from clbench.training import arithmetic, parallel
 from clbench.training.journal import Journal
 from clbench.training.runtime import Interrupted, Runtime
-from clbench.walk import Walk
+from clbench.walk import KEPT_FLAGS, Walk
 
 log = logging.getLogger("clbench")
 
@@ -76,7 +76,8 @@ def prepare(config: dict[str, Any]) -> Job:
         raise UserError(f"seed must be a whole number from 0, got {config['seed']!r}")
     tracking.check(config.get("track", "none"))
     results = pathlib.Path(str(config["results_dir"])).expanduser().resolve()
-    flags = arithmetic.apply(device, threads, config["seed"])
+    wanted = config.get("arithmetic", "auto")
+    flags = arithmetic.apply(device, threads, config["seed"], wanted=wanted, precision=config["precision"])
     capabilities = declared(load_target(config["learner"]["_target_"]), config["learner"])
     scenario = build(config["scenario"])
     if not isinstance(scenario, Scenario | TokenScenario | ImageScenario):
@@ -238,16 +239,25 @@ def repeat(job: Job, flags: dict[str, Any], stop_after: int) -> dict[str, Any]:
 
     A shorter walk through the same stream: the configuration, and so the run's identity, stays what it is.
     """
-    kept = {key: flags[key] for key in ("matmul", "fused_attention") if key in flags}
-    job.flags = arithmetic.apply(job.device, int(flags.get("num_threads", 1)), job.config["seed"], kept)
+    kept = {key: flags[key] for key in KEPT_FLAGS if key in flags}
+    if "matmul" in kept:
+        _keep(job, int(flags.get("num_threads", 1)), kept)
     return _run(job, Journal(), provenance.describe(job, []), False, stop_after)
+
+
+def _keep(job: Job, threads: int, flags: dict[str, Any]) -> None:
+    """Go on with the arithmetic that a run began with, whatever this machine or the command would choose now."""
+    job.flags = arithmetic.apply(job.device, threads, job.config["seed"], flags)
+    arithmetic.pin(job.model, job.flags)
+    if isinstance(job.scenario, Scenario):
+        feature_store.attach(job.model, job.config, job.scenario.manifest.dataset, job.device, job.flags)
 
 
 def _run(job: Job, journal: Journal, entry: dict[str, Any], progress: bool, stop_after: int | None = None) -> dict[str, Any]:
     """Learn and evaluate every experience, or the first `stop_after` -> the finished record."""
     saved = journal.load("experience")
     if saved is not None:
-        job.flags = arithmetic.apply(job.device, job.flags["num_threads"], job.config["seed"], saved["flags"])
+        _keep(job, job.flags["num_threads"], saved["flags"])
         log.info("%s goes on after experience %d", job.run_id, saved["experience"] + 1)
     losses = not isinstance(job.scenario, Scenario)
     runtime = loss_stream.make_runtime(job, journal) if losses else _runtime(job, journal)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("clbench")
 Row = list[SetCounts | None]
+KEPT_FLAGS = ("matmul", "fused_attention", "arithmetic")  # what a resumed run does not choose anew
 
 
 class Walk:
@@ -89,7 +90,7 @@ class Walk:
             "meter": self.runtime.meter.state_dict(),
             "rows": [[None if c is None else vars(c) for c in row] for row in self.rows],
             "logs": self.logs,
-            "flags": {k: self.job.flags[k] for k in ("matmul", "fused_attention")},
+            "flags": {k: self.job.flags[k] for k in KEPT_FLAGS if k in self.job.flags},
             "seconds": self.before + time.perf_counter() - self.start,
             "resumed": self.entry["resumed"],
         }

@@ -19,6 +19,10 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
 SCRATCH = tempfile.TemporaryDirectory(prefix="clbench-tests-")
 os.environ["CLBENCH_CACHE"] = SCRATCH.name  # no test leaves features in the user's cache
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+# Tests measure no arithmetic: they pin it, on processors with matrix units to the path that is exact there too.
+CPUINFO = pathlib.Path("/proc/cpuinfo")
+EXACT = "highest" if CPUINFO.exists() and "amx_bf16" in CPUINFO.read_text(errors="replace") else "medium"
+os.environ["CLBENCH_ARITHMETIC"] = f"{EXACT}+explicit"
 DATA = os.environ.get("CLBENCH_DATA", "")
 
 

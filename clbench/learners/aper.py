@@ -68,12 +68,18 @@ class Aper:
                 self.runtime, self, self.pet or self.adapted, self.adapted, self.trained_head, experience,
                 lr=self.lr, epochs=self.epochs, batch_size=self.batch_size, recipe=self.recipe,
             )  # fmt: skip
+            self._settle()
         with self.runtime.phase("extract"), torch.no_grad():
             for batch in experience.train.test_batches(self.batch_size):
                 self.runtime.check_stop()
                 assert batch.y is not None
                 self.prototypes.update(self.features(batch), batch.y, experience.num_seen)
         return log
+
+    def _settle(self) -> None:
+        """A whole network that was adapted never changes again: its features are remembered."""
+        if self.pet is None:
+            self.adapted.freeze()
 
     def features(self, batch: Batch) -> Tensor:
         """Both descriptions of a batch side by side [B, 2 D]."""
@@ -96,3 +102,5 @@ class Aper:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore it."""
         restore(self, state)
+        if self.pet is None:
+            self.adapted.freeze() if len(self.prototypes.counts_K) else self.adapted.unfreeze()

@@ -231,7 +231,7 @@ class Mos:
         owner = torch.tensor(self.experience_of_class, device=self.runtime.device)
         if self._stacked is None or self.variant == "official_raw":
             self._stacked = stack(self.deployed())
-        with self.pet.use(self.bank[0], tag=0):
+        with self.pet.use(self.bank[0], tag=None if self.variant == "official_raw" else "bank"):  # row 0 of the bank
             q = self.prototypes(self.model.features(batch))
         z = self.retrieve(batch, self._stacked, owner, owner[q.argmax(dim=1)])
         if self.variant == "official_raw":

@@ -45,7 +45,8 @@ def shifted(means_KD: Tensor, old_ND: Tensor, new_ND: Tensor, sigma: float) -> T
 
 def margin_logits(cosines: Tensor, y: Tensor, scale: float, margin: float) -> Tensor:
     """CosFace: scale x (cosine, less `margin` at the own class); cosines [B, K], y [B]."""
-    return scale * (cosines - margin * F.one_hot(y, cosines.shape[1]))
+    own = y[:, None] == torch.arange(cosines.shape[1], device=y.device)
+    return scale * (cosines - margin * own)
 
 
 class Ssiat:

@@ -6,6 +6,7 @@ different timm releases (`vit_base_patch16_224` was `augreg_in21k_ft_in1k`, toda
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import json
@@ -58,10 +59,8 @@ class Backbone(nn.Module):
         known, stored = self.memory.find(names, self._group)
         self.passes["stored"] += stored
         rows = [i for i, name in enumerate(names) if name not in known]
-        if rows and any(pet.active for pet in self.pets):
-            rows = list(range(len(names)))  # a module may tell the samples of a batch apart: it needs all of them
         if rows:
-            out = self._of_two(batch.select(torch.tensor(rows))).detach().float().cpu()
+            out = self._of_some(batch, rows).detach().float().cpu()
             fresh: dict[Name, Tensor] = {}
             for i, row in zip(rows, out, strict=True):
                 fresh.setdefault(names[i], row.clone())
@@ -73,12 +72,16 @@ class Backbone(nn.Module):
     def _pooled(self, batch: Any) -> Tensor:
         return self.net.forward_head(self.tokens(batch), pre_logits=True)  # type: ignore[operator]
 
-    def _of_two(self, batch: Any) -> Tensor:
-        """The same, but no image goes alone: kernels for single images round differently from those for batches."""
-        if len(batch) > 1 or any(pet.active for pet in self.pets):
-            return self._pooled(batch)
-        self.passes["eval"] -= 1
-        return self._pooled(batch.x.repeat(2, 1, 1, 1))[:1]
+    def _of_some(self, batch: ImageBatch, rows: list[int]) -> Tensor:
+        """Features of some samples [R, D]. No image goes alone: kernels for single images round differently from others."""
+        x = batch.select(torch.tensor(rows)).x
+        passing = rows * 2 if len(rows) == 1 else rows
+        with contextlib.ExitStack() as stack:
+            for pet in self.pets:
+                stack.enter_context(pet.only(passing))
+            out = self._pooled(x.repeat(2, 1, 1, 1) if len(rows) == 1 else x)
+        self.passes["eval"] -= len(passing) - len(rows)
+        return out[: len(rows)]
 
     def _group(self, tags: Name) -> str | None:
         """The store's name for the network as it stands with the modules at work; None where something unknown hangs on it."""

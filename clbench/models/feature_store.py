@@ -257,7 +257,7 @@ def attach(model: Any, config: dict[str, Any], dataset: dict[str, Any], device: 
     context = {
         "dataset": dataset["sha256"],
         "profile": repr(model.profile),
-        "flags": {key: flags[key] for key in sorted(flags)},
+        "flags": {key: flags[key] for key in sorted(flags) if key != "arithmetic"},  # who chose does not matter
         "device": _device_name(device),
         "versions": [torch.__version__, torchvision.__version__, timm.__version__],
     }

@@ -113,6 +113,17 @@ class Pet(nn.Module):
         finally:
             self._now, self._rows, self._tag = before
 
+    @contextmanager
+    def only(self, samples: Sequence[int]) -> Iterator[None]:
+        """Compute with some samples of the batch that `rows` were given for, in this order."""
+        before = self._rows
+        if before is not None and self.active:
+            self._rows = before[torch.as_tensor(samples, device=before.device)]
+        try:
+            yield
+        finally:
+            self._rows = before
+
     def tags(self, batch: int) -> list[Any] | None:
         """The name of each sample's values, None where they have none."""
         if self._tag is None:

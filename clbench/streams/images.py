@@ -107,7 +107,7 @@ class ImageData:
                 return pipeline(np.stack(source.raw(stored)), ids, key)
             return pipeline([lambda row=row: source.raw(row[None])[0] for row in stored], ids, key)
 
-        y = torch.from_numpy(self.y[rows]).to(pipeline.device)
+        y = torch.from_numpy(self.y[rows]).to(pipeline.device, non_blocking=True)
         return ImageBatch(torch.from_numpy(ids), y, self.task, make, key is None)
 
     def test_batches(self, batch_size: int) -> Iterator[ImageBatch]:

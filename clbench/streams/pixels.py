@@ -156,10 +156,10 @@ class Pipeline:
     def stored(self, source: ArrayImages, rows: np.ndarray) -> Tensor:
         """Stored pixels on the device: rows [B] -> uint8 [B, 3, H, W]. On a GPU the whole array is moved there once."""
         if source.array.nbytes > self.resident_bytes:
-            return torch.from_numpy(source.array[rows]).to(self.device).permute(0, 3, 1, 2)
+            return torch.from_numpy(source.array[rows]).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         if source not in self._resident:
             self._resident[source] = torch.tensor(source.array, device=self.device)
-        return self._resident[source][torch.from_numpy(rows).to(self.device)].permute(0, 3, 1, 2)
+        return self._resident[source][torch.from_numpy(rows).to(self.device, non_blocking=True)].permute(0, 3, 1, 2)
 
     def __call__(self, images: Tensor | np.ndarray | Sequence[Fetch], ids: np.ndarray, key: int | None) -> Tensor:
         """Images -> normalised float32 [B, 3, S, S]. `key` chooses the augmentation, None is the test view.
@@ -171,7 +171,7 @@ class Pipeline:
         guard = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
         with guard, torch.no_grad():
             if isinstance(images, np.ndarray):
-                images = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
+                images = torch.from_numpy(images).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
             x = self._batch(images, ids, key) if isinstance(images, Tensor) else self._each(images, ids, key)
             return ((self._colours(x, ids, key) - self._mean) / self._std).contiguous()
 
@@ -208,7 +208,7 @@ class Pipeline:
     def _each(self, images: Sequence[Fetch], ids: np.ndarray, key: int | None) -> Tensor:
         with ThreadPoolExecutor(WORKERS) as pool:
             views = list(pool.map(lambda fetch, i: self._one(fetch(), np.array([i]), key), images, ids))
-        return torch.from_numpy(np.stack(views)).to(self.device).permute(0, 3, 1, 2).float() / 255
+        return torch.from_numpy(np.stack(views)).to(self.device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
 
     def _one(self, image: np.ndarray, ids: np.ndarray, key: int | None) -> np.ndarray:
         boxes, sizes, corner, kernel = self._plan(ids, np.array([image.shape[:2]], np.int64), key)
@@ -221,11 +221,11 @@ class Pipeline:
     def _colours(self, x: Tensor, ids: np.ndarray, key: int | None) -> Tensor:
         """Flip and brightness of x [B, 3, S, S] in 0..1."""
         if key is not None and self.train.flip:
-            flip = torch.from_numpy(counter.uniform(counter.key(key, "flip"), ids) < 0.5).to(x.device)
+            flip = torch.from_numpy(counter.uniform(counter.key(key, "flip"), ids) < 0.5).to(x.device, non_blocking=True)
             x = torch.where(flip[:, None, None, None], x.flip(3), x)
         if key is not None and self.train.brightness:
             gain = 1 + self.train.brightness * (2 * counter.uniform(counter.key(key, "brightness"), ids) - 1)
-            x = (x * torch.from_numpy(gain).float().to(x.device)[:, None, None, None]).clamp(0, 1)
+            x = (x * torch.from_numpy(gain).float().to(x.device, non_blocking=True)[:, None, None, None]).clamp(0, 1)
         return x
 
 
@@ -238,6 +238,6 @@ def window(x: Tensor, corner: np.ndarray, size: int) -> Tensor:
     if (corner == corner[:1]).all():
         top, left = corner[0].tolist()
         return x[:, :, top : top + size, left : left + size]
-    rows, columns = (torch.from_numpy(corner[:, n, None] + np.arange(size)).to(x.device) for n in range(2))
+    rows, columns = (torch.from_numpy(corner[:, n, None] + np.arange(size)).to(x.device, non_blocking=True) for n in range(2))
     x = x.gather(2, rows[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
     return x.gather(3, columns[:, None, None, :].expand(-1, x.shape[1], size, -1))

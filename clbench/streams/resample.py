@@ -29,7 +29,16 @@ def kernel(x: Tensor, name: str) -> Tensor:
     return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
 
 
-def matrices(start: Tensor, length: Tensor, stored: int, size: int, name: str) -> Tensor:
+def most_taps(length: np.ndarray, size: int, name: str) -> int:
+    """The most pixels that one pixel of the result looks at; length [B] whole, as `matrices` has it. Asks no device."""
+    scale = length.astype(np.float64)[:, None] / size
+    support, centre = KERNELS[name] * np.maximum(scale, 1.0), (np.arange(size, dtype=np.float64) + 0.5) * scale
+    low = np.maximum(np.floor(centre - support + 0.5), 0)
+    high = np.minimum(np.floor(centre + support + 0.5), length[:, None])
+    return int((high - low).max())
+
+
+def matrices(start: Tensor, length: Tensor, stored: int, size: int, name: str, taps: int) -> Tensor:
     """Weights [B, size, stored] that take the pixels [start, start + length) of `stored` to `size`; start, length [B] whole."""
     start, length = start.long()[:, None, None], length.double()[:, None, None]
     scale = length / size
@@ -38,7 +47,6 @@ def matrices(start: Tensor, length: Tensor, stored: int, size: int, name: str) -
     centre = (torch.arange(size, dtype=torch.float64, device=start.device)[None, :, None] + 0.5) * scale
     low = torch.floor(centre - support + 0.5).clamp_min(0)
     high = torch.minimum(torch.floor(centre + support + 0.5), length)
-    taps = int((high - low).max())
     pixel = low + torch.arange(taps, dtype=torch.float64, device=start.device)
     weight = kernel((pixel + 0.5 - centre) / widened, name) * (pixel < high)
     weight = (weight / weight.sum(2, keepdim=True)).float()
@@ -58,18 +66,18 @@ def crop_resize(x_u8: Tensor, boxes: Tensor, size: int | tuple[int, int], name: 
     """
     size = (size, size) if isinstance(size, int) else size
     height, width = x_u8.shape[2:]
-    whole = torch.tensor([0, 0, height, width])
-    if (height, width) == size and bool((boxes == whole).all()):
+    host = boxes.numpy()
+    if (height, width) == size and (host == (0, 0, height, width)).all():
         return x_u8.float() / 255
-    if len(boxes) > 1 and bool((boxes == boxes[:1]).all()):
-        boxes = boxes[:1]  # one pair of matrices serves all
+    if len(host) > 1 and (host == host[:1]).all():
+        boxes, host = boxes[:1], host[:1]  # one pair of matrices serves all
     device = x_u8.device if x_u8.device.type != "mps" else torch.device("cpu")  # float64 is needed for Pillow's borders
     parts = []
     for first in range(0, len(x_u8), CHUNK):
-        part = boxes[first : first + CHUNK] if len(boxes) > 1 else boxes
-        part = part.to(device)
-        across = matrices(part[:, 1], part[:, 3], width, size[1], name).to(x_u8.device)
-        down = matrices(part[:, 0], part[:, 2], height, size[0], name).to(x_u8.device)
+        rows = slice(first, first + CHUNK) if len(host) > 1 else slice(None)
+        part, taps = boxes[rows].to(device, non_blocking=True), [most_taps(host[rows, 2 + n], size[n], name) for n in (0, 1)]
+        across = matrices(part[:, 1], part[:, 3], width, size[1], name, taps[1]).to(x_u8.device)
+        down = matrices(part[:, 0], part[:, 2], height, size[0], name, taps[0]).to(x_u8.device)
         x = _levels(torch.matmul(x_u8[first : first + CHUNK].float(), across.transpose(1, 2)[:, None]))
         parts.append(_levels(torch.matmul(down[:, None], x)).div_(255))
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,15 +1,30 @@
-"""How this process computes: threads, determinism, matrix-multiplication mode, attention path. Set for every job anew."""
+"""How this process computes: threads, determinism, matrix-multiplication mode, attention path. Set for every job anew.
+
+The option `arithmetic` of a run says who chooses:
+  auto              what `calibration.py` measured once on this machine: the fastest path that keeps the accuracy
+  reference         torch's defaults, which published code runs with: highest+fused
+  MATMUL+ATTENTION  MATMUL highest, high or medium (torch.set_float32_matmul_precision), ATTENTION fused (one kernel for the
+                    whole attention) or explicit (product, softmax, product)
+The environment variable CLBENCH_ARITHMETIC takes the place of `auto`, for machines that must all compute alike.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
+import sys
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from clbench import ranks
 from clbench.interfaces import UserError
+from clbench.training import calibration
+
+REFERENCE = "highest+fused"
 
 
 def choose_device(name: str) -> torch.device:
@@ -40,21 +55,52 @@ def choose_threads(wanted: str | int) -> int:
     return wanted
 
 
-def medium_is_exact() -> bool:
-    """Whether the faster fp32 mode of this processor keeps fp32 accuracy: measured on one linear layer against float64."""
-    rng = torch.Generator().manual_seed(0)
-    x, w = torch.randn(256, 192, generator=rng), torch.randn(192, 384, generator=rng)
-    exact = x.double() @ w.double()
-    errors = {}
-    for mode in ("highest", "medium"):
-        torch.set_float32_matmul_precision(mode)
-        errors[mode] = ((x @ w - exact).norm() / exact.norm()).item()
-    torch.set_float32_matmul_precision("highest")
-    return errors["medium"] <= 2 * errors["highest"]
+def chosen(wanted: Any, device: torch.device, threads: int, precision: str) -> dict[str, Any]:
+    """What the option `arithmetic` asks for -> {"matmul", "fused_attention", "arithmetic": who chose}. Raises `UserError`."""
+    wanted = os.environ.get("CLBENCH_ARITHMETIC") or "auto" if wanted == "auto" else wanted
+    name = REFERENCE if wanted == "reference" else wanted
+    if wanted == "auto":
+        name = calibration.choice(device, threads, precision)
+    if not isinstance(name, str) or name not in calibration.PATHS:
+        ways = ", ".join(("auto", "reference", *calibration.PATHS))
+        raise UserError(f"arithmetic must be one of {ways}, got {wanted!r}")
+    matmul, attention = calibration.PATHS[name]
+    by = {"auto": "measured", "reference": "reference"}.get(str(wanted), "given")
+    return {"matmul": matmul, "fused_attention": attention, "arithmetic": by}
 
 
-def apply(device: torch.device, threads: int, seed: int, kept: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Set every flag of the process -> what was set. `kept` (a resumed run's flags) wins over this machine's choice."""
+@functools.cache
+def keep_memory() -> bool:
+    """Have the C library keep the memory of large tensors for the next ones instead of returning it -> whether it could.
+
+    Fetching 40 MB blocks anew from the system costs a third of a forward pass of 128 images on a CPU. glibc only.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    return bool(mallopt(mmap, 1 << 30)) and bool(mallopt(trim, (1 << 31) - 1))
+
+
+def pin(model: nn.Module, flags: dict[str, Any]) -> None:
+    """Give a network that is built already the attention path of `flags`: timm's layers choose theirs when they are made."""
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = flags["fused_attention"]
+
+
+def apply(
+    device: torch.device,
+    threads: int,
+    seed: int,
+    kept: dict[str, Any] | None = None,
+    *,
+    wanted: Any = "auto",
+    precision: str = "fp32",
+) -> dict[str, Any]:
+    """Set every flag of the process -> what was set. `kept` (a resumed run's flags) wins over what is `wanted` now."""
     from timm.layers.config import set_fused_attn
 
     torch.set_num_threads(threads)
@@ -63,12 +109,11 @@ def apply(device: torch.device, threads: int, seed: int, kept: dict[str, Any] | 
     deterministic.fill_uninitialized_memory = False  # nothing here reads uninitialised memory; filling costs time
     torch.set_default_dtype(torch.float32)
     torch.set_grad_enabled(True)
+    if device.type == "cpu":
+        keep_memory()
+    flags = dict(kept or chosen(wanted, device, threads, precision))
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 plug-ins may use the global generator
-    flags = dict(kept or {})
-    if not flags:
-        on_cpu = device.type == "cpu"
-        flags = {"matmul": "medium" if on_cpu and medium_is_exact() else "highest", "fused_attention": not on_cpu}
     torch.set_float32_matmul_precision(flags["matmul"])
     set_fused_attn(flags["fused_attention"])
     return {**flags, "num_threads": threads, "deterministic": True}

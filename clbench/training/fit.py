@@ -16,6 +16,10 @@ from clbench.training.runtime import Interrupted, Runtime
 from clbench.training.schedules import constant
 from clbench.training.state import detached
 
+# Steps whose losses are looked at together: looking makes the processor wait for the device.
+LAG = {"cpu": 1}
+LAGGING = 32  # everywhere else
+
 
 class Batches(Protocol):
     """Batch `step` of `steps`, the same whenever it is asked for: so a run can go on from any step."""
@@ -67,7 +71,22 @@ class _Call:
         self.rates = [float(group["lr"]) for group in self.groups]
         self.optimizer = recipe.build(self.groups)
         self.step, self.loss_sum, self.loss_last = 0, 0.0, math.nan
+        self.unseen: list[tuple[Tensor, Place, float]] = []
         self.key = runtime.journal.next_call(name)
+
+    def look(self, least: int = 1) -> None:
+        """Add up the losses since the last look, if there are `least`; FloatingPointError names the first bad one."""
+        if len(self.unseen) < least:
+            return
+        seen, self.unseen = self.unseen, []
+        for value, (_, place, multiplier) in zip(torch.stack([loss for loss, _, _ in seen]).tolist(), seen, strict=True):
+            if not math.isfinite(value):
+                rates = ", ".join(f"{rate * multiplier:g}" for rate in self.rates)
+                raise FloatingPointError(
+                    f"loss is {value} in experience {place.experience}, fit {self.name!r}, step {place.step} of {place.steps}, "
+                    f"learning rate {rates}"
+                )
+            self.loss_sum, self.loss_last = self.loss_sum + value, value
 
     def snapshot(self) -> dict[str, Any]:
         runtime = self.runtime
@@ -126,7 +145,7 @@ def fit(
     call.restore()
     steps = -(-batches.steps // recipe.accumulate)
     start = time.perf_counter()
-    meter = runtime.meter
+    meter, lag = runtime.meter, LAG.get(runtime.device.type, LAGGING)
     meter.trained = max(meter.trained, sum(p.numel() for p in call.params))
     while call.step < steps:
         if call.step == 0 and runtime.stop:
@@ -137,7 +156,8 @@ def fit(
         multiplier = recipe.schedule(place)
         for options, rate in zip(call.optimizer.param_groups, call.rates, strict=True):
             options["lr"] = rate * multiplier
-        call.loss_last = _gradients(call, group, loss_fn, place, multiplier)
+        call.unseen.append((_gradients(call, group, loss_fn), place, multiplier))
+        call.look(lag)
         if recipe.clip is not None:
             torch.nn.utils.clip_grad_norm_(call.params, recipe.clip)
         if before_step is not None:
@@ -145,7 +165,6 @@ def fit(
         call.optimizer.step()
         if after_step is not None:
             after_step(place, group[-1])
-        call.loss_sum += call.loss_last
         call.step += 1
         meter.steps += 1
         if runtime.progress is not None:
@@ -153,6 +172,7 @@ def fit(
         if runtime.stop or runtime.journal.due():
             start = _note(call, start)
         runtime.check_stop()
+    call.look()
     call.optimizer.zero_grad(set_to_none=True)
     meter.add_seconds(f"fit:{name}", time.perf_counter() - start)
     return {f"{name}_loss": call.loss_sum / max(1, steps), f"{name}_steps": float(steps)}
@@ -160,30 +180,26 @@ def fit(
 
 def _note(call: _Call, start: float) -> float:
     """Write a snapshot; the seconds until now belong to it."""
+    call.look()
     call.runtime.meter.add_seconds(f"fit:{call.name}", time.perf_counter() - start)
     start = time.perf_counter()
     call.runtime.journal.save(call.key, call.snapshot())
     return start
 
 
-def _gradients(call: _Call, group: list[Any], loss_fn: Callable[[Any], Tensor], place: Place, multiplier: float) -> float:
-    """Gradients of the mean loss over `group`; counts the images first -> the loss."""
+def _gradients(call: _Call, group: list[Any], loss_fn: Callable[[Any], Tensor]) -> Tensor:
+    """Gradients of the mean loss over `group`; counts the images first -> the loss, a float64 scalar where it was computed."""
     sizes = [max(1, len(batch)) if hasattr(batch, "__len__") else 1 for batch in group]
     call.optimizer.zero_grad(set_to_none=True)
-    total = 0.0
+    total: Tensor | None = None
     for batch, size in zip(group, sizes, strict=True):
         if hasattr(batch, "ids"):
             replayed = int(getattr(batch, "replayed", 0))
             call.runtime.count_visits(len(batch) - replayed, replayed)
         with call.runtime.autocast():
             loss = loss_fn(batch) * (size / sum(sizes))
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            rates = ", ".join(f"{rate * multiplier:g}" for rate in call.rates)
-            raise FloatingPointError(
-                f"loss is {value} in experience {place.experience}, fit {call.name!r}, step {place.step} of {place.steps}, "
-                f"learning rate {rates}"
-            )
         loss.backward()
-        total += value
+        value = loss.detach() if loss.device.type == "mps" else loss.detach().double()
+        total = value if total is None else total + value
+    assert total is not None
     return total

@@ -22,7 +22,7 @@ def masked_cross_entropy(z: Tensor, y: Tensor, masking: str, classes: Sequence[i
     if masking == "seen":
         return F.cross_entropy(z, y)
     if masking == "local":
-        keep = torch.as_tensor(sorted(classes), device=z.device)
+        keep = torch.tensor(sorted(classes)).to(z.device, non_blocking=True)
     elif masking == "batch":
         keep = y.unique()
     else:

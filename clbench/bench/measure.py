@@ -1,0 +1,216 @@
+"""Cases of a preset, one after another in this process: run, floor, naive version; then the sweep."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from clbench import catalog, config, record, runner
+from clbench.bench import machine, naive, needed, rates
+from clbench.bench.presets import Case, Preset
+from clbench.interfaces import UserError
+from clbench.training import arithmetic
+
+FIXED = ("force=true", "on_error=raise", "checkpoint_seconds=null", "track=none")
+Save = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Session:
+    """A preset at work: where runs are written (and thrown away), what was found so far."""
+
+    preset: Preset
+    scratch: pathlib.Path
+    quick: bool
+    save: Save
+    found: dict[str, Any] = field(default_factory=dict)
+
+    def compose(self, case: Case, *words: str) -> dict[str, Any]:
+        """The configuration of a case, checked. The preset's words, the case's, then these."""
+        results = f"results_dir='{self.scratch / 'results'}'"
+        job = config.compose([*self.preset.words, *case.words, *words, *FIXED, results])[0]
+        catalog.check(job)
+        return job
+
+
+def say(text: str) -> None:
+    """A line for the person who waits."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def measure(name: str, preset: Preset, quick: bool, save: Save) -> dict[str, Any]:
+    """Everything that the preset asks for -> the content of its file. `save` is called whenever a case is done."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="clbench-bench-") as folder:
+        session = Session(preset, pathlib.Path(folder), quick, save)
+        jobs = {case.name: session.compose(case, "feature_store=off") for case in preset.cases}
+        first = next(iter(jobs.values()))
+        device = arithmetic.choose_device(str(first["device"]))
+        threads = arithmetic.choose_threads(first["num_threads"])
+        for case in preset.cases:
+            if case.naive and case.name in jobs and jobs[case.name]["names"].get("learner") not in naive.known():
+                known = ", ".join(naive.known())
+                raise UserError(f"learner {case.name} has no naive version (those that have: {known}): add --no-naive")
+        session.found = {"bench": name, "kind": "cases", "quick": quick, "machine": machine.describe(device, threads)}
+        session.found |= {"words": list(preset.words), "rates": {}, "cases": []}
+        models = {repr(job["model"]): job["model"] for job in jobs.values()}
+        _all_rates(session, models, device, threads)
+        for case in preset.cases:
+            for precision in preset.precisions:
+                _case(session, case, precision, device)
+        _all_rates(session, models, device, threads)  # the floor is made of the best of both moments
+        finish(session)
+        if preset.sweep:
+            session.found["sweep"] = sweep(session, device)
+    session.found["seconds"] = round(time.perf_counter() - start, 1)
+    return session.found
+
+
+def _all_rates(session: Session, models: dict[str, dict[str, Any]], device: Any, threads: int) -> None:
+    """Peak and images per second of every model and precision; better values replace those of the first time."""
+    for precision in session.preset.precisions:
+        arithmetic.apply(device, threads, 0, precision=precision)
+        paths = rates.accurate(device, precision)
+        if session.quick:
+            paths = paths[-1:]
+        top = session.found.setdefault("peak_flops", {}).setdefault(precision, {})
+        for way, value in rates.peak(device, precision, paths, 256 if session.quick else 0).items():
+            top[way] = max(top.get(way, 0.0), value)
+        for node in models.values():
+            say(f"rates of {node['name']} in {precision} ({', '.join(paths)})")
+            sizes = {kind: (4,) for kind in rates.KINDS} if session.quick else None
+            place = session.found["rates"].setdefault(node["name"], {}).setdefault(precision, {})
+            for path in paths:
+                now = rates.images(node, device, precision, path, batches=sizes, times=1 if session.quick else 3)
+                old = place.setdefault(path, now)
+                for kind in rates.KINDS:
+                    for size, rate in now.get(kind, {}).items():
+                        old[kind][size] = max(old[kind][size], rate)
+    session.save(session.found)
+
+
+def _case(session: Session, case: Case, precision: str, device: Any) -> None:
+    """One case in one precision; its naive version once."""
+    say(f"{case.name} in {precision}")
+    job = session.compose(case, "feature_store=off", f"precision={precision}")
+    row = {"case": case.name, "precision": precision, **run_once(job, device)}
+    if case.naive:
+        same = next((r for r in session.found["cases"] if r["case"] == case.name and "naive" in r), None)
+        row["naive"] = same["naive"] if same else run_naive(session, case, device)
+        row["ratio"] = row["naive"]["seconds"] / row["seconds"]
+    session.found["cases"].append(row)
+    session.save(session.found)
+
+
+def run_once(job: dict[str, Any], device: Any) -> dict[str, Any]:
+    """A run as a user makes it -> seconds (of learning and evaluation; `whole` with data and weights), passes, memory."""
+    clock = machine.Clock()
+    with machine.Peak(device) as peak:
+        outcome = runner.run_job(job)
+    spent = clock.read()
+    assert outcome.path is not None
+    entry = record.read(outcome.path)
+    n, right = sum(entry["n"]), sum(c for c in entry["correct"][-1] if c is not None)
+    again = runner.prepare(job)
+    stream = needed.stream_of(again)
+    made = needed.KNOWN.get(job["names"].get("learner", ""))
+    passes = None
+    if made is not None:
+        if job["names"]["learner"] == "mos":
+            least = made(stream)
+            extra = entry["passes"]["eval"] - (least.forward - (sum(stream.test) - stream.test[0]))
+            stream = needed.Stream(stream.train, stream.test, stream.epochs, stream.options, visited=extra)
+        passes = asdict(made(stream))
+    return {
+        "learner": entry["learner"]["name"],
+        "model": entry["model"]["name"],
+        "scenario": {"name": entry["scenario"]["name"], "train": list(stream.train), "test": list(stream.test)},
+        "seconds": entry["seconds"]["total"],
+        "whole": spent["wall"],
+        "cpu_seconds": spent["cpu"],
+        "phases": {k: v for k, v in entry["seconds"].items() if k != "total"},
+        "passes": entry["passes"],
+        "needed": passes,
+        "peak_bytes": peak.bytes,
+        "accuracy": right / n,
+        "n": n,
+        "flags": entry["machine"]["flags"],
+    }
+
+
+def run_naive(session: Session, case: Case, device: Any, *words: str) -> dict[str, Any]:
+    """The naive version of a case, in torch's default arithmetic."""
+    say(f"{case.name}, naive")
+    changes = ("precision=fp32", "arithmetic=reference", "feature_store=off", *words)
+    job = runner.prepare(session.compose(case, *changes))
+    clock = machine.Clock()
+    with machine.Peak(device) as peak:
+        stage = naive.run(job, workers=0 if device.type == "cpu" else min(8, os.cpu_count() or 1))
+    return {
+        "seconds": stage.seconds["total"],
+        "cpu_seconds": clock.read()["cpu"],
+        "phases": {k: v for k, v in stage.seconds.items() if k != "total"},
+        "passes": {k: v for k, v in job.model.passes.items() if k != "stored"},
+        "peak_bytes": peak.bytes,
+        "accuracy": stage.accuracy[-1],
+    }
+
+
+def finish(session: Session) -> None:
+    """Floors at the best rates that were seen, and what they are a share of."""
+    for row in session.found["cases"]:
+        if row["needed"] is None:
+            continue
+        best = rates.best(session.found["rates"][row["model"]][row["precision"]])
+        if all(kind in best or not n for kind, n in row["needed"].items()):
+            row["floor"] = needed.Passes(**row["needed"]).seconds(best)
+            row["share"] = row["floor"] / row["seconds"]
+    session.save(session.found)
+
+
+@contextmanager
+def cache_in(folder: pathlib.Path) -> Iterator[None]:
+    """Features kept in a folder of their own."""
+    before = os.environ.get("CLBENCH_CACHE")
+    os.environ["CLBENCH_CACHE"] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ["CLBENCH_CACHE"]
+        if before is not None:
+            os.environ["CLBENCH_CACHE"] = before
+
+
+def sweep(session: Session, device: Any) -> dict[str, Any]:
+    """Learners x seeds with the feature store, from an empty one; the naive version of one seed of each, times the seeds.
+
+    A naive run does the same work for every seed, so one is measured.
+    """
+    cases: Sequence[Case] = session.preset.sweep
+    seeds, rows = session.preset.seeds, []
+    start = time.perf_counter()
+    choice = session.compose(cases[0])["arithmetic"]
+    with cache_in(session.scratch / "cache"):
+        for case in cases:
+            for seed in range(seeds):
+                words = ["feature_store=on", f"seed={seed}", f"scenario.order_seed={seed}", f"arithmetic={choice}"]
+                begin = time.perf_counter()
+                outcome = runner.run_job(session.compose(case, *words))
+                assert outcome.path is not None
+                entry = record.read(outcome.path)
+                rows.append({"learner": case.name, "seed": seed, "seconds": time.perf_counter() - begin, **entry["passes"]})
+            say(f"sweep: {case.name}, {seeds} seeds")
+    seconds = time.perf_counter() - start
+    result: dict[str, Any] = {"learners": [c.name for c in cases], "seeds": seeds, "seconds": seconds, "runs": rows}
+    if any(case.naive for case in session.preset.cases):
+        one = {case.name: run_naive(session, case, device) for case in cases}
+        total = seeds * sum(found["seconds"] for found in one.values())
+        result |= {"naive_of_one_seed": one, "naive_seconds": total, "ratio": total / seconds}
+    return result

@@ -1,0 +1,97 @@
+"""What `clbench bench` measures when it is told no more than a name. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Case:
+    """One learner on one stream: `words` come after the preset's. `most_seconds` is a target of its own."""
+
+    name: str
+    words: tuple[str, ...]
+    naive: bool = True
+    most_seconds: float | None = None
+    least_ratio: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Cases under common words, each in every precision; rates that must be reached; a sweep over seeds.
+
+    share   of the floor that every case must reach
+    rates   least images per second by kind, in the last of `precisions`
+    """
+
+    about: str
+    words: tuple[str, ...]
+    cases: tuple[Case, ...]
+    precisions: tuple[str, ...] = ("fp32",)
+    share: float | None = None
+    rates: dict[str, float] | None = None
+    sweep: tuple[Case, ...] = ()
+    seeds: int = 10
+    sweep_ratio: float = 10.0
+
+
+CIFAR20 = (
+    "scenario=cil_cifar100",
+    "scenario.num_classes=20",
+    "scenario.increment=5",
+    "scenario.order=natural",
+    "scenario.limit_train=50",
+    "scenario.limit_test=25",
+    "model=vit_tiny",
+    "device=cpu",
+)
+CIFAR50 = ("scenario.num_classes=50", "scenario.limit_train=20", "scenario.limit_test=10")
+ORDERS = ("scenario.order=random",)
+
+CASES = (
+    Case("simplecil", ("learner=ncm", "learner.metric=cosine")),
+    Case("slca", ("learner=slca", "learner.epochs=4", "learner.align_epochs=3", "learner.batch_size=32")),
+    Case("mos", ("learner=mos", "learner.epochs=4")),
+    Case("mos 10 x 5", ("learner=mos", "learner.epochs=2", *CIFAR50)),
+    Case("lae", ("learner=lae", "learner.epochs=5", "learner.freeze=0.4")),
+    Case("ranpac", ("learner=ranpac", "learner.epochs=4", "learner.projection=2000")),
+    Case("aper", ("learner=aper", "learner.epochs=4")),
+    Case("ease", ("learner=ease", "learner.epochs=2")),
+)
+SWEEP = (
+    Case("ncm", ("learner=ncm", *ORDERS)),
+    Case("ranpac", ("learner=ranpac", "pet=none", "learner.projection=2000", *ORDERS)),
+    Case("fecam", ("learner=fecam", *ORDERS)),
+)
+RATIOS = {"simplecil": {"bf16": 5.0}, "slca": {"bf16": 4.5}, "mos 10 x 5": {"bf16": 7.0}}
+
+FULL = ("scenario=cil_cifar100", "model=vit_base", "device=cuda", "precision=bf16", "scenario.budget.epochs=20")
+
+PRESETS = {
+    "quick": Preset(
+        "digits with the embedded network: does everything work, in a minute or two",
+        ("scenario.num_classes=6", "scenario.limit_train=20", "scenario.limit_test=10", "scenario.budget.epochs=2"),
+        (
+            *(Case(name, (f"learner={name}",)) for name in ("ncm", "slca", "mos", "lae", "ease", "aper")),
+            Case("ranpac", ("learner=ranpac", "learner.projection=500")),
+        ),
+    ),
+    "cpu_targets": Preset(
+        "ViT-Tiny at 224 px, 20 classes of CIFAR-100, fp32 and bf16, a sweep of 10 seeds; about an hour on two idle cores",
+        CIFAR20,
+        tuple(Case(c.name, c.words, least_ratio=RATIOS.get(c.name)) for c in CASES),
+        precisions=("fp32", "bf16"),
+        share=0.8,
+        sweep=SWEEP,
+    ),
+    "vit_base_h200": Preset(
+        "ViT-B/16 at 224 px in bf16 on one large GPU: rates, MOS on CIFAR-100 B0 Inc5 and SLCA B0 Inc10; about 15 minutes",
+        FULL,
+        (
+            Case("mos B0 Inc5", ("learner=mos", "scenario.increment=5"), False, 360.0),
+            Case("slca B0 Inc10", ("learner=slca", "scenario.increment=10"), False, 480.0),
+        ),
+        precisions=("bf16",),
+        rates={"forward": 11_000.0, "full": 3_800.0},
+    ),
+}
