@@ -85,7 +85,7 @@ def _all_rates(session: Session, models: dict[str, dict[str, Any]], device: Any,
             top[way] = max(top.get(way, 0.0), value)
         for node in models.values():
             say(f"rates of {node['name']} in {precision} ({', '.join(paths)})")
-            sizes = {kind: (4,) for kind in rates.KINDS} if session.quick else None
+            sizes: dict[str, Sequence[int]] | None = {kind: (4,) for kind in rates.KINDS} if session.quick else None
             place = session.found["rates"].setdefault(node["name"], {}).setdefault(precision, {})
             for path in paths:
                 now = rates.images(node, device, precision, path, batches=sizes, times=1 if session.quick else 3)

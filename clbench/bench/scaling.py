@@ -128,7 +128,9 @@ def text(found: Mapping[str, Any]) -> str:
     """Both tables and their exponents."""
     parts = [machine_text(found)]
     for against in ("experiences", "classes"):
-        rows = [("learner", against, "seconds", "learn", "evaluate", "cpu", "passes", "peak MB", "stored MB")]
+        rows: list[tuple[str, ...]] = [
+            ("learner", against, "seconds", "learn", "evaluate", "cpu", "passes", "peak MB", "stored MB")
+        ]
         for r in found["rows"]:
             if r["against"] == against:
                 times = [number(r[n], 2) for n in ("seconds", "learn", "evaluate", "cpu_seconds")]

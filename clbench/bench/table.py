@@ -57,7 +57,9 @@ def cases_text(found: Mapping[str, Any], targets: Sequence[Target]) -> str:
 
 def rates_text(found: Mapping[str, Any]) -> str:
     """Images per second at best, and the share of the matrix peak of the precision."""
-    rows = [("images/s", "precision", "forward", "adapter", "full", "of peak", "arithmetic of the best forward")]
+    rows: list[tuple[str, ...]] = [
+        ("images/s", "precision", "forward", "adapter", "full", "of peak", "arithmetic of the best forward")
+    ]
     for model, by_precision in found["rates"].items():
         for precision, paths in by_precision.items():
             best: dict[str, tuple[float, str]] = {}
@@ -90,7 +92,7 @@ def _case_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
         "MB",
         "naive MB",
     )
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for r in found["cases"]:
         old = r.get("naive") or {}
         share = f"{100 * r['share']:.0f} %" if "share" in r else "-"
