@@ -75,6 +75,15 @@ def test_lae_online_offline_and_freeze(monkeypatch):
         torch.testing.assert_close(value, naive[name])
 
 
+def test_lae_learns_in_a_single_epoch_too():
+    t = trial("learner=lae", "learner.batch_size=8", sizes=[3, 2, 1], budget={"epochs": 1, "exemplars": 0})
+    learner, runtime, pipeline = t.start()
+    t.learn(learner, runtime, pipeline, 0)
+    start = learner.pet.state()
+    t.learn(learner, runtime, pipeline, 1)
+    assert distance(learner.pet.state(), start)[0] > 0, "0.6 of one epoch is not the whole epoch"
+
+
 def test_lae_answers_with_the_larger_of_two_softmaxes():
     t, learner, _, pipeline, _ = learned(
         "learner=lae", "learner.lr=0.05", "learner.decay=0.5", "learner.freeze=0", sizes=[3, 2, 1]
