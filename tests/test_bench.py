@@ -25,8 +25,10 @@ BARE = {"pet": {"_target_": "clbench.models.pet_modules.none"}}
         ("ease", TWENTY, 2, ADAPTER, 2000, 250 + 500 + 750 + 1000 + 4 * 500),
         ("mos", TWENTY, 4, ADAPTER, 4000, 1000 + 750 + 500 + 375),
         ("mos", FIFTY, 2, ADAPTER, 2000, 1000 + 900 + 500 + 450),
-        # 240 of 250 images an epoch; 5 epochs, and 3 of 5 where the module stands still in the first 2
+        # 240 of 250 images an epoch; 5 epochs, and 3 of 5 where the module stands still for 0.4 of the training
         ("lae", TWENTY, 5, {"batch_size": 24, "freeze": 0.4} | ADAPTER, 1200 + 3 * 720, 3 * 480 + 125 + 2 * (250 + 375 + 500)),
+        # half of 5 x 240 is 600: 25 whole batches
+        ("lae", TWENTY, 5, {"batch_size": 24, "freeze": 0.5} | ADAPTER, 1200 + 3 * 600, 3 * 600 + 125 + 2 * (250 + 375 + 500)),
     ],
 )
 def test_needed_passes_by_hand(learner, stream, epochs, extra, trained, forward):

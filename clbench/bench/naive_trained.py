@@ -117,7 +117,7 @@ def lae(stage: Stage) -> None:
             offline = pet.state()
         batches = stage.loader(experience, o["batch_size"], True, drop_last=True)
         visits = len(batches) * o["batch_size"] if batches.drop_last else len(experience.train)
-        frozen = round(o["freeze"] * stage.epochs) * visits if experience.index else 0
+        frozen = round(o["freeze"] * stage.epochs * visits) if experience.index else 0
         tests = stage.tests(experience)
 
         def loss(x: Tensor, y: Tensor, frozen: int = frozen, classes: Any = experience.classes) -> Tensor:

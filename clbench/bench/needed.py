@@ -79,10 +79,12 @@ def _ease(s: Stream) -> Passes:
 
 
 def _lae(s: Stream) -> Passes:
-    """The module stands still for a share of the epochs from the second experience on; the offline one exists from there on."""
+    """From the second experience on the module stands still for a share of the batches, and the offline one exists."""
     size = int(s.options["batch_size"])
     visits = [s.epochs * (n // size * size if n >= size else n) for n in s.train]
-    still = [0] + [round(float(s.options["freeze"]) * s.epochs) * v // s.epochs for v in visits[1:]]
+    each = [min(n, size) for n in s.train]
+    share = float(s.options["freeze"])
+    still = [0] + [round(share * v) // b * b for v, b in zip(visits[1:], each[1:], strict=True)]
     return Passes(adapter=sum(visits) - sum(still), forward=sum(still) + 2 * s.tested - s.test[0])
 
 
