@@ -13,15 +13,14 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import re
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clbench import ranks
 from clbench.interfaces import UserError
+from clbench.options import wrong_options
 from clbench.signatures import find_module, nearest, problems, split_target
 
 log = logging.getLogger("clbench")
@@ -188,7 +187,7 @@ def _capabilities(learner: ast.ClassDef) -> str:
 
 def check(config: Mapping[str, Any]) -> None:
     """Compare options with what they may be and every `_target_` node with its signature. `UserError` with all problems."""
-    options = dict(_check_options(config))
+    options = dict(wrong_options(config))
     lines = [*options.values(), *_check_choices(config)]
     for group in ("scenario", "learner", "model"):
         node = config.get(group)
@@ -213,52 +212,6 @@ def _check_choices(config: Mapping[str, Any]) -> Iterator[str]:
         files = choices(group).get(name, [])
         if len(files) > 1:
             yield f"{group} '{name}' is defined twice: {' and '.join(map(str, files))}"
-
-
-_OPTIONS: dict[str, tuple[str, Any]] = {
-    "seed": ("a whole number from 0", lambda v: _whole(v, 0)),
-    "device": ("auto, cpu, cuda, cuda:N or mps", lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", str(v))),
-    "precision": ("fp32 or bf16", lambda v: v in ("fp32", "bf16")),
-    "num_threads": ("auto or a whole number from 1", lambda v: v == "auto" or _whole(v, 1)),
-    "arithmetic": (
-        "auto, reference, or highest, high or medium with +fused or +explicit",
-        lambda v: re.fullmatch(r"auto|reference|(highest|high|medium)\+(fused|explicit)", str(v)),
-    ),
-    "results_dir": ("a folder", lambda v: isinstance(v, str | int | float) and str(v) and not isinstance(v, bool)),
-    "data_root": ("a folder or null", lambda v: v is None or isinstance(v, str)),
-    "download": ("true or false", lambda v: isinstance(v, bool)),
-    "force": ("true or false", lambda v: isinstance(v, bool)),
-    "checkpoint_seconds": (
-        "a number of seconds from 0, or null for none",
-        lambda v: v is None or (isinstance(v, int | float) and not isinstance(v, bool) and v >= 0),
-    ),
-    "eval_batch_size": ("a whole number from 1", lambda v: _whole(v, 1)),
-    "micro_batch": ("a whole number from 1 or null", lambda v: v is None or _whole(v, 1)),
-    "compile": ("true or false", lambda v: isinstance(v, bool)),
-    "parallel": (f"one of {', '.join(ranks.KINDS)}", lambda v: v in ranks.KINDS),
-    "feature_store": ("auto, on or off", lambda v: v in ("auto", "on", "off")),
-    "feature_store_gb": (
-        "a number from 0.001",
-        lambda v: isinstance(v, int | float) and not isinstance(v, bool) and v >= 0.001,
-    ),
-    "track": ("none, tensorboard, wandb or mlflow", lambda v: v in ("none", "tensorboard", "wandb", "mlflow")),
-    "on_error": ("record or raise", lambda v: v in ("record", "raise")),
-}
-
-
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _check_options(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(option, what is wrong with it)."""
-    known = (*_OPTIONS, "scenario", "learner", "model", "names")
-    for name in config:
-        if name not in known:
-            yield name, f"no option '{name}'{nearest(name, known)}"
-    for name, (wanted, fits) in _OPTIONS.items():
-        if name in config and not fits(config[name]):
-            yield name, f"{name} must be {wanted}, got {config[name]!r}"
 
 
 def importable(node: Any) -> Any:

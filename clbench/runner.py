@@ -267,9 +267,8 @@ def _run(job: Job, journal: Journal, entry: dict[str, Any], progress: bool, stop
             raise UserError(f"{type(learner).__name__} has no method {name}")
     has_memory = losses or hasattr(getattr(learner, "memory", None), "num_bytes")
     if job.capabilities.stores_exemplars and not has_memory:
-        raise UserError(
-            f"{type(learner).__name__} declares stores_exemplars: its memory must be `self.memory` with num_bytes()"
-        )
+        name = type(learner).__name__
+        raise UserError(f"{name} declares stores_exemplars: its memory must be `self.memory` with num_bytes()")
     kind = "none" if job.group.rank else job.config.get("track", "none")
     first = None if saved is None else saved["experience"]
     try:

@@ -195,6 +195,8 @@ def test_one_experience_has_nothing_to_forget(tmp_path, entry):
         n=entry["n"][:1],
         first_seen=[0],
         scenario=entry["scenario"] | {"eval_names": ["x"]},
+        calibration=None,
+        task_confusion=None,
         **one,
     )
     made = plots.write(results, tmp_path / "out", (), "png")

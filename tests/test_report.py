@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pathlib
+import re
 
 import pytest
 
@@ -479,5 +480,9 @@ def test_committed_table_is_in_order():
     readme = (RESULTS.parent / "README.md").read_text()
     shown = readme[readme.index("<!-- leaderboard:start -->") : readme.index("<!-- leaderboard:end -->")]
     for row in csv.DictReader(io.StringIO((RESULTS / "leaderboard.csv").read_text())):
-        lines = [line for line in shown.splitlines() if f"| {row['scenario']} | {row['learner']} " in line]
-        assert any(row["last_macro_mean"] in line and row["step_macro_mean"] in line for line in lines), row
+        if (row["scenario"], row["model"]) not in (("cil_digits", "nano"), ("cil_cifar100", "vit_tiny_112")):
+            continue
+        (line,) = (line for line in shown.splitlines() if re.match(rf"\| {row['learner']}( \(reference\))? \|", line))
+        same = [r for r in lines if r["learner"] == row["learner"]] if row["scenario"] == "cil_digits" else [row]
+        if row["learner"] != "ncm" and float(row["last_macro_mean"]) == max(float(r["last_macro_mean"]) for r in same):
+            assert all(f"{100 * float(row[f'{name}_mean']):.1f}" in line for name in ("last_macro", "step_macro")), row

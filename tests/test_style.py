@@ -17,7 +17,7 @@ LAYERS = [
     {"training"},
     {"learners"},
     {"evaluate", "linear_probe", "matching", "metrics", "metrics_loss", "compat", "record", "faults", "migrations", "schema"},
-    {"report", "signatures"},
+    {"report", "signatures", "options"},
     {"catalog"},
     {"config"},
     {"provenance", "tracking", "terminal"},

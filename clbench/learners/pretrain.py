@@ -83,9 +83,8 @@ class Pretrain:
     @staticmethod
     def capabilities_of(data: str = "new", replay: Any = None, **options: Any) -> Capabilities:
         """Joint training keeps all data, replay keeps some."""
-        some = isinstance(replay, Mapping) and replay.get("share", 0.0) != 0
-        stores = {"stores_all_data": data == "union", "stores_exemplars": data == "new" and some}
-        return Capabilities(asks="loss", supports_parallel=True, **stores)
+        some = data == "new" and isinstance(replay, Mapping) and replay.get("share", 0.0) != 0
+        return Capabilities(asks="loss", supports_parallel=True, stores_all_data=data == "union", stores_exemplars=some)
 
     def plan(self, experience: Experience) -> list[Segment]:
         """The segments of one experience."""
@@ -118,10 +117,9 @@ class Pretrain:
         after_step: AfterStep | None = None,
         owner: Any = None,
     ) -> dict[str, float]:
-        """Train segments, from where a killed run was.
+        """Train segments, from where a killed run was; `shares(segment)` -> [S, K] takes the place of what `replay` says.
 
-        shares  `shares(segment)` -> [S, K] in place of what `replay` says
-        owner   a learner that is built on this one: its state is what is saved
+        `owner` is a learner that is built on this one: its state is what is saved.
         """
         owner = owner or self
         text, runtime = _text(experience.train), self.runtime
