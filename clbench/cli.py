@@ -119,6 +119,10 @@ def _add_arguments(parser: Parser, name: str, page: str) -> None:
         from clbench.bench.options import add_arguments as add_measures
 
         add_measures(parser)
+    if name == "bench tokens":
+        from clbench.bench.token_options import add_arguments as add_paces
+
+        add_paces(parser)
     if name == "new":
         parser.add_argument("kind", choices=("learner", "scenario"))
         parser.add_argument("name", help="a Python name in lower case, such as my_method")
@@ -153,8 +157,8 @@ def dispatch(argv: Sequence[str]) -> int:
         print(f"clbench {__version__}")
         return 0
     name, *rest = argv
-    if argv[:2] == ["manifest", "corpus"]:
-        name, rest = "manifest corpus", rest[1:]
+    if tuple(argv[:2]) in (("manifest", "corpus"), ("bench", "tokens")):
+        name, rest = " ".join(argv[:2]), rest[1:]
     if name not in EXAMPLES:
         kind = "option" if name.startswith("-") else "command"
         hint = nearest(name, EXAMPLES) if kind == "command" else nearest(name, ("--help", "--version"))
@@ -176,10 +180,10 @@ def dispatch(argv: Sequence[str]) -> int:
         from clbench.tuning import study
 
         return study.run(args, ["clbench", *argv])
-    if name == "bench":
+    if name in ("bench", "bench tokens"):
         from clbench.bench import command
 
-        text, code = command.run(args)
+        text, code = command.run(args) if name == "bench" else command.run_tokens(args)
         print(text)
         return code
     work = {

@@ -67,6 +67,17 @@ EXAMPLES: dict[str, tuple[str, tuple[str, ...]]] = {
             "clbench bench startup",
         ),
     ),
+    "bench tokens": (
+        "tokens per second of pre-training beside a bare loop, ways to compute a step, memory of large corpora",
+        (
+            "clbench bench tokens --threads 1",
+            "clbench bench tokens --rows paths --compile",
+            "clbench bench tokens --rows loop --model decoder_124m --device cuda --precision bf16"
+            " --compile --batch 32 --context 1024",
+            "clbench bench tokens --rows loop --model pythia_410m --device cuda --precision bf16"
+            " --compile --batch 16 --context 2048",
+        ),
+    ),
     "new": (
         "write a package of your own with a learner or a scenario that runs at once",
         ("clbench new learner my_method", "clbench new scenario my_stream --to ~/code"),

@@ -24,7 +24,6 @@ LAYERS = [
     {"loss_stream"},
     {"runner", "walk"},
     {"isolate", "scaffold", "schedule_show", "corpus_command", "planning", "testing", "testing_loss", "verification"},
-    {"bench_tokens", "bench_machine"},
     {"tuning"},
     {"bench"},
     {"commands"},

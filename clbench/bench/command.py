@@ -33,6 +33,16 @@ def run(args: argparse.Namespace) -> tuple[str, int]:
     return f"{text}\n\n{path}", 0
 
 
+def run_tokens(args: argparse.Namespace) -> tuple[str, int]:
+    """`clbench bench tokens`: the text to show and the exit code."""
+    from clbench.bench import tokens
+
+    path = target(args, args.name or "tokens")
+    found = tokens.measure(args)
+    write(path, found)
+    return f"{tokens.text(found)}\n\n{path}", 0
+
+
 def _cases(args: argparse.Namespace, words: list[str]) -> tuple[str, int]:
     name, preset = options.chosen(args, words)
     path = target(args, name)

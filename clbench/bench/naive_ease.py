@@ -1,7 +1,5 @@
 """EASE as published code computes it (see `naive.py`)."""
 
-# ruff: noqa: B023 functions made in the loop over experiences are called within their own iteration
-
 from __future__ import annotations
 
 import torch
@@ -12,18 +10,19 @@ from clbench.bench.naive import Stage, groups_of
 from clbench.interfaces import UserError
 from clbench.models.heads import CosineHead
 
+Means = dict[tuple[int, int], Tensor]  # (class, subspace) -> mean [D]
 
-def completed(means: list[list[Tensor | None]], owner: list[int], width: int) -> list[list[Tensor]]:
-    """The means [K][S] that classes lack in later subspaces, by loops over experiences and classes."""
-    full = [list(row) for row in means]
+
+def completed(means: Means, owner: list[int], width: int) -> Means:
+    """With the means that classes lack in later subspaces, by loops over classes; experience `owner[c]` brought class c."""
+    full = dict(means)
     for j in range(1, width):
-        later = [c for c in range(len(owner)) if owner[c] >= j]
-        for c in range(len(owner)):
-            if owner[c] < j:
-                i = owner[c]
-                alike = torch.stack([F.cosine_similarity(means[c][i], means[d][i], dim=0) for d in later])  # type: ignore[arg-type]
-                full[c][j] = sum(s * means[d][j] for s, d in zip(alike.softmax(0), later, strict=True))  # type: ignore[assignment]
-    return full  # type: ignore[return-value]
+        later = [d for d, t in enumerate(owner) if t >= j]
+        for c, i in enumerate(owner):
+            if i < j:
+                alike = torch.stack([F.cosine_similarity(means[c, i], means[d, i], dim=0) for d in later])
+                full[c, j] = (alike.softmax(0)[:, None] * torch.stack([means[d, j] for d in later])).sum(0)
+    return full
 
 
 def ease(stage: Stage) -> None:
@@ -33,7 +32,8 @@ def ease(stage: Stage) -> None:
         raise UserError("the naive version of ease has no subspace of the bare network: leave learner.pretrained_weight at 0")
     pet = stage.pet()
     bank: list[dict[str, Tensor]] = []
-    means: list[list[Tensor | None]] = []
+    means: Means = {}
+    full: Means = {}
     owner: list[int] = []
     for experience in stage.experiences():
         t, first = len(bank), len(owner)
@@ -49,24 +49,23 @@ def ease(stage: Stage) -> None:
         stage.train(batches, groups_of((pet, o["lr"]), (head, o["lr"])), loss, mode=pet.train)
         pet.eval()
         bank.append(pet.state())
-        owner += [t] * len(experience.new_classes)
-        means = [[*row, None] for row in means] + [[] for _ in experience.new_classes]
+        owner.extend([t] * len(experience.new_classes))
         with stage.phase("statistics"):
-            for state in bank:
+            for j, state in enumerate(bank):
                 with pet.use(state):
                     f, y = stage.extract(stage.loader(experience, o["batch_size"], False))
                 for c in experience.new_classes:
-                    means[c].append(f[y == c].mean(0))
-            full = completed(means, owner, t + 1)
+                    means[c, j] = f[y == c].mean(0)
+            full.update(completed(means, owner, t + 1))
 
-        def scores(x: Tensor, full: list[list[Tensor]] = full, t: int = t) -> Tensor:
+        def scores(x: Tensor, t: int = t) -> Tensor:
             z: list[Tensor] = [torch.zeros(len(x), device=x.device) for _ in owner]
             for j, state in enumerate(bank):
                 with pet.use(state):
                     f = model.features(x)
                 for c in range(len(owner)):
                     weight = 1.0 if owner[c] == j else o["alpha"] / max(1, t)
-                    z[c] = z[c] + weight * F.cosine_similarity(f, full[c][j][None], dim=1)
+                    z[c] = z[c] + weight * F.cosine_similarity(f, full[c, j][None], dim=1)
             return torch.stack(z, 1)
 
         stage.judge(experience, scores)

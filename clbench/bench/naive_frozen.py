@@ -1,7 +1,5 @@
 """NCM and SimpleCIL, FeCAM, RanPAC, APER as published code computes them (see `naive.py`)."""
 
-# ruff: noqa: B023 functions made in the loop over experiences are called within their own iteration
-
 from __future__ import annotations
 
 import copy
@@ -14,6 +12,7 @@ from clbench import counter
 from clbench.bench.naive import Stage, groups_of
 from clbench.interfaces import Experience, UserError
 from clbench.learners.fecam import correlation, shrink
+from clbench.models.backbone import Backbone
 from clbench.models.heads import CosineHead
 from clbench.training.ridge import CANDIDATES
 
@@ -65,7 +64,7 @@ def fecam(stage: Stage) -> None:
             stage.accuracy.append((answer == y).float().mean().item())
 
 
-def first_session(stage: Stage, experience: Experience, tuned: torch.nn.Module, model: torch.nn.Module) -> None:
+def first_session(stage: Stage, experience: Experience, tuned: torch.nn.Module, model: Backbone) -> None:
     """Train `tuned` with a cosine classifier on the first experience; test accuracy after every epoch."""
     o = stage.options
     head = CosineHead(stage.model.num_features).to(stage.runtime.device)
@@ -74,10 +73,10 @@ def first_session(stage: Stage, experience: Experience, tuned: torch.nn.Module, 
 
     def log(epoch: int) -> None:
         tuned.eval()
-        stage.right(tests, lambda x: head(model.features(x)))  # type: ignore[operator]
+        stage.right(tests, lambda x: head(model.features(x)))
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(head(model.features(x)), y)  # type: ignore[operator]
+        return F.cross_entropy(head(model.features(x)), y)
 
     stage.train(batches, groups_of((tuned, o["lr"]), (head, o["lr"])), loss, log, mode=tuned.train)
     tuned.eval()
@@ -104,7 +103,7 @@ def aper(stage: Stage) -> None:
         with stage.phase("statistics"), torch.no_grad():
             pairs = [(both(x.to(stage.runtime.device)), y) for _, x, y in stage.loader(experience, 48, False)]
             f, y = torch.cat([p[0] for p in pairs]), torch.cat([p[1] for p in pairs])
-            means += [f[y == c].mean(0) for c in experience.new_classes]
+            means.extend(f[y == c].mean(0) for c in experience.new_classes)
         stage.judge(experience, lambda x: cosines(both(x), means))
 
 

@@ -1,9 +1,8 @@
 """SLCA and LAE as published code computes them (see `naive.py`)."""
 
-# ruff: noqa: B023 functions made in the loop over experiences are called within their own iteration
-
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,7 +91,7 @@ def slca(stage: Stage) -> None:
         kept = {name: value.clone() for name, value in head.state_dict().items()}
         if first and o["align_epochs"]:
             scales = [0.9 + 0.1 * (tau + 1) / (experience.index + 1) if o["mean_rescale"] else 1.0 for tau in owner]
-            look = lambda tests=tests: stage.right(tests, lambda x: head(model.features(x)))  # noqa: E731
+            look = partial(stage.right, tests, lambda x: head(model.features(x)))
             align(stage, head, stats, scales, o["align_samples"], look, o["logit_norm"])
         stage.judge(experience, lambda x: head(model.features(x)))
         if o["restore_heads"]:
@@ -114,7 +113,7 @@ def lae(stage: Stage) -> None:
     for experience in stage.experiences():
         head.grow(len(experience.new_classes), stage.runtime.generator("head"))
         if experience.index == 1:
-            offline = pet.state()
+            offline.update(pet.state())
         batches = stage.loader(experience, o["batch_size"], True, drop_last=True)
         visits = len(batches) * o["batch_size"] if batches.drop_last else len(experience.train)
         frozen = round(o["freeze"] * stage.epochs * visits) if experience.index else 0
@@ -134,7 +133,7 @@ def lae(stage: Stage) -> None:
                 pet.eval()
                 stage.right(tests, scores)
 
-        adam = lambda groups: torch.optim.Adam(groups, weight_decay=float(o["weight_decay"]))  # noqa: E731
+        adam = partial(torch.optim.Adam, weight_decay=float(o["weight_decay"]))
         stage.train(batches, groups_of((head, o["lr"]), (pet, o["lr"])), loss, log, follow, adam, pet.train)
         pet.eval()
         stage.judge(experience, scores)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,9 +116,9 @@ def images(
     return found
 
 
-def work_of(kind: str, net: nn.Module, width: int, device: torch.device, precision: str) -> Callable[[Tensor], None]:
+def work_of(kind: str, net: Any, width: int, device: torch.device, precision: str) -> Callable[[Tensor], None]:
     """A forward pass in evaluation mode, or a step of SGD, as a function of ready images [B, 3, S, S]."""
-    lower: Callable[[], Any] = lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")  # noqa: E731
+    lower = partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
     if kind == "forward":
         net.eval()
 
@@ -129,7 +130,7 @@ def work_of(kind: str, net: nn.Module, width: int, device: torch.device, precisi
     net.requires_grad_(kind == "full")
     head = nn.Linear(width, 10).to(device)
     if kind == "adapter":
-        for block in net.blocks:  # type: ignore[union-attr]
+        for block in net.blocks:
             block.mlp = ParallelAdapter(block.mlp, width).to(device)
             block.mlp.mlp.requires_grad_(False)
     net.train()

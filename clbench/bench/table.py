@@ -20,6 +20,12 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+def plain(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of plain values; lists, and what no row has, are left out."""
+    names = [n for n in rows[0] if any(row.get(n) is not None and not isinstance(row[n], list) for row in rows)]
+    return aligned([names, *([("" if row.get(n) is None else str(row[n])) for n in names] for row in rows)])
+
+
 def number(value: float | None, digits: int = 1, scale: float = 1.0) -> str:
     """A number, or a dash where there is none."""
     return "-" if value is None else f"{value / scale:.{digits}f}"

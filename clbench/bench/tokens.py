@@ -1,24 +1,20 @@
-"""Tokens per second of pre-training beside a bare loop, in one process and one run: `python -m clbench.bench_tokens --help`.
+"""`clbench bench tokens`: tokens per second of pre-training beside a bare loop, in one process and one run.
 
     loop     the bare hand-written loop, clbench's loop, and clbench's loop with probes, on the same model and batches
     paths    attention x precision x matrix mode x torch.compile: which wins on this machine
     memory   resident memory while a corpus much larger than it is read
 
 Rounds of everything that is compared alternate, and ratios are medians over rounds: absolute numbers of a busy machine mean
-little. On a GPU: `--rows loop --model decoder_124m --device cuda --precision bf16 --compile --batch 32 --context 1024`, and
-`--model pythia_410m --batch 16 --context 2048` with the same; the table then has the share of peak and the target.
+little. On a GPU the table has the share of peak and the target too.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,8 +23,7 @@ import torch
 import yaml
 from torch import nn
 
-from clbench import record
-from clbench.bench_machine import machine, memory_rows, share_of_peak, table, target
+from clbench.bench import machine, mapped, table, token_options
 from clbench.catalog import choices, conf_dir
 from clbench.interfaces import UserError
 from clbench.loss_stream import Observer
@@ -41,9 +36,25 @@ from clbench.training.mixing import Mixture, Replay
 from clbench.training.pretrain import Adam, PretrainRuntime, Segment, train
 from clbench.training.schedules import cosine
 
-ROWS = ("loop", "paths", "memory")
+PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}  # dense bf16 operations per second
+TARGETS = {"pythia_410m": 145_000, "decoder_124m": 460_000}  # tokens per second on one H200: 40 % of its peak
 REPLAY = Replay(share=0.05)
 SETTINGS: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1, "clip": 1.0}
+
+
+def target(args: argparse.Namespace) -> int | None:
+    """The tokens per second that were set for this model on one H200."""
+    on_gpu = args.device.startswith("cuda") and "H200" in torch.cuda.get_device_name(args.device)
+    return TARGETS.get(args.model) if on_gpu else None
+
+
+def share_of_peak(flops_per_second: float, args: argparse.Namespace) -> float | None:
+    """Operations per second over the device's dense bf16 peak; None where that is not known."""
+    if not args.device.startswith("cuda") or args.precision != "bf16":
+        return None
+    name = torch.cuda.get_device_name(args.device)
+    peak = next((value for part, value in PEAKS.items() if part in name), None)
+    return None if peak is None else round(flops_per_second / peak, 3)
 
 
 def model_of(name: str, vocab: int, context: int, **changes: Any) -> Any:
@@ -228,61 +239,21 @@ def _in_mode(matmul: str, work: Callable[[int], None]) -> Callable[[int], None]:
     return both
 
 
-def parse(words: Sequence[str]) -> argparse.Namespace:
-    """The options. Raises `UserError`."""
-    parser = argparse.ArgumentParser("python -m clbench.bench_tokens", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add = parser.add_argument
-    add("--rows", default=",".join(ROWS), help="which tables: loop,paths,memory")
-    add("--model", default="decoder_tiny", help="a decoder of `clbench list models`")
-    add("--batch", type=int, default=16)
-    add("--context", type=int, default=64)
-    add("--vocab", type=int, default=256, help="for models that leave it open")
-    add("--device", default="cpu")
-    add("--threads", default="auto")
-    add("--precision", choices=("fp32", "bf16"), default="fp32")
-    add("--attention", choices=("auto", "explicit", "sdpa"), default="auto")
-    add("--compile", action="store_true", help="torch.compile in `loop`; in `paths` compiled rows too")
-    add("--warm", type=int, default=10, help="steps before anything is timed")
-    add("--steps", type=int, default=15, help="of a round")
-    add("--rounds", type=int, default=15)
-    add("--corpus-gb", type=float, default=8.0)
-    add("--read-gb", type=float, default=0.05)
-    add("--json", metavar="FILE", help="write everything there too")
-    args = parser.parse_args(words)
-    args.rows = args.rows.split(",")
-    for name in args.rows:
-        if name not in ROWS:
-            raise UserError(f"no table '{name}'{nearest(name, ROWS)} (one of: {', '.join(ROWS)})")
-    for name, least in (("batch", 1), ("context", 2), ("vocab", 2), ("warm", 0), ("steps", 1), ("rounds", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} must be at least {least}, got {getattr(args, name)}")
-    if not 0 < args.read_gb or args.corpus_gb * 1e9 < 4 * args.context:
-        raise UserError("--read-gb and --corpus-gb must be above 0, and a corpus must hold a context")
-    return args
-
-
-def run(words: Sequence[str]) -> dict[str, Any]:
-    """Measure and print -> everything as plain values."""
-    args = parse(words)
-    threads = int(args.threads) if args.threads.isdigit() else args.threads
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """The tables that are asked for, with the machine and the options. Raises `UserError`."""
+    token_options.check(args)
     device = arithmetic.choose_device(args.device)
     args.device = str(device)
-    arithmetic.apply(device, arithmetic.choose_threads(threads), 0)
-    made: dict[str, Any] = {"machine": machine(args), "options": {k: v for k, v in vars(args).items() if k != "json"}}
-    print("\n".join(f"{key}: {value}" for key, value in made["machine"].items() if value is not None), end="\n\n")
-    work = {"loop": loop_rows, "paths": path_rows, "memory": memory_rows}
-    for name in args.rows:
-        made[name] = work[name](args)
-        print(table(f"{name}: {args.model}, batch {args.batch} x {args.context}, {args.device}, {args.precision}", made[name]))
-    if args.json:
-        record.write_text(Path(args.json), json.dumps(made, indent=1) + "\n")
-    return made
+    threads = arithmetic.choose_threads(int(args.threads) if args.threads.isdigit() else args.threads)
+    flags = arithmetic.apply(device, threads, 0)
+    kept = {k: v for k, v in vars(args).items() if k not in ("name", "results_dir")}
+    found: dict[str, Any] = {"machine": machine.describe(device, threads), "flags": flags, "options": kept}
+    work = {"loop": loop_rows, "paths": path_rows, "memory": mapped.rows}
+    return found | {name: work[name](args) for name in args.rows}
 
 
-if __name__ == "__main__":
-    try:
-        run(sys.argv[1:])
-    except UserError as error:
-        print(f"bench_tokens: {error}", file=sys.stderr)
-        sys.exit(2)
+def text(found: dict[str, Any]) -> str:
+    """The tables."""
+    o = found["options"]
+    title = f"{o['model']}, batch {o['batch']} x {o['context']}, {o['device']}, {o['precision']}"
+    return "\n\n".join([table.machine_text(found), *(f"{name}: {title}\n{table.plain(found[name])}" for name in o["rows"])])
