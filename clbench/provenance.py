@@ -16,7 +16,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from clbench import __version__, record
+from clbench import __version__, hardware, record
 
 MACHINE = (
     "device",
@@ -125,17 +125,6 @@ def peak_memory(device: Any) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-@functools.cache
-def cpu() -> str:
-    """The processor's own name where the system tells it, else its architecture: arithmetic may differ between two models."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return " ".join(names[0].split()) if names and names[0] else platform.processor() or platform.machine()
-
-
 def command_line(words: list[str]) -> str:
     """The command as one would type it, without the path of the program."""
     return shlex.join([pathlib.PurePath(words[0]).name, *words[1:]]) if words else ""
@@ -155,7 +144,7 @@ def describe(job: Any, command: list[str]) -> dict[str, Any]:
         "machine": {
             "device": str(job.device),
             "processor": platform.processor() or platform.machine(),
-            "cpu": cpu(),
+            "cpu": hardware.cpu(),
             "platform": platform.platform(),
             "flags": job.flags,
             "eval_batch_size": config["eval_batch_size"],

@@ -125,7 +125,7 @@ def _follow(job: Job) -> Outcome:
     status = job.group.say()
     if status != "running":
         return Outcome(job.run_id, status, "")
-    journal = Journal(job.folder / "journal", group=job.group)
+    journal = Journal(job.folder / "journal", group=job.group, data=job.scenario.manifest.sha256)
     job.flags = job.group.say()
     arithmetic.apply(job.device, job.flags["num_threads"], job.config["seed"], job.flags)
     try:
@@ -159,8 +159,8 @@ def _lead(job: Job, command: list[str] | None, progress: bool, tuning: dict[str,
         job.group.say("busy")
         return Outcome(job.run_id, "busy", f"{job.run_id} is being run by another process", job.record_path)
     with lock, logging_to(job.folder / "run.log"):
-        seconds = config["checkpoint_seconds"]
-        journal = Journal(job.folder / "journal", float("inf") if seconds is None else float(seconds), job.group)
+        often = float("inf" if config["checkpoint_seconds"] is None else config["checkpoint_seconds"])
+        journal = Journal(job.folder / "journal", often, job.group, job.scenario.manifest.sha256)
         if config["force"] or (old is not None and old["status"] == "failed"):
             journal.clear()
         entry = provenance.describe(job, command or sys.argv)

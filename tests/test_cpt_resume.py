@@ -141,6 +141,38 @@ def test_a_changed_constant_is_an_error_with_a_difference(doomed):
     assert "schedule.constant: 0.55 -> 0.5" in done.stdout + done.stderr
 
 
+def test_counters_of_another_text_are_not_reused(clbench):
+    """(vi): the text is exchanged under a killed run, then its journal is put under the new run."""
+    (clbench.folder / "doomed.py").write_text(textwrap.dedent(DOOMED))
+    texts = ("scenario=cpt_text_weak", "scenario.corpora=[one,two]", "data_root=.", "scenario.name=mine")
+    words = (RUN[0], *texts, *(w for w in RUN[2:] if not w.startswith(("scenario.sym", "scenario.st", "scenario.order"))))
+
+    def write(start):
+        for i, name in enumerate(("one", "two")):
+            lines = [f"<|doc|>{d}\n" + " ".join(f"{(start + d * 7 + k * (i + 3)) % 97}" for k in range(90)) for d in range(20)]
+            (clbench.folder / f"{name}.txt").write_text("\n".join(lines))
+
+    write(0)
+    clbench.env["DOOM"] = "1:7"
+    clbench(*words, code=-signal.SIGKILL)
+    (killed,) = clbench.records()
+    write(5)
+    clbench.env["DOOM"] = "0:1"
+    clbench(*words, code=-signal.SIGKILL)
+    del clbench.env["DOOM"]
+    clbench(*words, "results_dir=straight")
+    clbench(*words)
+    fresh = next(e for e in clbench.records() if e["run_id"] != killed["run_id"])
+    (straight,) = clbench.records("straight")
+    assert {key: fresh[key] for key in SAME} == {key: straight[key] for key in SAME}
+    runs = clbench.folder / "results" / "runs"
+    for path in (runs / killed["run_id"] / "journal").iterdir():
+        path.rename(runs / fresh["run_id"] / "journal" / path.name)
+    (clbench.folder / "results" / "records" / f"{fresh['run_id']}.json").unlink()
+    done = clbench(*words, code=1)
+    assert "the saved run read other data: its manifest is" in done.stdout + done.stderr
+
+
 def close(entry, other):
     """Equal counts; losses equal up to the order of sums."""
     assert {key: entry[key] for key in COUNTS} == {key: other[key] for key in COUNTS}
@@ -183,6 +215,18 @@ def test_one_then_two_then_one_process(doomed, straight, parallel):
     (entry,) = doomed.records()
     close(entry, straight[0])
     assert entry["resumed"] >= 1 and entry["machine"]["processes"] == 1
+
+
+@pytest.mark.parametrize("kind", ["ema", "schedule_free"])
+def test_averaged_weights_that_are_spread_over_processes(doomed, kind):
+    """The average lies in pieces as the weights do."""
+    words = (*RUN, "learner=rewarm_replay", f"learner.average.kind={kind}")
+    doomed(*words, "results_dir=alone")
+    (alone,) = doomed.records("alone")
+    ended = doomed.together(2, *words, "parallel=fsdp")
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    (made,) = doomed.records()
+    close(made, alone)
 
 
 def test_torchrun_with_an_error_in_one_process(doomed):

@@ -208,6 +208,25 @@ def test_bad_folders(tree: Path):
     fails(lambda: datasets.load(str(tree / "train")), "train/<class>/")
 
 
+def test_tiny_imagenet_as_it_is_published(tmp_path: Path):
+    """Training images under <class>/images, validation images in one folder with a list, test images without labels."""
+    root, classes = tmp_path / "tiny-imagenet-200", ("n01", "n02")
+    files = [f"train/{c}/images/{c}_{i}.JPEG" for c in classes for i in range(3)]
+    files += [f"val/images/val_{i}.JPEG" for i in range(4)] + ["test/images/test_0.JPEG"]
+    for i, name in enumerate(files):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(root / name)
+    listed = [f"val_{i}.JPEG\t{classes[i % 2]}\t0\t0\t7\t7" for i in (3, 0, 1, 2)]
+    (root / "val" / "val_annotations.txt").write_text("\n".join(listed) + "\n")
+    data = datasets.load("tiny-imagenet-200", str(tmp_path))
+    assert data.class_names == classes and data.y.tolist() == [0, 0, 0, 1, 1, 1, 0, 0, 1, 1] and int(data.split.sum()) == 4
+    assert np.allclose([image[0, 0, 0] for image in data.images.raw(np.arange(6, 10))], [120, 160, 140, 180], atol=3)
+    (root / "val" / "val_annotations.txt").write_text("val_9.JPEG\tn01\n")
+    fails(lambda: datasets.load("tiny-imagenet-200", str(tmp_path)), "val_annotations.txt, line 1", "val_9.JPEG")
+    (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn07\n")
+    fails(lambda: datasets.load("tiny-imagenet-200", str(tmp_path)), "n07")
+
+
 def test_named_splits_are_proved(tree: Path, monkeypatch):
     root = tree.parent
     names = folders.names_sha256(folders.read_tree(tree))

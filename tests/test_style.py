@@ -12,7 +12,7 @@ PACKAGE = ROOT / "clbench"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
-    {"interfaces", "counter", "examples", "ranks"},
+    {"interfaces", "counter", "examples", "hardware", "ranks"},
     {"streams", "models"},
     {"training"},
     {"learners"},

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from clbench import provenance
+from clbench import hardware, provenance
 
 
 def describe(device: torch.device, threads: int) -> dict[str, Any]:
     """Processor, cores, memory, GPU, versions; `load` is what else was running at the start, in processes."""
     found: dict[str, Any] = {
-        "cpu": provenance.cpu(),
+        "cpu": hardware.cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": threads,
         "capability": torch.backends.cpu.get_cpu_capability(),

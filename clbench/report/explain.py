@@ -73,7 +73,7 @@ def of_record(word: str, results: pathlib.Path) -> list[Table]:
     names = [plain(entry[part]["name"]) for part in ("scenario", "learner", "model")]
     title = f"record {entry['run_id']}: {' '.join(names)} seed {entry['seed']}"
     if loss_facts.usable(entry):
-        return explain_losses.tables(entry, f"{title}, nats per token")
+        return explain_losses.tables(entry, f"{title}, {loss_facts.measure_of(entry)}")
     if entry["status"] != "ok" or not isinstance(entry.get("correct"), list):
         raise UserError(f"{path} has no accuracies: its status is {entry['status']}")
     a = compat.percent(entry["correct"], entry["n"])

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from clbench import metrics_loss
+from clbench.report import loss_facts
 from clbench.report.formats import Table, plain
 from clbench.report.losses import ABOUT
 
 SYMBOLS = (
-    "r[i][j]: nats per token on set j after experience i; own(j): the experience that reads its domain first; old sets: own(j) "
+    "r[i][j]: loss on set j after experience i; own(j): the experience that reads its domain first; old sets: own(j) "
     "before the last; trunk: the same before the rate was annealed"
 )
 
@@ -27,7 +28,9 @@ def _matrix(entry: Mapping[str, Any], title: str) -> Table:
     names = tuple(plain(name) for name in entry["scenario"]["eval_names"])
     tokens, trunks = entry["tokens"], entry.get("sum_loss_trunk") or ()
 
-    def line(label: str, values: Any, unit: str = "nats") -> dict[str, Any]:
+    measure = "nats" if loss_facts.unit_of(entry) == "tokens" else "squared error"
+
+    def line(label: str, values: Any, unit: str = measure) -> dict[str, Any]:
         found = [None if v is None else float(v) for v in values]
         known = [v for v in found if v is not None and math.isfinite(v)]
         mean = sum(known) / len(known) if len(known) == len(found) else None

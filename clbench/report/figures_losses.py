@@ -31,9 +31,9 @@ def _title(field: Field, line: Line | None = None) -> str:
     return f"{short(field.scenario)} ({field.manifest})" + (f": {line.label}" if line is not None else "")
 
 
-def _millions(axes: Axes) -> None:
+def _millions(axes: Axes, unit: str) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: "0" if v == 0 else f"{v / 1e6:g} M" if v >= 1e5 else f"{v:g}"))
-    axes.set_xlabel("tokens trained on")
+    axes.set_xlabel(f"{unit} trained on")
 
 
 def losses(fields: Sequence[Field]) -> Made:
@@ -59,11 +59,11 @@ def losses(fields: Sequence[Field]) -> Made:
             for axes in (upper, lower):
                 for edge in courses[0].boundaries[1:]:
                     axes.axvline(edge, color=GREY, linewidth=0.6, linestyle=":")
-            upper.set_ylabel("loss (nats per token)")
+            upper.set_ylabel(f"loss ({field.measure})")
             upper.grid(axis="y")
             lower.set_ylabel("learning rate")
             lower.set_ylim(bottom=0)
-            _millions(lower)
+            _millions(lower, field.unit)
             if len(field.sets) <= 12:
                 figure.legend(*upper.get_legend_handles_labels(), loc="outside lower left", ncols=3, columnspacing=1)
             yield _file(field, line), figures_style.titled(figure, _title(field, line))
@@ -92,7 +92,7 @@ def loss_matrix(fields: Sequence[Field]) -> Made:
             bar = figure.colorbar(
                 image, ax=panels[: len(lines)], orientation="horizontal", aspect=60, shrink=0.6, pad=0.15 / height
             )
-            bar.set_label("loss (nats per token)")
+            bar.set_label(f"loss ({field.measure})")
             end = f"-{start // PANELS + 1}" if start else ""
             yield f"{_file(field)}{end}", figures_style.titled(figure, _title(field))
 
@@ -135,7 +135,7 @@ def replay(fields: Sequence[Field]) -> Made:
                 _against_share(axes, held, name, shares, i, len(groups), label)
             axes.set_xticks(range(len(shares)), [f"{100 * share:g}" for share in shares])
             axes.set_xlabel("replay (% of each batch)")
-            axes.set_ylabel(f"final loss, {words} (nats per token)")
+            axes.set_ylabel(f"final loss, {words} ({field.measure})")
             axes.grid(axis="y")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
         yield _file(field), figures_style.titled(figure, _title(field))
@@ -175,7 +175,7 @@ def gaps(fields: Sequence[Field]) -> Made:
             axes.set_xlim(left=0)
             axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
             axes.set_xlabel("steps after the boundary")
-            axes.set_ylabel("rise on old sets (nats per token)")
+            axes.set_ylabel(f"rise on old sets ({field.measure})")
             axes.grid(axis="y")
             figure.legend(loc="outside lower left", ncols=2)
             yield f"{_file(field)}{f'-{start // 6 + 1}' if start else ''}", figures_style.titled(figure, _title(field))

@@ -12,7 +12,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,6 +145,15 @@ def to_text(table: Table) -> str:
         parts = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True))
         lines.append(("  " + "  ".join(parts)).rstrip())
     return "\n".join([*lines, *(f"  {plain(note)}" for note in table.notes)])
+
+
+def csv_text(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], formatted: Callable[[str, Any], str]) -> str:
+    """Rows under a header, each cell by `formatted(column, value)`."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([formatted(name, row[name]) for name in columns] for row in rows)
+    return out.getvalue()
 
 
 def to_csv(table: Table) -> str:

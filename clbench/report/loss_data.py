@@ -65,7 +65,10 @@ class Line:
 
 @dataclass(frozen=True, eq=False)
 class Field:
-    """All rows on one stream, lowest final loss first: names, own experience and exact floor (or None) of its sets."""
+    """All rows on one stream, lowest final loss first: names, own experience and exact floor (or None) of its sets.
+
+    measure  what the losses are; unit: what is counted, tokens or images
+    """
 
     scenario: str
     manifest: str
@@ -73,6 +76,8 @@ class Field:
     first_seen: tuple[int, ...]
     floors: tuple[float | None, ...]
     lines: tuple[Line, ...]
+    measure: str
+    unit: str
 
 
 def trace_of(entry: Mapping[str, Any], run: Run) -> Trace:
@@ -132,7 +137,9 @@ def fields(runs: Sequence[Run], traces: Mapping[str, Trace], streams: Mapping[tu
             group = sorted(_group(row, groups), key=lambda r: (r.seed, r.run_id))
             lines.append(Line(row, label, tuple(traces[run.run_id] for run in group)))
         names = tuple(plain(name) for name in about["scenario"]["eval_names"])
-        found.append(Field(scenario, stream[:8], names, tuple(about["first_seen"]), tuple(about["floor"]), tuple(lines)))
+        levels = tuple(about["first_seen"]), tuple(about["floor"])
+        kind = loss_facts.measure_of(about), loss_facts.unit_of(about)
+        found.append(Field(scenario, stream[:8], names, *levels, tuple(lines), *kind))
     return found
 
 

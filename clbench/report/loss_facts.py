@@ -12,6 +12,7 @@ from clbench import metrics_loss, record
 KIND = "continual_pretraining"
 OPTIONS = ("replay", "branch", "accounting", "boundary")
 LEDGER = ("trunk_new", "trunk_replay", "branch_new", "branch_replay", "unique", "repeated", "probe", "replay_bytes")
+TOKEN_LOSS, IMAGE_LOSS = "nats per token", "mean squared error"
 Entry = Mapping[str, Any]
 
 
@@ -28,6 +29,16 @@ def usable(entry: Entry) -> bool:
         return entry["status"] == "ok" and bool(values) and ledger and isinstance(entry["ledger"]["flops"], int | float)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError):
         return False
+
+
+def measure_of(entry: Entry) -> str:
+    """What the losses of a record are: of masked autoencoders no likelihoods."""
+    return IMAGE_LOSS if unit_of(entry) == "images" else TOKEN_LOSS
+
+
+def unit_of(entry: Entry) -> str:
+    """What is counted where a language model counts tokens."""
+    return "images" if entry["scenario"].get("unit") == "images" else "tokens"
 
 
 def values_of(entry: Entry) -> dict[str, float]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -11,7 +9,7 @@ from typing import Any
 
 from clbench import metrics_loss, record
 from clbench.report import loss_facts, statistics
-from clbench.report.formats import Table, fraction, plain, safe
+from clbench.report.formats import Table, csv_text, fraction, plain, safe
 from clbench.report.loss_facts import LEDGER, OPTIONS
 from clbench.report.runs import Run, boil
 from clbench.report.statistics import mean_std
@@ -119,11 +117,7 @@ def _row(group: Sequence[Run], dead: set[str]) -> Row:
 
 def csv_of(made: Sequence[Row], columns: Sequence[str] = COLUMNS) -> str:
     """The rows as CSV text in fixed formats."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([formatted(name, row[name]) for name in columns] for row in made)
-    return out.getvalue()
+    return csv_text(columns, made, formatted)
 
 
 def formatted(name: str, value: Any) -> str:

@@ -52,7 +52,8 @@ class Losses:
             sizes = self.streams[full]["n"]
             sets, floors = [_cut(name, 60) for name in field.sets], [_short(floor) for floor in field.floors]
             known = {"scenario": _cut(field.scenario), "manifest": field.manifest, "sets": sets, "n": sizes}
-            streams.append(known | {"first": list(field.first_seen), "floors": floors})
+            known |= {"first": list(field.first_seen), "floors": floors}
+            streams.append(known | {"measure": field.measure, "unit": field.unit})
             for line in field.lines:
                 seen[line.row["variant"]] = number = seen.get(line.row["variant"], 0) + 1
                 key = line.row["variant"] + (f"-{number}" if number > 1 else "")

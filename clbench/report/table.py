@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import math
 import pathlib
 import re
@@ -15,7 +13,7 @@ from typing import Any
 from clbench import metrics, record
 from clbench.report import costs, losses, statistics
 from clbench.report.columns import ABOUT, COLUMNS, DETAILS, SHOWN
-from clbench.report.formats import fraction, plain, safe
+from clbench.report.formats import csv_text, fraction, plain, safe
 from clbench.report.runs import Filter, Run, Scan, boil, scan, variant
 from clbench.report.statistics import mean_std
 
@@ -97,11 +95,7 @@ def to_csv(records: Sequence[Mapping[str, Any]], dead: Sequence[str] = ()) -> st
 
 def csv_of(made: Sequence[Row], columns: Sequence[str] = COLUMNS) -> str:
     """Rows as CSV text."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([formatted(name, row[name]) for name in columns] for row in made)
-    return out.getvalue()
+    return csv_text(columns, made, formatted)
 
 
 def formatted(name: str, value: Any) -> str:

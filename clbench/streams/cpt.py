@@ -111,6 +111,27 @@ class Probing:
         return sorted({*geometric, *even, total})
 
 
+def told(name: str, m: TokenManifest, probing: Probing) -> dict[str, Any]:
+    """What a record says about a stream of tokens or images and its evaluation sets."""
+    about = {
+        "name": name,
+        "kind": m.kind,
+        "unit": m.unit,
+        "manifest_sha256": m.sha256,
+        "num_experiences": len(m.experiences),
+        "eval_names": [e["name"] for e in m.evals],
+        "experiences": [dict(e) for e in m.experiences],
+        "context": m.context,
+        "batch": m.batch,
+        "vocab": m.vocab,
+        "iid": m.iid,
+        "probing": asdict(probing),
+        "budget": dict(m.budget),
+    }
+    columns = ("tokens", "floor", "bytes_per_token", "first_seen")
+    return {"scenario": about, "n": [e["tokens"] for e in m.evals], **{name: [e[name] for e in m.evals] for name in columns}}
+
+
 @dataclass(frozen=True, eq=False)
 class TokenScenario:
     """A stream of texts that can be run: the manifest, the tokens, the rules."""
@@ -129,7 +150,7 @@ class TokenScenario:
     @property
     def iid(self) -> bool:
         """Whether all experiences are of one domain: then nothing shifts."""
-        return len({entry["domain"] for entry in self.manifest.experiences}) == 1
+        return self.manifest.iid
 
     def facts(self) -> Facts:
         """What is compared with a learner's capabilities."""
@@ -151,28 +172,7 @@ class TokenScenario:
 
     def describe(self) -> dict[str, Any]:
         """What a record says about the stream and its evaluation sets."""
-        m = self.manifest
-        return {
-            "scenario": {
-                "name": self.name,
-                "kind": m.kind,
-                "manifest_sha256": m.sha256,
-                "num_experiences": len(m.experiences),
-                "eval_names": [e["name"] for e in m.evals],
-                "experiences": [dict(e) for e in m.experiences],
-                "context": m.context,
-                "batch": m.batch,
-                "vocab": m.vocab,
-                "iid": self.iid,
-                "probing": asdict(self.probing),
-                "budget": dict(m.budget),
-            },
-            "n": [e["tokens"] for e in m.evals],
-            "tokens": [e["tokens"] for e in m.evals],
-            "floor": [e["floor"] for e in m.evals],
-            "bytes_per_token": [e["bytes_per_token"] for e in m.evals],
-            "first_seen": [e["first_seen"] for e in m.evals],
-        }
+        return told(self.name, self.manifest, self.probing)
 
 
 def scenario(

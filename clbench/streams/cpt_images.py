@@ -7,7 +7,7 @@ sets count images, and the loss of an image is one number. Labels are for the li
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +16,7 @@ import numpy as np
 from clbench import counter
 from clbench.interfaces import Budget, Facts
 from clbench.streams import sequences
-from clbench.streams.cpt import Probing
+from clbench.streams.cpt import Probing, told
 from clbench.streams.pictures import Pictures, augmented, with_keys
 from clbench.streams.token_manifest import TokenBudget, TokenManifest
 
@@ -119,7 +119,7 @@ class ImageScenario:
     @property
     def iid(self) -> bool:
         """Whether all experiences are of one group: then nothing shifts."""
-        return len({entry["domain"] for entry in self.manifest.experiences}) == 1
+        return self.manifest.iid
 
     def facts(self) -> Facts:
         """What is compared with a learner's capabilities."""
@@ -153,29 +153,7 @@ class ImageScenario:
 
     def describe(self) -> dict[str, Any]:
         """What a record says about the stream and its evaluation sets."""
-        m = self.manifest
-        return {
-            "scenario": {
-                "name": self.name,
-                "kind": m.kind,
-                "unit": m.unit,
-                "manifest_sha256": m.sha256,
-                "num_experiences": len(m.experiences),
-                "eval_names": [e["name"] for e in m.evals],
-                "experiences": [dict(e) for e in m.experiences],
-                "context": m.context,
-                "batch": m.batch,
-                "vocab": m.vocab,
-                "iid": self.iid,
-                "probing": asdict(self.probing),
-                "budget": dict(m.budget),
-            },
-            "n": [e["tokens"] for e in m.evals],
-            "tokens": [e["tokens"] for e in m.evals],
-            "floor": [None for _ in m.evals],
-            "bytes_per_token": [None for _ in m.evals],
-            "first_seen": [e["first_seen"] for e in m.evals],
-        }
+        return told(self.name, self.manifest, self.probing)
 
 
 def _spread(whole: int, number: int) -> np.ndarray:

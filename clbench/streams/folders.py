@@ -1,4 +1,8 @@
-"""Images in folders, one per class: <root>/{train,test}/<class>/..., of any size, decoded when asked for."""
+"""Images in folders, one per class: <root>/{train,test}/<class>/..., of any size, decoded when asked for.
+
+Tiny-ImageNet as it is published is read as well: its validation images lie in one folder beside val_annotations.txt, and are
+the test images here; its own test images have no labels.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from clbench.streams.splits import FOLDERS, FolderSplit
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm"}
 TEST_NAMES = ("test", "val")
+ANNOTATIONS = "val/val_annotations.txt"  # of Tiny-ImageNet: file, class, box; separated by tabs
 
 
 def is_tree(root: Path) -> bool:
@@ -29,15 +34,16 @@ def read_tree(root: Path) -> Pool:
     """
     if not is_tree(root):
         raise UserError(f"{root} must hold the folders train/<class>/ and test/<class>/ (or val/<class>/)")
-    test = next(root / name for name in TEST_NAMES if (root / name).is_dir())
+    listed = _annotated(root) if (root / ANNOTATIONS).is_file() else None
+    test = next(root / name for name in TEST_NAMES if (root / name).is_dir()) if listed is None else root / "val"
     classes = _classes(root / "train")
-    unknown = sorted(set(_classes(test)) - set(classes))
+    unknown = sorted(set(_classes(test) if listed is None else listed) - set(classes))
     if unknown:
         raise UserError(f"{test} has classes that {root / 'train'} lacks: {', '.join(unknown[:5])}")
     paths, y, split = [], [], []
     for part, folder in enumerate((root / "train", test)):
         for label, name in enumerate(classes):
-            found = _images(folder / name)
+            found = _images(folder / name) if part == 0 or listed is None else listed.get(name, [])
             if not found:
                 raise UserError(f"class folder {folder / name} is missing or holds no image ({', '.join(sorted(EXTENSIONS))})")
             paths += found
@@ -45,6 +51,18 @@ def read_tree(root: Path) -> Pool:
             split += [part] * len(found)
     files = [path.relative_to(root).as_posix() for path in paths]
     return Pool(FileImages(paths), np.array(y, np.int64), np.array(split, np.uint8), tuple(classes), files=files)
+
+
+def _annotated(root: Path) -> dict[str, list[Path]]:
+    """The validation images of Tiny-ImageNet by class, sorted by name."""
+    found: dict[str, list[Path]] = {}
+    for number, line in enumerate((root / ANNOTATIONS).read_text(encoding="utf-8").splitlines(), 1):
+        file, *rest = line.split("\t")
+        path = root / "val" / "images" / file
+        if not rest or not path.is_file():
+            raise UserError(f"{root / ANNOTATIONS}, line {number}: {path} is missing, or there is no class beside it")
+        found.setdefault(rest[0], []).append(path)
+    return {name: sorted(paths) for name, paths in found.items()}
 
 
 def _classes(folder: Path) -> list[str]:

@@ -59,6 +59,11 @@ class TokenManifest:
         """What is counted: "tokens", or "images" (then a sequence is one image, with one loss)."""
         return str(self.domains[0].get("unit", "tokens"))
 
+    @property
+    def iid(self) -> bool:
+        """Whether all experiences are of one domain: then nothing shifts."""
+        return len({entry["domain"] for entry in self.experiences}) == 1
+
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of the canonical JSON text."""

@@ -40,10 +40,11 @@ class Journal:
     """Snapshots of the run in `folder`; `Journal()` keeps none. `seconds` is the least time between two snapshots of a fit.
 
     Of several processes in `group` the first writes and all read; tensors that are spread over them are written by all.
+    `data` names the stream (its manifest's SHA-256): counters and weights of another one are refused.
     """
 
-    def __init__(self, folder: pathlib.Path | None = None, seconds: float = 60.0, group: Group = ALONE):
-        self.folder, self.seconds, self.group = folder, seconds, group
+    def __init__(self, folder: pathlib.Path | None = None, seconds: float = 60.0, group: Group = ALONE, data: str = ""):
+        self.folder, self.seconds, self.group, self.data = folder, seconds, group, data
         self.calls, self.experience = 0, -1
         self.last = time.monotonic()
         if folder is not None and group.rank == 0:
@@ -61,11 +62,15 @@ class Journal:
         return f"fit-{self.calls - 1}"
 
     def load(self, key: str) -> dict[str, Any] | None:
-        """The snapshot under a key, or None."""
+        """The snapshot under a key, or None. `UserError` where it belongs to another stream."""
         path = None if self.folder is None else self.folder / f"{key}.pt"
         if path is None or not path.exists():
             return None
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if (data := state.pop("data", "")) and self.data and data != self.data:
+            raise UserError(
+                f"the saved run read other data: its manifest is {data[:12]}, not {self.data[:12]}; force=true starts anew"
+            )
         if state["experience"] != self.experience and key != "experience":
             return None
         return shards.load(path.parent, state, self.group) if "shards" in state else state
@@ -76,6 +81,7 @@ class Journal:
             if self.group.kind == "fsdp":
                 state = shards.save(self.folder, key, state, self.group)
             if self.group.rank == 0:
+                state = {**state, "data": self.data}
                 save_atomic(self.folder / f"{key}.pt", state)
                 shards.remove(self.folder, key, besides=state.get("shards"))
         self.last = time.monotonic()

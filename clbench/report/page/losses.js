@@ -1,4 +1,4 @@
-// Pre-training: a table for each stream, and everything about one row. Losses are nats per token: lower is better.
+// Pre-training: a table for each stream, and everything about one row. Losses are nats per token, of images squared errors: lower is better.
 const PRE = D.losses.rows.map((row, i) => ({ ...row, i, stream: D.losses.streams[row.stream], place: row.stream, n: row.runs.length, of: (name) => (row.numbers[name] || [null])[0], std: (name) => (row.numbers[name] || [null, null])[1] }));
 const PREKEYS = new Map(PRE.map((row) => [row.key, row]));
 const nats = (v, digits = 4) => fixed(v, digits);
@@ -31,7 +31,7 @@ function preBoard() {
     byId('pre-streams').append(
       el('article', {},
         el('div', { class: 'headline' }, el('h3', {}, el('bdi', {}, briefly(preName(stream), 60))), el('button', { type: 'button', class: 'small', onclick: () => download(`${fileName('losses', stream.scenario)}.csv`, 'text/csv', preCsv(rows)) }, 'CSV')),
-        el('p', { class: 'quiet' }, `${plural(stream.sets.length, 'set')}, ${whole(stream.n.reduce((a, b) => a + b, 0))} tokens evaluated before and after each experience.${floor}`),
+        el('p', { class: 'quiet' }, `${plural(stream.sets.length, 'set')}, ${whole(stream.n.reduce((a, b) => a + b, 0))} ${stream.unit} evaluated before and after each experience.${floor}`),
         top ? el('p', {}, 'Lowest final loss: ', preLink(top), ` ${nats(top.of('final_loss'))}.`, same.length ? [' Not distinguishable from it on shared seeds: ', same.slice(0, 6).flatMap((r, k) => [k ? ', ' : '', preLink(r)]), same.length > 6 ? ` and ${same.length - 6} more` : '', '.'] : null, unknown.length ? ` Too few shared seeds to tell: ${plural(unknown.length, 'row')}.` : null) : null,
         preTable(rows, stream),
         el('div', { class: 'figures' }, tradeFigure(rows, stream))));
@@ -65,7 +65,7 @@ function tradeFigure(rows, stream) {
   if (known.length < 2) return null;
   return figure({
     title: 'Old sets against the newest',
-    note: 'Final loss on both, nats per token: lower left is better. Rings: references. A line joins the replay shares of a learner.',
+    note: `Final loss on both, ${stream.measure}: lower left is better. Rings: references. A line joins the replay shares of a learner.`,
     wide: true,
     name: () => fileName('trade', stream.scenario),
     table: () => [['learner', 'replay', 'newest_loss', 'retained_loss'], ...known.map((r) => [r.learner, r.replay, tableValue(r.of('newest_loss')), tableValue(r.of('retained_loss'))])],
@@ -103,7 +103,7 @@ function showLoss(row) {
     el('div', { class: 'headline' }, el('h1', {}, el('bdi', {}, briefly(row.label, 90)))),
     el('p', { class: 'chips' }, [['scenario', row.stream.scenario], ['model', row.model], ['variant', row.variant], ['manifest', row.stream.manifest], ['marks', row.marks]].filter(([, v]) => v).map(([k, v]) => el('span', {}, el('small', {}, k), ' ', el('bdi', {}, v)))),
     el('dl', { class: 'factsheet' }, fact('Final loss', nats(row.of('final_loss')), has(row.low) ? `95 % interval ${nats(row.low)}\u2013${nats(row.high)}` : 'no interval from one seed'),
-      number('retained_loss', 'On old sets'), number('newest_loss', 'On the newest set'), number('forgetting_after', 'Forgetting'), number('regret', 'Regret'), number('gap_depth', 'Stability gap'), number('anneal_gain_new', 'Anneal gain'), number('final_bpb', 'Bits per byte'), fact('Trained on', amount(trained(row)), 'tokens, trunk and branch'), fact('Time', duration(row.seconds), `mean of ${plural(row.n, 'run')}`)),
+      number('retained_loss', 'On old sets'), number('newest_loss', 'On the newest set'), number('forgetting_after', 'Forgetting'), number('regret', 'Regret'), number('gap_depth', 'Stability gap'), number('anneal_gain_new', 'Anneal gain'), number('final_bpb', 'Bits per byte'), fact('Trained on', amount(trained(row)), `${row.stream.unit}, trunk and branch`), fact('Time', duration(row.seconds), `mean of ${plural(row.n, 'run')}`)),
     el('section', {}, el('h2', {}, 'Run it'), row.command ? el('div', { class: 'command' }, el('code', { tabindex: 0 }, row.command), copyButton(row.command, 'command')) : el('p', { class: 'quiet' }, 'The command would be too long or holds characters that are not shown: take the configuration from the record.')),
     el('div', { class: 'figures' }, [courses.length ? courseFigure(row, courses) : null, d ? lossMatrix(row, d.m, runs) : null, courses.length ? gapFigure(row, courses) : null, d && d.r.length === row.n ? null : el('p', { class: 'notice' }, 'To keep this page small, single seeds of this row were left out; the records hold them.')]),
     el('div', { class: 'columns' }, lossRuns(row), lossNumbers(row)));
@@ -117,19 +117,19 @@ function courseFigure(row, courses) {
   const mean = sets.map((_, j) => at(j, average));
   const rate = xs.map((_, i) => average(courses.map((c) => c.lr[i])));
   return figure({
-    title: 'Loss over tokens, learning rate',
+    title: `Loss over ${row.stream.unit}, learning rate`,
     note: `On the first sequences of each set${courses.length > 1 ? `, mean of ${plural(courses.length, 'seed')}, shaded from the lowest to the highest` : ''}. Dotted: where an experience begins.${floors.some(has) ? ' Dashed: the exact floor of the whole set; that of these few sequences lies near it.' : ''}`,
     wide: true,
     name: () => fileName(row.stream.scenario, row.label, 'course'),
-    table: () => [['tokens', 'experience', 'step', 'learning rate', ...sets], ...xs.map((x, i) => [x, courses[0].experience[i] + 1, courses[0].step[i], rate[i], ...mean.map((line) => tableValue(line[i]))])],
+    table: () => [[row.stream.unit, 'experience', 'step', 'learning rate', ...sets], ...xs.map((x, i) => [x, courses[0].experience[i] + 1, courses[0].step[i], rate[i], ...mean.map((line) => tableValue(line[i]))])],
     draw: (p, width) => {
       const picture = canvas(width, 430, p);
       const box = { left: 52, right: width - (sets.length <= 14 && width > 420 ? 96 : 16), top: 24, bottom: 286 };
-      const x = { low: Math.min(...xs), high: Math.max(...xs), show: amount, name: 'tokens trained on', bare: true };
+      const x = { low: Math.min(...xs), high: Math.max(...xs), show: amount, name: `${row.stream.unit} trained on`, bare: true };
       x.ticks = ticks(x.low, x.high, Math.max(3, width / 110));
       const lower = { ...box, top: 314, bottom: 388 };
       const values = [...mean.flat(), ...floors, ...courses.flatMap((c) => c.loss.flat())];
-      const { px, py } = axes(picture, p, box, x, plainAxis(values, 'loss, nats per token', (v) => String(Number(v.toPrecision(3)))));
+      const { px, py } = axes(picture, p, box, x, plainAxis(values, `loss, ${row.stream.measure}`, (v) => String(Number(v.toPrecision(3)))));
       const below = axes(picture, p, lower, { ...x, bare: false }, { low: 0, high: Math.max(...rate.filter(has), 1e-12), ticks: ticks(0, Math.max(...rate.filter(has), 1e-12), 3), show: (v) => String(Number(v.toPrecision(3))), name: 'learning rate' });
       for (const edge of courses[0].edges) for (const area of [box, lower]) picture.append(svg('line', { x1: px(edge), x2: px(edge), y1: area.top, y2: area.bottom, stroke: p.quiet, 'stroke-width': 1, 'stroke-dasharray': '1 3' }));
       const ink = (j) => p.series[j % p.series.length];
@@ -156,7 +156,7 @@ function lossMatrix(row, mean, runs) {
   const { sets } = row.stream;
   const made = figure({
     title: 'Loss before and after each experience',
-    note: 'Nats per token on each set; light is low.',
+    note: `Loss (${row.stream.measure}) on each set; light is low.`,
     name: () => fileName(row.stream.scenario, row.label, 'loss_matrix'),
     table: () => [['after', ...sets, 'mean'], ...state.matrix.map((line, i) => [i ? String(i) : 'before', ...line.map(tableValue), tableValue(average(line))])],
     draw: (p, width) => {
@@ -206,7 +206,7 @@ function gapFigure(row, courses) {
       const picture = canvas(width, 300, p);
       const box = { left: 52, right: width - 104, top: 24, bottom: 254 };
       const high = Math.max(2, ...lines.flatMap((line) => line.points.map(([s]) => s)));
-      const { px, py } = axes(picture, p, box, { low: 1, high, log: true, ticks: logTicks(1, high), show: general, name: 'steps after the boundary' }, plainAxis([0, ...lines.flatMap((line) => line.points.map(([, v]) => v))], 'rise, nats per token', (v) => String(Number(v.toPrecision(3))).replace('-', MINUS)));
+      const { px, py } = axes(picture, p, box, { low: 1, high, log: true, ticks: logTicks(1, high), show: general, name: 'steps after the boundary' }, plainAxis([0, ...lines.flatMap((line) => line.points.map(([, v]) => v))], `rise, ${row.stream.measure}`, (v) => String(Number(v.toPrecision(3))).replace('-', MINUS)));
       picture.append(svg('line', { x1: box.left, x2: box.right, y1: py(0), y2: py(0), stroke: p.line }));
       lines.forEach((line, k) => {
         const ink = p.series[k % p.series.length];
