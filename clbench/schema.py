@@ -29,6 +29,7 @@ class Scenario(TypedDict, total=False):
 
     name: Required[str]
     kind: str
+    unit: Literal["tokens", "images"]
     manifest_sha256: str
     num_experiences: Count
     eval_names: list[Any] | None
@@ -75,6 +76,28 @@ class Calibration(TypedDict):
     table: list[CalibrationRow | None]
 
 
+class Curves(TypedDict, total=False):
+    """Looks while a model is pre-trained, one number each, and by set; tokens at each boundary."""
+
+    tokens: Required[list[Count]]
+    experience: Required[list[Count]]
+    step: Required[list[Count]]
+    lr: Required[list[float]]
+    role: list[str]
+    boundaries: Required[list[Count]]
+    loss: Required[dict[str, list[float | None]]]
+    accuracy: dict[str, list[float | None]]
+
+
+class Probe(TypedDict):
+    """Right answers of a linear probe out of `n`, before and after each experience: for each set, and among all sets seen."""
+
+    n: list[Positive]
+    own_start: list[Count]
+    own: list[list[Count]]
+    seen: list[list[Count | None]]
+
+
 class Record(TypedDict, total=False):
     """One run of clbench: identity, integer counts, costs."""
 
@@ -100,7 +123,16 @@ class Record(TypedDict, total=False):
     heads: dict[str, Counts] | None
     calibration: Calibration | None
     task_confusion: list[list[list[Count] | None] | None] | None
-    sum_loss: Any
+    tokens: list[Positive]
+    floor: list[float | None]
+    bytes_per_token: list[float | None]
+    sum_loss: list[list[float]] | None
+    sum_loss_start: list[float] | None
+    sum_loss_trunk: list[list[float] | None] | None
+    curves: Curves | None
+    ledger: dict[str, Amount] | None
+    plan: list[dict[str, Any]] | None
+    probe: Probe | None
     stability: Any
     experiences: list[dict[str, float | None]] | None
     passes: dict[str, Count]
@@ -131,7 +163,7 @@ _FINISHED = {
     "then": {
         "anyOf": [
             {"required": ["correct"], "properties": {"correct": {"type": "array"}}},
-            {"required": ["sum_loss"]},
+            {"required": ["sum_loss", "ledger"], "properties": {"sum_loss": {"type": "array"}}},
         ]
     },
 }

@@ -69,6 +69,8 @@ def test_the_same_answers_and_the_needed_passes(name, tmp_path):
     if "mos" in name:
         walks = sum(stream.test) * (len(stream.train) - 1)
         assert made.forward <= entry["passes"]["eval"] <= made.forward + walks
+        statistics = 2 * sum(stream.train) - stream.train[0]
+        assert entry["passes"]["eval"] - statistics <= 2.5 * stream.tested, "passes of a test image and task"
     else:
         assert entry["passes"]["eval"] == made.forward, "an image passed more often than it needs to"
     passes = job.model.passes

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -165,7 +166,8 @@ def alternate(works: dict[str, Callable[[int], None]], args: argparse.Namespace)
             torch.cuda.synchronize(args.device)
         return time.perf_counter() - start, time.process_time() - own
 
-    for work in works.values():
+    for name, work in works.items():
+        print(f"{name}: {args.rounds} rounds of {args.steps} steps", file=sys.stderr, flush=True)
         timed(work, args.warm)
     clock: Paces = {name: [] for name in works}
     own: Paces = {name: [] for name in works}
