@@ -112,6 +112,24 @@ def test_frozen_features_are_computed_once():
     assert model.passes["eval"] == 10
 
 
+def test_large_batches_pass_in_pieces(monkeypatch):
+    """Without gradients only: there nothing looks at two samples at once. Pieces are nearly equal, so no image goes alone."""
+    model = tiny().eval()
+    x, sizes = torch.randn(33, 3, 32, 32), []
+    whole = model.features(x)
+    monkeypatch.setattr("clbench.models.backbone.CACHED_PIXELS", 16 * 32 * 32)
+    monkeypatch.setattr(
+        model.net, "forward_features", lambda x, real=model.net.forward_features: sizes.append(len(x)) or real(x)
+    )
+    assert torch.equal(model.features(x), whole) and sizes == [33], "gradients may be wanted"
+    with torch.no_grad():
+        torch.testing.assert_close(model.features(x), whole)
+        assert sizes[1:] == [11, 11, 11] and model.features(x[:0]).shape == (0, 24)
+        model.train()
+        model.features(x)
+    assert sizes[-1] == 33 and sum(model.passes.values()) == 4 * 33
+
+
 def test_what_is_remembered_is_forgotten_when_weights_may_move():
     model = nano()
     data = plain_data(model)
