@@ -50,7 +50,8 @@ def table(runs: Sequence[Run]) -> Table:
     known = [run for run in runs if run.loss is not None and run.loss["usable"] and not run.legacy]
     rows: list[dict[str, Any]] = []
     for letter, about in TARGETS.items():
-        made = [_line(letter, about, found) for found in _MAKERS[letter](known)]
+        compared = sorted(_MAKERS[letter](known), key=lambda found: found.where)
+        made = [_line(letter, about, found) for found in compared]
         rows += made or [{"target": f"({letter}) {about}", "verdict": f"no runs to tell: {_NEEDS[letter]}"}]
     notes = ("holds, fails: the 95 % bootstrap interval over seeds lies on one side; not shown: it does not; 1 seed has none",)
     return Table("targets", "seven findings of continual pre-training", COLUMNS, rows, notes)
