@@ -6,6 +6,7 @@ Figures are drawn on `Figure` objects of their own: no display, no global state,
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,8 +77,9 @@ def paper(width: float, height: float) -> Figure:
 
 
 def titled(figure: Figure, words: str) -> Figure:
-    """A heading, at the left."""
-    figure.suptitle(words, x=0.01, ha="left", fontsize=8, fontweight="bold")
+    """A heading, at the left, in lines that the figure has room for."""
+    lines = textwrap.wrap(words, max(20, int(figure.get_figwidth() * 14)), break_on_hyphens=False)
+    figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=8, fontweight="bold")
     return figure
 
 
