@@ -82,10 +82,10 @@ def bootstrap(
 ) -> tuple[float, float] | None:
     """Percentile interval of a statistic by stratified resampling -> (low, high), or None with fewer than two runs.
 
-    `statistic` maps runs [R, n] to [R]. Values that are not finite must be left out before.
+    `statistic` maps runs [R, n] to [R]. Values that are not finite must be left out before. The order of the runs is no matter.
     """
     kept = merged(strata)
-    values = np.concatenate([np.asarray(s, np.float64) for s in kept]) if kept else np.zeros(0)
+    values = np.concatenate([np.sort(np.asarray(s, np.float64)) for s in kept]) if kept else np.zeros(0)
     if len(values) < 2:
         return None
     made = statistic(values[_draws(tuple(len(s) for s in kept), resamples, seed)])
