@@ -53,6 +53,9 @@ def read(overrides: Sequence[str], multirun: bool = False) -> Composed:
         words = [_parsable(word, parser) for word in words]
         parsed = parser.parse_overrides(words)
         _check_groups(parsed)
+        late = _late(parsed)
+        words = [late.get(o.get_key_element(), str(o.input_line)) for o in parsed]
+        parsed = parser.parse_overrides(words) if late else parsed
         sweeping = [o.input_line for o in parsed if o.is_sweep_override()]
         base = _compose([word for word in words if word not in sweeping])
         multirun = multirun or str(base.hydra.mode or "").endswith("MULTIRUN")
@@ -65,11 +68,26 @@ def read(overrides: Sequence[str], multirun: bool = False) -> Composed:
         params = [f"{k}={v}" for k, v in (base.hydra.sweeper.get("params") or {}).items()]
         every = parser.parse_overrides([*params, *words])
         last = {o.get_key_element(): o for o in every}
-        varying = tuple(key for key, o in last.items() if o.is_sweep_override())
+        varying = tuple(key for key, o in last.items() if o.is_sweep_override() and key not in late)
         if any(o.is_sweep_override() and not o.is_discrete_sweep() for o in every):
             return Composed([resolve(base)], words, True, launcher, varying)  # a search: its sweeper chooses the jobs
         jobs = BasicSweeper.split_arguments(every, None)[0]
         return Composed([resolve(_compose(job)) for job in jobs], words, True, launcher, varying)
+
+
+def _late(parsed: Sequence[Any]) -> dict[str, str]:
+    """Key -> word for options of what a `sweep` chooses: as sweeps of one value, which Hydra puts into the jobs alone.
+
+    `sweep=cpt_synthetic scenario.shift=0.3` means an option of the sweep's scenario, not of the default one.
+    """
+    chosen = [str(o.input_line) for o in parsed if o.get_key_element() == "sweep"]
+    groups = (_compose(chosen).hydra.sweeper.get("params") or {}).keys() & set(GROUPS) if chosen else set()
+    found = {}
+    for o in parsed:
+        key, (name, equals, value) = o.get_key_element(), str(o.input_line).partition("=")
+        if key.partition(".")[0] in groups and "." in key and value and not o.is_sweep_override() and not o.is_delete():
+            found[key] = f"{name}{equals}choice({value})"
+    return found
 
 
 def _fitting(o: Any, base: Any) -> str:

@@ -208,6 +208,17 @@ def test_a_learner_in_a_loose_file(loose, target):
     assert "_file" not in str(config.compose(["learner=glob(*)"], multirun=True))
 
 
+def test_options_of_what_a_sweep_chooses():
+    """`scenario.shift` is an option of the sweep's scenario, which the default scenario does not have."""
+    found = config.read(["sweep=cpt_synthetic_rates", "scenario.shift=0.3", "seed=0"])
+    assert len(found.jobs) == 4 and all(job["scenario"]["shift"] == 0.3 for job in found.jobs)
+    assert found.varying == ("learner.lr", "learner.schedule.warmup")
+    found = config.read(["sweep=cpt_text", "scenario.corpora=[a, b]", "scenario.name='a, b'", "learner.replay.share=0.5"])
+    assert len(found.jobs) == 12 and {job["scenario"]["name"] for job in found.jobs} == {"a, b"}
+    assert found.jobs[0]["scenario"]["corpora"] == ["a", "b"] and found.jobs[0]["learner"]["replay"]["share"] == 0.5
+    assert wrong("sweep=cpt_synthetic_rates", "scenario.shft=0.3") == "no key 'scenario.shft'; did you mean 'scenario.shift'?"
+
+
 def test_loose_targets_can_be_swept(loose):
     jobs = config.compose(["learner._target_=loose_part.Mine,loose_part.Child", "learner.n=1,2"], multirun=True)
     assert [j["learner"]["n"] for j in jobs] == [1, 2, 1, 2]
