@@ -105,7 +105,8 @@ def _where(run: Run) -> str:
 
 
 def _shift(runs: Sequence[Run]) -> Iterator[Found]:
-    bare = [run for run in runs if run.settings.get(REPLAY) == 0 and not run.loss["iid"]]  # type: ignore[index]
+    known = [run for run in runs if run.settings.get(REPLAY) == 0 and "reference" not in run.marks]
+    bare = [run for run in known if not run.loss["iid"]]  # type: ignore[index]
     for run, held in pairs(bare, SHIFT, same_stream=False):
         low, high = min(held), max(held)
         found = differences(held[high], held[low], "forgetting_after")
