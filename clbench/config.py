@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +16,11 @@ from typing import Any
 from clbench.catalog import GROUPS, answering, check, choices, conf_dir, description, importable, load_target, plugin_dirs
 from clbench.interfaces import UserError
 from clbench.signatures import nearest
+from clbench.words import check_groups, dotted, key_of, unknown_choice
 
 __all__ = ["build", "check", "choices", "compose", "conf_dir", "description", "load_target", "plugin_dirs", "read"]
 
 _LOOSE = "_file"
-_KEY = re.compile(r"[~+]{0,2}([^=@]+)")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def read(overrides: Sequence[str], multirun: bool = False) -> Composed:
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         words = [_parsable(word, parser) for word in words]
         parsed = parser.parse_overrides(words)
-        _check_groups(parsed)
+        check_groups(parsed)
         late = _late(parsed)
         words = [late.get(o.get_key_element(), str(o.input_line)) for o in parsed]
         parsed = parser.parse_overrides(words) if late else parsed
@@ -114,26 +114,11 @@ def searched(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     return [str(o.input_line) for o in parsed if not o.is_sweep_override()], found
 
 
-def _check_groups(overrides: Sequence[Any]) -> None:
-    """A group is chosen by a name: a number or null is answered here, Hydra would raise."""
-    for o in overrides:
-        group = o.get_key_element()
-        if group in GROUPS and not o.is_sweep_override() and not o.is_delete() and not isinstance(o.value(), str | list):
-            if o.value() is None:
-                raise UserError(f"{o.input_line} has no effect: leave it out")
-            raise UserError(unknown_choice(group, str(o.value()), list(choices(group))))
-
-
 def behaviour() -> dict[str, str]:
     """Hydra 1.3 is asked for its own defaults by number; later versions have no others and say so aloud."""
     import hydra
 
     return {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
-
-
-def unknown_choice(group: str, name: str, names: Sequence[str]) -> str:
-    """The line for a name that a group does not have."""
-    return f"no {group} '{name}'{nearest(name, names)} (one of: {', '.join(names)})"
 
 
 def register() -> None:
@@ -158,7 +143,7 @@ def _loose_targets(words: list[str]) -> list[str]:
     """
     from hydra.core.config_store import ConfigStore
 
-    keys = {_key(word) for word in words}
+    keys = {key_of(word) for word in words}
     for group in ("learner", "scenario", "model"):
         ConfigStore.instance().repo.get(group, {}).pop(f"{_LOOSE}.yaml", None)
         if f"{group}._target_" in keys and group not in keys:
@@ -168,16 +153,11 @@ def _loose_targets(words: list[str]) -> list[str]:
     return words
 
 
-def _key(word: str) -> str:
-    found = _KEY.match(word)
-    return found[1].strip() if found else word
-
-
 def _parsable(word: str, parser: Any) -> str:
     """The word as Hydra's grammar wants it: a value that it cannot read and that has a slash is a path, and is quoted."""
     from hydra.errors import OverrideParseException
 
-    if not _key(word) or word.startswith("="):
+    if not key_of(word) or word.startswith("="):
         raise UserError(f"{word!r}: write NAME=VALUE")
     try:
         parser.parse_overrides([word])
@@ -223,19 +203,12 @@ def _unknown_key(message: str, words: Sequence[str]) -> str:
     found = re.search(r"Could not override '([^']+)'", message) or re.search(r"Key '([^']+)' is not in struct", message)
     if found is None:
         return " ".join(message.split())
-    key = next((k for k in map(_key, words) if k == found[1] or k.endswith(f".{found[1]}")), found[1])
-    others = [w for w in words if _key(w) != key and "." not in _key(w)]
-    known = list(_keys(resolve(_compose(others)))) if others != list(words) else []
+    key = next((k for k in map(key_of, words) if k == found[1] or k.endswith(f".{found[1]}")), found[1])
+    others = [w for w in words if key_of(w) != key and "." not in key_of(w)]
+    known = list(dotted(resolve(_compose(others)))) if others != list(words) else []
     if key in known:
         return f"'{key}' takes no new parts at once: write +{key}.NAME=VALUE for each"
     return f"no key '{key}'{nearest(key, [*known, *GROUPS])}"
-
-
-def _keys(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in node.items():
-        yield prefix + name
-        if isinstance(value, Mapping):
-            yield from _keys(value, f"{prefix}{name}.")
 
 
 def resolve(config: Any) -> dict[str, Any]:
@@ -306,7 +279,7 @@ def label(varying: Sequence[str]) -> str:
     from hydra.core.hydra_config import HydraConfig
 
     words = list(HydraConfig.get().overrides.task)
-    return " ".join(word for word in words if _key(word) in [_key(v) for v in varying]) or " ".join(words)
+    return " ".join(word for word in words if key_of(word) in [key_of(v) for v in varying]) or " ".join(words)
 
 
 def to_yaml(plain: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ LAYERS = [
     {"evaluate", "linear_probe", "matching", "metrics", "metrics_loss", "compat", "record", "faults", "migrations", "schema"},
     {"report", "signatures", "options"},
     {"catalog"},
-    {"config"},
+    {"config", "words"},
     {"provenance", "tracking", "terminal"},
     {"loss_stream"},
     {"runner", "walk"},
@@ -32,7 +32,7 @@ LAYERS = [
 ]
 TORCH_FREE = ["clbench", "clbench.cli", "clbench.config", "clbench.metrics", "clbench.record", "clbench.report"]
 
-LONG_FILES: dict[str, int] = {"testing.py": 420, "config.py": 320}  # one place speaks to Hydra
+LONG_FILES: dict[str, int] = {"testing.py": 420}
 LONG_FUNCTIONS: dict[str, int] = {
     "runner._lead": 60,
     "provenance.describe": 70,
