@@ -11,6 +11,7 @@ from test_report import made
 
 from clbench import config, provenance, record
 from clbench.catalog import asks, choices, conf_dir
+from clbench.config import compose
 from clbench.interfaces import UserError
 from clbench.report import cards
 from clbench.report.card_text import COLUMNS, to_csv, to_markdown
@@ -186,6 +187,7 @@ def test_columns_are_explained():
 def test_presets_of_published_protocols_say_claim_number_cost_and_command():
     names = [name for name in choices("sweep") if name != "default_table"]
     assert len(names) >= 12
+    board = (ROOT / "results" / "leaderboard_loss.csv").read_text().splitlines()
     for name in names:
         text = choices("sweep")[name][0].read_text()
         opening = text[: text.index("hydra:")]
@@ -193,6 +195,9 @@ def test_presets_of_published_protocols_say_claim_number_cost_and_command():
         assert at == sorted(at) and f"clbench run sweep={name} " in opening, name
         measured = "\n# Found: " in opening and "results/pretraining" in opening
         assert measured or "estimate, not measured" in opening, name
+        if measured:
+            own = {job["scenario"]["name"] for job in compose([f"sweep={name}"])}
+            assert own <= {line.split(",")[0] for line in board}, f"{name} says what was found, and no record is committed"
         assert all(line.startswith("#") for line in opening.splitlines()), name
 
 
