@@ -205,7 +205,8 @@ class Mos:
         for rows in class_rows(torch.as_tensor(experience.train.y), experience.new_classes).values():
             for chunk in rows.split(self.batch_size):
                 batch = experience.train.batch(chunk.numpy())
-                with torch.no_grad(), self.pet.use(pulled(self.bank[t], mean, self.keep, True, calls)):
+                used = pulled(self.bank[t], mean, self.keep, True, calls)
+                with torch.no_grad(), self.runtime.autocast(), self.pet.use(used):
                     parts.append(self.model.features(batch).float())
                 calls += self.blocks
                 assert batch.y is not None

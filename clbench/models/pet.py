@@ -62,6 +62,7 @@ class Pet(nn.Module):
         self._now: Mapping[str, Tensor] | None = self._own
         self._rows: Tensor | None = None
         self._tag: Any = None
+        self._own_named = False
         self._model = [model]
         self._drawn = ((-1, 0), 0)
         self.merges: list[Callable[[float], None]] = []
@@ -98,6 +99,7 @@ class Pet(nn.Module):
         """
         before = self._now, self._rows, self._tag
         self._now, self._rows, self._tag = (self._own if values is None else values), rows, tag
+        self._own_named |= values is None and tag is not None
         try:
             yield
         finally:
@@ -166,13 +168,16 @@ class Pet(nn.Module):
         return {name: value.detach().clone() for name, value in self.values.items()}
 
     def insert(self, state: Mapping[str, Tensor]) -> None:
-        """Overwrite the values in place."""
+        """Overwrite the values in place. Features remembered for other states, under tags of theirs, stay."""
         if state.keys() != self.values.keys():
             raise UserError(f"this state does not belong to a {self.kind} of this shape")
-        self.load_state_dict({f"values.{name}": value for name, value in state.items()})
+        if self._own_named:
+            self._model[0].forget()
+            self._own_named = False
+        super().load_state_dict({f"values.{name}": value for name, value in state.items()})
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Fill in place; features that were remembered for other values are forgotten."""
+        """Fill in place; everything remembered is forgotten: the states that a learner has names for may be others now."""
         self._model[0].forget()
         return super().load_state_dict(state, strict, assign)
 
