@@ -87,7 +87,7 @@ def prepare(config: dict[str, Any]) -> Job:
     if why:
         raise UserError(why)
     ranks.check(kind, scenario.name, scenario.asks, provenance.learner_name(config), capabilities)
-    model = build_model(build, config, scenario).to(device)
+    model = arithmetic.pin(build_model(build, config, scenario).to(device), flags)
     plugin = provenance.plugin_version(config["learner"]["_target_"])
     identity = provenance.identity(config)
     run_id = record.run_id(identity, scenario.manifest.sha256, model.identity["state_sha256"], plugin)
@@ -185,8 +185,7 @@ def _lead(job: Job, command: list[str] | None, progress: bool, tuning: dict[str,
                 raise
             error.__traceback__ = None
             gc.collect()
-            text = f"{job.run_id} failed: {type(error).__name__}: {error}"
-            return Outcome(job.run_id, "failed", text, job.record_path)
+            return Outcome(job.run_id, "failed", f"{job.run_id} failed: {type(error).__name__}: {error}", job.record_path)
         record.write(entry, job.results / "records")
         journal.clear()
     return Outcome(job.run_id, "ok", closing_text(entry, job.record_path), job.record_path)
@@ -258,6 +257,7 @@ def _run(job: Job, journal: Journal, entry: dict[str, Any], progress: bool, stop
     saved = journal.load("experience")
     if saved is not None:
         _keep(job, job.flags["num_threads"], saved["flags"])
+        entry.setdefault("machine", {})["flags"] = job.flags  # not what this command would have chosen
         log.info("%s goes on after experience %d", job.run_id, saved["experience"] + 1)
     losses = not isinstance(job.scenario, Scenario)
     runtime = loss_stream.make_runtime(job, journal) if losses else _runtime(job, journal)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("clbench")
 Row = list[SetCounts | None]
-KEPT_FLAGS = ("matmul", "fused_attention", "arithmetic")  # what a resumed run does not choose anew
+KEPT_FLAGS = ("matmul", "fused_attention", "class_token_tail", "arithmetic")  # what a resumed run does not choose anew
 
 
 class Walk:

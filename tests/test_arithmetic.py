@@ -66,16 +66,18 @@ def test_other_threads_and_precisions_have_their_own(monkeypatch):
 
 
 def test_the_gate_refuses_and_the_margin_holds(monkeypatch):
-    errors = {"highest+fused": 1.0, "highest+explicit": 1.0, "medium+fused": 2.1, "medium+explicit": 2.0}
-    times = {"highest+fused": 4.0, "highest+explicit": 0.97, "medium+fused": 0.1, "medium+explicit": 1.0}
+    errors = dict.fromkeys(calibration.PATHS, 9.0)  # refused, but for these
+    errors |= {"highest+fused": 1.0, "highest+explicit+tail": 1.0, "medium+fused": 2.1, "medium+explicit+tail": 2.0}
+    times = {"highest+fused": 4.0, "highest+explicit+tail": 0.97, "medium+fused": 0.1, "medium+explicit+tail": 1.0}
     monkeypatch.setattr(calibration.Probe, "error", lambda self, name: errors[name])
     monkeypatch.setattr(calibration.Probe, "seconds", lambda self, name: times[name])
-    assert calibration.measure(CPU, "fp32")["choice"] == "medium+explicit", "a twentieth is not enough to leave the expected"
-    times["highest+explicit"] = 0.9
-    assert calibration.measure(CPU, "fp32")["choice"] == "highest+explicit"
-    errors["medium+explicit"] = 2.1
+    wanted = "medium+explicit+tail"
+    assert calibration.measure(CPU, "fp32")["choice"] == wanted, "a twentieth is not enough to leave the expected"
+    times["highest+explicit+tail"] = 0.9
+    assert calibration.measure(CPU, "fp32")["choice"] == "highest+explicit+tail"
+    errors["medium+explicit+tail"] = 2.1
     found = calibration.measure(CPU, "fp32")
-    assert found["choice"] == "highest+explicit" and set(found["seconds"]) == {"highest+fused", "highest+explicit"}
+    assert found["choice"] == "highest+explicit+tail" and set(found["seconds"]) == {"highest+fused", "highest+explicit+tail"}
 
 
 def test_measuring_leaves_flags_and_generators_alone():
@@ -98,18 +100,20 @@ def test_the_probe_is_timms_block():
         block.norm1.eps = block.norm2.eps = 1e-5
         blocks.append(block)
     wanted = blocks[1](blocks[0](x))
-    for fused in (True, False):
-        torch.testing.assert_close(probe._forward(x, probe.weights, fused), wanted, atol=1e-4, rtol=1e-4)
+    for path in calibration.PATHS.values():
+        part = wanted[:, :1] if path.tail else wanted
+        torch.testing.assert_close(probe._forward(x, probe.weights, path), part, atol=1e-4, rtol=1e-4)
 
 
 def test_words_of_the_option(monkeypatch):
     reference = arithmetic.chosen("reference", CPU, 1, "fp32")
-    assert reference == {"matmul": "highest", "fused_attention": True, "arithmetic": "reference"}
+    assert reference == {"matmul": "highest", "fused_attention": True, "class_token_tail": False, "arithmetic": "reference"}
     given = arithmetic.chosen("medium+explicit", CPU, 1, "fp32")
-    assert given == {"matmul": "medium", "fused_attention": False, "arithmetic": "given"}
+    assert given == {"matmul": "medium", "fused_attention": False, "class_token_tail": False, "arithmetic": "given"}
+    assert arithmetic.chosen("highest+fused+tail", CPU, 1, "fp32")["class_token_tail"] is True
     monkeypatch.setenv("CLBENCH_ARITHMETIC", "highest+explicit")
     assert arithmetic.chosen("auto", CPU, 1, "fp32")["matmul"] == "highest"
-    for bad in ("fastest", "", None, 3, "medium"):
+    for bad in ("fastest", "", None, 3, "medium", "tail", "medium+explicit+"):
         with pytest.raises(UserError, match="arithmetic must be one of auto, reference, highest"):
             arithmetic.chosen(bad, CPU, 1, "fp32")
 
@@ -119,8 +123,11 @@ def test_a_built_network_takes_the_path_of_a_resumed_run():
 
     model = build(compose(["model=nano"])[0]["model"])
     for fused in (True, False):
-        arithmetic.pin(model, {"fused_attention": fused})
+        arithmetic.pin(model, {"fused_attention": fused, "class_token_tail": not fused})
         assert {m.fused_attn for m in model.modules() if hasattr(m, "fused_attn")} == {fused}
+        assert model.class_token_tail is not fused
+    arithmetic.pin(model, {"fused_attention": True})
+    assert model.class_token_tail is False, "a record from before that flag ran the whole block"
 
 
 def test_the_record_names_it_and_the_identity_does_not(clbench):
@@ -134,7 +141,8 @@ def test_the_record_names_it_and_the_identity_does_not(clbench):
     flags = next(r for r in clbench.records() if r["seed"] == 1)["machine"]["flags"]
     (saved,) = (clbench.folder / "cache" / "arithmetic").glob("*.json")
     assert flags["arithmetic"] == "measured"
-    assert calibration.PATHS[json.loads(saved.read_text())["choice"]] == (flags["matmul"], flags["fused_attention"])
+    wanted = (flags["matmul"], flags["fused_attention"], flags["class_token_tail"])
+    assert calibration.PATHS[json.loads(saved.read_text())["choice"]] == wanted
 
 
 def test_memory_is_kept_where_the_c_library_can():
@@ -161,8 +169,12 @@ def test_a_resumed_run_keeps_the_flags_it_began_with(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(walk.Walk, "evaluate", stop_once)
-        outcome = runner.run_job(compose([*options, "arithmetic=highest+fused"])[0])
+        outcome = runner.run_job(compose([*options, "arithmetic=highest+fused+tail"])[0])
         assert outcome.status == "interrupted"
         outcome = runner.run_job(compose([*options, "arithmetic=medium+explicit"])[0])
     entry = json.loads(outcome.path.read_text())
     assert entry["status"] == "ok" and entry["resumed"] == 1 and set(calls) == {"highest"}
+    flags = entry["machine"]["flags"]
+    assert (flags["matmul"], flags["fused_attention"], flags["class_token_tail"]) == ("highest", True, True), (
+        "the record's words"
+    )

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from clbench.catalog import asks, choices
 from clbench.config import compose, load_target
 from clbench.interfaces import BudgetExceeded, Capabilities, Facts, UserError, declared, mismatch
+from clbench.models.backbone import Backbone
 from clbench.streams.images import open_eval, open_experience
 from clbench.testing import Trial, check_learner, small_stream
 from clbench.training.memory import Memory
@@ -39,9 +40,15 @@ def test_contract(name, option):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_bf16(name):
-    """Lower precision inside the network: every phase runs, scores are finite and close to those of fp32."""
-    scores = {}
+def test_bf16(name, monkeypatch):
+    """Lower precision inside the network, in every pass of it: all phases run, scores are finite and close to those of fp32."""
+    scores, lower, count = {}, [], Backbone._counted
+
+    def counted(self, x):
+        lower.append(torch.is_autocast_enabled("cpu"))
+        return count(self, x)
+
+    monkeypatch.setattr(Backbone, "_counted", counted)
     for precision in ("fp32", "bf16"):
         (config,) = compose([f"learner={name}", f"precision={precision}"])
         if "align_epochs" in config["learner"]:
@@ -56,6 +63,8 @@ def test_bf16(name):
             answer = learner.predict(batch)
         scores[precision] = (answer if isinstance(answer, torch.Tensor) else next(iter(answer.values()))).float()
         assert torch.isfinite(scores[precision]).all() and scores[precision].shape == (6, 4)
+        assert lower and ({*lower} == {precision == "bf16"} or name == "ewc"), "a pass in another precision than the run's"
+        lower.clear()  # EWC's squared gradients are a statistic: fp32
     spread = scores["fp32"].std()
     assert (scores["bf16"] - scores["fp32"]).abs().median() < spread, "other numbers, not the same ones rounded"
 

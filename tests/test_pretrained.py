@@ -365,6 +365,24 @@ def test_raw_evaluation_changes_the_state_and_the_others_do_not():
     assert distance(raw.deployed()[1], limit[1])[0] < 1e-6, "in the limit the raw variant deploys the mean"
 
 
+@pytest.mark.parametrize(
+    "words", [("learner=mos",), ("learner=mos", "learner.variant=paper"), ("learner=ease",), ("learner=aper",)]
+)
+def test_no_test_image_passes_twice_under_a_module_that_stands(words, monkeypatch):
+    """Over a whole run, evaluated after every experience: training in between does not make the model forget."""
+    from clbench.models.feature_memory import FeatureMemory
+
+    kept, keep = [], FeatureMemory.keep
+    monkeypatch.setattr(FeatureMemory, "keep", lambda self, fresh, group: (kept.extend(fresh), keep(self, fresh, group))[1])
+    t = trial(*words, "learner.lr=0.3")
+    learner, runtime, pipeline = t.start()
+    for index in range(3):
+        t.learn(learner, runtime, pipeline, index)
+        for j in range(index + 1):
+            t.scores(learner, pipeline, j, 6)
+    assert len(kept) == len(set(kept)) > 0
+
+
 def test_retrieval_runs_only_the_adapters_that_are_visited():
     t, learner, _, pipeline, _ = learned("learner=mos", "learner.lr=0.3", experiences=3)
     learner.model.remember(False)

@@ -41,7 +41,7 @@ class ParallelAdapter(nn.Module):
 def peak(device: torch.device, precision: str, paths: Sequence[str], n: int = 0) -> dict[str, float]:
     """FLOP/s of n x n products in every way that the arithmetic of `paths` reaches -> {"fp32 highest": ..., "bf16": ...}."""
     n = n or (2048 if device.type == "cpu" else 8192)
-    ways = {f"fp32 {mode}": (torch.float32, mode) for mode in dict.fromkeys(calibration.PATHS[p][0] for p in paths)}
+    ways = {f"fp32 {mode}": (torch.float32, mode) for mode in dict.fromkeys(calibration.PATHS[p].matmul for p in paths)}
     if precision == "bf16":
         ways["bf16"] = (torch.bfloat16, "highest")
     before, found = torch.get_float32_matmul_precision(), {}
@@ -90,7 +90,7 @@ def images(
     """
     from timm.layers.config import set_fused_attn
 
-    matmul, fused = calibration.PATHS[path]
+    matmul, fused, _ = calibration.PATHS[path]
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(matmul)
     set_fused_attn(fused)
@@ -149,10 +149,11 @@ def work_of(kind: str, net: Any, width: int, device: torch.device, precision: st
 
 
 def accurate(device: torch.device, precision: str) -> list[str]:
-    """Paths that pass the gate here, torch's defaults first."""
+    """Paths of whole networks that pass the gate here, torch's defaults first."""
     with contextlib.suppress(ValueError):
         found = calibration.measure(device, precision)["seconds"]
-        return sorted(found, key=lambda name: name != arithmetic.REFERENCE)
+        whole = [name for name in found if not calibration.PATHS[name].tail]
+        return sorted(whole, key=lambda name: name != arithmetic.REFERENCE)
     return [arithmetic.REFERENCE]
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from clbench.interfaces import Batch, Capabilities, Experience, Place, Schedule, UserError
 from clbench.models.backbone import Backbone
 from clbench.models.heads import LinearHead
-from clbench.models.pet import Factory, State
+from clbench.models.pet import Factory, State, follow
 from clbench.models.pet_modules import adapter
 from clbench.streams.images import shuffled
 from clbench.training.fit import Recipe, fit
@@ -86,8 +86,7 @@ class Lae:
             return masked_cross_entropy(self.head(features), batch.y, "local", experience.classes)
 
         def accumulate(place: Place, batch: Any) -> None:
-            for name, value in self.offline.items():
-                value.lerp_(self.pet.values[name].detach(), 1 - self.decay)
+            follow(self.offline, dict(self.pet.values), 1 - self.decay)
 
         groups = groups_of((self.head, self.lr), (self.pet, self.lr))
         log = fit(self.runtime, "train", self, groups, loss, batches, self.recipe, after_step=accumulate)

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import json
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from clbench.interfaces import UserError
+from clbench.models import architectures, class_token
 from clbench.models import weights as files
-from clbench.models.feature_memory import FeatureMemory, Name
+from clbench.models.feature_memory import FeatureMemory, Name, state_group
 from clbench.models.weights import state_sha256
 from clbench.streams.images import ImageBatch
 from clbench.streams.pixels import Profile, make_profile
@@ -36,6 +37,7 @@ class Backbone(nn.Module):
     passes    images that went through, those of deep copies included, and those that the store on disk spared:
               {"train": n, "eval": n, "stored": n}
     memory    features that were computed already
+    class_token_tail  whether features leave out what the last block computes for the other tokens
     identity  name, timm tag, source, profile, file_sha256, state_sha256: goes into the record
     """
 
@@ -46,6 +48,7 @@ class Backbone(nn.Module):
         self.passes = {"train": 0, "eval": 0, "stored": 0}
         self.memory = FeatureMemory()
         self.frozen = False
+        self.class_token_tail = False
         self._remembers = True
         self.pets: list[Any] = []
 
@@ -58,7 +61,8 @@ class Backbone(nn.Module):
         names = self._names(batch) if isinstance(batch, ImageBatch) and batch.plain and self._may_remember() else []
         if not names:
             return self._pooled(batch)
-        known, stored = self.memory.find(names, self._group)
+        group = partial(state_group, self)
+        known, stored = self.memory.find(names, group)
         self.passes["stored"] += stored
         rows = [i for i, name in enumerate(names) if name not in known]
         if rows:
@@ -67,16 +71,31 @@ class Backbone(nn.Module):
             for i, row in zip(rows, out, strict=True):
                 fresh.setdefault(names[i], row.clone())
             fresh = {name: row for name, row in fresh.items() if name not in known}
-            self.memory.keep(fresh, self._group)
+            self.memory.keep(fresh, group)
             known |= fresh
         return torch.stack([known[name] for name in names]).to(self._device)
 
     def _pooled(self, batch: Any) -> Tensor:
         x = batch if isinstance(batch, Tensor) else batch.x
-        bound = x.device.type != "cpu" or torch.is_grad_enabled() or self._trains() or any(pet.active for pet in self.pets)
-        number = 1 if bound else max(1, -(-x[:, 0].numel() // CACHED_PIXELS))
-        pooled = [self.net.forward_head(self.tokens(x), pre_logits=True) for x in x.tensor_split(number)]  # type: ignore[operator]
-        return torch.cat(pooled)
+        whole = x.device.type != "cpu" or torch.is_grad_enabled() or self.training
+        number = 1 if whole else max(1, -(-x[:, 0].numel() // CACHED_PIXELS))
+        if number == 1:
+            return self._pass(x)
+        return torch.cat([self._pass_of(x, rows) for rows in torch.arange(len(x)).tensor_split(number)])
+
+    def _pass_of(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Of some images of a batch [R, D], each under the state that its sample has."""
+        with contextlib.ExitStack() as stack:
+            for pet in self.pets:
+                stack.enter_context(pet.only(rows))
+            return self._pass(x[rows[0] : rows[-1] + 1])
+
+    def _pass(self, x: Tensor) -> Tensor:
+        """Of ready images [B, C, H, W] -> [B, D]."""
+        net: Any = self.net
+        tail = self.class_token_tail and class_token.fits(net)
+        tokens = class_token.forward_features(net, self.pets, self._counted(x)) if tail else self.tokens(x)
+        return net.forward_head(tokens, pre_logits=True)
 
     def _of_some(self, batch: ImageBatch, rows: list[int]) -> Tensor:
         """Features of some samples [R, D]. No image goes alone: kernels for single images round differently from others."""
@@ -89,17 +108,6 @@ class Backbone(nn.Module):
         self.passes["eval"] -= len(passing) - len(rows)
         return out[: len(rows)]
 
-    def _group(self, tags: Name) -> str | None:
-        """The store's name for the network as it stands with the modules at work; None where something unknown hangs on it."""
-        assert self.memory.store is not None
-        modules = list(self.net.modules())
-        if not self.pets and any(m._forward_hooks or m._forward_pre_hooks for m in modules):
-            return None
-        active = [pet for pet in self.pets if pet.active]
-        kinds = [type(m).__name__ for m in modules]
-        digests = [f"{pet.kind} {state_sha256(pet.in_use_by(tag))}" for pet, tag in zip(active, tags[1:], strict=True)]
-        return self.memory.store.group(tags[0], state_sha256(self.net.state_dict()), kinds, digests)
-
     def _names(self, batch: ImageBatch) -> list[Name]:
         """What each sample's features are remembered under; empty where they are not."""
         tags = [pet.tags(len(batch)) for pet in self.pets if pet.active]
@@ -111,8 +119,11 @@ class Backbone(nn.Module):
     def tokens(self, batch: Any) -> Tensor:
         """What comes before pooling: for a ViT all tokens after the last norm [B, N, D]."""
         x = batch if isinstance(batch, Tensor) else batch.x
+        return self.net.forward_features(self._counted(x))  # type: ignore[operator]
+
+    def _counted(self, x: Tensor) -> Tensor:
         self.passes["train" if torch.is_grad_enabled() and self._trains() else "eval"] += len(x)
-        return self.net.forward_features(x)  # type: ignore[operator]
+        return x
 
     def _trains(self) -> bool:
         return self.training or any(pet.training and pet.active for pet in self.pets)
@@ -201,9 +212,9 @@ def build_backbone(
     if weights == "timm":
         if stem is not None:
             raise UserError(f"model.stem={stem} would replace a part of the weights that model.weights=timm brings")
-        net, timm, file_sha = _downloaded(timm, options, sha256, download)
+        net, timm, file_sha = architectures.downloaded(timm, options, sha256, download)
     else:
-        net, file_sha = _drawn(timm, options, stem, seed), None
+        net, file_sha = architectures.drawn(timm, options, stem, seed), None
     source = weights
     if weights not in ("none", "timm"):
         path = files.find(weights, timm, data_root)
@@ -218,83 +229,3 @@ def build_backbone(
     side = options.get("img_size", 32 if stem == "small" else config.get("input_size", (3, 224, 224))[-1])
     size = int(side[0] if isinstance(side, list | tuple) else side)
     return Backbone(net, make_profile(profile, size, config), identity, weights != "none")
-
-
-def _known(tag: str) -> None:
-    """`UserError` unless timm has this architecture and, where one is given, this tag."""
-    import timm
-
-    architecture, _, variant = tag.partition(".")
-    if architecture not in timm.list_models():
-        near = difflib.get_close_matches(architecture, timm.list_models(), 3)
-        raise UserError(f"timm has no model {architecture!r}; near: {', '.join(near) or 'none'}")
-    tags = timm.list_pretrained(f"{architecture}.*")
-    if variant and tag not in tags:
-        near = difflib.get_close_matches(tag, tags, 1) or tags[:1]
-        raise UserError(
-            f"timm has no weights {tag!r}; {f'did you mean {near[0]!r}?' if near else 'it has none for this model'}"
-        )
-
-
-def _create(tag: str, options: dict[str, Any], **more: Any) -> nn.Module:
-    import timm
-
-    try:
-        return timm.create_model(tag, num_classes=0, **options, **more)
-    except (TypeError, AssertionError) as error:
-        raise UserError(f"model.kwargs {options} do not fit timm's {tag}: {error}") from None
-
-
-def _drawn(tag: str, options: dict[str, Any], stem: str | None, seed: int) -> nn.Module:
-    """An architecture with random weights from `seed`; the global generators stay as they are."""
-    from timm.models.resnet import BasicBlock, ResNet
-
-    if stem not in (None, "small"):
-        raise UserError(f"model.stem must be null or small, got {stem!r}")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
-        if tag == "resnet32":
-            net: nn.Module = ResNet(BasicBlock, layers=(5, 5, 5), channels=(16, 32, 64), num_classes=0, **options)  # type: ignore[arg-type]
-            net.bn1, net.layer1[0] = nn.BatchNorm2d(16), BasicBlock(16, 16)  # type: ignore[index, operator]
-            net.conv1, net.layer4 = nn.Conv2d(3, 16, 7, 2, 3, bias=False), nn.Identity()
-        else:
-            _known(tag)
-            net = _create(tag, options)
-        if stem == "small":
-            if not isinstance(net, ResNet):
-                raise UserError(f"model.stem=small is for ResNets, {tag} is none")
-            net.conv1 = nn.Conv2d(3, int(net.bn1.num_features), 3, 1, 1, bias=False)  # type: ignore[arg-type]
-            net.maxpool = nn.Identity()
-        if isinstance(net, ResNet):
-            net.init_weights()
-    return net
-
-
-def _downloaded(tag: str, options: dict[str, Any], sha256: str | None, download: bool) -> tuple[nn.Module, str, str | None]:
-    """A model with timm's own weights, from its cache where they lie there -> net, full tag, SHA-256 of the file."""
-    import timm
-
-    _known(tag)
-    if "." not in tag:
-        tags = timm.list_pretrained(f"{tag}.*")
-        if len(tags) != 1:
-            raise UserError(f"model.timm={tag} names {len(tags)} sets of weights: give the full tag, one of {', '.join(tags)}")
-        tag = tags[0]
-    path = files.cached(tag)
-    mend = "or model.weights=FILE, a safetensors file"
-    if path is None and not download:
-        raise UserError(f"weights of timm's {tag} are not in the local cache: download=true fetches them, {mend}")
-    overlay = {} if path is None else {"file": str(path), "custom_load": path.suffix == ".npz"}
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            net = _create(tag, options, pretrained=True, pretrained_cfg_overlay=overlay)
-    except UserError:
-        raise
-    except Exception as error:  # the hub's client raises many kinds
-        reason = files.line(error)
-        raise UserError(f"weights of timm's {tag} could not be loaded ({mend}): {reason}") from None
-    path = path or files.cached(tag)
-    if path is None and sha256 is not None:
-        raise UserError(f"model.sha256 cannot be checked: timm's file for {tag} was not found after loading it")
-    return net, tag, files.check_sha256(path, sha256) if path else None

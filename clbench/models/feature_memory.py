@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from clbench.models.feature_store import FeatureStore
+from clbench.models.weights import state_sha256
 
 MEMO_BYTES = 2 << 30
 Name = tuple[Any, ...]
@@ -68,3 +69,14 @@ class FeatureMemory:
                 self._groups[tags] = group(tags)
             out.setdefault(self._groups.get(tags), []).append(name)
         return out
+
+
+def state_group(model: Any, tags: Name) -> str | None:
+    """The store's name for a network as it stands with the modules at work; None where something unknown hangs on it."""
+    modules = list(model.net.modules())
+    if not model.pets and any(m._forward_hooks or m._forward_pre_hooks for m in modules):
+        return None
+    active = [pet for pet in model.pets if pet.active]
+    kinds = [type(m).__name__ for m in modules]
+    digests = [f"{pet.kind} {state_sha256(pet.in_use_by(tag))}" for pet, tag in zip(active, tags[1:], strict=True)]
+    return model.memory.store.group(tags[0], state_sha256(model.net.state_dict()), kinds, digests)

@@ -6,7 +6,7 @@ an optimiser which holds their parameters stays valid. Nothing here touches the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -54,6 +54,24 @@ class LinearHead(nn.Module):
         """Logits [B, K]."""
         assert len(self.blocks), "the head has no class yet"
         return torch.cat([block(features) for block in self.blocks], dim=1)
+
+    def joined(self) -> LinearHead:
+        """The same function as one block, a copy: one product instead of one for every experience."""
+        twin = LinearHead(self.num_features, self.std, self.bias)
+        twin.blocks.append(twin._block(self.num_classes).to(self.anchor.device))
+        self._exchange(twin.blocks[0], lambda mine, joint: joint.copy_(mine))
+        return twin
+
+    def take(self, joined: LinearHead) -> None:
+        """The values of a head that `joined` gave, in place."""
+        self._exchange(joined.blocks[0], lambda mine, joint: mine.copy_(joint))
+
+    @torch.no_grad()
+    def _exchange(self, joint: Any, copy: Callable[[Tensor, Tensor], Any]) -> None:
+        for name in ("weight", "bias") if self.bias else ("weight",):
+            parts = getattr(joint, name).split(self.widths)
+            for block, part in zip(self.blocks, parts, strict=True):
+                copy(getattr(block, name), part)
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Fill in place; blocks that are missing are added, blocks too many are removed."""

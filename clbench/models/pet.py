@@ -48,6 +48,8 @@ class Pet(nn.Module):
 
     The backbone is frozen by attaching (its own gradients are off); `values` train. Dropout inside a pet is drawn from the
     seed, the images visited and the place, so that a resumed run draws the same; there is none before `train()`.
+
+    tokens  where a layer is run for the first of its tokens alone: of how many. Dropout then draws what it would for all.
     """
 
     def __init__(self, model: Backbone, runtime: Clock, kind: str, spec: Mapping[str, tuple[Sequence[int], Init]]):
@@ -63,6 +65,7 @@ class Pet(nn.Module):
         self._rows: Tensor | None = None
         self._tag: Any = None
         self._own_named = False
+        self.tokens: int | None = None
         self._model = [model]
         self._drawn = ((-1, 0), 0)
         self.merges: list[Callable[[float], None]] = []
@@ -116,7 +119,7 @@ class Pet(nn.Module):
             self._now, self._rows, self._tag = before
 
     @contextmanager
-    def only(self, samples: Sequence[int]) -> Iterator[None]:
+    def only(self, samples: Sequence[int] | Tensor) -> Iterator[None]:
         """Compute with some samples of the batch that `rows` were given for, in this order."""
         before = self._rows
         if before is not None and self.active:
@@ -160,8 +163,9 @@ class Pet(nn.Module):
         now = (self._runtime.experience, self._runtime.used_visits)
         self._drawn = (now, self._drawn[1] + 1 if self._drawn[0] == now else 0)
         key = counter.key(self._runtime.seed, "dropout", *now, self._drawn[1], place)
-        generator = torch.Generator(x.device).manual_seed(key >> 1)
-        return x * (torch.rand(x.shape, generator=generator, device=x.device) >= p) / (1 - p)
+        shape = x.shape if self.tokens is None else (len(x), self.tokens, *x.shape[2:])
+        drawn = torch.rand(shape, generator=torch.Generator(x.device).manual_seed(key >> 1), device=x.device)
+        return x * (drawn if self.tokens is None else drawn[:, : x.shape[1]]).ge(p) / (1 - p)
 
     def state(self) -> State:
         """A copy of the values."""
@@ -173,7 +177,6 @@ class Pet(nn.Module):
             raise UserError(f"this state does not belong to a {self.kind} of this shape")
         if self._own_named:
             self._model[0].forget()
-            self._own_named = False
         super().load_state_dict({f"values.{name}": value for name, value in state.items()})
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -183,9 +186,7 @@ class Pet(nn.Module):
 
     def approach(self, state: Mapping[str, Tensor], share: float) -> None:
         """Move the values towards `state`: v <- (1 - share) v + share state."""
-        with torch.no_grad():
-            for name, value in self.values.items():
-                value.lerp_(state[name].to(value), share)
+        follow(self._own, state, share)
 
     def merge(self) -> None:
         """Fold the values into the network's weights (LoRA, SSF): the same function without the extra work."""
@@ -232,6 +233,14 @@ def average(states: Sequence[Mapping[str, Tensor]]) -> State:
 def blend(a: Mapping[str, Tensor], b: Mapping[str, Tensor], share: float) -> State:
     """(1 - share) a + share b."""
     return {name: torch.lerp(value.detach(), b[name].detach(), share) for name, value in a.items()}
+
+
+@torch.no_grad()
+def follow(values: Mapping[str, Tensor], state: Mapping[str, Tensor], share: float) -> None:
+    """Values <- (1 - share) values + share state, in place, all in one call."""
+    targets = [state[name].detach().to(value) for name, value in values.items()]
+    if targets:
+        torch._foreach_lerp_(list(values.values()), targets, share)  # type: ignore[reportPrivateImportUsage] as torch's own EMA
 
 
 def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> tuple[float, float]:

@@ -1,5 +1,7 @@
 """The hooks of `pet_modules.py`: plain objects that survive a deep copy of the network they hang on.
 
+`per_token` marks those that treat every token alike (see `class_token.py`).
+
 Legend: B batch, N tokens, D channels, n inserted tokens, h heads, d channels of a head.
 """
 
@@ -8,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +110,7 @@ class Adapter:
     activation: Callable[[Tensor], Tensor]
     dropout: float
     seen: Tensor | None = None
+    per_token: ClassVar[bool] = True
 
     def value(self, x: Tensor) -> Tensor:
         """Of x [B, ..., D]."""
@@ -141,6 +144,7 @@ class LowRank:
     name: str
     part: int | None
     scale: float | None
+    per_token: ClassVar[bool] = True
 
     def add(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         """Hook behind the layer."""
@@ -175,6 +179,7 @@ class ScaleShift:
 
     pet: Pet
     name: str
+    per_token: ClassVar[bool] = True
 
     def apply(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         """Hook behind the layer."""

@@ -16,7 +16,8 @@ from clbench.report.verify import Verdict
 Entry = Mapping[str, Any]
 _TABLES = ("correct", "correct_masked", "correct_top5")
 _VERSIONS = ("clbench", "python", "torch", "torchvision", "timm", "numpy", "pillow")
-_FLAGS = ("num_threads", "matmul", "fused_attention", "deterministic")
+_FLAGS = ("num_threads", "matmul", "fused_attention", "class_token_tail", "deterministic")
+_SINCE = {"class_token_tail": False}  # what records that are older than a flag ran under
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def machine(entry: Entry, again: Entry) -> Iterator[str]:
     mine, other = again["machine"], entry.get("machine") or {}
     kinds = [str(m.get("device", "?")).split(":")[0] for m in (other, mine)]
     parts = {"device": kinds, "processor": [other.get("cpu"), mine.get("cpu")]}
-    parts |= {key: [(m.get("flags") or {}).get(key) for m in (other, mine)] for key in _FLAGS}
+    parts |= {key: [(m.get("flags") or {}).get(key, _SINCE.get(key)) for m in (other, mine)] for key in _FLAGS}
     parts |= {key: [(r.get("versions") or {}).get(key) for r in (entry, again)] for key in _VERSIONS}
     for name, (then, now) in parts.items():
         if then != now:

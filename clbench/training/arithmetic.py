@@ -4,7 +4,8 @@ The option `arithmetic` of a run says who chooses:
   auto              what `calibration.py` measured once on this machine: the fastest path that keeps the accuracy
   reference         torch's defaults, which published code runs with: highest+fused
   MATMUL+ATTENTION  MATMUL highest, high or medium (torch.set_float32_matmul_precision), ATTENTION fused (one kernel for the
-                    whole attention) or explicit (product, softmax, product)
+                    whole attention) or explicit (product, softmax, product); with +tail the last block of a ViT is run for
+                    the class token alone where nothing else is read (`models/class_token.py`)
 The environment variable CLBENCH_ARITHMETIC takes the place of `auto`, for machines that must all compute alike.
 """
 
@@ -14,7 +15,7 @@ import ctypes
 import functools
 import os
 import sys
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from clbench.interfaces import UserError
 from clbench.training import calibration
 
 REFERENCE = "highest+fused"
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def choose_device(name: str) -> torch.device:
@@ -56,7 +58,7 @@ def choose_threads(wanted: str | int) -> int:
 
 
 def chosen(wanted: Any, device: torch.device, threads: int, precision: str) -> dict[str, Any]:
-    """What the option `arithmetic` asks for -> {"matmul", "fused_attention", "arithmetic": who chose}. Raises `UserError`."""
+    """What the option `arithmetic` asks for -> its flags, and who chose them ("arithmetic"). Raises `UserError`."""
     wanted = os.environ.get("CLBENCH_ARITHMETIC") or "auto" if wanted == "auto" else wanted
     name = REFERENCE if wanted == "reference" else wanted
     if wanted == "auto":
@@ -64,9 +66,9 @@ def chosen(wanted: Any, device: torch.device, threads: int, precision: str) -> d
     if not isinstance(name, str) or name not in calibration.PATHS:
         ways = ", ".join(("auto", "reference", *calibration.PATHS))
         raise UserError(f"arithmetic must be one of {ways}, got {wanted!r}")
-    matmul, attention = calibration.PATHS[name]
+    path = calibration.PATHS[name]
     by = {"auto": "measured", "reference": "reference"}.get(str(wanted), "given")
-    return {"matmul": matmul, "fused_attention": attention, "arithmetic": by}
+    return {"matmul": path.matmul, "fused_attention": path.fused, "class_token_tail": path.tail, "arithmetic": by}
 
 
 @functools.cache
@@ -84,11 +86,14 @@ def keep_memory() -> bool:
     return bool(mallopt(mmap, 1 << 30)) and bool(mallopt(trim, (1 << 31) - 1))
 
 
-def pin(model: nn.Module, flags: dict[str, Any]) -> None:
-    """Give a network that is built already the attention path of `flags`: timm's layers choose theirs when they are made."""
+def pin(model: Network, flags: dict[str, Any]) -> Network:
+    """Give a network that is built already the path of `flags`: timm's layers choose their attention when they are made."""
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = flags["fused_attention"]
+        if hasattr(module, "class_token_tail"):
+            module.class_token_tail = flags.get("class_token_tail", False)
+    return model
 
 
 def apply(

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from clbench import counter
 from clbench.interfaces import UserError
+from clbench.models.heads import LinearHead
 from clbench.training.fit import Recipe, fit
 from clbench.training.losses import normalised_cross_entropy
 from clbench.training.runtime import Runtime
@@ -261,5 +262,13 @@ def alignment(
 def align(
     runtime: Runtime, learner: Any, head: nn.Module, gaussians: ClassGaussians, *, name: str = "align", **options: Any
 ) -> dict[str, float]:
-    """Train `head`, which must be in the learner's state, on samples of `gaussians`; `options` are those of `alignment`."""
-    return fit(runtime, name, learner, *alignment(runtime, head, gaussians, name=name, **options))
+    """Train `head`, which must be in the learner's state, on samples of `gaussians`; `options` are those of `alignment`.
+
+    The blocks of a `LinearHead` are trained as one and written back: the same steps, with one product each.
+    """
+    if not isinstance(head, LinearHead) or not all(p.requires_grad for p in head.parameters()):
+        return fit(runtime, name, learner, *alignment(runtime, head, gaussians, name=name, **options))
+    joined = head.joined()
+    log = fit(runtime, name, learner, *alignment(runtime, joined, gaussians, name=name, **options))
+    head.take(joined)
+    return log
