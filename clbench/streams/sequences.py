@@ -14,6 +14,7 @@ from clbench import counter
 
 _ROUNDS = 4
 _HELD = 16 << 20  # bytes of a mapped file that may stay resident
+_FAULT = 1 << 16  # what a read of one byte makes resident: the system maps the pages around it as well
 
 
 def permuted(key: int, n: int, positions: np.ndarray) -> np.ndarray:
@@ -62,7 +63,7 @@ def windows(tokens: np.ndarray, ids: np.ndarray, context: int) -> np.ndarray:
     """Sequences by id -> [B, context + 1] int64; sequence i starts at token i * context."""
     found = tokens[np.asarray(ids, np.int64)[:, None] * context + np.arange(context + 1)].astype(np.int64)
     if isinstance(tokens, np.memmap):
-        _release(tokens, len(found) * (mmap.PAGESIZE + context * tokens.itemsize))
+        _release(tokens, len(found) * (max(mmap.PAGESIZE, _FAULT) + context * tokens.itemsize))
     return found
 
 
