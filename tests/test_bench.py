@@ -1,5 +1,6 @@
 """`clbench bench`: what is needed, by hand; what is shown and judged; the command itself at sizes that mean nothing."""
 
+import argparse
 import json
 import math
 
@@ -120,6 +121,11 @@ def test_presets_compose(name, tmp_path):
         (("scaling", "--experiences", "5,x"), "--experiences takes whole numbers"),
         (("scaling", "--classes", "0"), "from 1"),
         (("--learners", ","), "--learners needs"),
+        (("--cases", "slcaa"), "no case 'slcaa'; did you mean 'slca'"),
+        (("--cases", "sweep"), "no case 'sweep'"),
+        (("--preset", "cpu_targets", "--cases", "ncm"), "one of: simplecil"),
+        (("--cases", "slca", "--learners", "slca"), "give one of them"),
+        (("scaling", "--cases", "slca"), "--cases has no effect on bench scaling"),
         (("--name", "../x"), "--name must be"),
         (("--learners", "finetune", "--quick"), "finetune has no naive version"),
         (("--learners", "ncmm"), "no learner 'ncmm'"),
@@ -132,6 +138,31 @@ def test_mistakes_are_one_line(clbench, words, message):
     assert not list(clbench.folder.glob("results/bench/*.json"))
 
 
+def test_the_best_path_of_each_kind():
+    """By hand: what the floor's rates are measured with again."""
+    slow = {"forward": {"16": 9.0, "32": 11.0}, "adapter": {"32": 5.0}, "full": {"32": 3.0}, "flop": {"forward": 1.0}}
+    fast = {"forward": {"16": 10.0}, "adapter": {"32": 6.0}, "full": {"32": 2.0}}
+    assert rates.fastest({"a": slow, "b": fast}) == {"a": ["forward", "full"], "b": ["adapter"]}
+    assert rates.fastest({"a": slow, "b": fast}, ["forward"]) == {"a": ["forward"]}
+    assert rates.fastest({"a": {"forward": {"4": 1.0}}}) == {"a": ["forward"]}, "a network without blocks trains no adapter"
+    assert rates.best({"a": slow, "b": fast}) == {"forward": 11.0, "adapter": 6.0, "full": 3.0}
+
+
+def test_some_cases_of_a_preset():
+    from clbench.bench import options
+
+    def of(*words):
+        parser = argparse.ArgumentParser()
+        options.add_arguments(parser)
+        return options.chosen(parser.parse_args(["--preset", "cpu_targets", *words]), [])
+
+    name, preset = of("--cases", "mos 10 x 5,slca")
+    assert name == "cpu_targets_part" and [c.name for c in preset.cases] == ["slca", "mos 10 x 5"] and preset.sweep == ()
+    name, preset = of("--cases", "sweep", "--no-naive", "--name", "mine")
+    assert name == "mine" and preset.cases == () and [c.naive for c in preset.sweep] == [False] * 3
+    assert of()[0] == "cpu_targets" and all(c.naive for c in of()[1].sweep)
+
+
 def test_the_command_measures_and_writes(clbench):
     words = ("scenario.num_classes=4", "learner.lr=0.01", "num_threads=1")
     out = clbench("bench", "--quick", "--learners", "slca", "--precision", "fp32,bf16", "--name", "here", *words).stdout
@@ -141,8 +172,8 @@ def test_the_command_measures_and_writes(clbench):
     assert (a["precision"], b["precision"]) == ("fp32", "bf16") and a["naive"] == b["naive"]
     assert a["scenario"] == {"name": "cil_digits", "train": [12, 12], "test": [8, 8]}
     assert a["passes"]["train"] == a["needed"]["full"] == 2 * 24 and a["passes"]["eval"] == a["needed"]["forward"] == 24 + 24
-    best = rates.best(found["rates"]["nano"]["fp32"])
-    floor = 48 / best["full"] + 48 / best["forward"]
+    assert set(a["rates"]) == {"forward", "full"}, "the rates that SLCA's floor is made of, measured around its run"
+    floor = 48 / a["rates"]["full"] + 48 / a["rates"]["forward"]
     assert a["floor"] == pytest.approx(floor, rel=1e-4) and a["share"] == pytest.approx(a["floor"] / a["seconds"], rel=1e-4)
     assert a["ratio"] == pytest.approx(a["naive"]["seconds"] / a["seconds"], rel=1e-4)
     assert {"learn", "evaluate", "fit:train", "extract"} <= set(a["phases"]) and a["naive"]["passes"]["eval"] > 48

@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "words", nargs="*", metavar="WHAT | NAME=VALUE", help="cases (default), scaling, startup; options of runs"
     )
     parser.add_argument("--preset", metavar="NAME", help=f"{', '.join(PRESETS)} (quick)")
+    parser.add_argument("--cases", metavar="A,B", help="only these cases of the preset, and `sweep` for its sweep")
     parser.add_argument("--learners", metavar="A,B", help="these learners instead of the preset's")
     parser.add_argument("--scenario", metavar="NAME", help="the same as scenario=NAME")
     parser.add_argument("--model", metavar="NAME", help="the same as model=NAME")
@@ -56,7 +57,7 @@ def split(args: argparse.Namespace) -> tuple[str, list[str]]:
         if "=" not in word:
             raise UserError(f"{word!r}: write NAME=VALUE")
     only = {
-        "cases": ("preset", "precision", "no_naive", "stand_ins", "scenario"),
+        "cases": ("preset", "cases", "precision", "no_naive", "stand_ins", "scenario"),
         "scaling": ("experiences", "classes"),
         "startup": ("records",),
     }
@@ -79,21 +80,34 @@ def chosen(args: argparse.Namespace, words: list[str]) -> tuple[str, Preset]:
     preset = PRESETS[name]
     if args.learners and not args.preset and not args.quick:
         preset = replace(preset, words=())
-    cases = preset.cases
+    cases, swept = preset.cases, preset.sweep
+    if args.cases:
+        cases, swept = some(preset, listed(args.cases, "--cases"), bool(args.learners))
     if args.learners:
         cases = tuple(Case(learner, (f"learner={learner}",)) for learner in listed(args.learners, "--learners"))
     if args.no_naive:
-        cases = tuple(replace(case, naive=False, least_ratio=None) for case in cases)
+        cases, swept = (tuple(replace(case, naive=False, least_ratio=None) for case in part) for part in (cases, swept))
     precisions = tuple(listed(args.precision, "--precision")) if args.precision else preset.precisions
     if any(p not in ("fp32", "bf16") for p in precisions):
         raise UserError(f"--precision must be fp32, bf16 or fp32,bf16, got {args.precision!r}")
     shared = [word for word in words if "." not in word.split("=")[0]]
     more = (*(QUICK if args.quick else ()), *(word for word in words if word not in shared))
     cases = tuple(replace(case, words=(*case.words, *more)) for case in cases)
-    others = () if args.learners else tuple(replace(case, words=(*case.words, *more)) for case in preset.sweep)
+    others = () if args.learners else tuple(replace(case, words=(*case.words, *more)) for case in swept)
     preset = replace(preset, cases=cases, precisions=precisions, words=(*preset.words, *shared), sweep=others)
     preset = replace(preset, seeds=2) if args.quick else preset
-    return args.name or name, preset
+    return args.name or (f"{name}_part" if args.cases else name), preset
+
+
+def some(preset: Preset, wanted: list[str], replaced: bool) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+    """Cases of a preset by name, and its sweep if it is asked for."""
+    if replaced:
+        raise UserError("--cases chooses among the preset's, --learners takes others: give one of them")
+    known = [case.name for case in preset.cases] + ["sweep"] * bool(preset.sweep)
+    for name in wanted:
+        if name not in known:
+            raise UserError(f"no case '{name}'{nearest(name, known)} (one of: {', '.join(known)})")
+    return tuple(case for case in preset.cases if case.name in wanted), preset.sweep if "sweep" in wanted else ()
 
 
 def listed(text: str, option: str) -> list[str]:

@@ -165,3 +165,13 @@ def best(measured: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
             for rate in found.get(kind, {}).values():
                 out[kind] = max(out.get(kind, 0.0), rate)
     return out
+
+
+def fastest(measured: dict[str, dict[str, dict[str, float]]], kinds: Sequence[str] = KINDS) -> dict[str, list[str]]:
+    """{path: what `images` gave} -> the paths that are best at one of `kinds`, and at which."""
+    out: dict[str, list[str]] = {}
+    for kind in kinds:
+        found = {path: max(rates[kind].values()) for path, rates in measured.items() if rates.get(kind)}
+        if found:
+            out.setdefault(max(found, key=lambda path: found[path]), []).append(kind)
+    return out
