@@ -1,5 +1,6 @@
 """Shared pieces of the tests: the command line as a person types it, and where real data is."""
 
+import atexit
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
     own = sorted(os.sched_getaffinity(0))[int(worker[2:]) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
     os.sched_setaffinity(0, own or os.sched_getaffinity(0))
 SCRATCH = tempfile.TemporaryDirectory(prefix="clbench-tests-")
+atexit.register(SCRATCH.cleanup)
 os.environ["CLBENCH_CACHE"] = SCRATCH.name  # no test leaves features in the user's cache
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Tests measure no arithmetic: they pin it, on processors with matrix units to the path that is exact there too.
