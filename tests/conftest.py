@@ -12,7 +12,7 @@ import tempfile
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line has it; read when torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # tests run side by side; read when torch is imported
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
     # Each of the test processes has processors of its own: torch's threads of two processes that share them wait in turns.
     own = sorted(os.sched_getaffinity(0))[int(worker[2:]) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]

@@ -247,3 +247,23 @@ def test_run_alone_says_how_a_child_ended():
     assert run_alone(os.abort)["text"] == "killed by SIGABRT"
     assert run_alone(int, "x")["status"] == "failed"
     assert how_it_died(-9) == "killed by SIGKILL (out of memory?)"
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("run learner=ncm", "GOMP_SPINCOUNT"),
+        ("run -m learner=ncm,slca machine=local", "GOMP_SPINCOUNT"),
+        ("run -m learner=ncm,slca machine=slurm", "GOMP_SPINCOUNT"),
+        ("run -m learner=ncm,slca machine=joblib", "OMP_WAIT_POLICY"),
+        ("run -m learner=ncm,slca machine=submitit_local_parallel", "OMP_WAIT_POLICY"),
+        ("run -m learner=ncm,slca hydra/launcher=joblib", "OMP_WAIT_POLICY"),
+        ("run -m learner=ncm,slca +hydra/launcher=mine", "OMP_WAIT_POLICY"),
+        ("", "GOMP_SPINCOUNT"),
+    ],
+)
+def test_threads_wait_awake_where_a_job_has_the_machine_to_itself(words, wanted):
+    from clbench.cli import patience
+
+    assert list(patience(words.split(), {})) == [wanted]
+    assert patience(words.split(), {"OMP_WAIT_POLICY": "ACTIVE"}) == patience(words.split(), {"GOMP_SPINCOUNT": "0"}) == {}
