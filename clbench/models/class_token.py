@@ -73,7 +73,7 @@ def _last(block: Any, x: Tensor) -> Tensor:
 
 def _plain(attention: Any) -> bool:
     """Whether it is timm's, and what it computes is seen by nobody else."""
-    from timm.layers.attention import Attention
+    from timm.models.vision_transformer import Attention
 
     qkv = getattr(attention, "qkv", None)
     if type(attention) is not Attention or type(qkv) is not nn.Linear or getattr(attention, "gate", None) is not None:
