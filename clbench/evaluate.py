@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from clbench.interfaces import UserError
+from clbench.streams.eval_sets import EvalSet, eval_batches
 
 BINS = 15
 EDGES = np.arange(1, BINS) / BINS  # bin b holds confidences in (b / 15, (b + 1) / 15]
+EACH = ("y", "given", "hit", "confidence", "nll", "brier")  # what is known of every sample
 LEAST = float(np.finfo(np.float32).tiny)  # probabilities below it count as it: nll stays finite
 
 
@@ -43,65 +45,90 @@ class SetCounts:
 
 def evaluate(
     learner: Any,
-    evals: Sequence[Any],
+    evals: Sequence[EvalSet],
     num_seen: int,
     batch_size: int,
     autocast: Callable[[], Any],
     check_stop: Callable[[], None] = lambda: None,
     origin: Sequence[int] = (),
+    joined: bool = True,
 ) -> list[SetCounts | None]:
     """Count right answers on every set whose classes have all been seen; None for the others.
 
     `correct` is the arg-max over all seen classes, or over the task's classes where the set discloses its task; `masked`
-    is always over the set's own classes. `origin` names the experience that brought each class. Raises `UserError` when
-    predictions have a wrong shape or are not finite.
+    is always over the set's own classes. `origin` names the experience that brought each class. `joined`: small sets may share
+    a batch, which is for learners whose answers do not depend on it. Raises `UserError` when predictions have a wrong shape
+    or are not finite.
     """
-    row: list[SetCounts | None] = []
-    for eval_set in evals:
-        if max(eval_set.classes) >= num_seen:
-            row.append(None)
-            continue
-        row.append(_one_set(learner, eval_set, num_seen, batch_size, autocast, check_stop, np.asarray(origin, np.int64)))
-    return row
-
-
-def _one_set(
-    learner: Any, eval_set: Any, num_seen: int, batch_size: int, autocast: Any, check_stop: Any, origin: np.ndarray
-) -> SetCounts:
-    own = torch.tensor(sorted(eval_set.classes))
-    counts = SetCounts(class_correct=[0] * len(own), class_n=[0] * len(own))
-    place = {int(c): i for i, c in enumerate(eval_set.classes)}
-    parts, answers = [], np.zeros(num_seen, np.int64)
-    for batch, y in eval_set.batches(batch_size):
+    asked = [i for i, one in enumerate(evals) if max(one.classes) < num_seen]
+    own = [torch.tensor(sorted(evals[i].classes)) for i in asked]
+    found: list[list[_Answers]] = [[] for _ in asked]
+    for batch, y, owners in eval_batches([evals[i] for i in asked], batch_size, joined):
         check_stop()
         with torch.no_grad(), autocast():
             answer = learner.predict(batch)
         heads = answer if isinstance(answer, Mapping) else {"": answer}
-        for i, (name, scores) in enumerate(heads.items()):
-            z = checked(scores, len(y), num_seen, type(learner).__name__)
-            within = own[z[:, own].argmax(1)]
-            right = within == y
-            given = within if eval_set.task is not None else z.argmax(1)
-            hit = given == y
-            if name:
-                counts.heads[name] = counts.heads.get(name, 0) + int(hit.sum())
-            if i > 0:
-                continue
-            counts.n += len(y)
-            counts.correct += int(hit.sum())
-            counts.masked += int(right.sum())
-            counts.top5 += int((z.topk(min(5, num_seen), dim=1).indices == y[:, None]).any(1).sum())
-            for c in y.unique().tolist():
-                counts.class_n[place[c]] += int((y == c).sum())
-                counts.class_correct[place[c]] += int(hit[y == c].sum())
-            answers += np.bincount(given.numpy(), minlength=num_seen)
-            asked = (z[:, own], torch.searchsorted(own, y)) if eval_set.task is not None else (z, y)
-            parts.append((*of_samples(asked[0].numpy(), asked[1].numpy()), hit.numpy()))
-    counts.calibration = calibration(*(np.concatenate(part) for part in zip(*parts, strict=True)))
-    if len(origin):
-        totals = np.bincount(origin[:num_seen], weights=answers, minlength=int(origin.max()) + 1)
-        counts.into = [int(total) for total in totals]
-    return counts
+        scores = {name: checked(z, len(y), num_seen, type(learner).__name__) for name, z in heads.items()}
+        for i, part in owners:
+            mine = {name: z[part] for name, z in scores.items()}
+            found[i].append(_answers(mine, y[part], own[i], evals[asked[i]].task is not None))
+    row: list[SetCounts | None] = [None] * len(evals)
+    for i, parts in zip(asked, found, strict=True):
+        row[i] = _counts(evals[i].classes, parts, num_seen, np.asarray(origin, np.int64))
+    return row
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What a batch says of one set: y, given, hit, confidence, nll, brier [B] NumPy; the rest are sums, `heads` by name."""
+
+    y: np.ndarray
+    given: np.ndarray
+    hit: np.ndarray
+    confidence: np.ndarray
+    nll: np.ndarray
+    brier: np.ndarray
+    masked: int
+    top5: int
+    heads: dict[str, int]
+
+
+def _answers(scores: Mapping[str, Tensor], y: Tensor, own: Tensor, among_own: bool) -> _Answers:
+    """Scores [B, K] by head, the answer first; `own` are the set's classes, the only ones to choose from if `among_own`."""
+    z, *others = scores.values()
+    inside = z[:, own]
+    within = own[inside.argmax(1)]
+    given = within if among_own else z.argmax(1)
+    asked = (inside, torch.searchsorted(own, y)) if among_own else (z, y)
+    hit = given == y
+    hits = [hit, *(((own[o[:, own].argmax(1)] if among_own else o.argmax(1)) == y) for o in others)]
+    return _Answers(
+        y.numpy(),
+        given.numpy(),
+        hit.numpy(),
+        *of_samples(asked[0].numpy(), asked[1].numpy()),
+        masked=int((within == y).sum()),
+        top5=int((z.topk(min(5, z.shape[1]), dim=1).indices == y[:, None]).any(1).sum()),
+        heads={name: int(right.sum()) for name, right in zip(scores, hits, strict=True) if name},
+    )
+
+
+def _counts(classes: Sequence[int], parts: Sequence[_Answers], num_seen: int, origin: np.ndarray) -> SetCounts:
+    """The counts of one set from those of its batches."""
+    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in EACH}
+    y, given, hit = (joined[name] for name in ("y", "given", "hit"))
+    order = np.asarray(classes)
+    return SetCounts(
+        n=len(y),
+        correct=int(hit.sum()),
+        masked=sum(part.masked for part in parts),
+        top5=sum(part.top5 for part in parts),
+        class_correct=np.bincount(y[hit], minlength=num_seen)[order].tolist(),
+        class_n=np.bincount(y, minlength=num_seen)[order].tolist(),
+        heads={name: sum(part.heads[name] for part in parts) for name in parts[0].heads},
+        into=np.bincount(origin[given], minlength=int(origin.max()) + 1).tolist() if len(origin) else None,
+        calibration=calibration(joined["confidence"], joined["nll"], joined["brier"], hit),
+    )
 
 
 def of_samples(z: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -119,12 +146,13 @@ def of_samples(z: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np
 def calibration(confidence: np.ndarray, nll: np.ndarray, brier: np.ndarray, hit: np.ndarray) -> dict[str, Any]:
     """Sums over the samples of a set [N], in 15 equal bins of confidence; exactly rounded, so their order does not matter."""
     bins = np.searchsorted(EDGES, confidence)
+    bin_n = np.bincount(bins, minlength=BINS).tolist()
     return {
         "n": len(confidence),
         "nll": math.fsum(nll),
         "brier": math.fsum(brier),
-        "bin_n": np.bincount(bins, minlength=BINS).tolist(),
-        "bin_conf": [math.fsum(confidence[bins == b]) for b in range(BINS)],
+        "bin_n": bin_n,
+        "bin_conf": [math.fsum(confidence[bins == b]) if n else 0.0 for b, n in enumerate(bin_n)],
         "bin_correct": np.bincount(bins[hit], minlength=BINS).tolist(),
     }
 

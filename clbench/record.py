@@ -7,7 +7,6 @@ changed record is noticed. Unknown keys are kept: newer records stay readable. O
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import json
 import os
@@ -84,8 +83,7 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 def write(record: dict[str, Any], folder: pathlib.Path) -> pathlib.Path:
     """Write a record to `folder`/<run_id>.json with its checksum -> the path."""
-    whole = copy.deepcopy(record)
-    whole["checksum"] = checksum(json.loads(json.dumps(whole)))
+    whole = record | {"checksum": checksum(json.loads(json.dumps(record)))}
     path = folder / f"{record['run_id']}.json"
     write_text(path, _pretty(whole))
     return path

@@ -23,7 +23,8 @@ from torch import Tensor
 from clbench import testing_loss
 from clbench.config import build, load_target
 from clbench.interfaces import BudgetExceeded, Capabilities, UserError, declared, mismatch
-from clbench.streams.images import open_eval, open_experience
+from clbench.streams.eval_sets import open_eval
+from clbench.streams.images import open_experience
 from clbench.streams.pixels import Pipeline
 from clbench.streams.scenario import Scenario
 from clbench.training import arithmetic

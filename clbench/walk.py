@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import math
 import time
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from clbench import metrics, provenance
 from clbench.evaluate import BINS, SetCounts, evaluate, together
 from clbench.interfaces import Experience, UserError
-from clbench.streams.images import EvalSet, open_eval, open_experience
+from clbench.streams.eval_sets import EvalSet, open_eval
+from clbench.streams.images import open_experience
 from clbench.training.runtime import Runtime
 from clbench.training.state import fingerprint, num_bytes
 
@@ -44,6 +46,7 @@ class Walk:
         seen = [manifest.num_seen(i) for i in range(len(manifest.experiences))]
         self.origin = [i for i, (a, b) in enumerate(zip([0, *seen], seen, strict=False)) for _ in range(b - a)]
         self.rows: list[Row] = []
+        self._lines: list[str] = []
         self.logs: list[dict[str, float | None]] = []
         self.past: list[Any] = []
         self.first, self.before = 0, 0.0
@@ -52,7 +55,7 @@ class Walk:
             learner.load_state_dict(saved["learner"])
             job.model.passes.update(saved["passes"])
             runtime.meter.load_state_dict(saved["meter"])
-            self.rows = [[None if c is None else SetCounts(**c) for c in row] for row in saved["rows"]]
+            self.rows = [[None if c is None else SetCounts(**c) for c in _read(row)] for row in saved["rows"]]
             self.logs, self.before = saved["logs"], saved["seconds"]
             self.first = saved["experience"] + 1
             entry["resumed"] = saved["resumed"] + 1
@@ -88,7 +91,7 @@ class Walk:
             "learner": state,
             "passes": dict(self.job.model.passes),
             "meter": self.runtime.meter.state_dict(),
-            "rows": [[None if c is None else vars(c) for c in row] for row in self.rows],
+            "rows": _write(self.rows, self._lines),
             "logs": self.logs,
             "flags": {k: self.job.flags[k] for k in KEPT_FLAGS if k in self.job.flags},
             "seconds": self.before + time.perf_counter() - self.start,
@@ -119,6 +122,7 @@ class Walk:
             self.runtime.autocast,
             self.runtime.check_stop,
             self.origin,
+            joined=not (self.job.capabilities.transductive or self.job.capabilities.adapts_at_test),
         )
         self.runtime.meter.add_seconds("evaluate", time.perf_counter() - start)
         self.rows.append(row)
@@ -174,6 +178,18 @@ class Walk:
             "final_state_sha256": fingerprint(self.learner.state_dict()),
             "finished": provenance.now(),
         }
+
+
+def _write(rows: Sequence[Row], lines: list[str]) -> list[str]:
+    """Append the rows that `lines` lacks as JSON: each is written once, for after T experiences they hold T^2 / 2 counts."""
+    for row in rows[len(lines) :]:
+        lines.append(json.dumps([None if c is None else vars(c) for c in row]))
+    return lines
+
+
+def _read(row: str | list[dict[str, Any] | None]) -> list[dict[str, Any] | None]:
+    """A row of a snapshot; older versions wrote lists."""
+    return json.loads(row) if isinstance(row, str) else row
 
 
 def tracked(evals: Sequence[EvalSet], rows: Sequence[Row], numbers: Mapping[str, float | None]) -> dict[str, float]:

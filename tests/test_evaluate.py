@@ -3,6 +3,7 @@
 import contextlib
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,9 @@ from hypothesis import strategies as st
 from clbench import metrics
 from clbench.evaluate import BINS, calibration, evaluate, of_samples, together
 from clbench.interfaces import UserError
+from clbench.streams.eval_sets import EvalSet
+from clbench.streams.images import ImageData
+from clbench.streams.scenario import ArrayImages
 from clbench.walk import confusion
 
 
@@ -22,22 +26,31 @@ class Set:
     y: torch.Tensor
     classes: tuple[int, ...]
     task: int | None = None
-    first_seen: int = 0
-
-    def batches(self, size):
-        for first in range(0, len(self.y), size):
-            yield self.z[first : first + size], self.y[first : first + size]
 
 
 class Echo:
-    """Answers with the scores that the batch is."""
+    """Answers with the scores that its sets were made with, found by id, and counts how often it was asked."""
+
+    def __init__(self, *sets):
+        self.z, self.sizes = torch.cat([one.z for one in sets]), []
 
     def predict(self, batch):
-        return batch
+        assert batch.y is None
+        self.sizes.append(len(batch))
+        return self.z[batch.ids]
 
 
 def look(sets, seen, size=128, learner=None, **options):
-    return evaluate(learner or Echo(), sets, seen, size, contextlib.nullcontext, **options)
+    """Evaluate `learner(*sets)`, an `Echo` unless told."""
+    first = np.cumsum([0] + [len(one.y) for one in sets])
+    bare = SimpleNamespace(device=torch.device("cpu"))
+    evals = []
+    for one, start in zip(sets, first, strict=False):
+        ids = np.arange(start, start + len(one.y))
+        data = ImageData(ArrayImages(np.zeros((1, 1, 1, 3), np.uint8)), ids, ids, one.y.numpy(), bare, one.task, "made")
+        evals.append(EvalSet("made", data, one.classes, one.task, 0))
+    made = learner if isinstance(learner, Echo) else (learner or Echo)(*sets)
+    return evaluate(made, evals, seen, size, contextlib.nullcontext, **options)
 
 
 def test_three_samples_by_hand():
@@ -77,6 +90,43 @@ def test_batches_and_order_do_not_matter(seed, n, size):
     assert sum(whole.into) == n == sum(whole.calibration["bin_n"]) and sum(whole.calibration["bin_correct"]) == whole.correct
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 12), st.booleans())
+def test_sets_that_share_a_batch_count_as_if_alone(seed, lengths, size, tasks):
+    """Pieces of a set are as without sharing; a batch takes as many neighbours as fit, and none of another disclosed task."""
+    rng = np.random.default_rng(seed)
+    sets = []
+    for n in lengths:
+        own = tuple(int(c) for c in rng.permutation(7)[: rng.integers(1, 4)])
+        y, z = torch.tensor(rng.choice(own, n)), torch.tensor(rng.normal(0, 3, (n, 7)), dtype=torch.float32)
+        sets.append(Set(z.round(), y, own, task=int(rng.integers(0, 2)) if tasks else None))
+    alone, shared = Echo(*sets), Echo(*sets)
+    origin = [0, 0, 1, 1, 2, 2, 3]
+    expected = look(sets, 7, size, alone, origin=origin, joined=False)
+    assert look(sets, 7, size, shared, origin=origin) == expected
+    pieces = [(one.task, min(size, len(one.y) - first)) for one in sets for first in range(0, len(one.y), size)]
+    by_hand, task = [], -1
+    for its_task, n in pieces:
+        if by_hand and by_hand[-1] + n <= size and its_task == task:
+            by_hand[-1] += n
+        else:
+            by_hand.append(n)
+        task = its_task
+    assert shared.sizes == by_hand and alone.sizes == [n for _, n in pieces]
+    for one, found in zip(sets, expected, strict=True):
+        inside = torch.full_like(one.z, -math.inf)
+        inside[:, list(one.classes)] = one.z[:, list(one.classes)]
+        given = (one.z if one.task is None else inside).argmax(1)
+        hit = given == one.y
+        assert (found.n, found.correct, found.masked) == (len(one.y), int(hit.sum()), int((inside.argmax(1) == one.y).sum()))
+        assert found.class_n == [int((one.y == c).sum()) for c in one.classes]
+        assert found.class_correct == [int(hit[one.y == c].sum()) for c in one.classes]
+        assert found.into == [int(sum(origin[g] == t for g in given.tolist())) for t in range(4)]
+        # a score that fewer than 5 others beat is among the best 5; ties may fall either way
+        mine = one.z[torch.arange(len(one.y)), one.y][:, None]
+        assert int(((one.z >= mine).sum(1) <= 5).sum()) <= found.top5 <= int(((one.z > mine).sum(1) < 5).sum())
+
+
 def test_against_plain_formulas():
     """ECE over bins, NLL and Brier of the record's form, as `metrics` reads it, against formulas on all samples at once."""
     rng = np.random.default_rng(1)
@@ -106,12 +156,12 @@ def test_a_disclosed_task_asks_among_its_own_classes():
 
 
 def test_only_the_first_head_is_the_answer():
-    class Two:
+    class Two(Echo):
         def predict(self, batch):
-            return {"a": batch, "b": -batch}
+            return {"a": self.z[batch.ids], "b": -self.z[batch.ids]}
 
     z = torch.tensor([[3.0, 0.0], [0.0, 3.0]])
-    (found,) = look([Set(z, torch.tensor([0, 1]), (0, 1))], 2, learner=Two(), origin=[0, 0])
+    (found,) = look([Set(z, torch.tensor([0, 1]), (0, 1))], 2, learner=Two, origin=[0, 0])
     assert found.heads == {"a": 2, "b": 0} and found.calibration["n"] == 2 and found.into == [2]
 
 

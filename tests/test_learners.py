@@ -9,7 +9,8 @@ from clbench.catalog import asks, choices
 from clbench.config import compose, load_target
 from clbench.interfaces import BudgetExceeded, Capabilities, Facts, UserError, declared, mismatch
 from clbench.models.backbone import Backbone
-from clbench.streams.images import open_eval, open_experience
+from clbench.streams.eval_sets import open_eval
+from clbench.streams.images import open_experience
 from clbench.testing import Trial, check_learner, small_stream
 from clbench.training.memory import Memory
 from clbench.training.state import detached
@@ -132,7 +133,7 @@ def test_ncm_is_the_naive_nearest_mean_and_ignores_the_order():
             means = torch.stack([f[y == c].mean(0) for c in range(6)])
             z = torch.cat([t.scores(learner, pipeline, j, 9) for j in range(3)])
             tests = [open_experience]  # the evaluation sets, batch by batch
-            from clbench.streams.images import open_eval
+            from clbench.streams.eval_sets import open_eval
 
             x = torch.cat(
                 [learner.model.features(b) for j in range(3) for b, _ in open_eval(t.scenario, j, pipeline).batches(9)]

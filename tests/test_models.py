@@ -16,8 +16,9 @@ from clbench.interfaces import UserError
 from clbench.models import weights as files
 from clbench.models.backbone import build_backbone, state_sha256
 from clbench.models.heads import CosineHead, LinearHead, PrototypeHead
+from clbench.streams.eval_sets import open_eval
 from clbench.streams.generators import class_incremental
-from clbench.streams.images import ImageBatch, ImageData, open_eval, open_experience
+from clbench.streams.images import ImageBatch, ImageData, open_experience
 from clbench.streams.pixels import Pipeline
 
 NANO = {"img_size": 32, "patch_size": 8, "embed_dim": 160, "depth": 4, "num_heads": 4}

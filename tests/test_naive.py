@@ -12,7 +12,7 @@ import torch
 from clbench import runner
 from clbench.bench import naive, needed
 from clbench.config import compose
-from clbench.streams.images import open_eval
+from clbench.streams.eval_sets import open_eval
 from clbench.training.journal import Journal
 from clbench.walk import Walk
 

@@ -314,7 +314,7 @@ def test_wrong_options(make, words):
 
 
 def test_features_are_remembered_only_without_a_pet():
-    from clbench.streams.images import open_eval
+    from clbench.streams.eval_sets import open_eval
     from clbench.streams.pixels import Pipeline
     from clbench.testing import small_stream
 

@@ -13,7 +13,7 @@ from clbench.learners.ease import complete
 from clbench.learners.mos import orthogonality, pulled
 from clbench.learners.ssiat import margin_logits, shifted
 from clbench.models.pet import average, distance
-from clbench.streams.images import open_eval
+from clbench.streams.eval_sets import open_eval
 from clbench.testing import Trial, small_stream
 from clbench.training.ridge import RidgeRoot, RidgeSums
 from clbench.training.state import detached

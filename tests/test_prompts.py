@@ -12,7 +12,8 @@ from clbench.interfaces import Capabilities, Place, UserError, declared
 from clbench.learners import coda_prompt, dualprompt, l2p, ovor
 from clbench.models.backbone import build_backbone
 from clbench.models.prompt_pool import GrownPool, as_prefixes, attended, cosines, most_similar, orthonormal, query
-from clbench.streams.images import ImageBatch, open_eval
+from clbench.streams.eval_sets import open_eval
+from clbench.streams.images import ImageBatch
 from clbench.testing import Trial, check_learner, small_stream
 from clbench.training.losses import masked_cross_entropy
 from clbench.training.prompts import epoch_cosine, part_of

@@ -14,7 +14,8 @@ from clbench.learners.derpp import dark_error
 from clbench.learners.icarl import exemplar_means
 from clbench.learners.wa import align_weights
 from clbench.models.heads import LinearHead
-from clbench.streams.images import open_eval, open_experience
+from clbench.streams.eval_sets import open_eval
+from clbench.streams.images import open_experience
 from clbench.testing import Trial, small_stream
 from clbench.training import importance
 from clbench.training.distillation import feature_distillation, frozen_copy, prediction_distillation

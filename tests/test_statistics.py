@@ -367,7 +367,7 @@ def test_fecam_with_much_shrinkage_is_the_nearest_mean_of_normalised_features():
 
 
 def open_eval_batches(t, pipeline):
-    from clbench.streams.images import open_eval
+    from clbench.streams.eval_sets import open_eval
 
     return open_eval(t.scenario, 0, pipeline).batches(50)
 

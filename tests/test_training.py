@@ -12,7 +12,7 @@ from clbench.interfaces import Budget, BudgetExceeded, Place, UserError
 from clbench.training import schedules
 from clbench.training.fit import Recipe, fit
 from clbench.training.gaussians import ClassGaussians
-from clbench.training.journal import Journal
+from clbench.training.journal import Journal, pack
 from clbench.training.losses import masked_cross_entropy, normalised_cross_entropy
 from clbench.training.memory import herd
 from clbench.training.runtime import Interrupted, Runtime
@@ -232,6 +232,31 @@ def test_fingerprint_and_bytes():
     for change in ({"w": torch.arange(4.0).double()}, {"n": [1, "y"]}, {"w": torch.arange(4.0).reshape(2, 2)}):
         assert fingerprint(a | change) != fingerprint(a)
     assert fingerprint({"w": torch.tensor([1.0], dtype=torch.bfloat16)}) != fingerprint({"w": torch.tensor([1.0])})
+
+
+def test_small_tensors_lie_together_in_a_snapshot(tmp_path):
+    """Every type, shape and layout comes back; a tensor met twice is written once, a large one by itself."""
+    twice, large = torch.randn(300, 5), torch.randn(600, 600)
+    kinds = (torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.uint8)
+    state = {
+        "experience": 0,
+        "bank": [{f"value{i}": torch.randn(12, i) for i in range(4)} for _ in range(9)],
+        "kinds": tuple(torch.ones(2, 3).to(kind) for kind in kinds),
+        "odd": {0: torch.tensor(3), "turned": torch.randn(3, 4).T, "text": "packed float32 0 3", "none": None, "number": 1.5},
+        "twice": [twice, twice],
+        "large": large,
+        "trained": torch.nn.Parameter(torch.randn(2)),
+    }
+    packed = pack(state)
+    assert set(packed["tensors"]) == {"float32", "bfloat16", "float64", "int64", "bool", "uint8"}
+    assert packed["tree"]["large"] is large and packed["tensors"]["float32"].numel() == 9 * 12 * 6 + 12 + 1500 + 2
+    journal = Journal(tmp_path, 0.0)
+    journal.save("experience", state)
+    found = journal.load("experience")
+    assert found is not None and fingerprint(found) == fingerprint(state) and found["odd"][0].shape == ()
+    assert [t.dtype for t in found["kinds"]] == [t.dtype for t in state["kinds"]]
+    torch.save(state, tmp_path / "experience.pt")  # as older versions wrote it
+    assert fingerprint(journal.load("experience")) == fingerprint(state)
 
 
 def test_journal_full_disk_keeps_the_old_snapshot(tmp_path, monkeypatch):

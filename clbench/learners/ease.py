@@ -38,18 +38,18 @@ from clbench.training.state import collect, groups_of, restore
 def complete(means_KSD: Tensor, experience_of_class: Tensor) -> Tensor:
     """Fill the means [K, S, D] that classes of earlier experiences lack in later subspaces, from those that exist.
 
-    Entry [c, j] is read only where j <= experience_of_class[c], and computed everywhere else.
+    Entry [c, j] is read only where j <= experience_of_class[c], and computed everywhere else. `experience_of_class` [K] rises.
     """
-    full = means_KSD.clone()
-    for j in range(1, means_KSD.shape[1]):
-        later = experience_of_class >= j
-        for i in range(j):
-            old = experience_of_class == i
-            if not old.any():
-                continue
-            with torch.autocast(full.device.type, enabled=False):
-                likeness = F.normalize(means_KSD[old, i], dim=1) @ F.normalize(means_KSD[later, i], dim=1).T
-                full[old, j] = likeness.softmax(dim=1) @ means_KSD[later, j]
+    full, by_subspace = means_KSD.clone(), means_KSD.transpose(0, 1)
+    subspaces = torch.arange(means_KSD.shape[1], device=full.device)
+    ends = torch.searchsorted(experience_of_class.contiguous(), subspaces, right=True).tolist()
+    for i, (first, end) in enumerate(zip([0, *ends], ends[:-1], strict=False)):
+        with torch.autocast(full.device.type, enabled=False):
+            there = F.normalize(means_KSD[first:, i], dim=1)
+            likeness = there[: end - first] @ there[end - first :].T
+            absent = experience_of_class[end:] < subspaces[i + 1 :, None]
+            share = likeness.masked_fill(absent[:, None], -torch.inf).softmax(dim=2)
+            full[first:end, i + 1 :] = (share @ by_subspace[i + 1 :, end:]).transpose(0, 1)
     return full
 
 

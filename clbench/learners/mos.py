@@ -118,6 +118,7 @@ class Mos:
         self.experience_of_class: list[int] = []
         self.evaluated: list[int] = []
         self._stacked: State | None = None
+        self._means: dict[int, State] = {}
 
     @property
     def blocks(self) -> int:
@@ -125,8 +126,10 @@ class Mos:
         return len({name.split("/")[0] for name in self.pet.values})
 
     def mean(self, j: int) -> State:
-        """P_j: the mean of the first j kept adapters."""
-        return average(self.bank[:j])
+        """P_j: the mean of the first j kept adapters, which never change."""
+        if j not in self._means:
+            self._means[j] = average(self.bank[:j])
+        return self._means[j]
 
     def learn(self, experience: Experience) -> dict[str, float]:
         """Train with merging, keep a copy, statistics, alignment, prototypes."""
@@ -139,8 +142,7 @@ class Mos:
             gap, size = distance(self.bank[t], self.mean(t))
             log["distance_from_mean"] = gap / max(size, 1e-12)
         features, y = self._statistics(experience, t)
-        for rows in class_rows(y, experience.new_classes).values():
-            self.gaussians.add(features[rows])
+        self.gaussians.add(*(features[rows] for rows in class_rows(y, experience.new_classes).values()))
         self.experience_of_class = [*self.experience_of_class, *[t] * len(experience.new_classes)]
         if t and self.align["epochs"]:
             log |= align(
@@ -261,4 +263,4 @@ class Mos:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore it."""
         restore(self, state)
-        self._stacked = None
+        self._stacked, self._means = None, {}

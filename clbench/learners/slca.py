@@ -32,7 +32,7 @@ from clbench.models.heads import LinearHead
 from clbench.streams.images import shuffled
 from clbench.training.features import extract
 from clbench.training.fit import Recipe, fit
-from clbench.training.gaussians import ClassGaussians, alignment, shrunken_means
+from clbench.training.gaussians import ClassGaussians, align, class_rows, shrunken_means
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import multistep
 from clbench.training.state import collect, groups_of, restore
@@ -84,8 +84,7 @@ class Slca:
         self.head.grow(len(experience.new_classes), self.runtime.generator("head"))
         log = self._slow_learning(experience, first)
         features, y = extract(self.runtime, self.model, experience.train, self.batch_size)
-        for c in experience.new_classes:
-            self.gaussians.add(features[y == c])
+        self.gaussians.add(*(features[rows] for rows in class_rows(y, experience.new_classes).values()))
         self.experience_of_class += [experience.index] * len(experience.new_classes)
         self.aligned.load_state_dict(self.head.state_dict())
         if first > 0 and self.align["epochs"] > 0:
@@ -109,8 +108,9 @@ class Slca:
 
     def _alignment(self, experience: Experience) -> dict[str, float]:
         """Train a copy of all heads on Gaussian features; the rate follows a cosine that moves once an epoch."""
-        prepared = alignment(
+        return align(
             self.runtime,
+            self,
             self.aligned,
             self.gaussians,
             momentum=self.recipe.momentum,
@@ -120,7 +120,6 @@ class Slca:
             widths=self.aligned.widths,
             **self.align,
         )
-        return fit(self.runtime, "align", self, *prepared)
 
     def rescale(self, experience: Experience) -> Tensor:
         """Factor of each class's mean [K]: 0.9 + 0.1 (tau + 1) / (t + 1), or 1."""

@@ -121,8 +121,7 @@ class SlcaPP:
         self.head.grow(len(experience.new_classes), self.runtime.generator("head"))
         log = self._slow_learning(experience, first)
         features, y = extract(self.runtime, self.model, experience.train, self.batch_size)
-        for rows in class_rows(y, experience.new_classes).values():
-            self.gaussians.add(features[rows])
+        self.gaussians.add(*(features[rows] for rows in class_rows(y, experience.new_classes).values()))
         self.experience_of_class += [experience.index] * len(experience.new_classes)
         self.aligned.load_state_dict(self.head.state_dict())
         if first > 0 and self.align["epochs"] > 0:

@@ -114,8 +114,7 @@ class Ssiat:
             log["drift"] = float((means - self.gaussians.mean_KD).norm(dim=1).mean())
             self.gaussians.mean_KD = means
         features, y = extract(self.runtime, self.model, experience.train, self.batch_size)
-        for rows in class_rows(y, experience.new_classes).values():
-            self.gaussians.add(features[rows])
+        self.gaussians.add(*(features[rows] for rows in class_rows(y, experience.new_classes).values()))
         self.experience_of_class = [*self.experience_of_class, *[experience.index] * len(experience.new_classes)]
         if first and self.align["epochs"]:
             log |= align(

@@ -73,10 +73,11 @@ def _last(block: Any, x: Tensor) -> Tensor:
 
 def _plain(attention: Any) -> bool:
     """Whether it is timm's, and what it computes is seen by nobody else."""
-    from timm.models.vision_transformer import Attention
+    from timm.models import vision_transformer
 
+    known = vars(vision_transformer)["Attention"]  # older versions define it there, newer ones import it from their layers
     qkv = getattr(attention, "qkv", None)
-    if type(attention) is not Attention or type(qkv) is not nn.Linear or getattr(attention, "gate", None) is not None:
+    if type(attention) is not known or type(qkv) is not nn.Linear or getattr(attention, "gate", None) is not None:
         return False
     return not any(True for part in (attention, qkv) for _ in _hooks(part)) and "forward" not in vars(attention) | vars(qkv)
 

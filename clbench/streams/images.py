@@ -1,9 +1,8 @@
-"""What learners and the evaluation are handed: labelled images, batches of them, and pure functions from step to batch."""
+"""What learners are handed: labelled images, batches of them, and pure functions from step to batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -224,25 +223,8 @@ def shuffled(data: Any, batch_size: int, epochs: int, key: int, augment: bool = 
     return Batches(data, batch_size, epochs, key, augment, drop_last)
 
 
-@dataclass(frozen=True)
-class EvalSet:
-    """What only the evaluation sees. `classes` are renumbered, in the order of the manifest's entry."""
-
-    name: str
-    data: ImageData
-    classes: tuple[int, ...]
-    task: int | None
-    first_seen: int
-
-    def batches(self, batch_size: int) -> Iterator[tuple[ImageBatch, Tensor]]:
-        """Batches without labels, and the labels [B] on the CPU."""
-        for batch in self.data.test_batches(batch_size):
-            assert batch.y is not None
-            y, batch.y = batch.y.cpu(), None
-            yield batch, y
-
-
-def _bound(scenario: Scenario, ids: np.ndarray, pipeline: Pipeline, task: int | None, name: str) -> ImageData:
+def bound(scenario: Scenario, ids: np.ndarray, pipeline: Pipeline, task: int | None, name: str) -> ImageData:
+    """Samples of a scenario's data set by their ids [N], labels renumbered."""
     table = np.full(scenario.dataset.num_classes, -1, np.int64)
     for original, position in scenario.manifest.renumber.items():
         table[original] = position
@@ -260,7 +242,7 @@ def open_experience(scenario: Scenario, index: int, pipeline: Pipeline) -> Exper
     return Experience(
         index=index,
         name=entry.name,
-        train=_bound(scenario, entry.train, pipeline, task, f"experience {index} ({entry.name})"),
+        train=bound(scenario, entry.train, pipeline, task, f"experience {index} ({entry.name})"),
         classes=tuple(c for c, _ in ordered),
         new_classes=tuple(c for c, _ in ordered if c >= before),
         original_classes=tuple(original for _, original in ordered),
@@ -268,12 +250,3 @@ def open_experience(scenario: Scenario, index: int, pipeline: Pipeline) -> Exper
         task=task,
         budget=scenario.budget,
     )
-
-
-def open_eval(scenario: Scenario, index: int, pipeline: Pipeline) -> EvalSet:
-    """Evaluation set `index`."""
-    entry = scenario.manifest.evals[index]
-    task = entry.task if scenario.manifest.discloses_task else None
-    classes = tuple(scenario.manifest.renumber[c] for c in entry.classes)
-    data = _bound(scenario, entry.ids, pipeline, task, f"evaluation set {entry.name}")
-    return EvalSet(entry.name, data, classes, task, entry.first_seen)

@@ -82,51 +82,54 @@ class ClassGaussians:
     def __len__(self) -> int:
         return len(self.mean_KD)
 
-    def add(self, features: Tensor) -> None:
-        """Append a class from its features [N, D]; a single sample has covariance ridge I."""
-        f = features.double()
+    def add(self, *features: Tensor) -> None:
+        """Append a class from each features [N, D]; a single sample has covariance ridge I."""
+        found = [self._statistics(f.double(), len(self) + i) for i, f in enumerate(features)]
+        for name in FIELDS[self.kind]:
+            rows, old = torch.stack([one[name] for one in found]), getattr(self, name)
+            setattr(self, name, torch.cat([old, rows]) if len(old) else rows)
+
+    def _statistics(self, f: Tensor, k: int) -> dict[str, Tensor]:
+        """What class `k` adds to each of FIELDS, from f [N, D] float64."""
         mean = f.mean(0)
         centred = f - mean
         if self.kind == "full":
             eye = torch.eye(f.shape[1], dtype=f.dtype, device=f.device)
-            self._append("cov_KDD", (centred.T @ centred / max(1, len(f) - 1) + self.ridge * eye).float())
+            spread = {"cov_KDD": (centred.T @ centred / max(1, len(f) - 1) + self.ridge * eye).float()}
         elif self.kind == "diagonal":
-            self._append("var_KD", (centred.square().sum(0) / max(1, len(f) - 1) + self.ridge).float())
+            spread = {"var_KD": (centred.square().sum(0) / max(1, len(f) - 1) + self.ridge).float()}
         else:
-            self._add_centroids(f)
-        self._append("mean_KD", mean.float())
-        self._chol_KDD = None
+            spread = self._centroids(f, k)
+        return {"mean_KD": mean.float(), **spread}
 
-    def _append(self, name: str, row: Tensor) -> None:
-        old: Tensor = getattr(self, name)
-        setattr(self, name, torch.cat([old, row[None]]) if len(old) else row[None])
-
-    def _add_centroids(self, f: Tensor) -> None:
-        """Clusters of f [N, D] float64, padded to C by empty ones."""
-        cluster = kmeans(f, self.centroids, counter.key(self.seed, "kmeans", len(self)))
+    def _centroids(self, f: Tensor, k: int) -> dict[str, Tensor]:
+        """Clusters of class `k`'s f [N, D] float64, padded to C by empty ones."""
+        cluster = kmeans(f, self.centroids, counter.key(self.seed, "kmeans", k))
         centre, var = f.new_zeros(2, self.centroids, f.shape[1])
         members = torch.bincount(cluster, minlength=self.centroids)
         for c in range(int(cluster.max()) + 1):
             part = f[cluster == c]
             centre[c], var[c] = part.mean(0), part.var(0, correction=0) + self.ridge
-        for name, row in {"centre_KCD": centre.float(), "var_KCD": var.float(), "members_KC": members}.items():
-            self._append(name, row)
+        return {"centre_KCD": centre.float(), "var_KCD": var.float(), "members_KC": members}
 
     def centres(self) -> Tensor:
         """Everything that stands for a class: means [K, D], or all centroids [sum of their numbers, D]."""
         return self.centre_KCD[self.members_KC > 0] if self.kind == "multi-centroid" else self.mean_KD
 
     def cholesky(self) -> Tensor:
-        """Lower factors [K, D, D] of "full" covariances, computed once per state.
+        """Lower factors [K, D, D] of "full" covariances, each computed once.
 
         A covariance that lost definiteness gets ten times the ridge.
         """
-        if self._chol_KDD is None:
-            chol, bad = torch.linalg.cholesky_ex(self.cov_KDD.double())
+        done = 0 if self._chol_KDD is None else len(self._chol_KDD)
+        if done < len(self):
+            cov = self.cov_KDD[done:].double()
+            chol, bad = torch.linalg.cholesky_ex(cov)
             if bad.any():
-                eye = torch.eye(self.cov_KDD.shape[1], dtype=torch.float64, device=chol.device)
-                chol = torch.linalg.cholesky(self.cov_KDD.double() + 9 * self.ridge * eye * (bad > 0)[:, None, None])
-            self._chol_KDD = chol.float()
+                eye = torch.eye(cov.shape[1], dtype=torch.float64, device=chol.device)
+                chol = torch.linalg.cholesky(cov + 9 * self.ridge * eye * (bad > 0)[:, None, None])
+            fresh = chol.float()
+            self._chol_KDD = fresh if self._chol_KDD is None else torch.cat([self._chol_KDD, fresh])
         assert self._chol_KDD is not None
         return self._chol_KDD
 

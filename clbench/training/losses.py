@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -35,5 +36,8 @@ def normalised_cross_entropy(z: Tensor, y: Tensor, blocks: Sequence[int], temper
 
     `blocks` are the widths of the classifier's parts, one an experience. The loss does not change when z is scaled.
     """
-    norms = torch.stack([part.norm(dim=1) + 1e-7 for part in z.split(list(blocks), dim=1)], dim=1)
-    return F.cross_entropy(z / norms.mean(dim=1, keepdim=True) / temperature, y)
+    alike = [(width, len(list(group))) for width, group in groupby(blocks)]  # neighbours of one width are measured at once
+    parts = z.split([width * count for width, count in alike], dim=1)
+    norms = [part.unflatten(1, (count, width)).norm(dim=2) for part, (width, count) in zip(parts, alike, strict=True)]
+    mean = (torch.cat(norms, dim=1) + 1e-7).mean(dim=1, keepdim=True)
+    return F.cross_entropy(z / mean / temperature, y)

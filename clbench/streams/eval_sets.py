@@ -1,0 +1,72 @@
+"""What only the evaluation sees: labelled sets, and batches of them without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clbench.streams.images import ImageBatch, ImageData, bound
+from clbench.streams.pixels import Pipeline
+from clbench.streams.scenario import Scenario
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """One of them. `classes` are renumbered, in the order of the manifest's entry."""
+
+    name: str
+    data: ImageData
+    classes: tuple[int, ...]
+    task: int | None
+    first_seen: int
+
+    def batches(self, batch_size: int) -> Iterator[tuple[ImageBatch, Tensor]]:
+        """Batches without labels, and the labels [B] on the CPU."""
+        return ((batch, y) for batch, y, _ in eval_batches([self], batch_size, False))
+
+
+def eval_batches(
+    sets: Sequence[EvalSet], batch_size: int, joined: bool
+) -> Iterator[tuple[ImageBatch, Tensor, list[tuple[int, slice]]]]:
+    """Every sample of every set, in order -> batches without labels, labels [B] on the CPU, and whose samples these are.
+
+    The last is a list of (place in `sets`, slice of the batch). Each set is cut as `test_batches` does; where `joined`,
+    neighbouring pieces that fit into one batch (and disclose the same task) are answered together.
+    """
+    pieces: list[tuple[int, np.ndarray]] = []
+    size = 0
+    for i, one in enumerate(sets):
+        for first in range(0, len(one.data), batch_size):
+            rows = np.arange(first, min(first + batch_size, len(one.data)))
+            if pieces and not (joined and size + len(rows) <= batch_size and sets[pieces[0][0]].task == one.task):
+                yield _unlabelled(sets, pieces)
+                pieces, size = [], 0
+            pieces.append((i, rows))
+            size += len(rows)
+    if pieces:
+        yield _unlabelled(sets, pieces)
+
+
+def _unlabelled(
+    sets: Sequence[EvalSet], pieces: Sequence[tuple[int, np.ndarray]]
+) -> tuple[ImageBatch, Tensor, list[tuple[int, slice]]]:
+    ends = np.cumsum([len(rows) for _, rows in pieces]).tolist()
+    owners = [(i, slice(end - len(rows), end)) for (i, rows), end in zip(pieces, ends, strict=True)]
+    parts = [sets[i].data if len(rows) == len(sets[i].data) else sets[i].data.subset(rows) for i, rows in pieces]
+    data = ImageData.join(parts)
+    batch = data.batch(np.arange(len(data)))
+    batch.y = None
+    return batch, torch.from_numpy(data.y), owners
+
+
+def open_eval(scenario: Scenario, index: int, pipeline: Pipeline) -> EvalSet:
+    """Evaluation set `index`."""
+    entry = scenario.manifest.evals[index]
+    task = entry.task if scenario.manifest.discloses_task else None
+    classes = tuple(scenario.manifest.renumber[c] for c in entry.classes)
+    data = bound(scenario, entry.ids, pipeline, task, f"evaluation set {entry.name}")
+    return EvalSet(entry.name, data, classes, task, entry.first_seen)
