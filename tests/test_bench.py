@@ -43,6 +43,18 @@ def test_a_floor_is_passes_at_rates():
     assert passes.seconds({"full": 50.0, "forward": 10.0}) == 5.0
 
 
+def test_a_rate_is_that_of_its_fastest_block(monkeypatch):
+    """Of a call that takes 0.3, 0.5, then 0.1, 0.4, 0.4 | 0.2, 0.2, 0.2 s, blocks of 1.2 s hold three: the second is faster."""
+    moments, now = iter([0.3, 0.5, 0.1, 0.4, 0.4, 0.2, 0.2, 0.2]), [0.0]
+
+    def work():
+        now[0] += next(moments)
+
+    monkeypatch.setattr(rates.time, "perf_counter", lambda: now[0])
+    assert rates.least(work, torch.device("cpu"), 2, block=1.2) == pytest.approx(0.2)
+    assert next(moments, None) is None
+
+
 def test_rates_count_operations_and_train_what_they_say():
     from clbench.config import build, compose
 

@@ -7,7 +7,7 @@ import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -79,7 +79,8 @@ def _all_rates(session: Session, models: dict[str, dict[str, Any]], device: Any,
         paths = rates.accurate(device, precision)
         if session.quick:
             paths = paths[-1:]
-        peaks = rates.peak(device, precision, paths, 256 if session.quick else 0)
+        n, block = (256, 0.0) if session.quick else (0, rates.BLOCK)
+        peaks = rates.peak(device, precision, paths, n, block)
         session.found.setdefault("peak_flops", {})[precision] = peaks
         for node in models.values():
             say(f"rates of {node['name']} in {precision} ({', '.join(paths)})")
@@ -88,10 +89,21 @@ def _all_rates(session: Session, models: dict[str, dict[str, Any]], device: Any,
     session.save(session.found)
 
 
-def _rates(session: Session, node: Any, precision: str, path: str, device: Any, kinds: Sequence[str] = rates.KINDS) -> Any:
-    """What `rates.images` finds; with --quick little."""
+def _rates(
+    session: Session,
+    node: Any,
+    precision: str,
+    path: str,
+    device: Any,
+    kinds: Sequence[str] = rates.KINDS,
+    known: Mapping[str, Mapping[str, float]] | None = None,
+) -> Any:
+    """What `rates.images` finds: at all batch sizes, at the best of those `known`, with --quick at one of 4."""
     sizes: dict[str, Sequence[int]] | None = {kind: (4,) for kind in rates.KINDS} if session.quick else None
-    return rates.images(node, device, precision, path, kinds, sizes, 1 if session.quick else 3)
+    if known is not None:
+        sizes = {kind: (int(max(known[kind].items(), key=lambda found: found[1])[0]),) for kind in kinds}
+    times, block = (1, 0.0) if session.quick else (3, rates.BLOCK)
+    return rates.images(node, device, precision, path, kinds, sizes, times, block)
 
 
 def _case(session: Session, case: Case, precision: str, device: Any) -> None:
@@ -104,13 +116,14 @@ def _case(session: Session, case: Case, precision: str, device: Any) -> None:
     job = session.compose(case, "feature_store=off", f"precision={precision}")
     least = least_passes(job)
     wanted = [kind for kind in rates.KINDS if least is None or getattr(least, kind)]
-    best = rates.fastest(session.found["rates"][job["model"]["name"]][precision], wanted)
+    known = session.found["rates"][job["model"]["name"]][precision]
+    best = rates.fastest(known, wanted)
     row: dict[str, Any] = {"case": case.name, "precision": precision}
     near: dict[str, float] = {}
     seconds: list[float] = []
     for moment in ("before", "after"):
         for path, kinds in best.items():
-            found = rates.best({path: _rates(session, job["model"], precision, path, device, kinds)})
+            found = rates.best({path: _rates(session, job["model"], precision, path, device, kinds, known[path])})
             near = {kind: max(found.get(kind, 0.0), near.get(kind, 0.0)) for kind in {*found, *near}}
         while moment == "before" and (not seconds or _again(session, seconds)):
             made = run_once(job, device)

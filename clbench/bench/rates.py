@@ -8,6 +8,7 @@ what a floor is made of.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from clbench.config import build
 from clbench.training import arithmetic, calibration
 
+BLOCK = 1.0  # seconds that a rate is held
 KINDS = ("forward", "adapter", "full")
 BATCHES = {"cpu": {"forward": (16, 32, 64), "adapter": (32, 48), "full": (32, 48)}}
 GPU_BATCHES = {"forward": (128, 256, 512), "adapter": (48, 128, 256), "full": (48, 128, 256)}
@@ -38,7 +40,7 @@ class ParallelAdapter(nn.Module):
         return self.mlp(x) + 0.1 * self.up(self.down(x).relu())
 
 
-def peak(device: torch.device, precision: str, paths: Sequence[str], n: int = 0) -> dict[str, float]:
+def peak(device: torch.device, precision: str, paths: Sequence[str], n: int = 0, block: float = BLOCK) -> dict[str, float]:
     """FLOP/s of n x n products in every way that the arithmetic of `paths` reaches -> {"fp32 highest": ..., "bf16": ...}."""
     n = n or (2048 if device.type == "cpu" else 8192)
     ways = {f"fp32 {mode}": (torch.float32, mode) for mode in dict.fromkeys(calibration.PATHS[p].matmul for p in paths)}
@@ -49,24 +51,34 @@ def peak(device: torch.device, precision: str, paths: Sequence[str], n: int = 0)
         for name, (dtype, mode) in ways.items():
             torch.set_float32_matmul_precision(mode)
             a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-            found[name] = 2 * n**3 / least(lambda a=a, b=b: a @ b, device, 5)
+            found[name] = 2 * n**3 / least(lambda a=a, b=b: a @ b, device, 3, block)
     finally:
         torch.set_float32_matmul_precision(before)
     return found
 
 
-def least(work: Callable[[], Any], device: torch.device, times: int, budget: float = 30.0) -> float:
-    """Shortest seconds of `times` calls after a first one; fewer where they would take more than `budget` seconds."""
-    work()
-    best, begin = float("inf"), time.perf_counter()
-    for _ in range(times):
+def least(work: Callable[[], Any], device: torch.device, times: int, block: float = BLOCK, budget: float = 30.0) -> float:
+    """Seconds of a call in the fastest of `times` blocks, fewer where they take more than `budget` seconds.
+
+    A block is as many calls as fill `block` seconds, at least one: what a machine keeps up, not its luckiest moment.
+    """
+
+    def each(calls: int) -> float:
         _wait(device)
         start = time.perf_counter()
-        work()
+        for _ in range(calls):
+            work()
         _wait(device)
-        best = min(best, time.perf_counter() - start)
+        return (time.perf_counter() - start) / calls
+
+    work()
+    begin = time.perf_counter()
+    calls = max(1, math.ceil(block / max(each(1), 1e-9)))
+    best = each(calls)
+    for _ in range(times - 1):
         if time.perf_counter() - begin > budget:
             break
+        best = min(best, each(calls))
     return best
 
 
@@ -83,6 +95,7 @@ def images(
     kinds: Sequence[str] = KINDS,
     batches: dict[str, Sequence[int]] | None = None,
     times: int = 3,
+    block: float = BLOCK,
 ) -> dict[str, dict[str, float]]:
     """Images per second of the model that `node` describes, under one path -> {kind: {batch size: rate}, "flop": {kind: n}}.
 
@@ -107,7 +120,7 @@ def images(
             found[kind] = {}
             for size in sizes[kind]:
                 x = torch.randn(size, 3, side, side, device=device)
-                found[kind][str(size)] = size / least(lambda x=x, step=step: step(x), device, times)
+                found[kind][str(size)] = size / least(lambda x=x, step=step: step(x), device, times, block)
             with FlopCounterMode(display=False) as counter:
                 step(torch.randn(2, 3, side, side, device=device))
             found["flop"][kind] = counter.get_total_flops() / 2

@@ -30,6 +30,7 @@ HALF = (0.5, 0.5, 0.5)
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 CIFAR = {"mean": (0.5071, 0.4867, 0.4408), "std": (0.2675, 0.2565, 0.2761)}
 RESIDENT_BYTES = 16 << 30  # arrays up to this size stay on a GPU whole, as uint8
+PIECE = 16  # images that a CPU makes at once: what lies between two of its steps stays in the caches
 WORKERS = min(16, os.cpu_count() or 1)  # threads that decode files; results do not depend on it
 Fetch = Callable[[], np.ndarray]
 
@@ -172,8 +173,15 @@ class Pipeline:
         with guard, torch.no_grad():
             if isinstance(images, np.ndarray):
                 images = torch.from_numpy(images).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-            x = self._batch(images, ids, key) if isinstance(images, Tensor) else self._each(images, ids, key)
-            return ((self._colours(x, ids, key) - self._mean) / self._std).contiguous()
+            if not isinstance(images, Tensor):
+                return self._normalised(self._each(images, ids, key), ids, key).contiguous()
+            if images.device.type != "cpu" or len(ids) <= PIECE:
+                return self._normalised(self._batch(images, ids, key), ids, key).contiguous()
+            out = torch.empty(len(ids), images.shape[1], self.profile.size, self.profile.size)
+            for first in range(0, len(ids), PIECE):
+                part = slice(first, first + PIECE)
+                out[part] = self._normalised(self._batch(images[part], ids[part], key), ids[part], key)
+            return out
 
     def _plan(self, ids: np.ndarray, shapes: np.ndarray, key: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
         """What happens to each image: box [B, 4], the size [B, 2] it is resized to, the corner [B, 2] of the S x S view."""
@@ -217,6 +225,9 @@ class Pipeline:
         over = max(0, -top, -left, top + s - view.shape[0], left + s - view.shape[1])
         view = np.pad(view, ((over, over), (over, over), (0, 0))) if over else view
         return view[top + over : top + over + s, left + over : left + over + s]
+
+    def _normalised(self, x: Tensor, ids: np.ndarray, key: int | None) -> Tensor:
+        return (self._colours(x, ids, key) - self._mean) / self._std
 
     def _colours(self, x: Tensor, ids: np.ndarray, key: int | None) -> Tensor:
         """Flip and brightness of x [B, 3, S, S] in 0..1."""
