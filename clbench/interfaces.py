@@ -67,7 +67,7 @@ class Capabilities:
     stores_exemplars    keeps raw samples, within the scenario's exemplar budget
     stores_all_data     keeps every sample: a reference (upper bound), not a contender; exempt from the sample budgets
     transductive        predictions may depend on the other samples of a test batch: marks the record
-    adapts_at_test      changes its state while predicting: marks the record
+    adapts_at_test      changes its state while predicting: marks the record (without these two, small test sets share a batch)
     supports_parallel   one model may be trained by several processes (torchrun)
     """
 

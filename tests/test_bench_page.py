@@ -1,4 +1,4 @@
-"""The page results/bench/README.md shows what the committed files hold."""
+"""results/bench/README.md shows what the committed files hold, and those measured what the project set out to reach."""
 
 import json
 import re
@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from clbench.bench import scaling, startup, table, tokens
+from clbench.bench import presets, scaling, startup, table, tokens
 
 WHERE = ROOT / "results" / "bench"
 BLOCKS = dict(
@@ -27,6 +27,24 @@ def found(name):
 @pytest.mark.parametrize("path", sorted(WHERE.glob("*.json")), ids=lambda path: path.stem)
 def test_the_page_shows_the_file(path):
     assert BLOCKS[path.stem] == TEXTS[path.stem](json.loads(path.read_text()))
+
+
+def test_the_targets_file_is_whole():
+    """Every case in both precisions beside its naive version, its floor and its counts of passes; nothing made of noise."""
+    measured, preset = found("cpu_targets"), presets.PRESETS["cpu_targets"]
+    assert measured["complete"] and not measured["quick"] and not measured["stand_ins"]
+    assert [(r["case"], r["precision"]) for r in measured["cases"]] == [
+        (c.name, p) for c in preset.cases for p in ("fp32", "bf16")
+    ]
+    for r in measured["cases"]:
+        assert (
+            r["naive"]["seconds"] > 0
+            and r["floor"] > 0
+            and r["passes"]["train"] == r["needed"]["full"] + r["needed"]["adapter"]
+        )
+        assert r["passes"]["eval"] == r["needed"]["forward"] and min(r["repeats"]) == pytest.approx(r["seconds"])
+    assert measured["sweep"]["seeds"] == 10 and len(measured["sweep"]["runs"]) == 30
+    assert measured["targets"] == table.targets_of(preset, measured), "what is met is what the numbers say"
 
 
 def test_the_growth_file_is_whole():
