@@ -15,7 +15,7 @@ from clbench.loss_stream import experience_of
 from clbench.streams.cpt import Domain, content_sha256, scenario
 from clbench.training.averages import Average, Averager
 from clbench.training.halves import categories, rest_half
-from clbench.training.journal import Journal
+from clbench.training.journal import Journal, unpack
 from clbench.training.mixing import Mixture, Replay
 from clbench.training.pretrain import PretrainRuntime, Segment, check_plan
 from clbench.training.progress import differences
@@ -335,7 +335,7 @@ def run_with_kills(folder, kind, options, kills, number=2):
                 plain = {"learner": made.state_dict(), "meter": made.runtime.meter.state_dict()}
                 state = {"experience": experience.index, "ledger": made.runtime.ledger.state_dict(), **plain}
                 made.runtime.journal.finish_experience(state)
-                state = torch.load(folder / "experience.pt", weights_only=True)
+                state = unpack(torch.load(folder / "experience.pt", weights_only=True))
         except Killed:
             continue
     return made

@@ -100,6 +100,7 @@ def test_slca_against_the_paper():
 
 def test_slca_rates_and_alignment_steps(monkeypatch):
     from clbench.learners import slca
+    from clbench.training import gaussians
 
     calls = {}
     real = slca.fit
@@ -108,7 +109,8 @@ def test_slca_rates_and_alignment_steps(monkeypatch):
         calls[name] = ([group["lr"] for group in groups], batches.steps, recipe)
         return real(runtime, name, learner, groups, loss, batches, recipe)
 
-    monkeypatch.setattr(slca, "fit", spy)
+    for module in (slca, gaussians):
+        monkeypatch.setattr(module, "fit", spy)
     t = trial("learner=slca")
     learner, runtime, pipeline = t.start()
     t.learn(learner, runtime, pipeline, 0)
