@@ -87,6 +87,14 @@ def test_augmentation_of_a_sample_depends_on_no_other(profile):
     assert len({float(v.sum()) for v in d.batch([3] * 1, key=7).x}) == 1
 
 
+@pytest.mark.parametrize("key", [None, 7])
+def test_a_large_batch_is_made_in_pieces(key):
+    """37 images at once are those of 5 at a time, to the bit."""
+    d = data(37)
+    singles = torch.cat([d.batch(np.arange(i, min(i + 5, 37)), key).x for i in range(0, 37, 5)])
+    assert torch.equal(d.batch(np.arange(37), key).x, singles)
+
+
 def test_array_and_list_sources_agree():
     for profile in ("timm", "small", "slca_finegrained"):
         d = data(profile=profile)

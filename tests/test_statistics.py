@@ -145,6 +145,23 @@ def test_unknown_kinds_are_refused():
         ClassGaussians(kind="multi-centroid", centroids=0)
 
 
+@pytest.mark.parametrize("kind", ["full", "diagonal", "multi-centroid"])
+def test_classes_come_one_by_one_or_together(kind):
+    """The same statistics to the bit; factors of covariances too, where some were computed before the others came."""
+    parts = [torch.randn(12, 6, generator=torch.Generator().manual_seed(i)) for i in range(5)]
+    single, at_once = (ClassGaussians(1e-3, kind=kind, centroids=3, seed=2) for _ in range(2))
+    for part in parts:
+        single.add(part)
+        single.add()
+        if kind == "full":
+            assert len(single.cholesky()) == len(single)
+    at_once.add(*parts)
+    for name, value in at_once.state_dict().items():
+        assert torch.equal(value, single.state_dict()[name]), name
+    if kind == "full":
+        assert torch.equal(single.cholesky(), at_once.cholesky())
+
+
 def test_samples_shrink_with_their_age():
     g = ClassGaussians(1e-12)
     g.add(torch.full((1, 2), 4.0))

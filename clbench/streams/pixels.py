@@ -177,7 +177,7 @@ class Pipeline:
                 return self._normalised(self._each(images, ids, key), ids, key).contiguous()
             if images.device.type != "cpu" or len(ids) <= PIECE:
                 return self._normalised(self._batch(images, ids, key), ids, key).contiguous()
-            out = torch.empty(len(ids), images.shape[1], self.profile.size, self.profile.size)
+            out = torch.empty(len(ids), len(self._mean), self.profile.size, self.profile.size)
             for first in range(0, len(ids), PIECE):
                 part = slice(first, first + PIECE)
                 out[part] = self._normalised(self._batch(images[part], ids[part], key), ids[part], key)

@@ -85,7 +85,7 @@ class ClassGaussians:
     def add(self, *features: Tensor) -> None:
         """Append a class from each features [N, D]; a single sample has covariance ridge I."""
         found = [self._statistics(f.double(), len(self) + i) for i, f in enumerate(features)]
-        for name in FIELDS[self.kind]:
+        for name in FIELDS[self.kind] if found else ():
             rows, old = torch.stack([one[name] for one in found]), getattr(self, name)
             setattr(self, name, torch.cat([old, rows]) if len(old) else rows)
 
