@@ -56,7 +56,7 @@ def test_a_rate_is_that_of_its_fastest_block(monkeypatch):
 
 
 def test_rates_count_operations_and_train_what_they_say():
-    from clbench.config import build, compose
+    from clbench.config.compose import build, compose
 
     node = compose(["model=nano"])[0]["model"]
     found = rates.images(
@@ -113,12 +113,12 @@ def test_targets_by_hand():
 
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_presets_compose(name, tmp_path):
-    from clbench import catalog
-    from clbench.config import compose
+    from clbench.config import registry
+    from clbench.config.compose import compose
 
     preset = presets.PRESETS[name]
     for case in (*preset.cases, *preset.sweep):
-        catalog.check(compose([*preset.words, *case.words])[0])
+        registry.check(compose([*preset.words, *case.words])[0])
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_a_sweep_and_stand_ins(tmp_path, monkeypatch):
 
 
 def test_weights_can_stand_in(tmp_path):
-    from clbench.config import build, compose
+    from clbench.config.compose import build, compose
     from clbench.models.weights import state_sha256
 
     node = compose(["model=nano_random"])[0]["model"]
@@ -244,8 +244,8 @@ def test_scaling_at_a_tiny_size(clbench):
 
 
 def test_startup_records_are_records(tmp_path):
-    from clbench import record
-    from clbench.report import verify
+    from clbench.records import record
+    from clbench.records.verify import verify
 
     startup.synthetic(tmp_path, 30)
     entries, problems = record.read_all(tmp_path / "records")

@@ -8,11 +8,11 @@ import pytest
 
 from clbench.bench import mapped, table, token_options, tokens
 from clbench.bench.tokens import TARGETS, model_of, stream_of
-from clbench.catalog import choices
-from clbench.cli import answer, parser_of
+from clbench.cli.main import answer, parser_of
+from clbench.config.registry import choices
 from clbench.interfaces import UserError
-from clbench.streams import sequences
-from clbench.training.ledger import flops_per_token
+from clbench.streams.tokens import sequences
+from clbench.training.pretraining.ledger import flops_per_token
 
 SMALL = ("--batch", "4", "--context", "16", "--warm", "1", "--steps", "2", "--rounds", "3", "--threads", "1")
 

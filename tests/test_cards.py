@@ -9,12 +9,13 @@ import pytest
 from conftest import ROOT
 from test_report import made
 
-from clbench import config, provenance, record
-from clbench.catalog import asks, choices, conf_dir
 from clbench.config import compose
+from clbench.config.registry import asks, choices, conf_dir
 from clbench.interfaces import UserError
+from clbench.records import record
 from clbench.report import cards
 from clbench.report.card_text import COLUMNS, to_csv, to_markdown
+from clbench.run import provenance
 
 CARDS = """\
 streams:
@@ -163,16 +164,16 @@ def test_values_are_compared_as_configurations_mean_them(a, b, expected):
     ],
 )
 def test_the_command_makes_the_same_configuration(words):
-    (job,) = config.compose(shlex.split(words))
+    (job,) = compose.compose(shlex.split(words))
     parts = {part: {"name": job["names"][part]} for part in ("learner", "scenario", "model")}
     command = cards.command({**parts, "config": provenance.identity(job)}, ["7"], conf_dir())
     assert command.startswith("clbench run learner=")
-    (again,) = config.compose(shlex.split(command)[2:])
+    (again,) = compose.compose(shlex.split(command)[2:])
     assert provenance.identity(again) == provenance.identity(job) | {"seed": 7}
 
 
 def test_a_command_of_several_seeds_is_a_sweep():
-    (job,) = config.compose(["learner=ncm"])
+    (job,) = compose.compose(["learner=ncm"])
     entry = {part: {"name": name} for part, name in job["names"].items()} | {"config": provenance.identity(job)}
     assert cards.command(entry, ["0", "2"], conf_dir()) == (
         "clbench run -m learner=ncm scenario=cil_digits model=nano seed=0,2"
@@ -196,7 +197,7 @@ def test_presets_of_published_protocols_say_claim_number_cost_and_command():
         measured = "\n# Found: " in opening and "results/pretraining" in opening
         assert measured or "estimate, not measured" in opening, name
         if measured:
-            own = {job["scenario"]["name"] for job in compose([f"sweep={name}"])}
+            own = {job["scenario"]["name"] for job in compose.compose([f"sweep={name}"])}
             assert own <= {line.split(",")[0] for line in board}, f"{name} says what was found, and no record is committed"
         assert all(line.startswith("#") for line in opening.splitlines()), name
 
@@ -223,7 +224,7 @@ def test_options_of_committed_cards_exist():
     wanted += [(name, entry["stream"], entry["overrides"]) for name, entry in entries if entry["overrides"]]
     for learner, name, options in wanted:
         stream = kept["streams"][name]
-        (job,) = config.compose([f"learner={learner}", f"scenario={stream['scenario']}", f"model={stream['model']}"])
+        (job,) = compose.compose([f"learner={learner}", f"scenario={stream['scenario']}", f"model={stream['model']}"])
         known = cards.flat(provenance.identity(job))
         assert not [key for key in options if key not in known], (learner, name)
 

@@ -12,7 +12,7 @@ from torch import nn
 from clbench.models import backbone, class_token, low_rank
 from clbench.models import pet_modules as kinds
 from clbench.models.pet import stack
-from clbench.report.rerun import machine
+from clbench.records.rerun import machine
 
 WHOLE_BLOCK = ("vpt_deep", "vpt_shallow")  # their hooks take tokens out behind the block
 

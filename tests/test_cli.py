@@ -12,11 +12,11 @@ import time
 import pytest
 import yaml
 
-from clbench import catalog
-from clbench.cli import EXAMPLES
-from clbench.commands import Tail, summary
+from clbench.cli.commands import Tail, summary
+from clbench.cli.main import EXAMPLES
+from clbench.config import registry
 from clbench.interfaces import Capabilities
-from clbench.isolate import how_it_died, note, run_alone
+from clbench.run.subprocess_job import how_it_died, note, run_alone
 
 
 def test_alone_it_explains_itself(clbench):
@@ -60,7 +60,7 @@ def test_mistakes_are_answered_in_one_line_before_torch_is_loaded(clbench, words
     done = clbench(*words, code=2, fresh=True)
     assert done.stdout == ""
     assert done.stderr.startswith(f"clbench: {message}") and done.stderr.count("\n") == 1
-    code = "import sys; from clbench.cli import answer; answer(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    code = "import sys; from clbench.cli.main import answer; answer(sys.argv[1:]); sys.exit('torch' in sys.modules)"
     if words[:2] != ["manifest", "write"]:
         again = subprocess.run([sys.executable, "-c", code, *words], env=clbench.env, cwd=clbench.folder, capture_output=True)
         assert again.returncode == 0, "torch was loaded"
@@ -85,7 +85,7 @@ def test_list_names_every_choice_without_torch(clbench):
 
 DETAILS = """
 import sys
-from clbench.cli import answer
+from clbench.cli.main import answer
 code = answer(["list", "learners"])
 heavy = [name for name in ("torch", "hydra", "timm", "pandas") if name in sys.modules]
 sys.exit(f"{heavy} loaded" if heavy else code)
@@ -101,14 +101,14 @@ def test_list_learners_tells_paper_capabilities_and_bytes_without_torch(clbench)
     assert (
         lines[at + 2].strip().startswith("needs_pretrained needs_new_classes; holds 3.2 kB a class + 331.3 kB an experience + ")
     )
-    assert sum("; holds " in line for line in lines) == len(catalog.choices("learner"))
+    assert sum("; holds " in line for line in lines) == len(registry.choices("learner"))
     assert "(more with some options); holds" in done.stdout and "no special needs; holds 1.3 kB a class + 0 B" in done.stdout
 
 
 def test_capabilities_are_read_as_they_are_declared():
-    for name, (path, *_) in catalog.choices("learner").items():
-        declared = catalog.load_target(yaml.safe_load(path.read_text())["_target_"]).capabilities
-        words = catalog.details(path)[1].removesuffix("(more with some options)").split()
+    for name, (path, *_) in registry.choices("learner").items():
+        declared = registry.load_target(yaml.safe_load(path.read_text())["_target_"]).capabilities
+        words = registry.details(path)[1].removesuffix("(more with some options)").split()
         said = {word.partition("=")[0]: ast.literal_eval(word.partition("=")[2] or "True") for word in words}
         assert declared == Capabilities(**said), name
 
@@ -138,24 +138,25 @@ def test_details_of_a_plug_in(tmp_path, text, expected):
         (tmp_path / "loose_details.py").write_text(text)
     node = tmp_path / "mine.yaml"
     node.write_text(f"_target_: {tmp_path}/loose_details.py:Mine\n")
-    assert catalog.details(node) == expected
-    assert catalog.stored_text(None) == "-"
+    assert registry.details(node) == expected
+    assert registry.stored_text(None) == "-"
 
 
 def test_bytes_held_are_measured():
     """Every learner has its row; the class means of ncm are worked by hand."""
-    own = {n for n, (p, *_) in catalog.choices("learner").items() if catalog.origin(p) == "clbench"}
-    assert set(catalog.stored()) == {n for n in own if catalog.asks("learner", n) == "predict"}
-    assert catalog.stored()["ncm"]["class"] == 8 * 160 + 8  # a sum in float64 and a count
+    own = {n for n, (p, *_) in registry.choices("learner").items() if registry.origin(p) == "clbench"}
+    assert set(registry.stored()) == {n for n in own if registry.asks("learner", n) == "predict"}
+    assert registry.stored()["ncm"]["class"] == 8 * 160 + 8  # a sum in float64 and a count
     assert (
-        catalog.stored_text({"class": 640, "experience": 12800, "besides": -5}) == "640 B a class + 12.8 kB an experience + 0 B"
+        registry.stored_text({"class": 640, "experience": 12800, "besides": -5})
+        == "640 B a class + 12.8 kB an experience + 0 B"
     )
 
 
 @pytest.mark.parametrize("learner", ["ncm", "slca", "ease"])
 def test_bytes_held_are_as_committed(clbench, learner):
     done = clbench("check", "--measure", f"learner={learner}")
-    assert json.loads(done.stdout) == {learner: catalog.stored()[learner]}
+    assert json.loads(done.stdout) == {learner: registry.stored()[learner]}
 
 
 def test_results_folder_that_cannot_be_written(clbench, small):
@@ -263,7 +264,7 @@ def test_run_alone_says_how_a_child_ended():
     ],
 )
 def test_threads_wait_awake_where_a_job_has_the_machine_to_itself(words, wanted):
-    from clbench.cli import patience
+    from clbench.cli.main import patience
 
     assert list(patience(words.split(), {})) == [wanted]
     assert patience(words.split(), {"OMP_WAIT_POLICY": "ACTIVE"}) == patience(words.split(), {"GOMP_SPINCOUNT": "0"}) == {}

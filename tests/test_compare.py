@@ -11,9 +11,11 @@ import pytest
 from scipy import stats
 from test_report import made
 
-from clbench import cli, metrics, record
+from clbench.cli import main
+from clbench.evaluation import metrics
+from clbench.evaluation.metrics import compat
 from clbench.interfaces import UserError
-from clbench.metrics import compat
+from clbench.records import record
 from clbench.report import explain, overview, table
 from clbench.report.compare import compare
 from clbench.report.formats import render
@@ -163,7 +165,7 @@ MISTAKES = [
 def test_mistakes(tmp_path, monkeypatch, capsys, words, said):
     save(tmp_path / "results", *(run(s, name, last) for name in "ab" for s, last in enumerate(LASTS[name])))
     monkeypatch.chdir(tmp_path)
-    assert cli.answer(["report", "compare", *words]) == 2
+    assert main.answer(["report", "compare", *words]) == 2
     out, err = capsys.readouterr()
     assert said in err and not out
 
@@ -185,9 +187,9 @@ def test_pages_on_the_command_line(clbench):
 def test_every_page_has_help(capsys):
     for page in ("explain", "compare", "statistics", "html", "plot"):
         with pytest.raises(SystemExit):
-            cli.answer(["report", page, "--help"])
+            main.answer(["report", page, "--help"])
         assert f"examples:\n  clbench report {page}" in capsys.readouterr().out
-    assert cli.answer(["report", "explian"]) == 2 and "did you mean 'explain'" in capsys.readouterr().err
+    assert main.answer(["report", "explian"]) == 2 and "did you mean 'explain'" in capsys.readouterr().err
 
 
 def test_explain_prints_the_worked_example(clbench):

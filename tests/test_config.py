@@ -6,22 +6,22 @@ import textwrap
 
 import pytest
 
-from clbench import config
-from clbench.catalog import GROUPS, asks, check, choices, conf_dir, description
+from clbench.config import compose
+from clbench.config.registry import GROUPS, asks, check, choices, conf_dir, description
+from clbench.config.signatures import problems, signature
 from clbench.interfaces import Place, UserError
-from clbench.signatures import problems, signature
 
 
 def wrong(*words, multirun=False):
     """The message that words are answered with."""
     with pytest.raises(UserError) as caught:
-        for job in config.compose(words, multirun):
+        for job in compose.compose(words, multirun):
             check(job)
     return str(caught.value)
 
 
 def test_defaults_compose_and_pass():
-    (job,) = config.compose()
+    (job,) = compose.compose()
     check(job)
     assert job["names"] == {"scenario": "cil_digits", "learner": "slca", "model": "nano"}
     assert job["seed"] == 0 and job["device"] == "auto" and job["precision"] == "fp32" and job["num_threads"] == "auto"
@@ -86,8 +86,8 @@ def test_all_problems_of_a_configuration_together():
 
 
 def test_schedule_takes_the_place_of_the_learners_own():
-    (job,) = config.compose(["schedule=cosine", "schedule.warmup=0.1"])
-    (own,) = config.compose(["learner=finetune"])
+    (job,) = compose.compose(["schedule=cosine", "schedule.warmup=0.1"])
+    (own,) = compose.compose(["learner=finetune"])
     assert job["learner"]["schedule"] == {
         "_target_": "clbench.training.schedules.cosine",
         "_partial_": True,
@@ -98,19 +98,19 @@ def test_schedule_takes_the_place_of_the_learners_own():
 
 
 def test_sweeps_are_expanded():
-    jobs = config.compose(["learner=ncm,slca", "seed=range(0,3)"], multirun=True)
+    jobs = compose.compose(["learner=ncm,slca", "seed=range(0,3)"], multirun=True)
     assert [(j["names"]["learner"], j["seed"]) for j in jobs] == [(n, s) for n in ("ncm", "slca") for s in range(3)]
-    every = config.compose(["learner=glob(*)"], multirun=True)
+    every = compose.compose(["learner=glob(*)"], multirun=True)
     assert {j["names"]["learner"] for j in every} == {n for n in choices("learner") if asks("learner", n) == "predict"}
-    every = config.compose(["learner=glob(*)", "scenario=cpt_synthetic"], multirun=True)
+    every = compose.compose(["learner=glob(*)", "scenario=cpt_synthetic"], multirun=True)
     assert {j["names"]["learner"] for j in every} == {n for n in choices("learner") if asks("learner", n) == "loss"}
-    assert len(config.compose(["learner.lr=0.1,0.2", "learner.schedule.gamma=choice(0.1,0.5)"], multirun=True)) == 4
+    assert len(compose.compose(["learner.lr=0.1,0.2", "learner.schedule.gamma=choice(0.1,0.5)"], multirun=True)) == 4
 
 
 def test_a_sweep_in_a_file_needs_no_flag():
-    found = config.read(["sweep=default_table", "seed=0"])
+    found = compose.read(["sweep=default_table", "seed=0"])
     assert found.multirun and found.varying == ("learner",) and len(found.jobs) == 5
-    assert len(config.read(["sweep=default_table"]).jobs) == 15
+    assert len(compose.read(["sweep=default_table"]).jobs) == 15
 
 
 def test_an_error_in_any_job_of_a_sweep():
@@ -122,8 +122,8 @@ def test_an_error_in_any_job_of_a_sweep():
 def test_machines_choose_launchers_and_nothing_of_the_job(machine):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    found = config.read([f"machine={machine}"])
-    (local,) = config.compose()
+    found = compose.read([f"machine={machine}"])
+    (local,) = compose.compose()
     assert "BasicLauncher" not in found.launcher
     assert {k: v for k, v in found.jobs[0].items() if k != "num_threads"} == {
         k: v for k, v in local.items() if k != "num_threads"
@@ -133,9 +133,9 @@ def test_machines_choose_launchers_and_nothing_of_the_job(machine):
 @pytest.mark.parametrize("folder", ["a folder", "a(b)/c d", "x=y/z", "über/é", "a,b/c"])
 def test_paths_need_no_quotes(folder):
     (job,) = (
-        config.compose([f"results_dir=/tmp/{folder}"], multirun=False)
+        compose.compose([f"results_dir=/tmp/{folder}"], multirun=False)
         if "," not in folder
-        else config.compose([f"results_dir='/tmp/{folder}'"])
+        else compose.compose([f"results_dir='/tmp/{folder}'"])
     )
     assert job["results_dir"] == f"/tmp/{folder}"
 
@@ -149,7 +149,7 @@ def test_every_file_of_a_group_is_described_and_fits_its_target(group):
         words += [
             f"{group}.{line.split(':')[0]}=x" for line in text.splitlines() if line.split("#")[0].rstrip().endswith("???")
         ]
-        for job in config.compose(words):
+        for job in compose.compose(words):
             check(job)
 
 
@@ -157,7 +157,7 @@ def test_sweep_files_say_what_they_show():
     for path, *_ in choices("sweep").values():
         text = path.read_text()
         assert "# Shows:" in text and "# Command:" in text
-        for job in config.compose([f"sweep={path.stem}"]):
+        for job in compose.compose([f"sweep={path.stem}"]):
             check(job)
 
 
@@ -198,29 +198,29 @@ def loose(tmp_path, monkeypatch):
 @pytest.mark.parametrize("target", ["loose_part.Mine", "loose_part.py:Mine", "{tmp}/loose_part.py:Mine", "loose_part.py:Child"])
 def test_a_learner_in_a_loose_file(loose, target):
     target = target.format(tmp=loose)
-    (job,) = config.compose([f"learner._target_={target}", "learner.lr=3", "learner.mode=fast"])
+    (job,) = compose.compose([f"learner._target_={target}", "learner.lr=3", "learner.mode=fast"])
     check(job)
     assert job["learner"] == {"_target_": target, "lr": 3, "mode": "fast"} and "learner" not in job["names"]
-    assert config.build(job["learner"], model="m", runtime="r").given == ("m", "r", 3, "fast", None, 3)
-    assert config.load_target(target).__name__ in ("Mine", "Child")
+    assert compose.build(job["learner"], model="m", runtime="r").given == ("m", "r", 3, "fast", None, 3)
+    assert compose.load_target(target).__name__ in ("Mine", "Child")
     assert wrong(f"learner._target_={target}", "learner.mode=fats").endswith("got 'fats'; did you mean 'fast'?")
     assert wrong(f"learner._target_={target}", "learner.ll=1").endswith("no argument 'll'; did you mean 'lr'?")
-    assert "_file" not in str(config.compose(["learner=glob(*)"], multirun=True))
+    assert "_file" not in str(compose.compose(["learner=glob(*)"], multirun=True))
 
 
 def test_options_of_what_a_sweep_chooses():
     """`scenario.shift` is an option of the sweep's scenario, which the default scenario does not have."""
-    found = config.read(["sweep=cpt_synthetic_rates", "scenario.shift=0.3", "seed=0"])
+    found = compose.read(["sweep=cpt_synthetic_rates", "scenario.shift=0.3", "seed=0"])
     assert len(found.jobs) == 4 and all(job["scenario"]["shift"] == 0.3 for job in found.jobs)
     assert found.varying == ("learner.lr", "learner.schedule.warmup")
-    found = config.read(["sweep=cpt_text", "scenario.corpora=[a, b]", "scenario.name='a, b'", "learner.replay.share=0.5"])
+    found = compose.read(["sweep=cpt_text", "scenario.corpora=[a, b]", "scenario.name='a, b'", "learner.replay.share=0.5"])
     assert len(found.jobs) == 12 and {job["scenario"]["name"] for job in found.jobs} == {"a, b"}
     assert found.jobs[0]["scenario"]["corpora"] == ["a", "b"] and found.jobs[0]["learner"]["replay"]["share"] == 0.5
     assert wrong("sweep=cpt_synthetic_rates", "scenario.shft=0.3") == "no key 'scenario.shft'; did you mean 'scenario.shift'?"
 
 
 def test_loose_targets_can_be_swept(loose):
-    jobs = config.compose(["learner._target_=loose_part.Mine,loose_part.Child", "learner.n=1,2"], multirun=True)
+    jobs = compose.compose(["learner._target_=loose_part.Mine,loose_part.Child", "learner.n=1,2"], multirun=True)
     assert [j["learner"]["n"] for j in jobs] == [1, 2, 1, 2]
 
 
@@ -253,7 +253,7 @@ def test_a_syntax_error_in_a_loose_file_names_the_line(loose):
 
 
 def test_build_makes_nested_parts_and_partials():
-    schedule = config.build({"_target_": "clbench.training.schedules.multistep", "_partial_": True, "milestones": [0.5]})
+    schedule = compose.build({"_target_": "clbench.training.schedules.multistep", "_partial_": True, "milestones": [0.5]})
     assert [schedule(Place(0, step, 4, step)) for step in range(4)] == [1.0, 1.0, 0.1, 0.1]
 
 

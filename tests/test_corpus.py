@@ -18,12 +18,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clbench.cli import answer
+from clbench.cli.main import answer
 from clbench.interfaces import UserError
-from clbench.streams import corpus_build, documents
-from clbench.streams.corpus import MANIFEST, Shards
-from clbench.streams.corpus_build import Recipe, build
-from clbench.streams.encoders import Bytes, TokenizerFile
+from clbench.streams.tokens import corpus_build, documents
+from clbench.streams.tokens.corpus import MANIFEST, Shards
+from clbench.streams.tokens.corpus_build import Recipe, build
+from clbench.streams.tokens.tokenizers import Bytes, TokenizerFile
 
 TEXT = "<|doc|>one\nFirst line.\n\nLast line.\n<|doc|>two\nzwei drüben\n<|doc|>empty\n<|doc|>three\nx\n"
 HALF = Recipe(validation=0.5)
@@ -278,7 +278,7 @@ def test_large_files_are_hashed_only_when_asked(tmp_path, monkeypatch):
     out = tmp_path / "out"
     build([write(tmp_path / "a.txt")], out, Bytes(), HALF)
     damage(out, "bit")
-    monkeypatch.setattr("clbench.streams.corpus.HASHED_WHEN_OPENED", 10)
+    monkeypatch.setattr("clbench.streams.tokens.corpus.HASHED_WHEN_OPENED", 10)
     Shards.open(out)
     with pytest.raises(UserError, match="damaged"):
         Shards.open(out, verify=True)

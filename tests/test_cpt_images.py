@@ -11,16 +11,20 @@ import torch
 from PIL import Image
 from sklearn.linear_model import Ridge
 
-from clbench import config, counter, metrics_loss, record
-from clbench.catalog import asks, choices
+from clbench.config import compose
+from clbench.config.registry import asks, choices
+from clbench.evaluation import loss_metrics
+from clbench.evaluation.linear_probe import hits
 from clbench.interfaces import UserError
-from clbench.linear_probe import hits
-from clbench.loss_stream import experience_of
-from clbench.report import report, verify
-from clbench.runner import prepare, run_job
-from clbench.streams.class_groups import class_groups
-from clbench.streams.token_manifest import TokenManifest, load_any
-from clbench.training.mixing import Mixture, Replay
+from clbench.records import record
+from clbench.records.verify import verify
+from clbench.report import report
+from clbench.run.loss_loop import experience_of
+from clbench.run.runner import prepare, run_job
+from clbench.streams import rng
+from clbench.streams.tokens.class_groups import class_groups
+from clbench.streams.tokens.manifest import TokenManifest, load_any
+from clbench.training.pretraining.data_mixture import Mixture, Replay
 
 LEARNERS = [name for name in choices("learner") if asks("learner", name) == "loss"]
 SMALL = (
@@ -44,7 +48,7 @@ OPTIONS = {"name": "s", "dataset": "digits", "increment": 2, "epochs": 2, "batch
 
 
 def job(*words):
-    (made,) = config.compose([*SMALL, *words])
+    (made,) = compose.compose([*SMALL, *words])
     return made
 
 
@@ -154,13 +158,13 @@ def test_folders_of_images_of_any_size(tmp_path):
     assert made.data(0).read(np.arange(3)).shape == (3, 16 * 16 * 3 + 8) and made.evaluation(1).shape == (3, 776)
     words = ("scenario=cpt_mae_folder", "scenario.dataset=set", f"data_root={tmp_path}", "scenario.increment=1")
     words += ("scenario.size=16", "scenario.batch=8", "scenario.epochs=1", *SMALL[-5:])
-    (found,) = config.compose([*words, f"results_dir={tmp_path}/results", "on_error=raise"])
+    (found,) = compose.compose([*words, f"results_dir={tmp_path}/results", "on_error=raise"])
     assert record.read(run_job(found).path)["status"] == "ok" and verify(tmp_path / "results")[1] == 0
 
 
 @pytest.mark.data("cifar100.npz")
 def test_cifar100_in_groups(tmp_path):
-    (found,) = config.compose(["scenario=cpt_mae_cifar100", f"results_dir={tmp_path}"])
+    (found,) = compose.compose(["scenario=cpt_mae_cifar100", f"results_dir={tmp_path}"])
     scenario = prepare(found).scenario
     assert len(scenario.manifest.experiences) == 5 and scenario.side == 32
     assert all(e["sequences"] == 10_000 and e["steps"] == 781 for e in scenario.manifest.experiences)
@@ -186,7 +190,7 @@ def test_what_a_record_holds(finished):
     assert sum(ledger[name] for name in ("trunk_new", "trunk_replay", "branch_new", "branch_replay")) == 3 * steps * 8
     assert entry["plan"][1]["role"] == "branch" and entry["sum_loss_trunk"][0] is not None
     assert np.shape(entry["probe"]["own"]) == (3, 3) and entry["probe"]["seen"][0][1:] == [None, None]
-    values = metrics_loss.summary(entry)
+    values = loss_metrics.summary(entry)
     own = np.array(entry["probe"]["own"]) / 20
     assert values["probe_own"] == pytest.approx(own[-1].mean()) and 0 <= values["min_acc"] <= 1
     seen = [np.mean([c for c in row if c is not None]) / 20 for row in entry["probe"]["seen"]]
@@ -240,7 +244,7 @@ def test_training_lowers_the_loss_and_shifts_are_forgotten(tmp_path):
     matrix = np.array(entry["sum_loss"]) / entry["n"]
     assert matrix[0, 0] < 0.6 * start[0] and matrix[1, 1] < 0.6 * start[1]
     assert matrix[0, 1] > 1.1 * matrix[0, 0] and matrix[1, 0] > 1.1 * matrix[0, 0]  # the other group is drawn worse
-    assert metrics_loss.summary(entry)["forgetting_after"] > 0
+    assert loss_metrics.summary(entry)["forgetting_after"] > 0
 
 
 def test_the_linear_probe_is_ridge_regression():
@@ -318,7 +322,7 @@ def test_as_a_newcomer_types_it(clbench):
 def test_what_cannot_run_is_refused_before_it_starts(tmp_path, words, message):
     base = [] if any(word.startswith("scenario=") for word in words) else ["scenario=cpt_mae_digits"]
     with pytest.raises(UserError) as error:
-        (found,) = config.compose([*base, *words, f"results_dir={tmp_path}"])
+        (found,) = compose.compose([*base, *words, f"results_dir={tmp_path}"])
         prepare(found)
     assert message in str(error.value) and not (tmp_path / "records").exists()
 
@@ -339,4 +343,4 @@ def test_golden_losses(finished, request):
 def test_no_torch_is_needed_to_build_the_stream():
     data = class_groups(**OPTIONS).data(0)
     assert data.sequence_bytes == 192 and data.context == 1 and torch.from_numpy(data.read(np.arange(2))).dtype == torch.uint8
-    assert counter.key("order", int(class_groups(**OPTIONS).domains[0].sha256[:16], 16)) == data.key
+    assert rng.key("order", int(class_groups(**OPTIONS).domains[0].sha256[:16], 16)) == data.key

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from clbench import metrics_loss as m
+from clbench.evaluation import loss_metrics as m
 
 R = np.array([[1.0, 4.0, 5.0], [1.5, 2.0, 4.0], [1.25, 2.5, 3.0]])
 FIRST = [0, 1, 2]

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clbench.interfaces import UserError
-from clbench.streams.cpt import TokenData
-from clbench.training.ledger import Ledger
-from clbench.training.mixing import Mixture, Replay, quotas
+from clbench.streams.tokens.scenario import TokenData
+from clbench.training.pretraining.data_mixture import Mixture, Replay, quotas
+from clbench.training.pretraining.ledger import Ledger
 
 
 def text(domain=0, size=40, batch=8, context=4, steps=10, first=0):

@@ -8,8 +8,9 @@ from test_cpt_run import run
 from test_html import browser, open_page, saved, written  # noqa: F401
 from test_report import made as accuracy_record
 
-from clbench import record
-from clbench.report import html, losses, page_losses
+from clbench.records import record
+from clbench.report import losses
+from clbench.report.page import html, loss_contents
 from clbench.report.runs import scan
 
 
@@ -47,10 +48,10 @@ def test_the_data_are_those_of_the_leaderboard(folder):
 
 
 def test_details_give_way_to_the_size(folder, monkeypatch):
-    monkeypatch.setattr(page_losses, "LARGEST", 2000)
+    monkeypatch.setattr(loss_contents, "LARGEST", 2000)
     _, data = written(folder)
     assert sum(len(str(d)) for d in data["losses"]["details"]) < 4000
-    monkeypatch.setattr(page_losses, "LARGEST", 0)
+    monkeypatch.setattr(loss_contents, "LARGEST", 0)
     _, data = written(folder)
     assert data["losses"]["details"] == [None] * 3
 

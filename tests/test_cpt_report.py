@@ -10,9 +10,12 @@ from conftest import ROOT
 from test_cpt_run import run
 from test_report import made as accuracy_record
 
-from clbench import metrics_loss, record
+from clbench.evaluation import loss_metrics
 from clbench.interfaces import UserError
-from clbench.report import compare, explain, loss_data, losses, numbers, overview, report, verify
+from clbench.records import record
+from clbench.records.verify import verify
+from clbench.report import compare, explain, losses, numbers, overview, report
+from clbench.report.figures import loss_data
 from clbench.report.runs import Filter, scan
 
 
@@ -95,7 +98,7 @@ def test_a_record_is_explained(folder):
     assert set(parts) == {"matrix", "numbers", "gaps", "ledger", "loss columns"}
     assert [row["after"] for row in parts["matrix"].rows] == ["before", "0 trunk", "0", "1 trunk", "1", "2 trunk", "2", "floor"]
     told = {row["name"]: row["value"] for row in parts["numbers"].rows}
-    assert told["final_loss"] == one.values["final_loss"] and set(told) == set(metrics_loss.ABOUT)
+    assert told["final_loss"] == one.values["final_loss"] and set(told) == set(loss_metrics.ABOUT)
     assert len(parts["gaps"].rows) == 3
     depths = [row["depth"] for row in parts["gaps"].rows]
     assert np.mean(depths) == pytest.approx(one.values["gap_depth"])
@@ -103,7 +106,7 @@ def test_a_record_is_explained(folder):
 
 def test_figures(folder, tmp_path):
     pytest.importorskip("matplotlib")
-    from clbench.report import plots
+    from clbench.report.figures import plots
 
     paths = plots.write(folder, tmp_path, ("losses", "loss_matrix", "replay", "gaps"), "svg")
     kinds = [path.name.partition("-")[0] for path in paths]
@@ -173,5 +176,5 @@ def test_columns_are_explained():
     words = (ROOT / "results" / "README.md").read_text()
     for name, text in losses.ABOUT.items():
         assert f"| `{name}` | {text} |" in words, name
-    for name in metrics_loss.ABOUT:
+    for name in loss_metrics.ABOUT:
         assert f"{name}_mean" in losses.COLUMNS

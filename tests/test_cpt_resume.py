@@ -262,7 +262,7 @@ def test_what_several_processes_cannot_do_is_said_once(doomed, ranks, words, mes
 
 
 def test_rows_of_all_processes_are_the_batch():
-    from clbench.training.parallel import Group
+    from clbench.training.distributed import Group
 
     for batch in range(1, 20):
         for size in range(1, batch + 1):

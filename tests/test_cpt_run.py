@@ -9,12 +9,15 @@ import time
 import numpy as np
 import pytest
 
-from clbench import config, metrics_loss, record
-from clbench.catalog import asks, choices
+from clbench.config import compose
+from clbench.config.registry import asks, choices
+from clbench.evaluation import loss_metrics
 from clbench.interfaces import UserError
-from clbench.report import report, verify
+from clbench.records import record
+from clbench.records.verify import verify
+from clbench.report import report
 from clbench.report.losses import COLUMNS, rows
-from clbench.runner import prepare, run_job
+from clbench.run.runner import prepare, run_job
 
 LEARNERS = [name for name in choices("learner") if asks("learner", name) == "loss"]
 SMALL = (
@@ -36,7 +39,7 @@ SMALL = (
 
 
 def job(*words):
-    (made,) = config.compose([*SMALL, *words])
+    (made,) = compose.compose([*SMALL, *words])
     return made
 
 
@@ -71,7 +74,7 @@ def test_records_hold_losses_curves_ledger_and_plan(finished):
     assert entry["curves"]["step"][:8] == [0, 1, 2, 4, 8, 15, 0, 1] and entry["curves"]["boundaries"] == [0, 1920, 3840]
     assert entry["curves"]["tokens"][:6] == [0, 128, 256, 512, 1024, 1920]
     assert entry["curves"]["lr"][5] < 1e-3 and len(entry["plan"]) == 3 and entry["plan"][1]["optimizer"] == "reset"
-    start = metrics_loss.loss_matrix([entry["sum_loss_start"]], entry["tokens"])[0]
+    start = loss_metrics.loss_matrix([entry["sum_loss_start"]], entry["tokens"])[0]
     assert abs(start.mean() - np.log(8)) < 0.3
     assert made["joint_union"]["marks"] == ["reference"]
     assert made["frozen"]["sum_loss"][0] == made["frozen"]["sum_loss"][2]
@@ -80,7 +83,7 @@ def test_records_hold_losses_curves_ledger_and_plan(finished):
 def test_what_is_probed_is_what_is_evaluated(finished, tmp_path):
     """With the whole evaluation set as the probe, the last look at an experience is its row of the matrix."""
     entry = run(tmp_path, "scenario.probe_sequences=20")
-    matrix = metrics_loss.loss_matrix(entry["sum_loss"], entry["tokens"])
+    matrix = loss_metrics.loss_matrix(entry["sum_loss"], entry["tokens"])
     ends = [i for i, step in enumerate(entry["curves"]["step"]) if step == 15]
     for row, at in zip(matrix, ends, strict=True):
         assert [entry["curves"]["loss"][name][at] for name in entry["scenario"]["eval_names"]] == pytest.approx(row, abs=2e-5)
@@ -105,10 +108,10 @@ def test_the_leaderboard_of_losses(finished):
     assert streams == {"cpt_synthetic", "cpt_iid"}
     values = {(row["scenario"], row["learner"], row["replay"]): row for row in table}
     ours, plain = (values["cpt_synthetic", "rewarm_replay", share] for share in ("0.05", "0"))
-    final = metrics_loss.summary(made["rewarm_replay"])["final_loss"]
+    final = loss_metrics.summary(made["rewarm_replay"])["final_loss"]
     assert float(ours["final_loss_mean"]) == pytest.approx(final, abs=1e-4) and ours["tokens_trunk_replay"] == "192"
-    union = metrics_loss.summary(made["joint_union"])["final_loss"]
-    without = metrics_loss.summary(made["plain"])["final_loss"]
+    union = loss_metrics.summary(made["joint_union"])["final_loss"]
+    without = loss_metrics.summary(made["plain"])["final_loss"]
     assert float(ours["recovery_ratio_mean"]) == pytest.approx((without - final) / (without - union), abs=1e-3)
     assert plain["recovery_ratio_mean"] == "" and ours["rate_share_mean"] != ""
     assert not (folder / "leaderboard.csv").exists()
@@ -183,17 +186,17 @@ def test_a_running_record_has_a_row_and_no_numbers(finished):
 )
 def test_what_cannot_run_is_refused_before_it_starts(tmp_path, words, message):
     options = [w for w in SMALL if not (words == ("model=nano",) and w.startswith("model."))]
-    (found,) = config.compose([*options, f"results_dir={tmp_path}", *words])
+    (found,) = compose.compose([*options, f"results_dir={tmp_path}", *words])
     with pytest.raises(UserError, match=message.replace("(", r"\(").replace("...", r"\.\.\.")):
         prepare(found)
     assert not (tmp_path / "records").exists()
 
 
 def test_a_learner_of_losses_on_images():
-    (found,) = config.compose(["learner=rewarm_replay"])
+    (found,) = compose.compose(["learner=rewarm_replay"])
     with pytest.raises(UserError, match="learner rewarm_replay does not fit scenario cil_digits: asks=loss"):
         prepare(found)
-    (found,) = config.compose(["model=decoder_tiny", "learner=ncm"])
+    (found,) = compose.compose(["model=decoder_tiny", "learner=ncm"])
     with pytest.raises(UserError, match="model decoder_tiny reads tokens: scenario cil_digits is made of images"):
         prepare(found)
 
@@ -201,7 +204,7 @@ def test_a_learner_of_losses_on_images():
 def test_pieces_of_a_batch_are_no_part_of_the_identity(finished, tmp_path):
     entry = run(tmp_path, "micro_batch=3")
     assert entry["run_id"] == finished[1]["rewarm_replay"]["run_id"] and entry["machine"]["micro_batch"] == 3
-    (found,) = config.compose(["micro_batch=3", "learner=ncm"])
+    (found,) = compose.compose(["micro_batch=3", "learner=ncm"])
     with pytest.raises(UserError, match="micro_batch has no effect in scenario cil_digits"):
         prepare(found)
 
@@ -230,9 +233,9 @@ def test_texts_run_in_bits_per_byte(tmp_path):
         "scenario.eval_tokens=512",
     )
     small = ("model.width=16", "model.depth=1", "model.heads=2", "num_threads=1", "device=cpu", "on_error=raise")
-    (found,) = config.compose([*words, *small, f"data_root={tmp_path}", f"results_dir={tmp_path}/results"])
+    (found,) = compose.compose([*words, *small, f"data_root={tmp_path}", f"results_dir={tmp_path}/results"])
     entry = record.read(run_job(found).path)
-    values = metrics_loss.summary(entry)
+    values = loss_metrics.summary(entry)
     assert values["final_bpb"] == pytest.approx(values["final_loss"] / np.log(2)) and verify(tmp_path / "results")[1] == 0
 
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clbench.interfaces import UserError
-from clbench.streams import sequences
-from clbench.streams.cpt import Domain, Probing, content_sha256, eval_windows, scenario
-from clbench.streams.texts import split_documents, synthetic, text
-from clbench.streams.token_manifest import TokenBudget, TokenManifest
+from clbench.streams.tokens import sequences
+from clbench.streams.tokens.manifest import TokenBudget, TokenManifest
+from clbench.streams.tokens.scenario import Domain, Probing, content_sha256, eval_windows, scenario
+from clbench.streams.tokens.texts import split_documents, synthetic, text
 
 TINY = {"tokens": 320, "context": 8, "batch": 4, "eval_tokens": 160, "symbols": 8, "states": 8}
 
@@ -103,7 +103,7 @@ def test_synthetic_languages_have_exact_floors():
     made = synthetic(name="s", **TINY)
     entries = made.manifest.evals
     assert len(made.domains) == 3 and all(0 < e["floor"] < np.log(8) for e in entries)
-    from clbench.streams.languages import synthetic as language
+    from clbench.streams.tokens.languages import synthetic as language
 
     source = language(8, 8, "markov", 1.0, 1, 0)
     by_hand = [-np.log(source.probabilities[a, b]) for row in made.evaluation(1) for a, b in itertools.pairwise(row)]

@@ -11,14 +11,14 @@ from token_models import Bigram
 from clbench.interfaces import UserError
 from clbench.learners.pretrain import Pretrain
 from clbench.learners.skill_it import SkillIt
-from clbench.loss_stream import experience_of
-from clbench.streams.cpt import Domain, content_sha256, scenario
-from clbench.training.averages import Average, Averager
-from clbench.training.halves import categories, rest_half
-from clbench.training.journal import Journal, unpack
-from clbench.training.mixing import Mixture, Replay
-from clbench.training.pretrain import PretrainRuntime, Segment, check_plan
-from clbench.training.progress import differences
+from clbench.run.loss_loop import experience_of
+from clbench.streams.tokens.scenario import Domain, content_sha256, scenario
+from clbench.training.checkpoint import Journal, unpack
+from clbench.training.pretraining.data_mixture import Mixture, Replay
+from clbench.training.pretraining.half_finetuning import categories, rest_half
+from clbench.training.pretraining.progress import differences
+from clbench.training.pretraining.segments import PretrainRuntime, Segment, check_plan
+from clbench.training.pretraining.weight_averaging import Average, Averager
 from clbench.training.schedules import cosine
 from clbench.training.state import fingerprint
 

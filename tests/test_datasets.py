@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from clbench.interfaces import UserError
-from clbench.streams import arrays, datasets, folders, splits, vision
+from clbench.streams import datasets, splits
+from clbench.streams.images import arrays, folders, vision
 from clbench.streams.scenario import ArrayImages
 
 DIGITS = "2ba0b77e47b9e8f65c5dbce14982d6b5a415a0b0b13a033e84bc1fb79af13049"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from clbench import config
+from clbench.config import compose
 from clbench.interfaces import UserError
 from clbench.models import checkpoint
 from clbench.models.decoder import Decoder, Shape, build_decoder
@@ -138,7 +138,7 @@ def damage(folder: Path, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("no config", "cannot read .*config.json: No such file"),
+        ("no config", "cannot read .*compose.json: No such file"),
         ("bad config", r"config.json is not JSON"),
         ("list config", "not a JSON object"),
         ("other type", "holds a model of type 'llama', not gpt_neox"),
@@ -250,7 +250,7 @@ PINNED = [0.157795, 0.026328, 0.014335, -0.143796]
     [("pythia_70m", 70_426_624, 3.43e8), ("pythia_160m", 162_322_944, 9.68e8), ("pythia_410m", 405_334_016, 2.73e9)],
 )
 def test_sizes_and_operations_of_pythia(name, parameters, flops):
-    node = config.compose([f"model={name}", "scenario=cpt_synthetic"])[0]["model"]
+    node = compose.compose([f"model={name}", "scenario=cpt_synthetic"])[0]["model"]
     numbers = {k: node[k] for k in ("vocab", "width", "depth", "heads", "context")}
     with torch.device("meta"):
         model = Decoder(Shape(**numbers, hidden=4 * node["width"]))
@@ -260,13 +260,13 @@ def test_sizes_and_operations_of_pythia(name, parameters, flops):
 
 @pytest.mark.parametrize("name", ["decoder_tiny", "decoder_1m", "decoder_3m"])
 def test_small_models_from_their_files(name):
-    node = dict(config.compose([f"model={name}", "scenario=cpt_synthetic"])[0]["model"])
-    model = config.build(node | {"vocab": 256, "context": 32})
+    node = dict(compose.compose([f"model={name}", "scenario=cpt_synthetic"])[0]["model"])
+    model = compose.build(node | {"vocab": 256, "context": 32})
     expected = {"decoder_tiny": 0.2e6, "decoder_1m": 1e6, "decoder_3m": 3e6}[name]
     assert model.identity["parameters"] == pytest.approx(expected, rel=0.2)
     assert model.identity["context"] == 32 and model.identity["name"] == name and not model.pretrained
     with pytest.raises(UserError, match=r"model\.vocab is null"):
-        config.build(node | {"vocab": None, "context": 32})
+        compose.build(node | {"vocab": None, "context": 32})
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clbench import metrics
-from clbench.evaluate import BINS, calibration, evaluate, of_samples, together
+from clbench.evaluation import metrics
+from clbench.evaluation.accuracy import BINS, calibration, evaluate, of_samples, together
 from clbench.interfaces import UserError
+from clbench.run.loop import confusion
 from clbench.streams.eval_sets import EvalSet
-from clbench.streams.images import ImageData
+from clbench.streams.images.data import ImageData
 from clbench.streams.scenario import ArrayImages
-from clbench.walk import confusion
 
 
 @dataclass

@@ -12,7 +12,7 @@ import platform
 import numpy as np
 import pytest
 
-from clbench.catalog import asks, choices
+from clbench.config.registry import asks, choices
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "matrices.json"
 STREAM = ("scenario.num_classes=6", "scenario.limit_train=60", "scenario.limit_test=30", "scenario.budget.epochs=3")

@@ -14,9 +14,11 @@ import xml.etree.ElementTree as ET
 import pytest
 from browser import Browser, find
 
-from clbench import metrics, record
+from clbench.evaluation import metrics
 from clbench.interfaces import UserError
-from clbench.report import cards, html, page_data, page_detail
+from clbench.records import record
+from clbench.report import cards
+from clbench.report.page import contents, detail, html
 from clbench.report.table import rows
 
 RESULTS = pathlib.Path(__file__).resolve().parent.parent / "results"
@@ -133,7 +135,7 @@ def test_numbers_are_those_of_the_leaderboard(tmp_path):
     board = rows([*runs, entry("b", 0)])
     assert learners(data) == [row["learner"] for row in board] == ["a", "b"]
     for name in ("last_macro_mean", "last_macro_low", "last_macro_high", "forgetting_mean"):
-        assert data["columns"][name] == [page_data.number(row[name]) for row in board]
+        assert data["columns"][name] == [contents.number(row[name]) for row in board]
     assert [run[0] for run in data["runs"][0]] == [0, 1, 2] and data["runs"][0][0][2] == 0.75
     assert data["details"][0]["r"][1]["c"] == [[9, None], [7, 10]]
     place = data["names"].index("forgetting")
@@ -159,8 +161,8 @@ def test_optional_parts_of_any_shape(tmp_path):
     _, data = written(fill(tmp_path, made))
     found = {name: data["details"][i].get("r", [{}])[0] for i, name in enumerate(learners(data))}
     curve = found["l0"]["l"]
-    assert len(curve["x"]) <= page_detail.POINTS + 2 and 9.0 in curve["loss"] and curve["edges"] == [500]
-    assert len(found["l0"]["t"]) == page_detail.STEPS and found["l0"]["t"][0] == [1, [500, None]]
+    assert len(curve["x"]) <= detail.POINTS + 2 and 9.0 in curve["loss"] and curve["edges"] == [500]
+    assert len(found["l0"]["t"]) == detail.STEPS and found["l0"]["t"][0] == [1, [500, None]]
     assert all(found[f"l{i}"]["l"] is None and found[f"l{i}"]["t"] is None for i in range(1, 7))
 
 
@@ -203,22 +205,23 @@ def test_rows_of_one_learner_say_how_they_differ(tmp_path):
 
 
 def test_commands_are_those_of_the_cards():
-    data = page_data.collect(RESULTS)
+    data = contents.collect(RESULTS)
     found, _ = record.read_all(RESULTS / "records")
     for key, seeds, command in zip(data["keys"], (line[6] for line in data["lines"]), data["commands"], strict=True):
-        first = next(e for e in found if page_data.boil(e).variant == key)
+        first = next(e for e in found if contents.boil(e).variant == key)
         assert command == cards.command(first, seeds.split(), RESULTS.parent / "conf")
         assert command.startswith("clbench run ") and command.endswith(f"seed={','.join(seeds.split())}")
 
 
 def test_commands_make_the_runs_of_their_rows():
-    from clbench import config, provenance
+    from clbench.config import compose
+    from clbench.run import provenance
 
-    data, found = page_data.collect(RESULTS), record.read_all(RESULTS / "records")[0]
+    data, found = contents.collect(RESULTS), record.read_all(RESULTS / "records")[0]
     for key, command in list(zip(data["keys"], data["commands"], strict=True))[3::7]:
         words = shlex.split(command)[2:]
-        jobs = config.read([word for word in words if word != "-m"], "-m" in words).jobs
-        wanted = [e["config"] for e in found if page_data.boil(e).variant == key]
+        jobs = compose.read([word for word in words if word != "-m"], "-m" in words).jobs
+        wanted = [e["config"] for e in found if contents.boil(e).variant == key]
         made = [provenance.identity(job) for job in jobs]
         assert len(wanted) == len(made) and all(one in made for one in wanted), command
 
@@ -226,11 +229,11 @@ def test_commands_make_the_runs_of_their_rows():
 def test_details_give_way_to_the_size():
     texts = [["x" * size, "y" * (size // 4), "w" * (size // 5), "z" * (size // 20), "null"] for size in (400, 4000, 40_000)]
     made = [[json.dumps(t) if t != "null" else t for t in row] for row in texts]
-    kept, left = page_detail.fit(made, room=10_000)
+    kept, left = detail.fit(made, room=10_000)
     assert left == [2, 0, 0, 1, 0] and kept[0] == texts[0][0] and kept[2] == texts[2][3]
-    assert page_detail.fit(made, room=10**6)[1] == [3, 0, 0, 0, 0]
-    assert page_detail.fit(made, room=5)[1] == [0, 0, 0, 0, 3]
-    assert page_detail.fit([], room=5) == ([], [0, 0, 0, 0, 0])
+    assert detail.fit(made, room=10**6)[1] == [3, 0, 0, 0, 0]
+    assert detail.fit(made, room=5)[1] == [0, 0, 0, 0, 3]
+    assert detail.fit([], room=5) == ([], [0, 0, 0, 0, 0])
 
 
 def test_size_is_bounded_where_matrices_are_large(tmp_path):
@@ -352,7 +355,7 @@ def test_hostile_names_in_the_page(tmp_path, open_page):
         one["scenario"] |= {"eval_names": ["<i>x</i>", "=1+1"], "kind": "<u>"}
         one["marks"] = ["<b>mark</b>"]
     tab = open_page(html.write(fill(tmp_path, made)))
-    assert {page_data._cut(name) for name in HOSTILE} == set(tab(NAMES))
+    assert {contents._cut(name) for name in HOSTILE} == set(tab(NAMES))
     for fragment in ("", "#compare", *(f"#row={key}" for key in keys_of(tab).values())):
         tab(f"location.hash = {json.dumps(fragment)}")
         tab.frame()
@@ -407,13 +410,13 @@ def test_downloads(committed, open_page):
 
 
 def test_opening_by_fragment_and_going_back(committed, open_page):
-    data = page_data.collect(RESULTS)
+    data = contents.collect(RESULTS)
     place = next(i for i, line in enumerate(data["lines"]) if line[1] == "replay" and line[0] == "cil_digits")
     tab = open_page(committed, f"#row={data['keys'][place]}")
     assert tab("document.querySelector('#row h1').textContent") == "replay" and tab("document.getElementById('home').hidden")
     assert tab("document.querySelector('#row .command code').textContent") == data["commands"][place]
     shown = tab("[...document.querySelectorAll('#row figure')[0].querySelectorAll('title')].map((t) => t.textContent)")
-    runs = [e for e in record.read_all(RESULTS / "records")[0] if page_data.boil(e).variant == data["keys"][place]]
+    runs = [e for e in record.read_all(RESULTS / "records")[0] if contents.boil(e).variant == data["keys"][place]]
     mean = sum(e["correct"][-1][0] / e["n"][0] for e in runs) / len(runs)
     assert f"after experience 5, exp0: {100 * mean:.2f} %" in shown
     tab("document.querySelector('#row .back a').click()")
@@ -562,5 +565,5 @@ def test_the_policy_is_enforced(committed, browser):
 
 
 def test_formulas_are_told(committed):
-    data = page_data.collect(RESULTS)
+    data = contents.collect(RESULTS)
     assert {name for name in data["names"] if name in metrics.FORMULAS} <= data["formulas"].keys()

@@ -8,8 +8,8 @@ from PIL import Image
 from clbench.interfaces import Experience, UserError
 from clbench.streams.eval_sets import open_eval
 from clbench.streams.generators import class_incremental, task_incremental
-from clbench.streams.images import ImageBatch, ImageData, open_experience, shuffled
-from clbench.streams.pixels import Pipeline, make_profile
+from clbench.streams.images.data import ImageBatch, ImageData, open_experience, shuffled
+from clbench.streams.images.pixels import Pipeline, make_profile
 from clbench.streams.scenario import ArrayImages, FileImages
 
 STREAM = {

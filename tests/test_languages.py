@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clbench.interfaces import UserError
-from clbench.streams.languages import synthetic
-from clbench.streams.sources import Hmm, Markov
+from clbench.streams.tokens.languages import synthetic
+from clbench.streams.tokens.markov import Hmm, Markov
 
 
 def h(*p):

@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from clbench.catalog import asks, choices
-from clbench.config import compose, load_target
+from clbench.config.compose import compose, load_target
+from clbench.config.registry import asks, choices
 from clbench.interfaces import BudgetExceeded, Capabilities, Facts, UserError, declared, mismatch
 from clbench.models.backbone import Backbone
 from clbench.streams.eval_sets import open_eval
-from clbench.streams.images import open_experience
-from clbench.testing import Trial, check_learner, small_stream
+from clbench.streams.images.data import open_experience
+from clbench.testing.contract import Trial, check_learner, small_stream
 from clbench.training.memory import Memory
 from clbench.training.state import detached
 

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from timm.layers import PatchEmbed
 
-from clbench import counter
 from clbench.interfaces import UserError
 from clbench.models.mae import build_mae, draws, positions, split_rows
-from clbench.streams.pictures import augmented, with_keys
+from clbench.streams import rng
+from clbench.streams.tokens.mae_images import augmented, with_keys
 
 SIDE, PATCH = 8, 2
 SHAPE = {"patch": PATCH, "width": 16, "depth": 2, "heads": 2, "decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2}
@@ -24,14 +24,14 @@ def build(image=SIDE, **options):
 def rows(number, seed=0, side=SIDE):
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (number, side, side, 3)).astype(np.uint8)
-    return torch.from_numpy(with_keys(images, counter.bits(seed, np.arange(number))))
+    return torch.from_numpy(with_keys(images, rng.bits(seed, np.arange(number))))
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=5), st.integers(1, 70))
 def test_draws_are_those_of_the_counter(keys, number):
     found = draws(torch.from_numpy(np.array(keys, np.uint64).view(np.int64)), number)
     for key, line in zip(keys, found, strict=True):
-        np.testing.assert_array_equal(line.numpy().view(np.uint64), counter.bits(key, np.arange(number)))
+        np.testing.assert_array_equal(line.numpy().view(np.uint64), rng.bits(key, np.arange(number)))
 
 
 def test_rows_hold_pixels_and_key():
@@ -48,7 +48,7 @@ def test_rows_hold_pixels_and_key():
 def naive(model, one):
     """Loss of one row, patch by patch, with loops."""
     pixels, key = one[:-8].reshape(SIDE, SIDE, 3).numpy().astype(np.float64), int(one[-8:].numpy().view("<u8")[0])
-    order = sorted(range(16), key=lambda p: counter.bits(key, np.arange(16)).view(np.int64)[p])
+    order = sorted(range(16), key=lambda p: rng.bits(key, np.arange(16)).view(np.int64)[p])
     seen, hidden = sorted(order[:4]), sorted(order[4:])
     embed, x = model.patch_embed.proj, torch.tensor(pixels / 127.5 - 1).float()
     patches = [x[r : r + 2, c : c + 2] for r in range(0, SIDE, 2) for c in range(0, SIDE, 2)]
@@ -102,7 +102,7 @@ def test_loss_by_hand():
 
 def test_masks_are_even_and_of_the_right_size():
     model = build()
-    keys = torch.from_numpy(counter.bits(7, np.arange(4000)).view(np.int64))
+    keys = torch.from_numpy(rng.bits(7, np.arange(4000)).view(np.int64))
     seen, hidden = model.masks(keys)
     assert seen.shape == (4000, 4) and hidden.shape == (4000, 12)
     both = torch.cat([seen, hidden], 1).sort(1).values
@@ -259,7 +259,7 @@ def test_operations_are_counted():
 
 def test_views():
     images = np.random.default_rng(0).integers(0, 256, (300, 8, 8, 3)).astype(np.uint8)
-    keys = counter.bits(3, np.arange(300))
+    keys = rng.bits(3, np.arange(300))
     assert augmented(images, keys, "none") is images
     flipped = augmented(images, keys, "flip")
     turned = np.array([np.array_equal(a, b[:, ::-1]) for a, b in zip(flipped, images, strict=True)])

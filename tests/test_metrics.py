@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clbench import metrics
-from clbench.metrics import compat
+from clbench.evaluation import metrics
+from clbench.evaluation.metrics import compat
 
 A = np.array([[80, 90, 10, 5], [85, 70, 15, 8], [75, 72, 60, 20], [60, 65, 75, 80]], float)
 N = np.array([400, 100, 100, 100])

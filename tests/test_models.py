@@ -18,8 +18,8 @@ from clbench.models.backbone import build_backbone, state_sha256
 from clbench.models.heads import CosineHead, LinearHead, PrototypeHead
 from clbench.streams.eval_sets import open_eval
 from clbench.streams.generators import class_incremental
-from clbench.streams.images import ImageBatch, ImageData, open_experience
-from clbench.streams.pixels import Pipeline
+from clbench.streams.images.data import ImageBatch, ImageData, open_experience
+from clbench.streams.images.pixels import Pipeline
 
 NANO = {"img_size": 32, "patch_size": 8, "embed_dim": 160, "depth": 4, "num_heads": 4}
 TINY = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 1, "num_heads": 2}

@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clbench import runner
 from clbench.bench import naive, needed
-from clbench.config import compose
+from clbench.config.compose import compose
+from clbench.run import runner
+from clbench.run.loop import Walk
 from clbench.streams.eval_sets import open_eval
-from clbench.training.journal import Journal
-from clbench.walk import Walk
+from clbench.training.checkpoint import Journal
 
 STREAM = ("scenario.num_classes=6", "scenario.limit_train=16", "scenario.limit_test=8", "scenario.budget.epochs=2")
 COMMON = ("scenario.augment=none", "feature_store=off", "device=cpu", "num_threads=1", "seed=1", *STREAM)
@@ -36,7 +36,7 @@ CASES = {
 
 def fast(job):
     """The learner of a job after all experiences, evaluated after each -> accuracies as the naive version counts them."""
-    from clbench import provenance
+    from clbench.run import provenance
     from clbench.training.runtime import Runtime
 
     with runner.closing(runner.tracking.open_tracker("none", job.folder, {}, None)) as tracker:

@@ -6,8 +6,8 @@ import re
 import pytest
 from conftest import ROOT
 
-from clbench import record
-from clbench.report import loss_facts, losses
+from clbench.records import loss_facts, record
+from clbench.report import losses
 
 WHERE = ROOT / "results" / "pretraining" / "README.md"
 TEXT = WHERE.read_text()

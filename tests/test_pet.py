@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from clbench.config import build, compose
+from clbench.config.compose import build, compose
 from clbench.interfaces import UserError
 from clbench.models import pet_modules as kinds
 from clbench.models.backbone import build_backbone
@@ -315,8 +315,8 @@ def test_wrong_options(make, words):
 
 def test_features_are_remembered_only_without_a_pet():
     from clbench.streams.eval_sets import open_eval
-    from clbench.streams.pixels import Pipeline
-    from clbench.testing import small_stream
+    from clbench.streams.images.pixels import Pipeline
+    from clbench.testing.contract import small_stream
 
     model = nano()
     pet = kinds.adapter(model, runtime(), bottleneck=2)

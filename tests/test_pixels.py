@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from clbench import counter
 from clbench.interfaces import UserError
 from clbench.models.backbone import Family
-from clbench.streams.images import ImageBatch, ImageData, shuffled
-from clbench.streams.pixels import Pipeline, make_profile, random_boxes
-from clbench.streams.resample import crop_resize, crop_resize_one
+from clbench.streams import rng
+from clbench.streams.images.data import ImageBatch, ImageData, shuffled
+from clbench.streams.images.pixels import Pipeline, make_profile, random_boxes
+from clbench.streams.images.resample import crop_resize, crop_resize_one
 from clbench.streams.scenario import ArrayImages
 
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -108,7 +108,7 @@ def test_array_and_list_sources_agree():
 
 def test_flips_are_half_and_none_without_profile():
     n = 2000
-    flips = (counter.uniform(counter.key(3, "flip"), np.arange(n)) < 0.5).mean()
+    flips = (rng.uniform(rng.key(3, "flip"), np.arange(n)) < 0.5).mean()
     assert abs(flips - 0.5) < 0.04
     d = data(augment="none")
     assert torch.equal(d.batch(range(10), 3).x, d.batch(range(10)).x)

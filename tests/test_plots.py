@@ -12,12 +12,13 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from clbench import metrics, record
+from clbench.evaluation import metrics
 from clbench.interfaces import UserError
+from clbench.records import record
 from clbench.report.runs import Filter
 
 pytest.importorskip("matplotlib")
-from clbench.report import figures_board, figures_data, figures_style, plots
+from clbench.report.figures import board, data, plots, style
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ALWAYS = ("leaderboard", "overview", "matrix", "curves", "forgetting", "cost")
@@ -115,9 +116,9 @@ def test_labels_and_rows_do_not_overlap(tmp_path, entry):
     from matplotlib import rc_context
 
     results = folder(tmp_path, entry, [f"a_long_name_of_a_learner_{i}_and_more" for i in range(28)])
-    fields = figures_data.read(results)
-    with rc_context(figures_style.RC):
-        for make in (figures_board.leaderboard, figures_board.overview, figures_board.forgetting):
+    fields = data.read(results)
+    with rc_context(style.RC):
+        for make in (board.leaderboard, board.overview, board.forgetting):
             ((_, figure),) = make(fields)
             figure.canvas.draw()
             render = figure.canvas.get_renderer()
@@ -125,7 +126,7 @@ def test_labels_and_rows_do_not_overlap(tmp_path, entry):
             boxes = sorted((t.get_window_extent(render) for t in axes.get_yticklabels()), key=lambda b: b.y0)
             assert len(boxes) == 28 and boxes[0].x0 >= 0
             assert all(low.y1 <= high.y0 + 0.5 for low, high in itertools.pairwise(boxes))
-        ((_, figure),) = figures_board.cost(fields)
+        ((_, figure),) = board.cost(fields)
         figure.canvas.draw()
         render = figure.canvas.get_renderer()
         for axes in figure.axes:
@@ -136,14 +137,12 @@ def test_labels_and_rows_do_not_overlap(tmp_path, entry):
 
 def test_the_numbers_are_those_of_the_records(tmp_path, entry):
     results = folder(tmp_path, entry, ("a", "b"))
-    (field,) = figures_data.read(results)
+    (field,) = data.read(results)
     assert [line.label for line in field.lines] == ["a", "b"]
     own = [metrics.summary(e) for e in record.read_all(results / "records")[0] if e["learner"]["name"] == "a"]
     assert field.lines[0].last == pytest.approx(np.mean([v["last_macro"] for v in own]))
-    assert figures_data.steps(field.lines[0]).mean() == pytest.approx(np.mean([v["step_macro"] for v in own]), abs=1e-6)
-    assert np.nanmean(figures_data.forgotten(field.lines[0])) == pytest.approx(
-        np.mean([v["forgetting"] for v in own]), abs=1e-6
-    )
+    assert data.steps(field.lines[0]).mean() == pytest.approx(np.mean([v["step_macro"] for v in own]), abs=1e-6)
+    assert np.nanmean(data.forgotten(field.lines[0])) == pytest.approx(np.mean([v["forgetting"] for v in own]), abs=1e-6)
     shown = texts(plots.write(results, tmp_path / "out", ("leaderboard",), "svg")[0])
     assert f"{100 * field.lines[0].last:.1f}" in shown
 
@@ -154,7 +153,7 @@ def test_rows_with_one_name_are_told_apart_and_marks_are_said(tmp_path, entry):
     made = copy.deepcopy(entry) | {"run_id": path.stem, "marks": ["test_tuned"]}
     made["learner"]["name"] = "cheat"
     record.write(made, path.parent)
-    (field,) = figures_data.read(tmp_path / "results")
+    (field,) = data.read(tmp_path / "results")
     labels = [line.label for line in field.lines]
     assert "cheat (test-tuned)" in labels and len(set(labels)) == 3
     assert sum(bool(re.fullmatch(r"same [0-9a-f]{8}", label)) for label in labels) == 2
@@ -248,7 +247,7 @@ def test_no_display_no_global_state_no_torch(tmp_path, entry):
 
 
 def test_labels_are_spread_in_their_order():
-    where = figures_board._spread([5.0, 5.1, 0.0, 5.05], 1.0)
+    where = board._spread([5.0, 5.1, 0.0, 5.05], 1.0)
     order = np.argsort([5.0, 5.1, 0.0, 5.05])
     assert (np.diff(np.array(where)[order]) >= 1 - 1e-6).all() and where[2] == 0
 

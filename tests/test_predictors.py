@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clbench.interfaces import Place, UserError
-from clbench.training import predictors, schedules, schedules_infinite
-from clbench.training.predictors import AnnealingLaw, ContinualLaw, areas, convex_bound
+from clbench.training import schedules, schedules_infinite
+from clbench.training.pretraining import scaling_laws
+from clbench.training.pretraining.scaling_laws import AnnealingLaw, ContinualLaw, areas, convex_bound
 
 
 def rates(schedule, steps, **options):
@@ -82,7 +83,7 @@ def test_annealing_law_by_hand():
     # S1 = 4; falls 0, 1, 0 -> m = 0, 1, 0.5 -> S2 = 1.5
     assert law(np.array([2.0, 1.0, 1.0])) == pytest.approx(2 + 0.5 / 2 - 0.3 * 1.5)
     flat, annealed = rates(schedules.constant, 20_000), rates(schedules_infinite.wsd, 20_000, warmup=0, shape="linear")
-    assert predictors.PRETRAINING(2e-4 * annealed) < predictors.PRETRAINING(2e-4 * flat)
+    assert scaling_laws.PRETRAINING(2e-4 * annealed) < scaling_laws.PRETRAINING(2e-4 * flat)
 
 
 def test_continual_law_by_hand():
@@ -100,15 +101,15 @@ def test_published_constants_give_what_the_formula_says():
     (s1, s2), (c1, c2) = areas(before), areas(after)
     old = 3.057 + 0.490 * (s1 + c1) ** -0.497 + 0.366 * (1 - (28 * c1 + 1) ** -0.189) - 0.299 * s2 - 0.298 * c2
     new = 3.024 + 0.412 * (s1 + c1) ** -0.677 - 0.666 * (1 - (5662 * c1 + 1) ** -0.146) - 0.278 * s2 - 0.324 * c2
-    assert predictors.OLD_DOMAIN(before, after) == pytest.approx(old)
-    assert predictors.NEW_DOMAIN(before, after) == pytest.approx(new)
+    assert scaling_laws.OLD_DOMAIN(before, after) == pytest.approx(old)
+    assert scaling_laws.NEW_DOMAIN(before, after) == pytest.approx(new)
     none = np.array([])
-    assert predictors.OLD_DOMAIN(before, after) > predictors.OLD_DOMAIN(before, none)  # forgetting
-    assert predictors.NEW_DOMAIN(before, after) < predictors.NEW_DOMAIN(before, none)  # adaptation
+    assert scaling_laws.OLD_DOMAIN(before, after) > scaling_laws.OLD_DOMAIN(before, none)  # forgetting
+    assert scaling_laws.NEW_DOMAIN(before, after) < scaling_laws.NEW_DOMAIN(before, none)  # adaptation
 
 
 @pytest.mark.parametrize("wrong", [[], [0.0, 0.0], [1.0, -1.0], [math.nan], [math.inf], [[1.0]]])
 def test_rates_that_are_none(wrong):
-    for predictor in (convex_bound, AnnealingLaw(1, 1, 1, 1), lambda x: predictors.OLD_DOMAIN(x, np.array([]))):
+    for predictor in (convex_bound, AnnealingLaw(1, 1, 1, 1), lambda x: scaling_laws.OLD_DOMAIN(x, np.array([]))):
         with pytest.raises(UserError, match="a predictor needs rates"):
             predictor(np.array(wrong))

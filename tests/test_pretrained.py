@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from clbench.config import compose
+from clbench.config.compose import compose
 from clbench.interfaces import Capabilities, UserError
 from clbench.learners.ease import complete
 from clbench.learners.mos import orthogonality, pulled
 from clbench.learners.ssiat import margin_logits, shifted
 from clbench.models.pet import average, distance
 from clbench.streams.eval_sets import open_eval
-from clbench.testing import Trial, small_stream
+from clbench.testing.contract import Trial, small_stream
 from clbench.training.ridge import RidgeRoot, RidgeSums
 from clbench.training.state import detached
 
@@ -251,7 +251,7 @@ def test_ssiat_moves_old_means_and_no_covariance():
     for one in (paired, unpaired):
         t.learn(*one, 0)
         one[1].begin(1)
-        from clbench.streams.images import open_experience
+        from clbench.streams.images.data import open_experience
 
         e = open_experience(t.scenario, 1, one[2])
         drift.append(float((one[0]._features(e, "new") - one[0]._features(e, "old")).norm()))

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from clbench import provenance
-from clbench.config import build, compose
+from clbench.config.compose import build, compose
 from clbench.interfaces import Capabilities, Place, UserError, declared
 from clbench.learners import coda_prompt, dualprompt, l2p, ovor
 from clbench.models.backbone import build_backbone
 from clbench.models.prompt_pool import GrownPool, as_prefixes, attended, cosines, most_similar, orthonormal, query
+from clbench.run import provenance
 from clbench.streams.eval_sets import open_eval
-from clbench.streams.images import ImageBatch
-from clbench.testing import Trial, check_learner, small_stream
+from clbench.streams.images.data import ImageBatch
+from clbench.testing.contract import Trial, check_learner, small_stream
 from clbench.training.losses import masked_cross_entropy
 from clbench.training.prompts import epoch_cosine, part_of
 from clbench.training.runtime import Runtime
@@ -185,7 +185,7 @@ def test_refused(words, message):
 
 
 def test_options_that_look_at_the_batch_mark_the_record(tmp_path):
-    from clbench.runner import prepare
+    from clbench.run.runner import prepare
 
     for words, marks in {
         "l2p": [],

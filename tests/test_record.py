@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from clbench import record
 from clbench.interfaces import UserError
-from clbench.report import report, verify
+from clbench.records import record
+from clbench.records.verify import verify
+from clbench.report import report
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_report import made

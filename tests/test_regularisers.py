@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from clbench.config import compose
+from clbench.config.compose import compose
 from clbench.interfaces import Capabilities, UserError
 from clbench.learners.bic import BiasLayer, balanced_rows
 from clbench.learners.derpp import dark_error
@@ -15,9 +15,9 @@ from clbench.learners.icarl import exemplar_means
 from clbench.learners.wa import align_weights
 from clbench.models.heads import LinearHead
 from clbench.streams.eval_sets import open_eval
-from clbench.streams.images import open_experience
-from clbench.testing import Trial, small_stream
-from clbench.training import importance
+from clbench.streams.images.data import open_experience
+from clbench.testing.contract import Trial, small_stream
+from clbench.training import fisher
 from clbench.training.distillation import feature_distillation, frozen_copy, prediction_distillation
 from clbench.training.state import detached
 
@@ -65,26 +65,26 @@ def test_penalty_by_hand():
         model.weight.copy_(torch.tensor([[1.0, 2.0]]))
         model.bias.fill_(3.0)
     reference = {"weight": torch.tensor([[0.0, 0.0]]), "bias": torch.tensor([1.0])}
-    assert float(importance.quadratic_penalty(model, reference).detach()) == 0.5 * (1 + 4 + 4)
+    assert float(fisher.quadratic_penalty(model, reference).detach()) == 0.5 * (1 + 4 + 4)
     weights = {"weight": torch.tensor([[2.0, 0.0]]), "bias": torch.tensor([10.0])}
-    assert float(importance.quadratic_penalty(model, reference, weights).detach()) == 0.5 * (2 + 0 + 40)
+    assert float(fisher.quadratic_penalty(model, reference, weights).detach()) == 0.5 * (2 + 0 + 40)
 
 
 def test_fisher_is_the_sum_of_squares_of_single_gradients():
     _, learner, _, _, (e,) = learned("learner=ewc", experiences=1)
     model, head = learner.model.eval(), learner.head
     batch = e.train.batch(range(19))  # more than one chunk
-    found = importance.fisher_per_sample(model, head, batch.x, batch.y, [0, 1, 2])
-    naive = {name: torch.zeros_like(p) for name, p in importance.trained(model).items()}
+    found = fisher.fisher_per_sample(model, head, batch.x, batch.y, [0, 1, 2])
+    naive = {name: torch.zeros_like(p) for name, p in fisher.trained(model).items()}
     for i in range(19):
         model.zero_grad()
         F.cross_entropy(head(model.features(batch.x[i : i + 1]))[:, :3], batch.y[i : i + 1]).backward()
-        for name, p in importance.trained(model).items():
+        for name, p in fisher.trained(model).items():
             naive[name] += p.grad.square()
     assert set(found) == {f"net.blocks.{i}.attn.qkv.{part}" for i in range(4) for part in ("weight", "bias")}
     for name in naive:
         torch.testing.assert_close(found[name], naive[name], atol=1e-7, rtol=1e-3)
-    mean = importance.fisher_per_batch(model, lambda b: F.cross_entropy(head(model.features(b)), b.y), batch)
+    mean = fisher.fisher_per_batch(model, lambda b: F.cross_entropy(head(model.features(b)), b.y), batch)
     total = sum(float(f.sum()) for f in found.values()) / 19
     assert sum(float(f.sum()) for f in mean.values()) < total, "squares of means are below the mean of squares"
 
@@ -125,12 +125,12 @@ def test_a_strong_penalty_holds_the_weights(reference):
         options = (f"learner.strength={strength}", f"learner.reference={reference}", "learner.backbone_lr=0.001")
         t = trial("learner=l2_reg", *options, "learner.batch_size=4", sizes=[3, 3])
         learner, runtime, pipeline = t.start()
-        start = importance.kept(learner.model)
+        start = fisher.kept(learner.model)
         t.learn(learner, runtime, pipeline, 0)
         if reference == "previous":
-            start = importance.kept(learner.model)
+            start = fisher.kept(learner.model)
         t.learn(learner, runtime, pipeline, 1)
-        gaps.append(float(importance.quadratic_penalty(learner.model, start).detach()))
+        gaps.append(float(fisher.quadratic_penalty(learner.model, start).detach()))
     assert gaps[1] < 0.5 * gaps[0]
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from clbench.config import compose
+from clbench.config.compose import compose
 from clbench.interfaces import Capabilities, UserError
-from clbench.streams.images import shuffled
-from clbench.testing import Trial, check_learner, repeated_stream, small_stream
-from clbench.training.importance import fisher_per_sample
+from clbench.streams.images.data import shuffled
+from clbench.testing.contract import Trial, check_learner, repeated_stream, small_stream
+from clbench.training.fisher import fisher_per_sample
 
 VARIANTS = [
     ("l2_reg", "learner.reference=pretrained"),

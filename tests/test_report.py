@@ -10,9 +10,11 @@ import re
 
 import pytest
 
-from clbench import cli, record
+from clbench.cli import main
 from clbench.interfaces import UserError
-from clbench.report import costs, report, verify
+from clbench.records import record
+from clbench.records.verify import verify
+from clbench.report import costs, report
 from clbench.report.table import ABOUT, COLUMNS, accuracy_matrix_text, rows, table_text, to_csv
 
 
@@ -435,7 +437,7 @@ def test_mistakes_in_views(folder, monkeypatch, capsys):
         (("--format", "xml"), "invalid choice"),
         (("--out", "x.pdf"), "no format has the suffix"),
     ):
-        assert cli.answer(["report", *words]) == 2
+        assert main.answer(["report", *words]) == 2
         out, err = capsys.readouterr()
         assert said in err and not out, words
 

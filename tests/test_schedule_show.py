@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from clbench.cli import answer
+from clbench.cli.main import answer
 
 
 @pytest.fixture
@@ -85,5 +85,7 @@ def test_mistakes_are_one_line(show, words, message):
 
 
 def test_loads_no_torch():
-    code = "import sys; from clbench.cli import answer; answer(['schedule', 'show', 'wsd']); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from clbench.cli.main import answer; answer(['schedule', 'show', 'wsd']); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

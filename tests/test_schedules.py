@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clbench import config
-from clbench.catalog import choices
+from clbench.config import compose
+from clbench.config.registry import choices
 from clbench.interfaces import Place, UserError
 from clbench.training import schedules as plain
 from clbench.training import schedules_infinite as infinite
-from clbench.training.schedule_free import ScheduleFree
+from clbench.training.pretraining.schedule_free import ScheduleFree
 
 
 def at(schedule, step, steps=1000, experience=0, **options):
@@ -137,7 +137,7 @@ def test_constant_after_warmup():
 
 def schedules():
     for name in choices("schedule"):
-        yield name, config.build(config.compose(["learner=finetune", f"schedule={name}"])[0]["learner"]["schedule"])
+        yield name, compose.build(compose.compose(["learner=finetune", f"schedule={name}"])[0]["learner"]["schedule"])
 
 
 @settings(max_examples=60, deadline=None)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clbench import record, schema
+from clbench.records import record, schema
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_verify import whole
@@ -19,7 +19,7 @@ VALIDATOR = jsonschema.Draft202012Validator(json.loads(FILE.read_text()))
 
 
 def test_the_file_is_what_the_types_give():
-    assert FILE.read_text() == schema.text(), "python -m clbench.schema > clbench/record.schema.json"
+    assert FILE.read_text() == schema.text(), "python -m clbench.records.schema > clbench/record.schema.json"
     VALIDATOR.check_schema(VALIDATOR.schema)
 
 

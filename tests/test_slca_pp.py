@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from clbench.config import build, compose
+from clbench.config.compose import build, compose
 from clbench.interfaces import Capabilities, UserError
 from clbench.learners import slca_pp
 from clbench.models import low_rank
 from clbench.models.backbone import Backbone
 from clbench.models.low_rank import LowRank, right_singular_vectors
-from clbench.testing import Trial, check_learner, small_stream
+from clbench.testing.contract import Trial, check_learner, small_stream
 from clbench.training.state import detached
 
 BARE = ["learner.restore_heads=false", "learner.fresh_norm=false", "learner.logit_norm=null", "learner.head_scale=0"]

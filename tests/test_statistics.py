@@ -8,12 +8,12 @@ import torch
 from torch.distributions import MultivariateNormal, kl_divergence
 from torch.nn import functional as F
 
-from clbench.config import compose
+from clbench.config.compose import compose
 from clbench.interfaces import Capabilities, UserError
 from clbench.learners import fecam, seed_ensemble
 from clbench.models.heads import LinearHead
-from clbench.streams.images import open_experience
-from clbench.testing import Trial, check_learner, repeated_stream, small_stream
+from clbench.streams.images.data import open_experience
+from clbench.testing.contract import Trial, check_learner, repeated_stream, small_stream
 from clbench.training import ridge
 from clbench.training.fit import fit
 from clbench.training.gaussians import (

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from clbench.interfaces import UserError
 from clbench.streams import datasets, generators, orders
-from clbench.streams.arrays import Pool
+from clbench.streams.images.arrays import Pool
 from clbench.streams.manifest import EvalEntry, ExperienceEntry, Manifest, decode_ids, encode_ids
 from clbench.streams.scenario import ArrayImages, Dataset, Scenario
 

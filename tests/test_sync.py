@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clbench.config import compose
+from clbench.config.compose import compose
 from clbench.interfaces import Capabilities
-from clbench.testing import Trial, small_stream
+from clbench.testing.contract import Trial, small_stream
 from clbench.training import fit as fitting
 
 ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "unique")

@@ -12,8 +12,8 @@ import pytest
 from conftest import ROOT
 from test_resume import kill_when, reached
 
-from clbench import provenance, tracking
 from clbench.interfaces import UserError
+from clbench.run import provenance, tracking
 
 ENTRY = {
     "run_id": "0123456789abcdef",
@@ -71,7 +71,7 @@ def test_none_does_nothing_and_knows_nobody(tmp_path):
     tracker.log(0, {"macro": 1.0})
     tracker.close()
     assert list(tmp_path.iterdir()) == []
-    code = "import clbench.runner, sys; sys.exit(any(m in sys.modules for m in ('tensorboard', 'wandb', 'mlflow')))"
+    code = "import clbench.run.runner, sys; sys.exit(any(m in sys.modules for m in ('tensorboard', 'wandb', 'mlflow')))"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     assert subprocess.run([sys.executable, "-c", code], env=env).returncode == 0
 

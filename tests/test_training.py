@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from clbench.interfaces import Budget, BudgetExceeded, Place, UserError
 from clbench.training import schedules
+from clbench.training.checkpoint import Journal, pack
 from clbench.training.fit import Recipe, fit
 from clbench.training.gaussians import ClassGaussians
-from clbench.training.journal import Journal, pack
 from clbench.training.losses import masked_cross_entropy, normalised_cross_entropy
 from clbench.training.memory import herd
 from clbench.training.runtime import Interrupted, Runtime

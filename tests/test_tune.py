@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clbench import config, record
+from clbench.config import compose
 from clbench.interfaces import UserError
+from clbench.records import record
 from clbench.report import table
 from clbench.streams.manifest import Manifest
 from clbench.tuning import options as tuning_options
@@ -109,7 +110,7 @@ def test_mistakes_are_answered_before_a_trial(tmp_path, words, message):
 
 def test_ranges_become_variables():
     words = ["learner.a=1,2,1", "learner.b=range(1,4)", "learner.c=interval(0,1)", "learner.d=tag(log,int(interval(1,100)))"]
-    fixed, spaces = config.searched([*words, "learner=ncm", "seed=0,1"])
+    fixed, spaces = compose.searched([*words, "learner=ncm", "seed=0,1"])
     assert fixed == ["learner=ncm"] and spaces.pop("seed") == ["0", "1"]
     a, b, c, d = variables(spaces)
     assert a == Variable("learner.a", ("1", "2")) and b.values == ("1", "2", "3")
@@ -131,7 +132,7 @@ def test_a_file_of_ranges_gives_way_to_the_command_line(tmp_path):
 @pytest.mark.parametrize("path", sorted((tuning_options.conf_dir() / "tune").glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_spaces_fit_their_learners(path):
     options = tuning_options.read([f"learner={path.stem}", f"tune.space={path.stem}"])
-    fixed, spaces = config.searched(options.words)
+    fixed, spaces = compose.searched(options.words)
     tuning_study._check_ends(fixed, variables(spaces))
 
 
@@ -173,8 +174,8 @@ def test_the_grid_is_every_combination():
 
 
 def scenario_of(*words: str):
-    node = config.compose(words)[0]["scenario"]
-    return config.build(node), node
+    node = compose.compose(words)[0]["scenario"]
+    return compose.build(node), node
 
 
 @pytest.mark.parametrize(("classes", "sizes"), [(6, [2, 2]), (4, [2, 2]), (7, [2]), (8, [2])])
@@ -258,12 +259,12 @@ def test_each_protocol_tunes_freezes_and_evaluates_once(tmp_path, direct, protoc
 
 def test_the_same_choice_by_hand_is_the_same_run(tmp_path, direct, capsys):
     """A record that is there is not overwritten, and the study says by what it was made."""
-    from clbench.runner import run_job
+    from clbench.run.runner import run_job
 
     results = tmp_path / "results"
     for metric in ("euclidean", "cosine"):
         words = [*TINY, "learner=ncm", f"learner.metric={metric}", f"results_dir={results}"]
-        assert run_job(config.compose(words)[0], command=["clbench", "run", "by", "hand"]).status == "ok"
+        assert run_job(compose.compose(words)[0], command=["clbench", "run", "by", "hand"]).status == "ok"
     before = {path: path.read_bytes() for path in (results / "records").iterdir()}
     assert tune(results, *NCM, "tune.protocol=validation") == 0
     assert "was evaluated before, by: clbench run by hand; its record is not overwritten" in capsys.readouterr().err
@@ -273,13 +274,13 @@ def test_the_same_choice_by_hand_is_the_same_run(tmp_path, direct, capsys):
 
 
 def test_a_repeat_keeps_the_mark(tmp_path, direct):
-    from clbench.runner import run_job
+    from clbench.run.runner import run_job
 
     results = tmp_path / "results"
     assert tune(results, *NCM, "tune.protocol=test") == 0
     (entry,) = records(results)
     words = [*TINY, "learner=ncm", f"learner.metric={entry['config']['learner']['metric']}", f"results_dir={results}"]
-    assert run_job(config.compose([*words, "force=true"])[0], command=["clbench", "run"]).status == "ok"
+    assert run_job(compose.compose([*words, "force=true"])[0], command=["clbench", "run"]).status == "ok"
     (again,) = records(results)
     assert again["marks"] == ["test_tuned"] and again["tuning"] == entry["tuning"]
 

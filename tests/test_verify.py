@@ -9,16 +9,16 @@ import sys
 import numpy as np
 import pytest
 
-from clbench import migrations, record
 from clbench.interfaces import UserError
-from clbench.report import evidence, report, rerun, verify
-from clbench.report.verify import verdicts
+from clbench.records import migrations, record, rerun, verify_artifacts
+from clbench.records.verify import verdicts, verify
+from clbench.report import report
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from test_report import made
 
 HERE = pathlib.Path(__file__).parent
-NANO = json.loads((evidence.MODELS / "nano.json").read_text())["sha256"]
+NANO = json.loads((verify_artifacts.MODELS / "nano.json").read_text())["sha256"]
 STATE = "9ec6710f5aa74dd2ea829041b3fb519a270b3502b14a735ba64042a4d75603a8"
 
 
@@ -129,7 +129,7 @@ def test_weights_that_lie_here_are_hashed(folder, tmp_path, monkeypatch):
     monkeypatch.delenv("CLBENCH_DATA", raising=False)
     data = tmp_path / "data"
     data.mkdir()
-    (data / "mine.safetensors").write_bytes((evidence.MODELS / "nano.safetensors").read_bytes())
+    (data / "mine.safetensors").write_bytes((verify_artifacts.MODELS / "nano.safetensors").read_bytes())
     results = folder(sealed(deep(whole(), ("model", "source"), "mine.safetensors")))
     assert one(results).verdict == "self-reported"
     assert verdicts(results, str(data))[0].verdict == "verified"
@@ -171,7 +171,7 @@ def test_what_contradicts_itself_fails(folder, what):
 
 
 def test_a_borrowed_name_fails(folder):
-    from clbench.verification import targets
+    from clbench.cli.verify_command import targets
 
     entry = whole()
     entry["learner"]["name"] = "mos"

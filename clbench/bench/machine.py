@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from clbench import hardware, provenance
+from clbench.run import provenance
+from clbench.training import hardware
 
 
 def describe(device: torch.device, threads: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from clbench.interfaces import UserError
-from clbench.streams import sequences
+from clbench.streams.tokens import sequences
 
 
 def resident() -> int:

@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from clbench import catalog, config, record, runner
 from clbench.bench import machine, naive, needed, rates
 from clbench.bench.presets import Case, Preset
+from clbench.config import compose, registry
 from clbench.interfaces import UserError
+from clbench.records import record
+from clbench.run import runner
 from clbench.training import arithmetic
 
 FIXED = ("force=true", "on_error=raise", "checkpoint_seconds=null", "track=none")
@@ -36,8 +38,8 @@ class Session:
     def compose(self, case: Case, *words: str) -> dict[str, Any]:
         """The configuration of a case, checked. The preset's words, the case's, then these."""
         results = f"results_dir='{self.scratch / 'results'}'"
-        job = config.compose([*self.preset.words, *case.words, *words, *FIXED, results])[0]
-        catalog.check(job)
+        job = compose.compose([*self.preset.words, *case.words, *words, *FIXED, results])[0]
+        registry.check(job)
         return job
 
 

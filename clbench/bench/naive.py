@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from clbench.bench import naive_data
-from clbench.config import build
+from clbench.config.compose import build
 from clbench.interfaces import Experience, Place, UserError
-from clbench.runner import Job
-from clbench.streams.images import open_experience
+from clbench.run.runner import Job
+from clbench.streams.images.data import open_experience
 from clbench.training.runtime import Runtime
 
 Scores = Callable[[Tensor], Tensor]

@@ -11,8 +11,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms as T
 
-from clbench import counter
-from clbench.streams.pixels import Profile
+from clbench.streams import rng
+from clbench.streams.images.pixels import Profile
 
 KERNELS = {"bilinear": T.InterpolationMode.BILINEAR, "bicubic": T.InterpolationMode.BICUBIC}
 
@@ -61,7 +61,7 @@ class Order(Sampler):
         return self.length
 
     def __iter__(self) -> Iterator[int]:
-        return iter(counter.permutation(counter.key(self.key, "order", self.epoch), self.length).tolist())
+        return iter(rng.permutation(rng.key(self.key, "order", self.epoch), self.length).tolist())
 
 
 def loader(

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clbench import counter
 from clbench.bench.naive import Stage, groups_of
 from clbench.interfaces import Experience, UserError
 from clbench.learners.fecam import correlation, shrink
 from clbench.models.backbone import Backbone
 from clbench.models.heads import CosineHead
+from clbench.streams import rng
 from clbench.training.ridge import CANDIDATES
 
 
@@ -112,10 +112,10 @@ def ranpac(stage: Stage) -> None:
     o = stage.options
     pet = stage.pet()
     stage.model.freeze()
-    rng = torch.Generator().manual_seed(counter.key(stage.runtime.seed, "projection") >> 1)
+    generator = torch.Generator().manual_seed(rng.key(stage.runtime.seed, "projection") >> 1)
     width = o["projection"] or stage.model.num_features
     device = stage.runtime.device
-    w = torch.randn(stage.model.num_features, width, generator=rng).to(device) if o["projection"] else None
+    w = torch.randn(stage.model.num_features, width, generator=generator).to(device) if o["projection"] else None
     gram, cross = torch.zeros(width, width, device=device), torch.zeros(width, 0, device=device)
     readout = cross
 

@@ -6,8 +6,8 @@ import argparse
 from dataclasses import replace
 
 from clbench.bench.presets import PRESETS, Case, Preset
+from clbench.config.signatures import nearest
 from clbench.interfaces import UserError
-from clbench.signatures import nearest
 
 KINDS = {
     "cases": "learners of a preset, or --learners: seconds by phase, share of the floor, ratio to naive code",

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from clbench.config import build
-from clbench.training import arithmetic, calibration
+from clbench.config.compose import build
+from clbench.training import arithmetic, kernel_timing
 
 BLOCK = 1.0  # seconds that a rate is held
 KINDS = ("forward", "adapter", "full")
@@ -43,7 +43,7 @@ class ParallelAdapter(nn.Module):
 def peak(device: torch.device, precision: str, paths: Sequence[str], n: int = 0, block: float = BLOCK) -> dict[str, float]:
     """FLOP/s of n x n products in every way that the arithmetic of `paths` reaches -> {"fp32 highest": ..., "bf16": ...}."""
     n = n or (2048 if device.type == "cpu" else 8192)
-    ways = {f"fp32 {mode}": (torch.float32, mode) for mode in dict.fromkeys(calibration.PATHS[p].matmul for p in paths)}
+    ways = {f"fp32 {mode}": (torch.float32, mode) for mode in dict.fromkeys(kernel_timing.PATHS[p].matmul for p in paths)}
     if precision == "bf16":
         ways["bf16"] = (torch.bfloat16, "highest")
     before, found = torch.get_float32_matmul_precision(), {}
@@ -103,7 +103,7 @@ def images(
     """
     from timm.layers.config import set_fused_attn
 
-    matmul, fused, _ = calibration.PATHS[path]
+    matmul, fused, _ = kernel_timing.PATHS[path]
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(matmul)
     set_fused_attn(fused)
@@ -164,8 +164,8 @@ def work_of(kind: str, net: Any, width: int, device: torch.device, precision: st
 def accurate(device: torch.device, precision: str) -> list[str]:
     """Paths of whole networks that pass the gate here, torch's defaults first."""
     with contextlib.suppress(ValueError):
-        found = calibration.measure(device, precision)["seconds"]
-        whole = [name for name in found if not calibration.PATHS[name].tail]
+        found = kernel_timing.measure(device, precision)["seconds"]
+        whole = [name for name in found if not kernel_timing.PATHS[name].tail]
         return sorted(whole, key=lambda name: name != arithmetic.REFERENCE)
     return [arithmetic.REFERENCE]
 

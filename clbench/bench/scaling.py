@@ -17,10 +17,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clbench import catalog, config, record, runner
 from clbench.bench import machine, options, stand_ins
 from clbench.bench.table import aligned, machine_text, number
+from clbench.config import compose, registry
 from clbench.interfaces import UserError
+from clbench.records import record
+from clbench.run import runner
 from clbench.training import arithmetic
 
 LEARNERS = "ncm,ranpac,slca,ease,mos"
@@ -71,8 +73,8 @@ def job_of(
         stand_ins.noise(path, classes, train, test, 32)
     own = [f"learner={learner}", *OWN.get(learner, ()), "scenario=cil_npz", f"scenario.dataset='{path}'"]
     shape = [f"scenario.increment={increment}", "scenario.budget.epochs=1", "scenario.augment=none"]
-    job = config.compose([*own, *shape, *words, *FIXED, f"results_dir='{where / 'results'}'"])[0]
-    catalog.check(job)
+    job = compose.compose([*own, *shape, *words, *FIXED, f"results_dir='{where / 'results'}'"])[0]
+    registry.check(job)
     return job
 
 

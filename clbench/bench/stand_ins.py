@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from clbench import config
 from clbench.bench.presets import Preset
-from clbench.config import build
+from clbench.config import compose
+from clbench.config.compose import build
 
 CIFAR_LIKE = {"cil_cifar100": (100, 500, 100, 10), "cil_cifar10": (10, 5000, 1000, 2)}  # classes, images each, increment
 
@@ -27,7 +27,7 @@ def of(preset: Preset, wanted: bool) -> Iterator[Preset]:
     with tempfile.TemporaryDirectory(prefix="clbench-stand-ins-") as folder:
         where = pathlib.Path(folder)
         words = replaced(list(preset.words), where)
-        base = config.compose([*words, *preset.cases[0].words, "model.weights=none"])[0]
+        base = compose.compose([*words, *preset.cases[0].words, "model.weights=none"])[0]
         if base["names"].get("model") not in ("nano", "nano_random"):
             words.append(f"model.weights='{weights(base['model'], where / 'weights.safetensors')}'")
         yield replace(preset, words=tuple(words))

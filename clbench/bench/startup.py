@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from clbench import config, record, runner
 from clbench.bench import machine
 from clbench.bench.table import aligned, machine_text, number
+from clbench.config import compose
+from clbench.records import record
+from clbench.run import runner
 
 TIMES = 5
 LEARNERS, SEEDS = ("ncm", "slca", "mos", "lae", "ranpac", "ease", "aper", "fecam"), 10
@@ -75,7 +77,7 @@ def shortest(words: Sequence[str], code: int, times: int) -> dict[str, float]:
 def synthetic(results: pathlib.Path, count: int) -> None:
     """`count` records as runs write them: one real run, its counts and names varied."""
     options = ["learner=ncm", "scenario.limit_train=4", f"results_dir='{results / 'one'}'", "feature_store=off", "track=none"]
-    outcome = runner.run_job(config.compose([*options, "on_error=raise"])[0])
+    outcome = runner.run_job(compose.compose([*options, "on_error=raise"])[0])
     assert outcome.path is not None
     pattern, rng = record.read(outcome.path), np.random.default_rng(0)
     pattern.pop("checksum", None)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from clbench.config.signatures import nearest
 from clbench.interfaces import UserError
-from clbench.signatures import nearest
 
 ROWS = ("loop", "paths", "memory")
 

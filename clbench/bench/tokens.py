@@ -25,16 +25,16 @@ import yaml
 from torch import nn
 
 from clbench.bench import machine, mapped, table, token_options
-from clbench.catalog import choices, conf_dir
+from clbench.config.registry import choices, conf_dir
+from clbench.config.signatures import nearest
 from clbench.interfaces import UserError
-from clbench.loss_stream import Observer
 from clbench.models.decoder import build_decoder
-from clbench.signatures import nearest
-from clbench.streams.cpt import Domain, TokenScenario, scenario
+from clbench.run.loss_loop import Observer
+from clbench.streams.tokens.scenario import Domain, TokenScenario, scenario
 from clbench.training import arithmetic
-from clbench.training.ledger import flops_per_token
-from clbench.training.mixing import Mixture, Replay
-from clbench.training.pretrain import Adam, PretrainRuntime, Segment, train
+from clbench.training.pretraining.data_mixture import Mixture, Replay
+from clbench.training.pretraining.ledger import flops_per_token
+from clbench.training.pretraining.segments import Adam, PretrainRuntime, Segment, train
 from clbench.training.schedules import cosine
 
 PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}  # dense bf16 operations per second

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clbench import counter
 from clbench.interfaces import Batch, Capabilities, Experience, Schedule, UserError
 from clbench.models.backbone import Backbone
 from clbench.models.heads import LinearHead
-from clbench.streams.images import ImageData
+from clbench.streams import rng
+from clbench.streams.images.data import ImageData
 from clbench.training.distillation import frozen_copy, prediction_distillation
 from clbench.training.features import extract
 from clbench.training.fit import Recipe, fit
@@ -69,7 +69,7 @@ def balanced_rows(y: np.ndarray, per_class: int, key: int) -> np.ndarray:
     rows = []
     for c in np.unique(y):
         own = np.flatnonzero(y == c)
-        order = own[counter.permutation(counter.key(key, int(c)), len(own))]
+        order = own[rng.permutation(rng.key(key, int(c)), len(own))]
         rows.append(order[: min(max(1, per_class), len(own) - 1)])
     return np.sort(np.concatenate(rows))
 

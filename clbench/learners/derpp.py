@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clbench import counter
 from clbench.interfaces import Batch, Capabilities, Experience, Schedule
 from clbench.models.backbone import Backbone
 from clbench.models.heads import LinearHead
-from clbench.streams.images import ImageBatch, ImageData, shuffled
+from clbench.streams import rng
+from clbench.streams.images.data import ImageBatch, ImageData, shuffled
 from clbench.training.features import extract
 from clbench.training.fit import Batches, Recipe, fit
 from clbench.training.memory import allowed_memory, drawn
@@ -72,9 +72,9 @@ class DarkBatches:
         new = self.new(step)
         if self.memory is None or self.size == 0:
             return DarkBatch(new)
-        keys = [counter.key(self.key, step, word) for word in ("dark", "labelled")]
+        keys = [rng.key(self.key, step, word) for word in ("dark", "labelled")]
         rows = [drawn(key, self.size, len(self.memory)) for key in keys]
-        dark, labelled = (self.memory.batch(r, counter.key(k, "augment")) for r, k in zip(rows, keys, strict=True))
+        dark, labelled = (self.memory.batch(r, rng.key(k, "augment")) for r, k in zip(rows, keys, strict=True))
         return DarkBatch(new, dark, rows[0], labelled)
 
 

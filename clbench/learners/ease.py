@@ -26,7 +26,7 @@ from clbench.models.backbone import Backbone
 from clbench.models.heads import CosineHead
 from clbench.models.pet import Factory, State
 from clbench.models.pet_modules import adapter
-from clbench.streams.images import shuffled
+from clbench.streams.images.data import shuffled
 from clbench.training.features import extract
 from clbench.training.fit import Recipe, fit
 from clbench.training.gaussians import class_rows

@@ -26,9 +26,8 @@ from torch.nn import functional as F
 from clbench.interfaces import Batch, Capabilities, Experience, Schedule
 from clbench.models.backbone import Backbone
 from clbench.models.heads import LinearHead
-from clbench.streams.images import shuffled
-from clbench.training.fit import Recipe, fit
-from clbench.training.importance import (
+from clbench.streams.images.data import shuffled
+from clbench.training.fisher import (
     Part,
     Weights,
     fisher_per_batch,
@@ -38,6 +37,7 @@ from clbench.training.importance import (
     quadratic_penalty,
     train_only,
 )
+from clbench.training.fit import Recipe, fit
 from clbench.training.losses import masked_cross_entropy
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import cosine

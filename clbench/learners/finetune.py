@@ -19,7 +19,7 @@ from clbench.models.backbone import Backbone
 from clbench.models.heads import LinearHead
 from clbench.models.pet import Factory
 from clbench.models.pet_modules import none
-from clbench.streams.images import shuffled
+from clbench.streams.images.data import shuffled
 from clbench.training.fit import Recipe, fit
 from clbench.training.losses import masked_cross_entropy
 from clbench.training.runtime import Runtime

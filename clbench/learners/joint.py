@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from clbench.interfaces import Batch, Capabilities, Experience, Schedule
 from clbench.models.backbone import Backbone
 from clbench.models.heads import LinearHead
-from clbench.streams.images import ImageData, shuffled
+from clbench.streams.images.data import ImageData, shuffled
 from clbench.training.features import FeatureBatches, extract
 from clbench.training.fit import Recipe, fit
 from clbench.training.runtime import Runtime

@@ -35,7 +35,7 @@ from clbench.models.backbone import Backbone
 from clbench.models.heads import LinearHead
 from clbench.models.pet_modules import prefix, prompt
 from clbench.models.prompt_pool import GrownPool, as_prefixes, cosines, most_similar, prefix_blocks, query
-from clbench.streams.images import shuffled
+from clbench.streams.images.data import shuffled
 from clbench.training.fit import Recipe, fit
 from clbench.training.losses import masked_cross_entropy
 from clbench.training.prompts import epoch_cosine

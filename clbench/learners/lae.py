@@ -27,7 +27,7 @@ from clbench.models.backbone import Backbone
 from clbench.models.heads import LinearHead
 from clbench.models.pet import Factory, State, follow
 from clbench.models.pet_modules import adapter
-from clbench.streams.images import shuffled
+from clbench.streams.images.data import shuffled
 from clbench.training.fit import Recipe, fit
 from clbench.training.losses import masked_cross_entropy
 from clbench.training.runtime import Runtime

@@ -18,7 +18,7 @@ from torch import Tensor
 from clbench.interfaces import Batch, Capabilities, Experience, Schedule
 from clbench.models.backbone import Backbone
 from clbench.models.heads import LinearHead
-from clbench.streams.images import shuffled
+from clbench.streams.images.data import shuffled
 from clbench.training.distillation import frozen_copy, prediction_distillation
 from clbench.training.fit import Recipe, fit
 from clbench.training.losses import masked_cross_entropy

@@ -38,7 +38,7 @@ from clbench.models.backbone import Backbone
 from clbench.models.heads import LinearHead, PrototypeHead
 from clbench.models.pet import Factory, State, average, distance, stack
 from clbench.models.pet_modules import adapter
-from clbench.streams.images import ImageBatch, shuffled
+from clbench.streams.images.data import ImageBatch, shuffled
 from clbench.training.features import extract
 from clbench.training.fit import Recipe, fit
 from clbench.training.gaussians import ClassGaussians, align, class_rows

@@ -37,7 +37,7 @@ from clbench.interfaces import Batch, Capabilities, Experience, Schedule, UserEr
 from clbench.models.backbone import Backbone
 from clbench.models.heads import LinearHead
 from clbench.models.pet_modules import prefix
-from clbench.streams.images import shuffled
+from clbench.streams.images.data import shuffled
 from clbench.training.features import FeatureBatches, extract
 from clbench.training.fit import Recipe, fit
 from clbench.training.losses import masked_cross_entropy

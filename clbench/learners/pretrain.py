@@ -30,15 +30,15 @@ import numpy as np
 from torch import Tensor, nn
 
 from clbench.interfaces import Capabilities, Experience, Schedule, UserError
-from clbench.training.averages import Average, Averager
-from clbench.training.halves import rest_half
-from clbench.training.mixing import Mixture, Replay
-from clbench.training.places import Places
-from clbench.training.pretrain import Adam, AfterStep, PretrainRuntime, Segment, check_plan, train
-from clbench.training.progress import Progress
+from clbench.training.pretraining.data_cursor import Places
+from clbench.training.pretraining.data_mixture import Mixture, Replay
+from clbench.training.pretraining.half_finetuning import rest_half
+from clbench.training.pretraining.progress import Progress
+from clbench.training.pretraining.segments import Adam, AfterStep, PretrainRuntime, Segment, check_plan, train
+from clbench.training.pretraining.trunk_and_branch import Trunk
+from clbench.training.pretraining.weight_averaging import Average, Averager
 from clbench.training.schedules import constant
 from clbench.training.state import collect, detached, restore
-from clbench.training.trunk import Trunk
 
 NO_REPLAY, NO_AVERAGE = Replay(), Average()
 PARTS = ("model", "optimizer", "average", "trunk", "places")

@@ -21,12 +21,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from clbench import counter
 from clbench.interfaces import Batch, Capabilities, Experience, Schedule, UserError
 from clbench.models.backbone import Backbone
 from clbench.models.heads import CosineHead
 from clbench.models.pet import Factory
 from clbench.models.pet_modules import adapter
+from clbench.streams import rng
 from clbench.training.features import extract
 from clbench.training.first_session import adapt
 from clbench.training.fit import Recipe
@@ -66,8 +66,8 @@ class RanPac:
         self.first_head = CosineHead(model.num_features).to(runtime.device)
         self.projection: Tensor | None = None
         if projection:
-            rng = torch.Generator().manual_seed(counter.key(runtime.seed, "projection") >> 1)
-            self.projection = torch.randn(model.num_features, projection, generator=rng).to(runtime.device)
+            generator = torch.Generator().manual_seed(rng.key(runtime.seed, "projection") >> 1)
+            self.projection = torch.randn(model.num_features, projection, generator=generator).to(runtime.device)
         self.sums = RidgeRoot(projection or model.num_features, runtime.device)
         self.readout_MK = torch.zeros(projection or model.num_features, 0, device=runtime.device)
 

@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from clbench.interfaces import Batch, Capabilities, Experience, Schedule, UserError
 from clbench.models.backbone import Backbone
 from clbench.models.heads import LinearHead
-from clbench.streams.images import shuffled
+from clbench.streams.images.data import shuffled
 from clbench.training.fit import Recipe, fit
 from clbench.training.gaussians import class_rows
 from clbench.training.runtime import Runtime

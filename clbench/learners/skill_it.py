@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from clbench.interfaces import Capabilities, Experience, Schedule, UserError
 from clbench.learners.pretrain import Pretrain
-from clbench.training.mixing import Replay
-from clbench.training.pretrain import PretrainRuntime, Segment
+from clbench.training.pretraining.data_mixture import Replay
+from clbench.training.pretraining.segments import PretrainRuntime, Segment
 from clbench.training.schedules import constant
 from clbench.training.state import detached
 

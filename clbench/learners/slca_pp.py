@@ -33,7 +33,7 @@ from clbench.interfaces import Batch, Capabilities, Experience
 from clbench.models.backbone import Backbone
 from clbench.models.heads import LinearHead
 from clbench.models.low_rank import LowRank
-from clbench.streams.images import shuffled
+from clbench.streams.images.data import shuffled
 from clbench.training.features import extract
 from clbench.training.fit import Recipe, fit
 from clbench.training.gaussians import ClassGaussians, align, class_rows

@@ -27,7 +27,7 @@ from clbench.models.backbone import Backbone
 from clbench.models.heads import CosineHead
 from clbench.models.pet import Factory
 from clbench.models.pet_modules import adapter
-from clbench.streams.images import shuffled
+from clbench.streams.images.data import shuffled
 from clbench.training.features import extract
 from clbench.training.fit import Recipe, fit
 from clbench.training.gaussians import ClassGaussians, align, class_rows, shrunken_means

@@ -20,8 +20,8 @@ from clbench.models import architectures, class_token
 from clbench.models import weights as files
 from clbench.models.feature_memory import FeatureMemory, Name, state_group
 from clbench.models.weights import state_sha256
-from clbench.streams.images import ImageBatch
-from clbench.streams.pixels import Profile, make_profile
+from clbench.streams.images.data import ImageBatch
+from clbench.streams.images.pixels import Profile, make_profile
 
 Family = Literal[
     "timm", "unit", "imagenet", "cifar", "small", "pilot", "ranpac", "coda", "lae", "slca_cifar", "slca_imagenet",

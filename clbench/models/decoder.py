@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clbench import counter
 from clbench.interfaces import UserError
 from clbench.models import checkpoint
 from clbench.models.weights import state_sha256
+from clbench.streams import rng
 
 Attention = Literal["auto", "explicit", "sdpa"]
 _TANH = partial(functional.gelu, approximate="tanh")
@@ -196,13 +196,13 @@ def draw_weights(model: Decoder, seed: int) -> None:
             value.fill_(float(name.endswith("norm.weight")))
             continue
         deviation = last if name.endswith(("attention.dense.weight", "mlp.dense_4h_to_h.weight")) else small
-        flat, key = value.view(-1), counter.key("decoder", seed, name)
+        flat, key = value.view(-1), rng.key("decoder", seed, name)
         for start in range(0, len(flat), 1 << 20):
             flat[start : start + (1 << 20)] = _normal(key, start, min(len(flat) - start, 1 << 20)) * deviation
 
 
 def _normal(key: int, start: int, count: int) -> Tensor:
-    draws = counter.bits(key, torch.arange(2 * start, 2 * (start + count)).numpy())
+    draws = rng.bits(key, torch.arange(2 * start, 2 * (start + count)).numpy())
     parts = torch.from_numpy(draws.view("<u2").astype("int32").reshape(count, 8)).sum(1)
     return (parts - 8 * 32767.5).double() / (8 * (65536**2 - 1) / 12) ** 0.5
 

@@ -20,9 +20,9 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from clbench import counter
 from clbench.interfaces import UserError
 from clbench.models import weights as files
+from clbench.streams import rng
 
 KEY_BYTES = 8
 _GOLDEN, _FIRST, _SECOND = (
@@ -81,7 +81,7 @@ def _shifted(z: Tensor, places: int) -> Tensor:
 
 
 def draws(keys: Tensor, number: int) -> Tensor:
-    """`counter.bits(key, range(number))` for each key on the device: keys [B] int64 -> [B, number] int64 (the same bits)."""
+    """`rng.bits(key, range(number))` for each key on the device: keys [B] int64 -> [B, number] int64 (the same bits)."""
     z = torch.arange(number, device=keys.device) * _GOLDEN + keys[:, None]
     z = (z ^ _shifted(z, 30)) * _FIRST
     z = (z ^ _shifted(z, 27)) * _SECOND
@@ -239,7 +239,7 @@ def draw_weights(model: MaskedAutoencoder, seed: int) -> None:
             continue
         matrix = value.view(value.shape[0], -1)
         edge = 0.02 * 3**0.5 if name.endswith("token") else (6 / sum(matrix.shape)) ** 0.5
-        drawn = counter.uniform(counter.key("mae", seed, name), np.arange(value.numel()))
+        drawn = rng.uniform(rng.key("mae", seed, name), np.arange(value.numel()))
         value.copy_(torch.from_numpy(drawn * 2 * edge - edge).view_as(value))
 
 

@@ -22,9 +22,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from clbench import counter
 from clbench.interfaces import UserError
 from clbench.models.backbone import Backbone
+from clbench.streams import rng
 
 State = dict[str, Tensor]
 Init = Callable[[Tensor, torch.Generator], Any]
@@ -162,7 +162,7 @@ class Pet(nn.Module):
             return x
         now = (self._runtime.experience, self._runtime.used_visits)
         self._drawn = (now, self._drawn[1] + 1 if self._drawn[0] == now else 0)
-        key = counter.key(self._runtime.seed, "dropout", *now, self._drawn[1], place)
+        key = rng.key(self._runtime.seed, "dropout", *now, self._drawn[1], place)
         shape = x.shape if self.tokens is None else (len(x), self.tokens, *x.shape[2:])
         drawn = torch.rand(shape, generator=torch.Generator(x.device).manual_seed(key >> 1), device=x.device)
         return x * (drawn if self.tokens is None else drawn[:, : x.shape[1]]).ge(p) / (1 - p)

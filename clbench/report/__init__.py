@@ -1,6 +1,5 @@
-"""Records in, tables out. Imports no torch."""
+"""Records in; tables, figures and the page out. Imports no torch."""
 
 from clbench.report.table import report
-from clbench.report.verify import verify
 
-__all__ = ["report", "verify"]
+__all__ = ["report"]

@@ -14,11 +14,11 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from clbench import record
+from clbench.config.signatures import nearest
 from clbench.interfaces import UserError
+from clbench.records import record
 from clbench.report import table
 from clbench.report.card_text import COLUMNS, to_csv, to_markdown
-from clbench.signatures import nearest
 
 Kinds = dict[str, tuple[type, ...]]
 _NUMBER, _WORDS = (int, float), (str, type(None))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clbench import metrics
+from clbench.evaluation import metrics
 from clbench.report import costs
 
 SHOWN = ("step_macro", "step_micro", "last_macro", "last_micro", "forgetting", "bwt", "plasticity")

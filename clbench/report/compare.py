@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from clbench.config.signatures import nearest
 from clbench.interfaces import UserError
 from clbench.report import numbers, statistics
 from clbench.report.formats import Table, fraction, plain
 from clbench.report.runs import Filter, Run, scan
-from clbench.signatures import nearest
 
 SHORT = ("scenario", "model", "row", "pairs", "a", "b", "difference", "95 %", "p", "verdict", "seconds", "bytes")
 FULL = (

@@ -1,7 +1,7 @@
 """`clbench report explain`: every average and forgetting formula, what others call it, and the values on one matrix.
 
-Made from `metrics.FORMULAS`, `metrics.DETAILS` and `compat.PEERS`: the values are what the functions return. Which formula of
-clbench a peer's number is, is found by trying both on random matrices, so the page cannot say what the code does not do.
+Made from `metrics.FORMULAS`, `metrics.DETAILS` and `peer_metrics.PEERS`: the values are what the functions return. Which
+formula of clbench a peer's number is, is found by trying both on random matrices: it cannot say what the code does not do.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from clbench import compat, metrics, metrics_loss, record
+from clbench.config.signatures import nearest
+from clbench.evaluation import loss_metrics, metrics, peer_metrics
 from clbench.interfaces import UserError
-from clbench.report import explain_losses, loss_facts
+from clbench.records import loss_facts, record
+from clbench.report import explain_losses
 from clbench.report.columns import ABOUT
 from clbench.report.formats import Table, plain
-from clbench.signatures import nearest
 
 EXAMPLE = ((80, 90, 10, 5), (85, 70, 15, 8), (75, 72, 60, 20), (60, 65, 75, 80))
 SIZES = (400, 100, 100, 100)
@@ -76,7 +77,7 @@ def of_record(word: str, results: pathlib.Path) -> list[Table]:
         return explain_losses.tables(entry, f"{title}, {loss_facts.measure_of(entry)}")
     if entry["status"] != "ok" or not isinstance(entry.get("correct"), list):
         raise UserError(f"{path} has no accuracies: its status is {entry['status']}")
-    a = compat.percent(entry["correct"], entry["n"])
+    a = peer_metrics.percent(entry["correct"], entry["n"])
     return tables(Case(f"{title}, per cent", a, entry["n"], entry["first_seen"], None, entry))
 
 
@@ -87,7 +88,7 @@ def tables(case: Case) -> list[Table]:
 
 
 def _losses() -> Table:
-    rows = [{"name": name, "formula": text} for name, text in metrics_loss.ABOUT.items()]
+    rows = [{"name": name, "formula": text} for name, text in loss_metrics.ABOUT.items()]
     return Table("losses", "numbers of pre-training", ("name", "formula"), rows, (explain_losses.SYMBOLS,))
 
 
@@ -117,7 +118,7 @@ def _formulas(case: Case) -> Table:
 def _peers(case: Case) -> Table:
     columns = ("library", "kind", "calls it", "value", "formula", "in clbench")
     rows: list[dict[str, Any]] = []
-    for key, peer in compat.PEERS.items():
+    for key, peer in peer_metrics.PEERS.items():
         found = _peer_values(peer, case) if case.square() else {}
         for kind, (name, text) in peer.values.items():
             known = {"library": peer.library, "kind": kind, "calls it": name, "value": found.get(kind), "formula": text}
@@ -132,7 +133,7 @@ def _peers(case: Case) -> Table:
     return Table("peers", "other libraries on the same matrix", columns, rows, tuple(notes), {"value": 2})
 
 
-def _peer_values(peer: compat.Peer, case: Case) -> compat.Values:
+def _peer_values(peer: peer_metrics.Peer, case: Case) -> peer_metrics.Values:
     takes_init = "init" in inspect.signature(peer.function).parameters
     if not takes_init:
         return peer.function(case.a, case.n)
@@ -153,7 +154,7 @@ def _trials() -> tuple[Case, ...]:
 @functools.lru_cache(maxsize=256)
 def twin(key: str, kind: str) -> str:
     """The formula of clbench that a peer's value is, '~' where they differ by less than two rounded decimals, or 'none'."""
-    theirs = [_peer_values(compat.PEERS[key], case)[kind] for case in _trials()]
+    theirs = [_peer_values(peer_metrics.PEERS[key], case)[kind] for case in _trials()]
     for room, mark in ((1e-9, ""), (0.0101, "~ ")):
         for sign in ("", "-"):
             for name in metrics.FORMULAS:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from clbench import metrics_loss
-from clbench.report import loss_facts
+from clbench.evaluation import loss_metrics
+from clbench.records import loss_facts
 from clbench.report.formats import Table, plain
 from clbench.report.losses import ABOUT
 
@@ -36,23 +36,23 @@ def _matrix(entry: Mapping[str, Any], title: str) -> Table:
         mean = sum(known) / len(known) if len(known) == len(found) else None
         return {"after": label, "unit": unit, **dict(zip(names, found, strict=True)), "mean": mean}
 
-    after = metrics_loss.loss_matrix(entry["sum_loss"], tokens)
-    rows = [line("before", metrics_loss.loss_matrix([entry["sum_loss_start"]], tokens)[0])]
+    after = loss_metrics.loss_matrix(entry["sum_loss"], tokens)
+    rows = [line("before", loss_metrics.loss_matrix([entry["sum_loss_start"]], tokens)[0])]
     for i, values in enumerate(after):
         if i < len(trunks) and trunks[i] is not None:
-            rows.append(line(f"{i} trunk", metrics_loss.loss_matrix([trunks[i]], tokens)[0]))
+            rows.append(line(f"{i} trunk", loss_metrics.loss_matrix([trunks[i]], tokens)[0]))
         rows.append(line(str(i), values))
     if any(value is not None for value in entry["floor"]):
         rows.append(line("floor", entry["floor"]))
-    bits = metrics_loss.bits_per_byte(after[-1], entry["bytes_per_token"])
+    bits = loss_metrics.bits_per_byte(after[-1], entry["bytes_per_token"])
     if np.isfinite(bits).any():
         rows.append(line(f"{len(after) - 1}", [v if np.isfinite(v) else None for v in bits], "bits per byte"))
     return Table("matrix", title, ("after", "unit", *names, "mean"), rows, (SYMBOLS,))
 
 
 def _numbers(entry: Mapping[str, Any]) -> Table:
-    found = metrics_loss.summary(entry)
-    rows = [{"name": name, "value": found.get(name), "formula": text} for name, text in metrics_loss.ABOUT.items()]
+    found = loss_metrics.summary(entry)
+    rows = [{"name": name, "value": found.get(name), "formula": text} for name, text in loss_metrics.ABOUT.items()]
     notes = (
         "-: not in this record alone: recovery_ratio and rate_share need other runs, a floor is known of synthetic languages",
     )
@@ -63,7 +63,7 @@ def _gaps(entry: Mapping[str, Any]) -> Table:
     """The stability gap of every old set in every later experience."""
     curves = entry.get("curves") or {"tokens": ()}
     names = entry["scenario"]["eval_names"]
-    found = metrics_loss.gaps(curves, names, entry["first_seen"]) if curves["tokens"] else []
+    found = loss_metrics.gaps(curves, names, entry["first_seen"]) if curves["tokens"] else []
     known = ("experience", "set", "start", "depth", "peak_step", "area", "tokens")
     rows = [{**gap, "set": plain(gap["set"]), "area": round(gap["area"]), "tokens": _whole(gap["tokens"])} for gap in found]
     notes = ("depth: highest loss within the experience - loss at its start; tokens: until it is back, -: never",)

@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from clbench.config.signatures import nearest
 from clbench.interfaces import UserError
-from clbench.signatures import nearest
 
 FORMS = ("text", "csv", "md", "latex", "html", "json")
 SUFFIXES = {".txt": "text", ".csv": "csv", ".md": "md", ".tex": "latex", ".html": "html", ".htm": "html", ".json": "json"}

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from clbench import record
+from clbench.records import record
 from clbench.report import statistics
 from clbench.report.formats import Table, to_csv
 from clbench.report.losses import board

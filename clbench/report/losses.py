@@ -7,14 +7,15 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clbench import metrics_loss, record
-from clbench.report import loss_facts, statistics
+from clbench.evaluation import loss_metrics
+from clbench.records import loss_facts, record
+from clbench.records.loss_facts import LEDGER, OPTIONS
+from clbench.report import statistics
 from clbench.report.formats import Table, csv_text, fraction, plain, safe
-from clbench.report.loss_facts import LEDGER, OPTIONS
 from clbench.report.runs import Run, boil
 from clbench.report.statistics import mean_std
 
-SHOWN = tuple(metrics_loss.ABOUT)
+SHOWN = tuple(loss_metrics.ABOUT)
 ABOUT: dict[str, str] = {
     "scenario": "chosen name",
     "learner": "chosen name",
@@ -30,7 +31,7 @@ ABOUT: dict[str, str] = {
     "seeds": "their seeds",
     **{
         f"{name}_{part}": f"{words}: {text}"
-        for name, text in metrics_loss.ABOUT.items()
+        for name, text in loss_metrics.ABOUT.items()
         for part, words in (("mean", "mean over seeds"), ("std", "unbiased standard deviation over seeds"))
     },
     "final_loss_low": "lower end of the 95 % bootstrap interval of the mean of `final_loss` (too narrow below 5 seeds)",
@@ -206,7 +207,7 @@ def _pair(mean: float | None, std: float | None, sign: str = "±") -> str:
 
 def closing_text(entry: Mapping[str, Any], path: pathlib.Path) -> str:
     """The loss matrix, the headline numbers and the ledger of a finished run."""
-    values, ledger = metrics_loss.summary(entry), entry["ledger"]
+    values, ledger = loss_metrics.summary(entry), entry["ledger"]
     names = (
         "final_loss",
         "learned_loss",
@@ -229,8 +230,8 @@ def matrix_text(entry: Mapping[str, Any]) -> str:
     """Nats per token after each experience (rows) on each evaluation set (columns), the floor below where it is known."""
     names = [plain(name)[:14] for name in entry["scenario"]["eval_names"]]
     tokens = entry["tokens"]
-    start = metrics_loss.loss_matrix([entry["sum_loss_start"]], tokens)[0]
-    after = metrics_loss.loss_matrix(entry["sum_loss"], tokens)
+    start = loss_metrics.loss_matrix([entry["sum_loss_start"]], tokens)[0]
+    after = loss_metrics.loss_matrix(entry["sum_loss"], tokens)
     table = [("before", start), *((str(i + 1), row) for i, row in enumerate(after))]
     if all(value is not None for value in entry["floor"]):
         table.append(("floor", entry["floor"]))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from clbench import metrics, metrics_loss
+from clbench.config.signatures import nearest
+from clbench.evaluation import loss_metrics, metrics
 from clbench.interfaces import UserError
 from clbench.report.runs import Run
-from clbench.signatures import nearest
 
 _LOWER = frozenset(
     ("forgetting", "forgetting_diagonal", "ece", "nll", "brier", "within_task", "between_task", "old_to_new", "new_to_old")
@@ -18,8 +18,8 @@ HEADLINE, HEADLINE_LOSS = "last_macro", "final_loss"
 
 def lower(metric: str) -> bool:
     """Whether less is better."""
-    if metric in metrics_loss.ABOUT:
-        return metric not in metrics_loss.HIGHER
+    if metric in loss_metrics.ABOUT:
+        return metric not in loss_metrics.HIGHER
     return metric.removeprefix("last_").removeprefix("step_") in _LOWER
 
 
@@ -38,6 +38,6 @@ def check_metric(metric: str, losses: bool = True) -> None:
     known = [name for name in metrics.FORMULAS if name not in ("fwt_init", "intransigence")]
     known += ["last_masked_macro", "last_top5_micro", *_STREAM]
     known += [f"{part}_{name}" for name in metrics.DETAILS if name not in _STREAM for part in ("last", "step")]
-    known += [name for name in metrics_loss.ABOUT if losses and name not in known]
+    known += [name for name in loss_metrics.ABOUT if losses and name not in known]
     if metric not in known:
         raise UserError(f"no metric {metric!r}{nearest(metric, known)} (clbench report explain names them)")

@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from clbench import metrics, record
+from clbench.config.signatures import nearest
+from clbench.evaluation import metrics
 from clbench.interfaces import UserError
-from clbench.report import costs, loss_facts
+from clbench.records import loss_facts, record
+from clbench.report import costs
 from clbench.report.formats import plain
-from clbench.signatures import nearest
 
 _ORDER = ("order", "order_seed")  # of a scenario's configuration: what makes another class order of the same settings
 

@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clbench import metrics, record
+from clbench.evaluation import metrics
+from clbench.records import record
 from clbench.report import costs, losses, statistics
 from clbench.report.columns import ABOUT, COLUMNS, DETAILS, SHOWN
 from clbench.report.formats import csv_text, fraction, plain, safe

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clbench import record
+from clbench.records import record
 from clbench.report import statistics
 from clbench.report.formats import Table, fraction, plain
 from clbench.report.runs import Run

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from clbench.interfaces import UserError
-from clbench.streams import arrays, folders, splits, vision
-from clbench.streams.arrays import Pool
+from clbench.streams import splits
+from clbench.streams.images import arrays, folders, vision
+from clbench.streams.images.arrays import Pool
 from clbench.streams.scenario import ArrayImages, Dataset, FileImages
 
 HASHED_CONTENT = 256 << 20  # bytes of image files up to which the contents are hashed, not only names and sizes

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clbench.streams.images import ImageBatch, ImageData, bound
-from clbench.streams.pixels import Pipeline
+from clbench.streams.images.data import ImageBatch, ImageData, bound
+from clbench.streams.images.pixels import Pipeline
 from clbench.streams.scenario import Scenario
 
 

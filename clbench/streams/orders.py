@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from clbench import counter
 from clbench.interfaces import UserError
+from clbench.streams import rng
 
 
 @cache
@@ -53,7 +53,7 @@ def order(name: str | Sequence[int], num_classes: int, seed: int = 0, keep: int 
     if name == "natural":
         return tuple(range(keep))
     if name == "random":
-        full = tuple(counter.permutation(counter.key("class order", seed), num_classes).tolist())
+        full = tuple(rng.permutation(rng.key("class order", seed), num_classes).tolist())
     elif name in published():
         lists = published()[name]
         if num_classes not in lists:

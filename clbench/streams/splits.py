@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clbench import counter
+from clbench.streams import rng
 
 _REVISITING = "https://github.com/LAMDA-CL/RevisitingCIL (section 'Datasets': ready-made archive)"
 _IMAGENET_R = "https://people.eecs.berkeley.edu/~hendrycks/imagenet-r.tar"
@@ -78,4 +78,4 @@ def drawn(ids: np.ndarray, share: int, *key: int | str) -> np.ndarray:
     """Draw `share` ten-thousandths of ids [N] by a counter-based permutation -> [n] sorted, 1 <= n < N where N > 1."""
     number = len(ids)
     take = max(1, min(number - 1, (number * share + 5_000) // 10_000)) if number > 1 and share > 0 else 0
-    return np.sort(ids[counter.permutation(counter.key(*key), number)[:take]])
+    return np.sort(ids[rng.permutation(rng.key(*key), number)[:take]])

@@ -21,9 +21,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from clbench import ranks
 from clbench.interfaces import UserError
-from clbench.training import calibration
+from clbench.training import kernel_timing, torchrun
 
 REFERENCE = "highest+fused"
 Network = TypeVar("Network", bound=nn.Module)
@@ -33,10 +32,10 @@ def choose_device(name: str) -> torch.device:
     """The torch device: "auto" takes cuda, else cpu; anything torch knows otherwise. An absent device raises `UserError`."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if ranks.size() > 1 and name.startswith("cuda"):
+    if torchrun.size() > 1 and name.startswith("cuda"):
         if name != "cuda":
-            raise UserError(f"device={name}, and {ranks.size()} processes: say device=cuda, each takes one of its own")
-        name = f"cuda:{ranks.local()[0]}"
+            raise UserError(f"device={name}, and {torchrun.size()} processes: say device=cuda, each takes one of its own")
+        name = f"cuda:{torchrun.local()[0]}"
     try:
         device = torch.device(name)
         if device.index is not None and device.type == "cuda":
@@ -51,7 +50,7 @@ def choose_threads(wanted: str | int) -> int:
     """Threads: "auto" takes the processors this process may use, at most 8; the same number whatever the launcher has set."""
     if wanted == "auto":
         usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-        return max(1, min(8, usable // ranks.local()[1]))
+        return max(1, min(8, usable // torchrun.local()[1]))
     if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1:
         raise UserError(f"num_threads must be auto or a number from 1, got {wanted!r}")
     return wanted
@@ -62,11 +61,11 @@ def chosen(wanted: Any, device: torch.device, threads: int, precision: str) -> d
     wanted = os.environ.get("CLBENCH_ARITHMETIC") or "auto" if wanted == "auto" else wanted
     name = REFERENCE if wanted == "reference" else wanted
     if wanted == "auto":
-        name = calibration.choice(device, threads, precision)
-    if not isinstance(name, str) or name not in calibration.PATHS:
-        ways = ", ".join(("auto", "reference", *calibration.PATHS))
+        name = kernel_timing.choice(device, threads, precision)
+    if not isinstance(name, str) or name not in kernel_timing.PATHS:
+        ways = ", ".join(("auto", "reference", *kernel_timing.PATHS))
         raise UserError(f"arithmetic must be one of {ways}, got {wanted!r}")
-    path = calibration.PATHS[name]
+    path = kernel_timing.PATHS[name]
     by = {"auto": "measured", "reference": "reference"}.get(str(wanted), "given")
     return {"matmul": path.matmul, "fused_attention": path.fused, "class_token_tail": path.tail, "arithmetic": by}
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clbench import counter
+from clbench.streams import rng
 from clbench.training.runtime import Runtime
 
 
@@ -38,6 +38,6 @@ class FeatureBatches:
         """Features [B, D] and labels [B]."""
         epoch, i = divmod(step, self.per_epoch)
         if self._order[0] != epoch:
-            self._order = (epoch, counter.permutation(counter.key(self.key, epoch), len(self.y)))
+            self._order = (epoch, rng.permutation(rng.key(self.key, epoch), len(self.y)))
         rows = torch.as_tensor(self._order[1][i * self.batch_size : (i + 1) * self.batch_size], device=self.y.device)
         return self.features[rows], self.y[rows]

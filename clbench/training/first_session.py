@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from clbench.interfaces import Batch, Experience
 from clbench.models.heads import CosineHead
-from clbench.streams.images import shuffled
+from clbench.streams.images.data import shuffled
 from clbench.training.fit import Recipe, fit
 from clbench.training.runtime import Runtime
 from clbench.training.state import groups_of

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clbench import counter
 from clbench.interfaces import UserError
 from clbench.models.heads import LinearHead
+from clbench.streams import rng
 from clbench.training.fit import Recipe, fit
 from clbench.training.losses import normalised_cross_entropy
 from clbench.training.runtime import Runtime
@@ -104,7 +104,7 @@ class ClassGaussians:
 
     def _centroids(self, f: Tensor, k: int) -> dict[str, Tensor]:
         """Clusters of class `k`'s f [N, D] float64, padded to C by empty ones."""
-        cluster = kmeans(f, self.centroids, counter.key(self.seed, "kmeans", k))
+        cluster = kmeans(f, self.centroids, rng.key(self.seed, "kmeans", k))
         centre, var = f.new_zeros(2, self.centroids, f.shape[1])
         members = torch.bincount(cluster, minlength=self.centroids)
         for c in range(int(cluster.max()) + 1):
@@ -201,13 +201,13 @@ class GaussianBatches:
         """Features [S, D] and labels [S]."""
         epoch, i = divmod(step, len(self.gaussians))
         if self._epoch is None or self._epoch[0] != epoch:
-            rng = torch.Generator().manual_seed(counter.key(self.key, epoch) >> 1)
-            x, y = self.gaussians.sample(self.per_class, self.scale_K, rng)
+            generator = torch.Generator().manual_seed(rng.key(self.key, epoch) >> 1)
+            x, y = self.gaussians.sample(self.per_class, self.scale_K, generator)
             if self.age_K is not None:
                 low, high = self.rho
-                rho = low + (high - low) * torch.rand(len(y), generator=rng).to(x.device)
+                rho = low + (high - low) * torch.rand(len(y), generator=generator).to(x.device)
                 x = x / (1 + rho * self.age_K[y])[:, None]
-            order = torch.randperm(len(y), generator=rng).to(x.device)
+            order = torch.randperm(len(y), generator=generator).to(x.device)
             self._epoch = (epoch, x[order], y[order])
         part = slice(i * self.per_class, (i + 1) * self.per_class)
         return self._epoch[1][part], self._epoch[2][part]

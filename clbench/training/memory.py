@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clbench import counter
 from clbench.interfaces import BudgetExceeded, UserError
-from clbench.streams.images import ImageBatch, ImageData, shuffled
+from clbench.streams import rng
+from clbench.streams.images.data import ImageBatch, ImageData, shuffled
 from clbench.training.fit import Batches
 from clbench.training.runtime import Runtime
 
@@ -85,7 +85,7 @@ class Memory:
         limit = len(ids) if self.samples is None else self.samples
         if self.samples is None and self.max_bytes is None:
             return []
-        priority = counter.bits(counter.key(self.seed, "memory"), ids)
+        priority = rng.bits(rng.key(self.seed, "memory"), ids)
         if self.policy == "reservoir":
             return np.argsort(priority, kind="stable")[:limit].tolist()
         classes = np.unique(y)
@@ -138,7 +138,7 @@ def _within(name: str, wanted: int | None, allowed: int | None) -> int | None:
 
 def drawn(key: int, count: int, total: int) -> np.ndarray:
     """`count` of `total` rows at random: without replacement where there are enough."""
-    return counter.permutation(key, total)[:count] if total >= count else counter.integers(key, count, total)
+    return rng.permutation(key, total)[:count] if total >= count else rng.integers(key, count, total)
 
 
 class Mixed:
@@ -156,9 +156,9 @@ class Mixed:
         batch = self.new(step)
         if self.memory is None or self.size == 0:
             return batch
-        draw = counter.key(self.key, step)
+        draw = rng.key(self.key, step)
         rows = drawn(draw, self.size, len(self.memory))
-        joined = ImageBatch.cat([batch, self.memory.batch(rows, counter.key(draw, "augment"))])
+        joined = ImageBatch.cat([batch, self.memory.batch(rows, rng.key(draw, "augment"))])
         joined.replayed = len(rows)
         return joined
 

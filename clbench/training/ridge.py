@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clbench import counter
 from clbench.interfaces import UserError
+from clbench.streams import rng
 
 CANDIDATES: tuple[float, ...] = tuple(10.0**power for power in range(-8, 9))
 ROWS = 4096  # samples that are turned into float64 at a time
@@ -149,6 +149,6 @@ def choose_ridge(
     fitted = int(share * len(y))
     if fitted < 1 or fitted == len(y):
         return candidates[len(candidates) // 2]
-    order = torch.from_numpy(counter.permutation(key, len(y))).to(y.device)
+    order = torch.from_numpy(rng.permutation(key, len(y))).to(y.device)
     errors = validation_errors(features[order], y[order], num_classes, fitted, candidates)
     return candidates[int(errors.argmin())]

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from clbench import counter
 from clbench.interfaces import Budget, BudgetExceeded
-from clbench.training.journal import Journal
+from clbench.streams import rng
+from clbench.training.checkpoint import Journal
 
 
 class Interrupted(KeyboardInterrupt):
@@ -80,7 +80,7 @@ class Runtime:
 
     def key(self, *parts: int | str) -> int:
         """A 64-bit key of the seed, the current experience and the parts."""
-        return counter.key(self.seed, self.experience, *parts)
+        return rng.key(self.seed, self.experience, *parts)
 
     def generator(self, *parts: int | str) -> torch.Generator:
         """A CPU generator of its own for the seed, the current experience and the parts."""

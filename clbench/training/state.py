@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clbench.training.parallel import whole
+from clbench.training.distributed import whole
 
 
 def collect(owner: object, *names: str) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clbench.catalog import conf_dir, description
+from clbench.config.registry import conf_dir, description
+from clbench.config.signatures import nearest
 from clbench.interfaces import UserError
-from clbench.signatures import nearest
 from clbench.tuning.space import SAMPLERS
 
 PROTOCOLS = {

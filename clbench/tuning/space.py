@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from clbench.config.signatures import nearest
 from clbench.interfaces import UserError
-from clbench.signatures import nearest
 
 FUNCTIONS = ("bool", "choice", "float", "glob", "int", "interval", "range", "shuffle", "sort", "str", "tag")
 SAMPLERS = ("tpe", "random", "grid")

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from clbench.config import build, compose
+from clbench.config.compose import build, compose
 from clbench.interfaces import UserError
 from clbench.streams.manifest import EvalEntry, ExperienceEntry, Manifest
 from clbench.streams.scenario import Scenario

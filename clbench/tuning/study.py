@@ -15,10 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clbench import catalog, config, metrics, provenance, record
+from clbench.config import compose, registry
+from clbench.evaluation import metrics
 from clbench.interfaces import UserError
-from clbench.isolate import run_alone
+from clbench.records import record
 from clbench.report.numbers import check_metric
+from clbench.run import provenance
+from clbench.run.subprocess_job import run_alone
 from clbench.tuning.options import Options, read
 from clbench.tuning.space import Variable, check_functions, size, variables
 from clbench.tuning.trials import SCHEMA, Study, finished, sealed, search, work
@@ -49,19 +52,19 @@ def prepare(options: Options, command: list[str]) -> Study:
     if options.protocol == "first_experience" and options.metric not in _FIRST_ONLY:
         raise UserError(f"tune.metric={options.metric} is not defined on one experience (one of: {', '.join(_FIRST_ONLY)})")
     check_functions(options.words)
-    fixed, spaces = config.searched(options.words)
+    fixed, spaces = compose.searched(options.words)
     seeds = spaces.pop("seed", [word.partition("=")[2] for word in fixed if word.startswith("seed=")] or ["0"])
     fixed = [word for word in fixed if not word.startswith("seed=")]
     if not isinstance(seeds, list) or not all(seed.isdigit() for seed in seeds):
         raise UserError("seed must be whole numbers from 0: those on which the choice is evaluated")
     space = variables(spaces)
     _check_ends(fixed, space)
-    base = config.compose([*fixed, *(f"{v.key}={v.ends()[0]}" for v in space)])[0]
+    base = compose.compose([*fixed, *(f"{v.key}={v.ends()[0]}" for v in space)])[0]
     results = Path(str(base["results_dir"])).expanduser().resolve()
     trials = _trials(options, space)
     from clbench.tuning.streams import guard, source
 
-    evaluation = config.build(base["scenario"])
+    evaluation = compose.build(base["scenario"])
     if evaluation.asks == "loss":
         raise UserError(
             f"clbench tune knows streams of images; for scenario {evaluation.name} compare options with clbench run -m"
@@ -72,7 +75,7 @@ def prepare(options: Options, command: list[str]) -> Study:
         shared = f"{on['shared_classes']} classes of {evaluation.name} are also tuned on, on other samples"
         print(f"clbench: {shared}; the record is marked classes_tuned", file=sys.stderr)
     first = [f"{v.key}={v.ends()[0]}" for v in space]
-    plain = [provenance.identity(job) for job in (base, config.compose([*words, *first])[0])]
+    plain = [provenance.identity(job) for job in (base, compose.compose([*words, *first])[0])]
     parts = [SCHEMA, record.NUMBERS_VERSION, plain, evaluation.manifest.sha256, on, provenance.learner_name(base)]
     parts += [options.protocol, options.metric, options.sampler, options.seed, list(options.seeds), trials]
     name = record.digest([*parts, [[v.key, v.about()] for v in space]])[:12]
@@ -104,7 +107,7 @@ def _check_ends(fixed: Sequence[str], space: Sequence[Variable]) -> None:
     for v in space:
         for word in v.ends():
             try:
-                catalog.check(config.compose([*fixed, *(f"{key}={w}" for key, w in (first | {v.key: word}).items())])[0])
+                registry.check(compose.compose([*fixed, *(f"{key}={w}" for key, w in (first | {v.key: word}).items())])[0])
             except UserError as error:
                 hint = "; for whole numbers write int(interval(a,b))" if not v.values and "int" in str(error) else ""
                 lines |= dict.fromkeys(f"{line}{hint}" for line in str(error).splitlines())
@@ -127,7 +130,7 @@ def evaluate(study: Study, made: Mapping[str, Any]) -> int:
     words = [*study.fixed, *(f"{key}={word}" for key, word in made["chosen"].items())]
     told = provenance_of(study, made)
     for seed in study.seeds:
-        job = config.compose([*words, f"seed={seed}"])[0]
+        job = compose.compose([*words, f"seed={seed}"])[0]
         ended = run_alone(work, job, ["clbench", "run", *words, f"seed={seed}"], told)
         if ended["stopped"]:
             raise KeyboardInterrupt

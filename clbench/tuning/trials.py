@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clbench import catalog, config, metrics, provenance, record
+from clbench.config import compose, registry
+from clbench.evaluation import metrics
 from clbench.interfaces import UserError
-from clbench.isolate import run_alone, show_log
+from clbench.records import record
 from clbench.report import numbers
+from clbench.run import provenance
+from clbench.run.subprocess_job import run_alone, show_log
 from clbench.tuning.options import Options
 from clbench.tuning.space import Variable, begin
 
@@ -127,10 +130,10 @@ def _trial(study: Study, chosen: Mapping[str, str], number: int) -> dict[str, An
         words = [*study.words, *(f"{key}={word}" for key, word in chosen.items()), f"seed={seed}"]
         start = time.perf_counter()
         try:
-            job = config.compose(words)[0] | {"results_dir": str(study.folder), "on_error": "record"}
+            job = compose.compose(words)[0] | {"results_dir": str(study.folder), "on_error": "record"}
             if study.node is not None:
                 job["scenario"] = study.node
-            catalog.check(job)
+            registry.check(job)
         except UserError as error:
             return row | {"why": str(error).splitlines()[0]}
         ended = run_alone(work, job, ["clbench", "run", *words], None)
@@ -161,7 +164,7 @@ def finished(results: Path, ended: Mapping[str, Any]) -> dict[str, Any] | None:
 def work(job: dict[str, Any], command: list[str], tuning: dict[str, Any] | None) -> dict[str, Any]:
     """One run, in a process of its own."""
     show_log(False)
-    from clbench.runner import run_job
+    from clbench.run.runner import run_job
 
     try:
         outcome = run_job(job, command=command, tuning=tuning)

@@ -1,0 +1,185 @@
+"""`clbench verify`: check records, repeat the beginning of some, print the schema. Only a repeat loads torch."""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from clbench.config import registry
+from clbench.config.moved import current
+from clbench.config.signatures import signature
+from clbench.interfaces import UserError
+from clbench.records import loss_facts, record, rerun, rerun_losses
+from clbench.records.verify import Verdict, line, verdicts, verify
+
+STEPS = 2  # experiences that are repeated
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """What `clbench verify` takes."""
+    parser.add_argument("path", nargs="?", default="results", metavar="PATH", help="a record or a results folder (results)")
+    words = "repeat the first two experiences of a record, or of N drawn from PATH (1), and compare every count"
+    parser.add_argument("--rerun", nargs="?", const="1", metavar="N | RECORD", help=words)
+    parser.add_argument("--seed", type=int, metavar="N", help="with --rerun N: which ones are drawn (0)")
+    parser.add_argument("--data-root", metavar="DIR", help="where data and weights lie (the environment's CLBENCH_DATA)")
+    parser.add_argument("--schema", action="store_true", help="print the JSON Schema of a record")
+
+
+def run(args: Namespace) -> tuple[str, int]:
+    """What the command was asked for -> (text, exit code)."""
+    if args.schema:
+        return (Path(record.__file__).parent / "record.schema.json").read_text(encoding="ascii").rstrip("\n"), 0
+    if args.rerun is None:
+        if args.seed is not None:
+            raise UserError("--seed has no effect without --rerun")
+        return verify(args.path, args.data_root, targets())
+    number = int(args.rerun) if args.rerun.isdigit() else None
+    path = Path(args.path if number is not None else args.rerun).expanduser()
+    return repeat(path, 1 if number is None else number, args.seed or 0, args.data_root)
+
+
+def targets() -> dict[str, list[str]]:
+    """Learners' names -> the classes that configuration files of that name choose."""
+    made: dict[str, list[str]] = {}
+    for name, paths in registry.choices("learner").items():
+        made[name] = [found for path in paths if isinstance(found := _yaml(path).get("_target_"), str)]
+    return made
+
+
+def repeat(path: Path, number: int, seed: int, data_root: str | None) -> tuple[str, int]:
+    """Repeat the first experiences of a record, or of `number` finished ones of a folder, drawn with `seed`.
+
+    A record that cannot be repeated here (no data, no weights) raises `UserError` where it was named, and is self-reported
+    where it was drawn.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    if number < 1:
+        raise UserError("--rerun needs a number from 1")
+    alone = not path.is_dir()
+    files = [path] if alone else list(_drawn(path, number, seed))
+    if not files:
+        raise UserError(f"{path} holds no finished record to repeat")
+    made = []
+    for file in files:
+        checked = verdicts(file, data_root)[0]
+        if checked.verdict in ("failed", "unfinished"):
+            made.append(checked)
+            continue
+        print(f"repeating {STEPS} experiences of {file.name}", file=sys.stderr, flush=True)
+        try:
+            made.append(_again(file, data_root))
+        except UserError as error:
+            if alone:
+                hint = "" if data_root else " (--data-root DIR names the folder of data and weights)"
+                raise UserError(f"{file.name} cannot be repeated here: {error}{hint}") from None
+            made.append(Verdict(file.name, "self-reported", (f"it cannot be repeated here: {error}",)))
+    good = sum(v.verdict == "verified" for v in made)
+    text = "\n".join([*map(line, made), f"{len(made)} repeated: {good} verified"])
+    return text, 1 if any(v.verdict == "failed" for v in made) else 0
+
+
+def _drawn(path: Path, number: int, seed: int) -> Iterator[Path]:
+    folder = path / "records" if (path / "records").is_dir() else path
+    done = (e for e in record.entries(folder, []) if e["status"] == "ok")
+    good = [e["run_id"] for e in done if isinstance(e.get("correct"), list) or loss_facts.usable(e)]
+    for run_id in sorted(random.Random(seed).sample(good, min(number, len(good)))):
+        yield folder / f"{run_id}.json"
+
+
+def _again(file: Path, data_root: str | None) -> Verdict:
+    """Build the run from its record, see that it is the same run, repeat its beginning, compare."""
+    entry = record.read(file)
+    losses = loss_facts.usable(entry)
+    if not losses and not isinstance(entry.get("correct"), list):
+        raise UserError("it holds losses of a kind of stream that is not known here")
+    config = restored(entry, data_root)
+    registry.check(config)
+    from clbench.run import runner
+
+    try:
+        job = runner.prepare(config)
+    except UserError:
+        if config["device"] == "cpu":
+            raise
+        job = runner.prepare(config | {"device": "auto"})  # a device that is not here: the comparison says so
+    manifest, state = job.scenario.manifest.sha256, job.model.identity["state_sha256"]
+    if manifest != entry["scenario"]["manifest_sha256"]:
+        return Verdict(file.name, "failed", (f"its configuration makes the stream {manifest[:12]}, it names another",))
+    if state != entry["model"]["state_sha256"]:
+        why = f"its weights give the state {state[:12]} here, it says {str(entry['model']['state_sha256'])[:12]}"
+        return Verdict(file.name, "self-reported", (why,))
+    if job.run_id != entry["run_id"]:
+        return Verdict(
+            file.name, "self-reported", (f"its configuration is run {job.run_id} here: other code made its numbers",)
+        )
+    steps = min(STEPS, len(job.scenario.manifest.experiences))
+    flags = (entry.get("machine") or {}).get("flags") or {}
+    return (rerun_losses if losses else rerun).compare(file.name, entry, runner.repeat(job, flags, steps))
+
+
+def restored(entry: Mapping[str, Any], data_root: str | None) -> dict[str, Any]:
+    """The configuration of a record, whole enough to run: machine options as they were, weights from their source.
+
+    A record is foreign input: every `_target_` must be one that a configuration file of clbench or of an installed plug-in
+    names, and nothing in it is resolved. `UserError` says what is not.
+    """
+    made = copy.deepcopy(dict(entry["config"]))
+    known = set(_known_targets())
+    for where, key, value in _nodes(made, ""):
+        if key == "_target_" and current(value) not in known:
+            raise UserError(f"{where} is {value}, which no configuration file here names: it is not run")
+        if key.startswith("_") and key not in ("_target_", "_partial_"):
+            raise UserError(f"{where} is no option of a run")
+        if "${" in f"{key}{value if isinstance(value, str) else ''}":
+            raise UserError(f"{where} holds an interpolation")
+    if any(not isinstance(made.get(part), dict) or "_target_" not in made[part] for part in ("scenario", "learner", "model")):
+        raise UserError("its configuration does not name scenario, learner and model")
+    from clbench.config.compose import compose
+
+    options = {key: value for key, value in compose([])[0].items() if key not in ("scenario", "learner", "model", "names")}
+    machine = entry.get("machine") or {}
+    flags = machine.get("flags") or {}
+    options |= {"device": str(machine.get("device", "cpu")), "num_threads": flags.get("num_threads", 1), "data_root": data_root}
+    options |= {"eval_batch_size": machine.get("eval_batch_size", 128), "micro_batch": machine.get("micro_batch")}
+    options |= {"results_dir": "results", "on_error": "raise"}
+    options |= {"feature_store": "off", "track": "none", "download": False, "force": False, "checkpoint_seconds": None}
+    made = options | made | {"names": {"learner": entry["learner"]["name"]}}
+    made["model"] |= {"weights": entry["model"].get("source", "none"), "seed": entry["seed"]}
+    for part in ("scenario", "model"):
+        found = signature(made[part]["_target_"])
+        given = {"data_root": data_root, "download": False}
+        made[part] |= {key: value for key, value in given.items() if found is not None and key in found.parameters}
+    return made
+
+
+def _nodes(node: Any, where: str) -> Iterator[tuple[str, str, Any]]:
+    """(dotted place, key, value) of everything in a configuration."""
+    pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in pairs:
+        place = f"{where}.{key}".lstrip(".")
+        yield place, str(key), value
+        yield from _nodes(value, place)
+
+
+def _known_targets() -> Iterator[str]:
+    """Every `_target_` that a configuration file names."""
+    for group in registry.GROUPS:
+        for paths in registry.choices(group).values():
+            for path in paths:
+                yield from (value for _, key, value in _nodes(_yaml(path), "") if key == "_target_" and isinstance(value, str))
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,1 @@
+"""From the command line's overrides to checked plain dictionaries, and from those to objects."""

@@ -1,0 +1,299 @@
+"""From the command line's words to checked plain dictionaries, and from those to objects. Imports no torch.
+
+Hydra composes; this module adds the plug-ins' search path, one-line errors with the nearest name, the check against the
+targets' own signatures, and targets in loose files (`learner._target_=my_file.Mine`, `learner._target_=path/my.py:Mine`).
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from clbench.config.overrides import check_groups, dotted, key_of, unknown_choice
+from clbench.config.registry import (
+    GROUPS,
+    answering,
+    check,
+    choices,
+    conf_dir,
+    description,
+    importable,
+    load_target,
+    plugin_dirs,
+)
+from clbench.config.signatures import nearest
+from clbench.interfaces import UserError
+
+__all__ = ["build", "check", "choices", "compose", "conf_dir", "description", "load_target", "plugin_dirs", "read"]
+
+_LOOSE = "_file"
+
+
+@dataclass(frozen=True)
+class Composed:
+    """What the words ask for: one configuration for each job, the words Hydra is given, and how they are to be launched."""
+
+    jobs: list[dict[str, Any]]
+    words: list[str]
+    multirun: bool
+    launcher: str = ""
+    varying: tuple[str, ...] = ()
+
+
+def compose(overrides: Sequence[str] = (), multirun: bool = False) -> list[dict[str, Any]]:
+    """The resolved configuration of each job that the words ask for, in order. Raises `UserError` with one line."""
+    return read(overrides, multirun).jobs
+
+
+def read(overrides: Sequence[str], multirun: bool = False) -> Composed:
+    """Compose every job; a sweep is expanded (choice, range, glob, and the `sweep` group's parameters)."""
+    from hydra import initialize_config_dir
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    register()
+    words = _loose_targets(list(overrides))
+    with initialize_config_dir(str(conf_dir()), job_name="clbench", **behaviour()):
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        words = [_parsable(word, parser) for word in words]
+        parsed = parser.parse_overrides(words)
+        check_groups(parsed)
+        late = _late(parsed)
+        words = [late.get(o.get_key_element(), str(o.input_line)) for o in parsed]
+        parsed = parser.parse_overrides(words) if late else parsed
+        sweeping = [o.input_line for o in parsed if o.is_sweep_override()]
+        base = _compose([word for word in words if word not in sweeping])
+        multirun = multirun or str(base.hydra.mode or "").endswith("MULTIRUN")
+        if sweeping and not multirun:
+            raise UserError(f"{sweeping[0]} asks for several runs: add -m")
+        launcher = str(base.hydra.launcher._target_)
+        if not multirun:
+            return Composed([resolve(base)], words, False, launcher)
+        words = [_fitting(o, base) for o in parsed]
+        params = [f"{k}={v}" for k, v in (base.hydra.sweeper.get("params") or {}).items()]
+        every = parser.parse_overrides([*params, *words])
+        last = {o.get_key_element(): o for o in every}
+        varying = tuple(key for key, o in last.items() if o.is_sweep_override() and key not in late)
+        if any(o.is_sweep_override() and not o.is_discrete_sweep() for o in every):
+            return Composed([resolve(base)], words, True, launcher, varying)  # a search: its sweeper chooses the jobs
+        jobs = BasicSweeper.split_arguments(every, None)[0]
+        return Composed([resolve(_compose(job)) for job in jobs], words, True, launcher, varying)
+
+
+def _late(parsed: Sequence[Any]) -> dict[str, str]:
+    """Key -> word for options of what a `sweep` chooses: as sweeps of one value, which Hydra puts into the jobs alone.
+
+    `sweep=cpt_synthetic scenario.shift=0.3` means an option of the sweep's scenario, not of the default one.
+    """
+    chosen = [str(o.input_line) for o in parsed if o.get_key_element() == "sweep"]
+    groups = (_compose(chosen).hydra.sweeper.get("params") or {}).keys() & set(GROUPS) if chosen else set()
+    found = {}
+    for o in parsed:
+        key, (name, equals, value) = o.get_key_element(), str(o.input_line).partition("=")
+        if key.partition(".")[0] in groups and "." in key and value and not o.is_sweep_override() and not o.is_delete():
+            found[key] = f"{name}{equals}choice({value})"
+    return found
+
+
+def _fitting(o: Any, base: Any) -> str:
+    """The word as it was typed; `learner=glob(...)` as the names that answer what the scenario asks."""
+    glob: Any = o.value() if o.is_sweep_override() else None
+    if o.get_key_element() != "learner" or not hasattr(glob, "filter"):
+        return str(o.input_line)
+    names = answering(glob.filter(list(choices("learner"))), base.hydra.runtime.choices.get("scenario"))
+    return f"learner={','.join(names)}" if names else str(o.input_line)
+
+
+def searched(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Words of a search -> (those that fix an option, key -> its values as words, or start, end and tags of an interval)."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    register()
+    with initialize_config_dir(str(conf_dir()), job_name="clbench", **behaviour()):
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        parsed = parser.parse_overrides([_parsable(word, parser) for word in overrides])
+    swept = {o.get_key_element(): o for o in parsed if o.is_sweep_override()}
+    found = {k: list(o.sweep_string_iterator()) if o.is_discrete_sweep() else vars(o.value()) for k, o in swept.items()}
+    return [str(o.input_line) for o in parsed if not o.is_sweep_override()], found
+
+
+def behaviour() -> dict[str, str]:
+    """Hydra 1.3 is asked for its own defaults by number; later versions have no others and say so aloud."""
+    import hydra
+
+    return {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
+
+
+def register() -> None:
+    """Put the plug-ins' folders on Hydra's search path."""
+    from hydra.core.config_search_path import ConfigSearchPath
+    from hydra.core.plugins import Plugins
+    from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+    class ClbenchPlugins(SearchPathPlugin):
+        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+            for package, folder in plugin_dirs().items():
+                search_path.append(package, f"file://{folder}")
+
+    if not any(p.__name__ == "ClbenchPlugins" for p in Plugins.instance().discover(SearchPathPlugin)):
+        Plugins.instance().register(ClbenchPlugins)
+
+
+def _loose_targets(words: list[str]) -> list[str]:
+    """`learner._target_=X` without `learner=`: X replaces the default learner, whose arguments go with it.
+
+    It starts from an empty node, which Hydra knows only in this case, so that no list of names and no glob shows it.
+    """
+    from hydra.core.config_store import ConfigStore
+
+    keys = {key_of(word) for word in words}
+    for group in ("learner", "scenario", "model"):
+        ConfigStore.instance().repo.get(group, {}).pop(f"{_LOOSE}.yaml", None)
+        if f"{group}._target_" in keys and group not in keys:
+            ConfigStore.instance().store(group=group, name=_LOOSE, node={})
+            words = [f"++{w.lstrip('+')}" if w.lstrip("+").startswith(f"{group}.") else w for w in words]
+            words.insert(0, f"{group}={_LOOSE}")
+    return words
+
+
+def _parsable(word: str, parser: Any) -> str:
+    """The word as Hydra's grammar wants it: a value that it cannot read and that has a slash is a path, and is quoted."""
+    from hydra.errors import OverrideParseException
+
+    if not key_of(word) or word.startswith("="):
+        raise UserError(f"{word!r}: write NAME=VALUE")
+    try:
+        parser.parse_overrides([word])
+    except OverrideParseException as error:
+        key, equals, value = word.partition("=")
+        if not equals and not word.startswith("~"):
+            known = nearest(word, ("-m", "--multirun", "--cfg")) if word.startswith("-") else ""
+            raise UserError(f"{word!r}: write NAME=VALUE{known}") from None
+        if "/" not in value or "'" in value:
+            reason = str(error).splitlines()[-1].split(":")[0].strip()
+            raise UserError(f"cannot read {word!r}: {reason}; put a value with special characters in quotes") from None
+        return f"{key}='{value}'"
+    return word
+
+
+def _compose(words: Sequence[str]) -> Any:
+    """Hydra's composition; its errors become one line."""
+    import hydra
+    from hydra.errors import HydraException, MissingConfigException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return hydra.compose("run", overrides=list(words), return_hydra_config=True)
+    except MissingConfigException as error:
+        raise UserError(_unknown_choice(error)) from None
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_unknown_key(str(error), words)) from None
+    except ValueError as error:  # of Hydra's own checks of group names
+        raise UserError(" ".join(str(error).split())) from None
+
+
+def _unknown_choice(error: Any) -> str:
+    group, _, name = str(error.missing_cfg_file or "").rpartition("/")
+    names = [option for option in (error.options or ()) if not option.startswith("_")]
+    if group == "hydra/launcher":
+        return f"no launcher '{name}' is installed: pip install 'clbench[sweep]' brings joblib and submitit"
+    if not names:
+        return str(error).splitlines()[0]
+    return unknown_choice(group, name, names)
+
+
+def _unknown_key(message: str, words: Sequence[str]) -> str:
+    found = re.search(r"Could not override '([^']+)'", message) or re.search(r"Key '([^']+)' is not in struct", message)
+    if found is None:
+        return " ".join(message.split())
+    key = next((k for k in map(key_of, words) if k == found[1] or k.endswith(f".{found[1]}")), found[1])
+    others = [w for w in words if key_of(w) != key and "." not in key_of(w)]
+    known = list(dotted(resolve(_compose(others)))) if others != list(words) else []
+    if key in known:
+        return f"'{key}' takes no new parts at once: write +{key}.NAME=VALUE for each"
+    return f"no key '{key}'{nearest(key, [*known, *GROUPS])}"
+
+
+def resolve(config: Any) -> dict[str, Any]:
+    """A composed configuration -> plain dictionary without Hydra's node; `names` are the chosen files' names.
+
+    A top-level `schedule` or `pet` takes the place of the learner's.
+    """
+    from omegaconf import OmegaConf, open_dict
+    from omegaconf.errors import OmegaConfBaseException
+
+    chosen = dict(config.hydra.runtime.choices)
+    with open_dict(config):
+        del config["hydra"]
+    try:
+        plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        missing = f"{key} needs a value: add {key}=..." if key and "missing" in str(error).lower() else None
+        raise UserError(missing or " ".join(str(error).split())) from None
+    plain["names"] = {g: chosen[g] for g in ("scenario", "learner", "model") if chosen.get(g) not in (None, _LOOSE)}
+    for part in ("schedule", "pet"):
+        node = plain.pop(part, None)
+        if node is None:
+            continue
+        if part not in (plain.get("learner") or {}):
+            raise UserError(f"{part}={chosen.get(part)} has no effect: learner {chosen.get('learner')} has no {part}")
+        plain["learner"][part] = node
+    return plain
+
+
+def build(node: Mapping[str, Any], /, **extra: Any) -> Any:
+    """Make the object that a node describes, nested nodes first; `extra` arguments are handed over as they are.
+
+    The only place that instantiates. Hydra 1.4 wants an allow-list: clbench, the plug-ins and the node's own target.
+    """
+    import hydra.utils
+    from hydra.errors import InstantiationException
+
+    prepared = importable(node)
+    allowed = ["clbench.*", *(f"{package.split('.')[0]}.*" for package in plugin_dirs()), prepared["_target_"]]
+    scope = getattr(hydra.utils, "execution_whitelist", None)
+    with scope(allowed) if scope else nullcontext():
+        try:
+            make = hydra.utils.instantiate({**prepared, "_partial_": True}, _convert_="all")
+        except InstantiationException as error:
+            cause = error.__cause__
+            if isinstance(cause, UserError):
+                raise cause from None
+            raise UserError(" ".join(str(error).split())) from error
+        if node.get("_partial_"):
+            return functools.partial(make, **extra) if extra else make
+        return make(**extra)
+
+
+def resolve_job(config: Any) -> dict[str, Any]:
+    """`resolve` for the configuration that a launcher hands to a job, from which Hydra has removed its own node."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf, open_dict
+
+    whole = OmegaConf.create(config)
+    with open_dict(whole):
+        whole.hydra = {"runtime": {"choices": dict(HydraConfig.get().runtime.choices)}}
+    return resolve(whole)
+
+
+def label(varying: Sequence[str]) -> str:
+    """The words in which this job differs from the others of its sweep."""
+    from hydra.core.hydra_config import HydraConfig
+
+    words = list(HydraConfig.get().overrides.task)
+    return " ".join(word for word in words if key_of(word) in [key_of(v) for v in varying]) or " ".join(words)
+
+
+def to_yaml(plain: Mapping[str, Any]) -> str:
+    """A resolved configuration as YAML."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(dict(plain)))

@@ -1,0 +1,42 @@
+"""Words of the command line: their keys, and what is wrong with a choice. Imports neither torch nor Hydra."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from clbench.config.registry import GROUPS, choices
+from clbench.config.signatures import nearest
+from clbench.interfaces import UserError
+
+_KEY = re.compile(r"[~+]{0,2}([^=@]+)")
+
+
+def check_groups(overrides: Sequence[Any]) -> None:
+    """A group is chosen by a name: a number or null is answered here, Hydra would raise."""
+    for o in overrides:
+        group = o.get_key_element()
+        if group in GROUPS and not o.is_sweep_override() and not o.is_delete() and not isinstance(o.value(), str | list):
+            if o.value() is None:
+                raise UserError(f"{o.input_line} has no effect: leave it out")
+            raise UserError(unknown_choice(group, str(o.value()), list(choices(group))))
+
+
+def unknown_choice(group: str, name: str, names: Sequence[str]) -> str:
+    """The line for a name that a group does not have."""
+    return f"no {group} '{name}'{nearest(name, names)} (one of: {', '.join(names)})"
+
+
+def key_of(word: str) -> str:
+    """`learner.lr` of `+learner.lr=0.1`; a word without a key is its own."""
+    found = _KEY.match(word)
+    return found[1].strip() if found else word
+
+
+def dotted(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted names of all options in a nested configuration."""
+    for name, value in node.items():
+        yield prefix + name
+        if isinstance(value, Mapping):
+            yield from dotted(value, f"{prefix}{name}.")

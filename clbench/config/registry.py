@@ -1,0 +1,259 @@
+"""What can be chosen, clbench's own and the plug-ins', what an option may be, and the objects that targets name.
+
+Imports neither torch nor Hydra.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from clbench.config.moved import current
+from clbench.config.run_options import wrong_options
+from clbench.config.signatures import find_module, nearest, problems, split_target
+from clbench.interfaces import UserError
+
+log = logging.getLogger("clbench")
+GROUPS = ("scenario", "learner", "model", "schedule", "pet", "sweep", "machine")
+PLUGINS = "clbench.plugins"
+_SUPPLIED = {"learner": ("model", "runtime")}
+
+
+def conf_dir() -> Path:
+    """The configuration files: `conf` beside this file where clbench is installed from a wheel, else beside its parent."""
+    here = Path(__file__).resolve().parent.parent
+    return here / "conf" if (here / "conf" / "run.yaml").is_file() else here.parent / "conf"
+
+
+@functools.cache
+def plugin_dirs() -> dict[str, Path]:
+    """Package -> its `conf` folder, for every installed package with an entry point in group `clbench.plugins`."""
+    found = {}
+    for entry in sorted(importlib.metadata.entry_points(group=PLUGINS), key=lambda e: e.name):
+        package = entry.value.split(":")[0].strip()
+        spec = find_module(package)
+        folders = [Path(p) / "conf" for p in spec.submodule_search_locations or ()] if spec else []
+        folder = next((f for f in folders if f.is_dir()), None)
+        if folder is None:
+            log.warning("plug-in %s: package %s has no conf folder; it is left out", entry.name, package)
+        else:
+            found[package] = folder
+    return found
+
+
+def choices(group: str) -> dict[str, list[Path]]:
+    """Name -> files of that name in a group; clbench's own first, then the plug-ins'."""
+    found: dict[str, list[Path]] = {}
+    for folder in (conf_dir(), *plugin_dirs().values()):
+        for path in sorted((folder / group).glob("*.yaml")):
+            found.setdefault(path.stem, []).append(path)
+    return dict(sorted(found.items()))
+
+
+def description(path: Path) -> str:
+    """The first comment line of a YAML file."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#") and not line.startswith("# @"):
+            return line.lstrip("# ").strip()
+    return ""
+
+
+def origin(path: Path) -> str:
+    """The plug-in package that a configuration file belongs to, or clbench."""
+    return next((package for package, folder in plugin_dirs().items() if path.is_relative_to(folder)), "clbench")
+
+
+def listing(words: Sequence[str] = ()) -> str:
+    """Names and first comment lines of the groups (plurals), or of all; of `learners`, if asked for, what there is to know."""
+    plurals = [f"{group}s" for group in GROUPS]
+    for word in words:
+        if f"{word.removesuffix('s')}s" not in plurals:
+            raise UserError(f"no group '{word}'{nearest(word, plurals)} (one of: {', '.join(plurals)})")
+    lines, known = [], stored()
+    for group in [word.removesuffix("s") for word in words] or GROUPS:
+        lines.append(f"{group}s")
+        for name, (path, *_) in choices(group).items():
+            mark = "" if origin(path) == "clbench" else f"  [{origin(path)}]"
+            lines.append(f"  {name:<18} {description(path)}{mark}".rstrip())
+            if words and group == "learner":
+                paper, needs = details(path)
+                held = stored_text(None if mark else known.get(name))
+                lines += [f"  {'':<18} {text}" for text in (paper or "-", f"{needs or 'no special needs'}; holds {held}")]
+        lines += ["", STORED] if words and group == "learner" else []
+    return "\n".join(lines)
+
+
+def stored() -> dict[str, dict[str, int]]:
+    """Learner -> bytes that it holds: `class` for each class, `experience` for each experience, `besides` the rest.
+
+    The rest is below zero where growth itself grows (every expert of `seed_ensemble` keeps every class). The file is what
+    `clbench check --measure 'learner=glob(*)'` prints.
+    """
+    path = Path(__file__).resolve().parent.parent / "learners" / "stored.json"
+    try:
+        return json.loads(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return {}
+
+
+STORED = (
+    "holds: bytes that grow with classes and with experiences, and the rest; exemplars not counted. Measured with the default\n"
+    "options on the nano ViT (160 features), 12 images a class, from the second to the third experience"
+)
+
+
+def stored_text(held: Mapping[str, int] | None) -> str:
+    """Bytes in a few words; '-' where they were not measured."""
+    if held is None:
+        return "-"
+    return f"{_bytes(held['class'])} a class + {_bytes(held['experience'])} an experience + {_bytes(max(0, held['besides']))}"
+
+
+def _bytes(count: int) -> str:
+    for size, unit in ((1e6, "MB"), (1e3, "kB")):
+        if abs(count) >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
+
+
+def details(path: Path) -> tuple[str, str]:
+    """Paper (first line of the module's docstring) and capabilities that are not default, by a learner's configuration file.
+
+    Read from the source text, nothing is imported; empty where the source does not say.
+    """
+    import yaml
+
+    try:
+        source, name = split_target(str(yaml.safe_load(path.read_text(encoding="utf-8"))["_target_"]))
+        module = ast.parse(source.read_text(encoding="utf-8")) if source else None
+    except (UserError, OSError, yaml.YAMLError, SyntaxError, ValueError, TypeError, KeyError):
+        return "", ""
+    if module is None:
+        return "", ""
+    paper = textwrap.shorten((ast.get_docstring(module) or "").partition("\n")[0], 99, placeholder=" ...")
+    found = next((node for node in module.body if isinstance(node, ast.ClassDef) and node.name == name), None)
+    return paper, _capabilities(found) if found else ""
+
+
+def asks(group: str, name: str) -> str:
+    """What a choice of group "learner" answers or of group "scenario" asks: "loss" or "predict". From the source text."""
+    import yaml
+
+    path = choices(group)[name][0]
+    if group == "learner":
+        return "loss" if "asks='loss'" in details(path)[1].split() else "predict"
+    try:
+        source, function = split_target(str(yaml.safe_load(path.read_text(encoding="utf-8"))["_target_"]))
+        module = ast.parse(source.read_text(encoding="utf-8")) if source else ast.Module([], [])
+    except (UserError, OSError, yaml.YAMLError, SyntaxError, ValueError, TypeError, KeyError):
+        return "predict"
+    made = (node.returns for node in module.body if isinstance(node, ast.FunctionDef) and node.name == function)
+    return "loss" if any(returns is not None and _is_loss(ast.unparse(returns)) for returns in made) else "predict"
+
+
+def _is_loss(returns: str) -> bool:
+    return "TokenScenario" in returns or "ImageScenario" in returns
+
+
+def answering(learners: Sequence[str], scenario: str | None) -> list[str]:
+    """Those learners that answer what a scenario asks; all of them where it is not known."""
+    asked = asks("scenario", scenario) if scenario in choices("scenario") else None
+    return [name for name in learners if asked in (None, asks("learner", name))]
+
+
+def _capabilities(learner: ast.ClassDef) -> str:
+    """What a class writes between the brackets of `Capabilities(...)`: `needs_pretrained needs_passes=2`."""
+    words = []
+    for node in learner.body:
+        if isinstance(node, ast.AnnAssign | ast.Assign) and isinstance(node.value, ast.Call):
+            names = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
+            if "capabilities" in (ast.unparse(n) for n in names):
+                given = [(k.arg, ast.unparse(k.value)) for k in node.value.keywords]
+                words += [str(arg) if value == "True" else f"{arg}={value}" for arg, value in given]
+        elif isinstance(node, ast.FunctionDef) and node.name == "capabilities_of":
+            words.append("(more with some options)")
+    return " ".join(words)
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Compare options with what they may be and every `_target_` node with its signature. `UserError` with all problems."""
+    options = dict(wrong_options(config))
+    lines = [*options.values(), *_check_choices(config)]
+    for group in ("scenario", "learner", "model"):
+        node = config.get(group)
+        if not isinstance(node, Mapping) or "_target_" not in node:
+            lines.append(f"{group} has no _target_: choose one of {', '.join(choices(group))}")
+        else:
+            found = _check_node(node, group, _SUPPLIED.get(group, ()))
+            lines += [line for line in found if line.split()[0].split(".")[-1] not in options]
+    if lines:
+        raise UserError("\n".join(dict.fromkeys(lines)))
+
+
+def _check_node(node: Mapping[str, Any], where: str, supplied: Sequence[str]) -> Iterator[str]:
+    yield from problems(node, where, supplied)
+    for name, value in node.items():
+        if isinstance(value, Mapping) and "_target_" in value:
+            yield from _check_node(value, f"{where}.{name}", ())
+
+
+def _check_choices(config: Mapping[str, Any]) -> Iterator[str]:
+    for group, name in config.get("names", {}).items():
+        files = choices(group).get(name, [])
+        if len(files) > 1:
+            yield f"{group} '{name}' is defined twice: {' and '.join(map(str, files))}"
+
+
+def importable(node: Any) -> Any:
+    """The node with every `path/to/file.py:Class` loaded and named by its module."""
+    if isinstance(node, Mapping):
+        made = {key: importable(value) for key, value in node.items()}
+        if isinstance(made.get("_target_"), str) and ".py:" in made["_target_"]:
+            path, name = split_target(made["_target_"])
+            assert path is not None
+            made["_target_"] = f"{load_file(path)}.{name}"
+        elif isinstance(made.get("_target_"), str):
+            made["_target_"] = current(made["_target_"])
+        return made
+    return [importable(item) for item in node] if isinstance(node, list | tuple) else node
+
+
+def load_target(target: str) -> Any:
+    """The object that `_target_` names; a loose file is loaded under a name made from its path and content."""
+    path, name = split_target(target)
+    if ".py:" in target and path is not None:
+        module: Any = importlib.import_module(load_file(path))
+    else:
+        module = importlib.import_module(current(target)[: -len(name) - 1])
+    for part in name.split("."):
+        if not hasattr(module, part):
+            raise UserError(f"{target}: no '{part}'{nearest(part, dir(module))}")
+        module = getattr(module, part)
+    return module
+
+
+def load_file(path: Path) -> str:
+    """Import a file -> its module name."""
+    content = path.read_bytes()
+    name = "clbench_file_" + hashlib.sha256(str(path.resolve()).encode() + content).hexdigest()[:16]
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return name

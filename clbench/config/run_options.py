@@ -1,0 +1,56 @@
+"""The options that every run has (`conf/run.yaml`): what each may be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from clbench.config.signatures import nearest
+from clbench.training import torchrun
+
+OPTIONS: dict[str, tuple[str, Any]] = {
+    "seed": ("a whole number from 0", lambda v: whole(v, 0)),
+    "device": ("auto, cpu, cuda, cuda:N or mps", lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", str(v))),
+    "precision": ("fp32 or bf16", lambda v: v in ("fp32", "bf16")),
+    "num_threads": ("auto or a whole number from 1", lambda v: v == "auto" or whole(v, 1)),
+    "arithmetic": (
+        "auto, reference, or highest, high or medium with +fused or +explicit, and +tail or not",
+        lambda v: re.fullmatch(r"auto|reference|(highest|high|medium)\+(fused|explicit)(\+tail)?", str(v)),
+    ),
+    "results_dir": ("a folder", lambda v: isinstance(v, str | int | float) and str(v) and not isinstance(v, bool)),
+    "data_root": ("a folder or null", lambda v: v is None or isinstance(v, str)),
+    "download": ("true or false", lambda v: isinstance(v, bool)),
+    "force": ("true or false", lambda v: isinstance(v, bool)),
+    "checkpoint_seconds": (
+        "a number of seconds from 0, or null for none",
+        lambda v: v is None or (isinstance(v, int | float) and not isinstance(v, bool) and v >= 0),
+    ),
+    "eval_batch_size": ("a whole number from 1", lambda v: whole(v, 1)),
+    "micro_batch": ("a whole number from 1 or null", lambda v: v is None or whole(v, 1)),
+    "compile": ("true or false", lambda v: isinstance(v, bool)),
+    "parallel": (f"one of {', '.join(torchrun.KINDS)}", lambda v: v in torchrun.KINDS),
+    "feature_store": ("auto, on or off", lambda v: v in ("auto", "on", "off")),
+    "feature_store_gb": (
+        "a number from 0.001",
+        lambda v: isinstance(v, int | float) and not isinstance(v, bool) and v >= 0.001,
+    ),
+    "track": ("none, tensorboard, wandb or mlflow", lambda v: v in ("none", "tensorboard", "wandb", "mlflow")),
+    "on_error": ("record or raise", lambda v: v in ("record", "raise")),
+}
+
+
+def whole(value: Any, least: int) -> bool:
+    """Whether a value is a whole number from `least`; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def wrong_options(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(option, what is wrong with it) of every run option that cannot be."""
+    known = (*OPTIONS, "scenario", "learner", "model", "names")
+    for name in config:
+        if name not in known:
+            yield name, f"no option '{name}'{nearest(name, known)}"
+    for name, (wanted, fits) in OPTIONS.items():
+        if name in config and not fits(config[name]):
+            yield name, f"{name} must be {wanted}, got {config[name]!r}"

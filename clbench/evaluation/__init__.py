@@ -1,0 +1,1 @@
+"""Evaluators (a learner's answers to named sums), metrics (sums to numbers) and the formulas of peer libraries."""

@@ -1,0 +1,201 @@
+"""One JSON file per run: identity, counts, costs. Immutable once it says ok; derived numbers are recomputed by `report`.
+
+Written to a temporary name in the same folder and moved with `os.replace`; carries a checksum over itself, so that a
+changed record is noticed. Unknown keys are kept: newer records stay readable. Older schemas are read through `migrations`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import secrets
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from clbench.config.moved import first_edition
+from clbench.interfaces import UserError
+from clbench.records import migrations
+from clbench.records.schema import SCHEMA
+from clbench.records.validate import fault
+
+__all__ = ["SCHEMA", "fault"]
+
+NUMBERS_VERSION = 1
+_DETAILS = ("class_correct", "class_n", "eval_classes", "heads", "calibration", "task_confusion", "stability")
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no spaces: the same text for the same value."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=True)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of the canonical JSON of a value."""
+    return hashlib.sha256(canonical(value).encode("ascii")).hexdigest()
+
+
+def run_id(
+    config: dict[str, Any],
+    manifest_sha256: str,
+    weights_sha256: str,
+    plugin: str | None,
+    numbers_version: int = NUMBERS_VERSION,
+) -> str:
+    """Identity of a run, 16 hex digits: configuration without machine options, stream, weights, plug-in, numbers version."""
+    return digest([numbers_version, _first_names(config), manifest_sha256, weights_sha256, plugin])[:16]
+
+
+def _first_names(node: Any) -> Any:
+    """A configuration with the targets that the first edition would name: a module that moves leaves the identity alone."""
+    if isinstance(node, Mapping):
+        return {k: first_edition(v) if k == "_target_" and isinstance(v, str) else _first_names(v) for k, v in node.items()}
+    return [_first_names(item) for item in node] if isinstance(node, list | tuple) else node
+
+
+def checksum(record: dict[str, Any]) -> str:
+    """SHA-256 of a record without its own checksum."""
+    return digest({key: value for key, value in record.items() if key != "checksum"})
+
+
+def ensure_writable(folder: pathlib.Path) -> None:
+    """Make a folder and try to write into it, or raise `UserError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=folder, prefix=".try-", suffix=".tmp")
+        os.close(handle)
+        os.unlink(name)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from None
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Write a file in one move; on a full disk or a stop the old file stays, and `UserError` is raised for the former."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write(record: dict[str, Any], folder: pathlib.Path) -> pathlib.Path:
+    """Write a record to `folder`/<run_id>.json with its checksum -> the path."""
+    whole = record | {"checksum": checksum(json.loads(json.dumps(record)))}
+    path = folder / f"{record['run_id']}.json"
+    write_text(path, _pretty(whole))
+    return path
+
+
+def _pretty(record: dict[str, Any]) -> str:
+    """Readable in a review: one line per key, tables one line per row."""
+    return _text(record, "") + "\n"
+
+
+def _text(value: Any, left: str) -> str:
+    """JSON: keys of a mapping and rows of a table on lines of their own."""
+    if isinstance(value, dict) and value:
+        lines = [f"{left} {json.dumps(key)}: {_text(inner, left + ' ')}" for key, inner in value.items()]
+        return "{\n" + ",\n".join(lines) + f"\n{left}}}"
+    if isinstance(value, list) and any(isinstance(inner, list | dict) for inner in value):
+        return "[\n" + ",\n".join(f"{left} {json.dumps(inner)}" for inner in value) + f"\n{left}]"
+    return json.dumps(value)
+
+
+def read(path: pathlib.Path) -> dict[str, Any]:
+    """Read and validate one record; `UserError` names the file and the key. One of an older schema is migrated in memory."""
+    return checked(load(path), path)
+
+
+def load(path: pathlib.Path) -> Any:
+    """The JSON of a file as it lies there; `UserError` names the file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not a record: {error}") from None
+
+
+def checked(found: Any, path: pathlib.Path) -> dict[str, Any]:
+    """What `load` gave as a valid record of this schema, or `UserError`. A seal is looked at before a migration breaks it."""
+    if migrations.is_old(found, SCHEMA):
+        if "checksum" in found and found["checksum"] != checksum(found):
+            raise UserError(f"{path} is not a record: its checksum does not fit its content, so it is not migrated")
+        found = migrations.migrate(found, SCHEMA)
+    why = fault(found)
+    if why:
+        raise UserError(f"{path} is not a record: {why}")
+    return found
+
+
+def files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files of a folder that should be records, in order; a folder that cannot be listed raises `UserError`.
+
+    Names that begin with a dot are files being written, or left by a writer that was killed.
+    """
+    try:
+        found = list(folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error.strerror or error}") from None
+    return sorted(path for path in found if path.suffix == ".json" and not path.name.startswith("."))
+
+
+def entries(folder: pathlib.Path, problems: list[str]) -> Iterator[dict[str, Any]]:
+    """Every record of a folder in the order of file names, one at a time; a line in `problems` for each file that is none."""
+    for path in files(folder):
+        try:
+            record = read(path)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if record["run_id"] != path.stem:
+            problems.append(f"{path} holds run {record['run_id']}")
+            continue
+        yield record
+
+
+def read_all(
+    folder: pathlib.Path, keep: Callable[[Mapping[str, Any]], bool] | None = None, details: bool = True
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Every record of a folder in the order of file names, and a line for each file that is none.
+
+    `keep` chooses among them while they are read; without `details` the tables by class, head and bin are left out, which
+    is most of a record. `entries` holds one at a time.
+    """
+    problems: list[str] = []
+    found = (record for record in entries(folder, problems) if keep is None or keep(record))
+    return [record if details else slim(record) for record in found], problems
+
+
+def slim(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without its tables by class, head and bin."""
+    return {key: value for key, value in record.items() if key not in _DETAILS}
+
+
+def is_dead(record: dict[str, Any], results: pathlib.Path) -> bool:
+    """Whether a record says `running` although no process holds the run's lock."""
+    if record["status"] != "running":
+        return False
+    lock = results / "runs" / record["run_id"] / "lock"
+    if not lock.exists():
+        return True
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(str(lock), timeout=0):
+            return True
+    except Timeout:
+        return False
+    except OSError:
+        return True

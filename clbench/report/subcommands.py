@@ -1,0 +1,266 @@
+"""`clbench report ...`: its pages, what each takes and what it says. Everything heavy is imported by the page that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from clbench.config.signatures import nearest
+from clbench.interfaces import UserError
+from clbench.records import record
+from clbench.report import formats, losses, table
+from clbench.report.formats import Table, plain
+from clbench.report.runs import Filter, scan
+
+PAGES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "explain": (
+        "every average and forgetting formula, what others call it, its value on one matrix; the leaderboard's columns",
+        (
+            "clbench report explain",
+            "clbench report explain 0123456789abcdef",
+            "clbench report explain results/records/0123456789abcdef.json --part peers --format md",
+            "clbench report explain --part columns",
+        ),
+    ),
+    "compare": (
+        "old results against new, or two learners: difference, interval, test, cost",
+        (
+            "clbench report compare 'old results' results",
+            "clbench report compare slca mos --scenario cil_digits",
+            "clbench report compare replay@3d40bb62 replay@39713288 --metric forgetting",
+            "clbench report compare slca mos --format csv --part full --out compared.csv",
+        ),
+    ),
+    "statistics": (
+        "intervals and variance over class orders and seeds, all pairs of learners, profiles across scenarios",
+        ("clbench report statistics", "clbench report statistics --scenario cil_digits --part pairs --format csv"),
+    ),
+    "targets": (
+        "seven findings on continual pre-training: which of them the runs show",
+        ("clbench report targets", "clbench report targets --scenario 'cpt_text*' --format md"),
+    ),
+    "html": (
+        "one page to open in a browser: table, curves, heat maps, costs",
+        ("clbench report html", "clbench report html --results-dir 'other results' --out page.html"),
+    ),
+    "plot": (
+        "figures for a paper",
+        ("clbench report plot", "clbench report plot curves cost --scenario cil_digits --format pdf --out figures"),
+    ),
+}
+_FLAGS = ("--strict", "--standalone", "-h", "--help")  # options without a value
+_READ = (
+    "learner",
+    "model",
+    "variant",
+    "seeds",
+    "step_macro",
+    "last_macro",
+    "95 %",
+    "vs best",
+    "forgetting",
+    "seconds",
+    "MB",
+    "marks",
+)
+
+
+def split(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The page among the words of `clbench report`, and the other words; '' where only options are given."""
+    value = False
+    for i, word in enumerate(words):
+        if value or word.startswith("-"):
+            value = not value and word not in _FLAGS and "=" not in word
+            continue
+        if word not in PAGES:
+            raise UserError(f"clbench report has no page '{word}'{nearest(word, PAGES)} (one of: {', '.join(PAGES)})")
+        return word, [*words[:i], *words[i + 1 :]]
+    return "", list(words)
+
+
+def overview() -> str:
+    """The pages with a line each, for --help."""
+    return "pages, each with --help:\n" + "\n".join(f"  {name:<11}{what}" for name, (what, _) in PAGES.items())
+
+
+def add_arguments(parser: argparse.ArgumentParser, page: str) -> None:
+    """What a page takes."""
+    parser.set_defaults(page=page)
+    parser.add_argument("--results-dir", default="results", metavar="DIR", help="where the records lie (results)")
+    if page == "":
+        parser.add_argument("--strict", action="store_true", help="exit 1 if a run failed, died, or a record is damaged")
+    if page == "explain":
+        parser.add_argument("record", nargs="?", help="a record's file or run id (none: a worked example)")
+    if page == "compare":
+        parser.add_argument("a", metavar="A", help="a results folder, or a learner (NAME or NAME@VARIANT)")
+        parser.add_argument("b", metavar="B", help="the same, what A is compared with")
+        parser.add_argument("--test", choices=("t", "sign-flip"), default="t", help="paired t-test, or sign flips (exact) (t)")
+    if page in ("compare", "statistics"):
+        words = "any number that `explain` names (last_macro, of pre-training final_loss)"
+        parser.add_argument("--metric", help=words)
+    if page != "explain" and page != "html":
+        for part in ("scenario", "learner", "model"):
+            words = f"only this {part}; globs and repetition allowed"
+            parser.add_argument(f"--{part}", action="append", default=[], metavar="NAME", help=words)
+        words = "only records with this setting, such as learner.lr=0.03, seed=0, variant=5057*; repetition allowed"
+        parser.add_argument("--where", action="append", default=[], metavar="KEY=VALUE", help=words)
+    if page == "html":
+        parser.add_argument("--out", metavar="FILE", help="the file to write (DIR/report.html)")
+    elif page == "plot":
+        parser.add_argument("kinds", nargs="*", metavar="KIND", help="which figures (all)")
+        parser.add_argument("--format", choices=("png", "svg", "pdf"), default="png", help="(png)")
+        parser.add_argument("--out", default="figures", metavar="DIR", help="the folder to write into (figures)")
+    else:
+        parser.add_argument("--format", choices=formats.FORMS, help="how to print it (text, or what --out's suffix says)")
+        parser.add_argument("--out", metavar="FILE", help="write it to a file")
+        parser.add_argument("--standalone", action="store_true", help="with latex: a whole document")
+        if page == "":
+            parser.add_argument("--columns", metavar="A,B,...", help="these columns of the leaderboard, as they are in the CSV")
+        else:
+            parser.add_argument("--part", metavar="NAME", help="one table of the page")
+
+
+def run(args: argparse.Namespace, conf: pathlib.Path) -> tuple[str, int]:
+    """Do what `clbench report` was asked for -> (text, exit code). `conf` is the folder of configuration files."""
+    results = pathlib.Path(args.results_dir).expanduser()
+    if args.page == "html":
+        from clbench.report.page import html
+
+        return f"written {html.write(results, pathlib.Path(args.out).expanduser() if args.out else None)}", 0
+    if args.page == "plot":
+        return _plot(args, results)
+    form = formats.form_of(args.format, args.out)
+    if args.standalone and form != "latex":
+        raise UserError("--standalone has no effect without --format latex")
+    if args.page == "":
+        wanted = Filter(args.scenario, args.learner, args.model, args.where)
+        if args.format or args.out or args.columns:
+            text, code = _view(results, wanted, form, args)
+            return _given(text, form, args), code
+        text, code = table.report(results, args.strict, wanted)
+        if not wanted:
+            from clbench.report import cards
+
+            text = "\n".join([text, *(f"written {path}" for path in cards.write(results, conf))])
+        return text, code
+    tables = _tables(args, results)
+    part = args.part
+    if part is None and args.page == "compare" and form != "json":
+        part = "full" if form == "csv" else "rows"
+    return _given(formats.render(tables, form, part), form, args), 0
+
+
+def _given(text: str, form: str, args: argparse.Namespace) -> str:
+    """The text itself, or where it was written to."""
+    text = formats.latex_document(text) if args.standalone else text
+    if not args.out:
+        return text
+    path = pathlib.Path(args.out).expanduser()
+    record.write_text(path, text + "\n")
+    return f"written {path}"
+
+
+def _tables(args: argparse.Namespace, results: pathlib.Path) -> list[Table]:
+    if args.page == "explain":
+        from clbench.report import explain
+
+        made = explain.of_record(args.record, results) if args.record else explain.tables(explain.example())
+        return made if args.part else [table for table in made if "columns" not in table.part]
+    wanted = Filter(args.scenario, args.learner, args.model, args.where)
+    if args.page == "compare":
+        from clbench.report.compare import compare
+
+        return compare(args.a, args.b, args.results_dir, wanted, args.metric, args.test)
+    from clbench.report import numbers, overview
+
+    if args.page == "targets":
+        from clbench.report import targets
+
+        return [targets.table(scan(results, wanted).runs)]
+    if args.metric is not None:
+        numbers.check_metric(args.metric)
+    found = scan(results, wanted)
+    if not found.runs:
+        raise UserError(f"no records in {results / 'records'}")
+    return overview.tables(found.runs, args.metric)
+
+
+def _plot(args: argparse.Namespace, results: pathlib.Path) -> tuple[str, int]:
+    from clbench.report.figures import plots
+
+    wanted = Filter(args.scenario, args.learner, args.model, args.where)
+    made = plots.write(results, pathlib.Path(args.out).expanduser(), args.kinds, args.format, wanted)
+    return "\n".join(f"written {path}" for path in made), 0
+
+
+def _view(results: pathlib.Path, wanted: Filter, form: str, args: argparse.Namespace) -> tuple[str, int]:
+    """The leaderboards in one format; what is wrong with the folder goes to stderr, so that the output stays a table."""
+    found = scan(results, wanted)
+    if not found.runs:
+        raise UserError(f"no records in {results / 'records'}")
+    for line in [*table.troubles(found)[1:], *losses.troubles(found.runs)]:
+        print(f"clbench: {line}", file=sys.stderr)
+    boards = [("leaderboard", table, table.board(found.runs, found.dead))]
+    boards.append(("losses", losses, losses.board(found.runs, found.dead)))
+    boards = [kind for kind in boards if kind[2]]
+    if len(boards) > 1 and (form == "csv" or args.columns):
+        raise UserError("accuracies and losses are two tables: choose with --scenario, or --where kind=continual_pretraining")
+    if form == "csv":
+        _, kind, made = boards[0]
+        text = kind.csv_of(made, _chosen(args.columns, kind.COLUMNS)).rstrip("\n")
+    elif form == "json" or args.columns:
+        digits = {name: 1 for _, kind, _ in boards for name in kind.COLUMNS if name.startswith(("seconds", "peak"))}
+        tables = [Table(part, "", _chosen(args.columns, kind.COLUMNS), made, (), digits) for part, kind, made in boards]
+        text = formats.render(tables, form)
+    elif form == "text":
+        text = "\n\n".join(kind.table_text(made) for _, kind, made in boards)
+    else:
+        shown = [*for_people(table.board(found.runs, found.dead)), *losses.for_people(losses.board(found.runs, found.dead))]
+        text = formats.render(shown, form)
+    return text, 1 if args.strict and table.is_bad(found) else 0
+
+
+def _chosen(words: str | None, known: tuple[str, ...]) -> tuple[str, ...]:
+    if words is None:
+        return known
+    names = tuple(dict.fromkeys(name.strip() for name in words.split(",") if name.strip()))
+    for name in names:
+        if name not in known:
+            raise UserError(f"no column {name!r}{nearest(name, known)} (clbench report explain --part columns)")
+    if not names:
+        raise UserError("--columns names no column")
+    return names
+
+
+def for_people(made: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """The main columns of each scenario in per cent, for Markdown, LaTeX and HTML."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in made:
+        line = {name: row[name] for name in ("learner", "model", "variant", "marks")}
+        lost = "".join(f" +{row[k]} {k}" for k in ("failed", "dead", "running") if row[k])
+        line |= {
+            name: _per_cent(row[f"{name}_mean"], row[f"{name}_std"]) for name in ("step_macro", "last_macro", "forgetting")
+        }
+        low, high = row["last_macro_low"], row["last_macro_high"]
+        line["95 %"] = None if low is None else f"{100 * low:.2f} .. {100 * high:.2f}"
+        line |= {"seeds": f"{row['n_seeds']}{lost}", "vs best": row["vs_best"], "seconds": _number(row["seconds_mean"], 1)}
+        line["MB"] = _number(None if row["stored_bytes"] is None else row["stored_bytes"] / 1e6, 3)
+        groups.setdefault(row["scenario"], []).append(line)
+    notes = (
+        "Accuracies in per cent, mean ± unbiased standard deviation over seeds; 95 %: bootstrap interval of the mean of "
+        "last_macro; vs best: paired t-test on shared seeds, Holm-adjusted.",
+    )
+    return [Table(f"{i}", plain(name), _READ, lines, notes) for i, (name, lines) in enumerate(groups.items())]
+
+
+def _per_cent(mean: float | None, std: float | None) -> str | None:
+    if mean is None:
+        return None
+    return formats.fraction(100 * mean, 2) + ("" if std is None else f" ± {100 * std:.2f}")
+
+
+def _number(value: float | None, digits: int) -> str | None:
+    return None if value is None else f"{value:.{digits}f}"

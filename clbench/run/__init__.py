@@ -1,0 +1,1 @@
+"""One run: the loop over a stream, resume, processes, provenance, trackers."""

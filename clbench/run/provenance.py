@@ -1,0 +1,208 @@
+"""Who, what, where: the parts of a record that describe a run rather than measure it."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import functools
+import importlib.metadata
+import os
+import pathlib
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from clbench import __version__
+from clbench.records import record
+from clbench.training import hardware
+
+MACHINE = (
+    "device",
+    "num_threads",
+    "arithmetic",
+    "results_dir",
+    "data_root",
+    "download",
+    "force",
+    "checkpoint_seconds",
+    "eval_batch_size",
+    "micro_batch",
+    "compile",
+    "parallel",
+    "feature_store",
+    "feature_store_gb",
+    "on_error",
+    "track",
+    "machine",
+    "sweep",
+    "names",
+)
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, whole seconds."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def identity(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration without what may differ from machine to machine: device, threads, launcher, paths."""
+    kept = {key: copy.deepcopy(value) for key, value in config.items() if key not in MACHINE}
+    for part in ("scenario", "model"):
+        for key in ("data_root", "download"):
+            kept[part].pop(key, None)
+    kept["model"].pop("weights", None)
+    kept["model"].pop("seed", None)
+    dataset = kept["scenario"].get("dataset")
+    if isinstance(dataset, str) and ("/" in dataset or os.sep in dataset):
+        kept["scenario"]["dataset"] = pathlib.PurePath(dataset).name
+    kept["scenario"].pop("path", None)
+    return kept
+
+
+def learner_name(config: dict[str, Any]) -> str:
+    """The chosen name of a group file, else the class."""
+    return config.get("names", {}).get("learner") or config["learner"]["_target_"].rsplit(".", 1)[-1].rsplit(":", 1)[-1]
+
+
+def model_name(config: dict[str, Any]) -> str:
+    """The model's own name."""
+    return str(config["model"].get("name") or config["model"]["_target_"].rsplit(".", 1)[-1])
+
+
+def plugin_version(target: str) -> str | None:
+    """The "name version" of the distribution that a learner comes from, a file hash for a loose file, None for clbench."""
+    package = target.split(".", 1)[0]
+    if package == "clbench":
+        return None
+    found = importlib.metadata.packages_distributions().get(package)
+    if found:
+        return f"{found[0]} {importlib.metadata.version(found[0])} {_source_hash(target)}"
+    return f"{target} {_source_hash(target)}"
+
+
+def _source_hash(target: str) -> str:
+    import hashlib
+    import inspect
+
+    from clbench.config.compose import load_target
+
+    source = inspect.getsourcefile(load_target(target))
+    return hashlib.sha256(pathlib.Path(source).read_bytes()).hexdigest()[:16] if source else "unknown"
+
+
+@functools.cache
+def git_state() -> dict[str, Any]:
+    """Revision of the checkout this package lies in, and whether it has uncommitted changes; None where there is none."""
+    here = pathlib.Path(__file__).resolve().parent.parent.parent
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    if not (here / ".git").exists():
+        return {"revision": None, "dirty": None}
+    return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", "clbench", "conf"))}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the numbers."""
+    names = ("torch", "torchvision", "timm", "numpy", "pillow", "hydra-core")
+    return {"clbench": __version__, "python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
+
+
+def peak_memory(device: Any) -> int:
+    """Peak bytes of this process: device memory on a GPU, else resident memory."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def command_line(words: list[str]) -> str:
+    """The command as one would type it, without the path of the program."""
+    return shlex.join([pathlib.PurePath(words[0]).name, *words[1:]]) if words else ""
+
+
+def describe(job: Any, command: list[str]) -> dict[str, Any]:
+    """A fresh record with status `running`: everything that is known before learning starts. `job` is a `runner.Job`."""
+    config, can = job.config, job.capabilities
+    marks = [name for name in ("transductive", "adapts_at_test") if getattr(can, name)]
+    marks += ["reference"] if can.stores_all_data else []
+    return {
+        "schema": record.SCHEMA,
+        "run_id": job.run_id,
+        "status": "running",
+        "numbers_version": record.NUMBERS_VERSION,
+        "config": identity(config),
+        "machine": {
+            "device": str(job.device),
+            "processor": platform.processor() or platform.machine(),
+            "cpu": hardware.cpu(),
+            "platform": platform.platform(),
+            "flags": job.flags,
+            "eval_batch_size": config["eval_batch_size"],
+            "micro_batch": config.get("micro_batch"),
+            "compile": config.get("compile", False),
+            "parallel": job.group.kind,
+            "processes": job.group.size,
+            "command": command_line(command),
+        },
+        **(job.scenario.describe() if job.scenario.asks == "loss" else describe_images(job)),
+        "learner": {
+            "name": learner_name(config),
+            "target": config["learner"]["_target_"],
+            "plugin": plugin_version(config["learner"]["_target_"]),
+            "capabilities": asdict(can),
+        },
+        "model": dict(job.model.identity),
+        "seed": config["seed"],
+        "correct": None,
+        "seconds": {"total": 0.0},
+        "versions": versions(),
+        "git": git_state(),
+        "created": now(),
+        "finished": None,
+        "pid": os.getpid(),
+        "resumed": 0,
+        "marks": marks,
+        "error": None,
+    }
+
+
+def describe_images(job: Any) -> dict[str, Any]:
+    """The stream and the evaluation sets of the image families."""
+    manifest = job.scenario.manifest
+    return {
+        "scenario": {
+            "name": job.scenario.name,
+            "kind": manifest.kind,
+            "manifest_sha256": manifest.sha256,
+            "num_experiences": len(manifest.experiences),
+            "eval_names": [e.name for e in manifest.evals],
+            "class_order": list(manifest.class_order),
+            "experiences": [
+                {"name": e.name, "classes": list(e.classes), "task": e.task, "num_train": len(e.train)}
+                for e in manifest.experiences
+            ],
+            "budget": asdict(job.scenario.budget),
+        },
+        "n": [len(e.ids) for e in manifest.evals],
+        "first_seen": [e.first_seen for e in manifest.evals],
+        "eval_classes": [list(e.classes) for e in manifest.evals],
+        "class_n": [class_counts(job.scenario, e) for e in manifest.evals],
+    }
+
+
+def class_counts(scenario: Any, entry: Any) -> list[int]:
+    """Samples of each class of an evaluation set, in the order of its classes."""
+    labels = scenario.dataset.y[entry.ids]
+    return [int((labels == c).sum()) for c in entry.classes]

@@ -1,0 +1,302 @@
+"""One job: a resolved configuration in, a record out. Learn, evaluate, append a row; guard, lock, resume.
+
+The order of things is the contract: nothing of the learner is built before scenario, model and learner are known to fit;
+the record says `running` from the first moment; the state after each experience is in the journal before it is evaluated.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import pathlib
+import sys
+import traceback
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from clbench.config.compose import build, load_target
+from clbench.evaluation import metrics
+from clbench.interfaces import Capabilities, UserError, declared, mismatch
+from clbench.models import feature_store
+from clbench.records import record
+from clbench.run import loss_loop, provenance, tracking
+from clbench.run.build_model import build_model
+from clbench.run.loop import KEPT_FLAGS, Walk
+from clbench.run.terminal import bar_of, logging_to, signals
+from clbench.streams.images.pixels import Pipeline
+from clbench.streams.scenario import Scenario
+from clbench.streams.tokens.image_scenario import ImageScenario
+from clbench.streams.tokens.scenario import TokenScenario
+from clbench.training import arithmetic, distributed, torchrun
+from clbench.training.checkpoint import Journal
+from clbench.training.runtime import Interrupted, Runtime
+
+log = logging.getLogger("clbench")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended: status ok, failed, skipped, busy or interrupted; `text` is for the person at the terminal."""
+
+    run_id: str
+    status: str
+    text: str
+    path: pathlib.Path | None = None
+
+
+@dataclass
+class Job:
+    """Everything that is known before the first image is read."""
+
+    config: dict[str, Any]
+    run_id: str
+    scenario: Any  # Scenario, or TokenScenario or ImageScenario with a model that has a loss and no pipeline
+    model: Any
+    capabilities: Capabilities
+    pipeline: Any
+    results: pathlib.Path
+    folder: pathlib.Path
+    flags: dict[str, Any]
+    device: Any
+    group: distributed.Group = distributed.ALONE
+
+    @property
+    def record_path(self) -> pathlib.Path:
+        """Where the record lies."""
+        return self.results / "records" / f"{self.run_id}.json"
+
+
+def prepare(config: dict[str, Any]) -> Job:
+    """Build scenario and model, check that the learner fits, and give the run its identity. Raises `UserError`."""
+    kind = torchrun.choose(str(config.get("parallel", "auto")))
+    device = arithmetic.choose_device(str(config["device"]))
+    threads = arithmetic.choose_threads(config["num_threads"])
+    if config["precision"] not in ("fp32", "bf16"):
+        raise UserError(f"precision must be fp32 or bf16, got {config['precision']!r}")
+    if not isinstance(config["seed"], int) or isinstance(config["seed"], bool) or config["seed"] < 0:
+        raise UserError(f"seed must be a whole number from 0, got {config['seed']!r}")
+    tracking.check(config.get("track", "none"))
+    results = pathlib.Path(str(config["results_dir"])).expanduser().resolve()
+    wanted = config.get("arithmetic", "auto")
+    flags = arithmetic.apply(device, threads, config["seed"], wanted=wanted, precision=config["precision"])
+    capabilities = declared(load_target(config["learner"]["_target_"]), config["learner"])
+    scenario = build(config["scenario"])
+    if not isinstance(scenario, Scenario | TokenScenario | ImageScenario):
+        raise UserError(f"{config['scenario']['_target_']} must return a Scenario, got {type(scenario).__name__}")
+    wanted = "none" if str(config["model"].get("weights")) in ("none", "None") else "some"
+    why = mismatch(provenance.learner_name(config), capabilities, scenario.facts(), wanted == "some")
+    if why:
+        raise UserError(why)
+    torchrun.check(kind, scenario.name, scenario.asks, provenance.learner_name(config), capabilities)
+    model = arithmetic.pin(build_model(build, config, scenario).to(device), flags)
+    plugin = provenance.plugin_version(config["learner"]["_target_"])
+    identity = provenance.identity(config)
+    run_id = record.run_id(identity, scenario.manifest.sha256, model.identity["state_sha256"], plugin)
+    pipeline = Pipeline(model.profile, device, scenario.augment) if isinstance(scenario, Scenario) else None
+    group = distributed.join(kind, device)
+    group.share(model)
+    folder = results / "runs" / run_id
+    job = Job(config, run_id, scenario, model, capabilities, pipeline, results, folder, flags, device, group)
+    if not isinstance(scenario, Scenario):
+        loss_loop.rehearse(build, job)
+    else:
+        feature_store.attach(model, config, scenario.manifest.dataset, device, flags)
+    return job
+
+
+def run_job(
+    config: dict[str, Any],
+    *,
+    command: list[str] | None = None,
+    progress: bool = False,
+    tuning: dict[str, Any] | None = None,
+) -> Outcome:
+    """Run one configuration to its record; the same configuration again is a skip, a killed one goes on.
+
+    With `on_error: record` an exception becomes a failed record; with `raise` it is raised after that. `tuning` says how the
+    options were chosen: it goes into the record with its `marks`, and stays when the run is resumed or repeated.
+    """
+    job = prepare(config)
+    with job.group.running():
+        return _follow(job) if job.group.rank else _lead(job, command, progress, tuning)
+
+
+def _follow(job: Job) -> Outcome:
+    """A process that trains along: it writes nothing and says nothing, the first one does."""
+    status = job.group.say()
+    if status != "running":
+        return Outcome(job.run_id, status, "")
+    journal = Journal(job.folder / "journal", group=job.group, data=job.scenario.manifest.sha256)
+    job.flags = job.group.say()
+    arithmetic.apply(job.device, job.flags["num_threads"], job.config["seed"], job.flags)
+    try:
+        with job.group.watching():
+            _run(job, journal, {"resumed": 0}, False)
+    except KeyboardInterrupt:
+        status = "interrupted"
+    except Exception as error:
+        log.error("%s", error)
+        status = "failed"
+    return Outcome(job.run_id, status, "")
+
+
+def _lead(job: Job, command: list[str] | None, progress: bool, tuning: dict[str, Any] | None) -> Outcome:
+    """The one process of a run, or the first of several."""
+    from filelock import FileLock, Timeout
+
+    config = job.config
+    record.ensure_writable(job.results / "records")
+    refusal_path(config).unlink(missing_ok=True)
+    old = record.read(job.record_path) if job.record_path.exists() else None
+    if old is not None and old["status"] == "ok" and not config["force"]:
+        job.group.say("skipped")
+        text = f"{job.run_id} is done already (force=true repeats it)\n\n{closing_text(old, job.record_path)}"
+        return Outcome(job.run_id, "skipped", text, job.record_path)
+    record.ensure_writable(job.folder)
+    lock = FileLock(str(job.folder / "lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        job.group.say("busy")
+        return Outcome(job.run_id, "busy", f"{job.run_id} is being run by another process", job.record_path)
+    with lock, logging_to(job.folder / "run.log"):
+        often = float("inf" if config["checkpoint_seconds"] is None else config["checkpoint_seconds"])
+        journal = Journal(job.folder / "journal", often, job.group, job.scenario.manifest.sha256)
+        if config["force"] or (old is not None and old["status"] == "failed"):
+            journal.clear()
+        entry = provenance.describe(job, command or sys.argv)
+        if isinstance(told := tuning or (old or {}).get("tuning"), dict):
+            entry |= {"tuning": told, "marks": [*entry["marks"], *told.get("marks", ())]}
+        record.write(entry, job.results / "records")
+        job.scenario.manifest.save(job.results / "manifests" / f"{job.scenario.manifest.sha256}.json")
+        job.group.say("running")
+        job.group.say(job.flags)
+        try:
+            with job.group.watching():
+                entry = _run(job, journal, entry, progress)
+        except (Interrupted, distributed.Lost) as error:
+            text = f"{error or 'stopped'}; the same command goes on where {job.run_id} was"
+            return Outcome(job.run_id, "interrupted", text, job.record_path)
+        except Exception as error:
+            entry |= {"status": "failed", "finished": provenance.now(), "error": _described(error)}
+            record.write(entry, job.results / "records")
+            journal.clear()
+            log.error("%s failed: %s: %s", job.run_id, type(error).__name__, error)
+            if config["on_error"] == "raise":
+                raise
+            error.__traceback__ = None
+            gc.collect()
+            return Outcome(job.run_id, "failed", f"{job.run_id} failed: {type(error).__name__}: {error}", job.record_path)
+        record.write(entry, job.results / "records")
+        journal.clear()
+    return Outcome(job.run_id, "ok", closing_text(entry, job.record_path), job.record_path)
+
+
+def refusal_path(config: dict[str, Any]) -> pathlib.Path:
+    """Where a job that was refused before it had an identity leaves its failed record."""
+    results = pathlib.Path(str(config["results_dir"])).expanduser().resolve()
+    return results / "records" / f"{record.run_id(provenance.identity(config), '', '', None)}.json"
+
+
+def write_refusal(config: dict[str, Any], error: UserError) -> pathlib.Path:
+    """A job of a sweep that cannot even start is a failed record too; it goes when the same job starts after all."""
+    path = refusal_path(config)
+    entry = {
+        "schema": record.SCHEMA,
+        "run_id": path.stem,
+        "status": "failed",
+        "numbers_version": record.NUMBERS_VERSION,
+        "config": provenance.identity(config),
+        "scenario": {"name": str(config["scenario"].get("name", "?")), "manifest_sha256": ""},
+        "learner": {"name": provenance.learner_name(config), "plugin": None},
+        "model": {"name": provenance.model_name(config), "state_sha256": ""},
+        "seed": config["seed"],
+        "n": [],
+        "first_seen": [],
+        "correct": None,
+        "seconds": {"total": 0.0},
+        "finished": provenance.now(),
+        "error": _described(error),
+    }
+    return record.write(entry, path.parent)
+
+
+def closing_text(entry: dict[str, Any], path: pathlib.Path) -> str:
+    """The matrix and the headline numbers of a finished run."""
+    if "sum_loss" in entry:
+        from clbench.report.losses import closing_text as losses_text
+
+        return losses_text(entry, path)
+    from clbench.report.table import accuracy_matrix_text
+
+    values = metrics.summary(entry)
+    shown = "   ".join(f"{name} {values[name]:.4f}" for name in ("step_macro", "last_macro", "forgetting") if name in values)
+    return f"{accuracy_matrix_text(entry)}\n\n{shown}\nrecord {path}"
+
+
+def repeat(job: Job, flags: dict[str, Any], stop_after: int) -> dict[str, Any]:
+    """The first `stop_after` experiences of a job again, under the flags of a record -> its counts. Writes nothing.
+
+    A shorter walk through the same stream: the configuration, and so the run's identity, stays what it is.
+    """
+    kept = {key: flags[key] for key in KEPT_FLAGS if key in flags}
+    if "matmul" in kept:
+        _keep(job, int(flags.get("num_threads", 1)), kept)
+    return _run(job, Journal(), provenance.describe(job, []), False, stop_after)
+
+
+def _keep(job: Job, threads: int, flags: dict[str, Any]) -> None:
+    """Go on with the arithmetic that a run began with, whatever this machine or the command would choose now."""
+    job.flags = arithmetic.apply(job.device, threads, job.config["seed"], flags)
+    arithmetic.pin(job.model, job.flags)
+    if isinstance(job.scenario, Scenario):
+        feature_store.attach(job.model, job.config, job.scenario.manifest.dataset, job.device, job.flags)
+
+
+def _run(job: Job, journal: Journal, entry: dict[str, Any], progress: bool, stop_after: int | None = None) -> dict[str, Any]:
+    """Learn and evaluate every experience, or the first `stop_after` -> the finished record."""
+    saved = journal.load("experience")
+    if saved is not None:
+        _keep(job, job.flags["num_threads"], saved["flags"])
+        entry.setdefault("machine", {})["flags"] = job.flags  # not what this command would have chosen
+        log.info("%s goes on after experience %d", job.run_id, saved["experience"] + 1)
+    losses = not isinstance(job.scenario, Scenario)
+    runtime = loss_loop.make_runtime(job, journal) if losses else _runtime(job, journal)
+    learner = build(job.config["learner"], model=job.model, runtime=runtime)
+    for name in ("learn", "loss" if losses else "predict", "state_dict", "load_state_dict"):
+        if not callable(getattr(learner, name, None)):
+            raise UserError(f"{type(learner).__name__} has no method {name}")
+    has_memory = losses or hasattr(getattr(learner, "memory", None), "num_bytes")
+    if job.capabilities.stores_exemplars and not has_memory:
+        name = type(learner).__name__
+        raise UserError(f"{name} declares stores_exemplars: its memory must be `self.memory` with num_bytes()")
+    kind = "none" if job.group.rank else job.config.get("track", "none")
+    first = None if saved is None else saved["experience"]
+    try:
+        with closing(tracking.open_tracker(kind, job.folder, entry, first)) as tracker:
+            walk = (loss_loop.LossWalk if losses else Walk)(job, runtime, learner, entry, saved, tracker)
+            with signals(runtime), bar_of(runtime, progress):
+                for index in range(walk.first, stop_after or len(job.scenario.manifest.experiences)):
+                    walk.learn(index)
+                    walk.evaluate(index)
+    finally:
+        if not losses and job.model.memory.store is not None:
+            job.model.memory.store.flush()
+    return walk.finish()
+
+
+def _runtime(job: Job, journal: Journal) -> Runtime:
+    return Runtime(
+        seed=job.config["seed"],
+        device=job.device,
+        budget=job.scenario.budget,
+        precision=job.config["precision"],
+        exempt=job.capabilities.stores_all_data,
+        journal=journal,
+    )
+
+
+def _described(error: Exception) -> dict[str, str]:
+    text = "".join(traceback.format_exception(error))
+    return {"type": type(error).__name__, "message": str(error), "traceback": text}

@@ -1,0 +1,252 @@
+"""What learners are handed: labelled images, batches of them, and pure functions from step to batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clbench.interfaces import Experience, UserError
+from clbench.streams import rng
+from clbench.streams.images.pixels import Pipeline
+from clbench.streams.scenario import ArrayImages, ImageSource, Scenario
+
+
+class ImageBatch:
+    """Some images; implements `interfaces.Batch`. `x` is made when it is first asked for.
+
+    plain     seen under the test transform (features of frozen backbones may be remembered by id)
+    replayed  how many of the samples come from a memory
+    """
+
+    def __init__(self, ids: Tensor, y: Tensor | None, task: int | None, make: Callable[[], Tensor], plain: bool):
+        self.ids, self.y, self.task, self.plain = ids, y, task, plain
+        self.replayed = 0
+        self._make: Callable[[], Tensor] | None = make
+        self._x: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def x(self) -> Tensor:
+        """Normalised images [B, 3, S, S] float32 on the device."""
+        if self._x is None:
+            assert self._make is not None
+            self._x, self._make = self._make(), None
+        return self._x
+
+    def select(self, rows: Tensor) -> ImageBatch:
+        """Some of the samples; the images are decoded once for both."""
+        if len(rows) == len(self):
+            return self
+        on_cpu = rows.to(self.ids.device)
+        y = None if self.y is None else self.y[rows.to(self.y.device)]
+        return ImageBatch(self.ids[on_cpu], y, self.task, lambda: self.x[rows.to(self.x.device)], self.plain)
+
+    @staticmethod
+    def of(x: Tensor, y: Tensor | None = None, ids: Tensor | None = None, task: int | None = None) -> ImageBatch:
+        """A batch of ready images."""
+        return ImageBatch(torch.arange(len(x)) if ids is None else ids, y, task, lambda: x, False)
+
+    @staticmethod
+    def cat(parts: Sequence[ImageBatch]) -> ImageBatch:
+        """Several batches as one; labels are kept when all have them, the task when it is the same."""
+        labels = [p.y for p in parts if p.y is not None]
+        y = torch.cat(labels) if len(labels) == len(parts) else None
+        task = parts[0].task if len({p.task for p in parts}) == 1 else None
+        joined = ImageBatch(
+            torch.cat([p.ids for p in parts]),
+            y,
+            task,
+            lambda: torch.cat([p.x for p in parts]),
+            all(p.plain for p in parts),
+        )
+        joined.replayed = sum(p.replayed for p in parts)
+        return joined
+
+
+class ImageData:
+    """Labelled images bound to a pipeline; implements `interfaces.Data`. `ids` and `y` are [N] int64.
+
+    `rows` are positions in `source`. After `close` any access to pixels raises `UserError`.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        rows: np.ndarray,
+        ids: np.ndarray,
+        y: np.ndarray,
+        pipeline: Pipeline,
+        task: int | None,
+        name: str,
+    ):
+        assert len(rows) == len(ids) == len(y)
+        self.source: ImageSource | None = source
+        self.rows, self.ids, self.y = rows, ids, y
+        self.pipeline, self.task, self.name = pipeline, task, name
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, rows: Sequence[int] | np.ndarray, key: int | None = None) -> ImageBatch:
+        """Samples by row; `key` chooses the random augmentation, None gives the test transform."""
+        rows = np.asarray(rows, np.int64)
+        ids, source, pipeline = self.ids[rows], self._open(), self.pipeline
+        stored = self.rows[rows]
+
+        def make() -> Tensor:
+            if isinstance(source, ArrayImages):
+                return pipeline(pipeline.stored(source, stored), ids, key)
+            if source.shape is not None:
+                return pipeline(np.stack(source.raw(stored)), ids, key)
+            return pipeline([lambda row=row: source.raw(row[None])[0] for row in stored], ids, key)
+
+        y = torch.from_numpy(self.y[rows]).to(pipeline.device, non_blocking=True)
+        return ImageBatch(torch.from_numpy(ids), y, self.task, make, key is None)
+
+    def test_batches(self, batch_size: int) -> Iterator[ImageBatch]:
+        """All samples in order under the test transform."""
+        for first in range(0, len(self), batch_size):
+            yield self.batch(np.arange(first, min(first + batch_size, len(self))))
+
+    def raw(self, rows: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+        """Stored pixels, uint8 [H, W, 3] each."""
+        return self._open().raw(self.rows[np.asarray(rows, np.int64)])
+
+    def subset(self, rows: Sequence[int] | np.ndarray) -> ImageData:
+        """Some of the samples."""
+        rows = np.asarray(rows, np.int64)
+        return ImageData(self._open(), self.rows[rows], self.ids[rows], self.y[rows], self.pipeline, self.task, self.name)
+
+    def close(self) -> None:
+        """Let go of the pixels: the experience is over."""
+        self.source = None
+
+    def _open(self) -> ImageSource:
+        if self.source is None:
+            raise UserError(
+                f"data of {self.name} is gone: a learner that needs it must declare stores_all_data or keep exemplars"
+            )
+        return self.source
+
+    @staticmethod
+    def of_arrays(
+        images: Sequence[np.ndarray], y: np.ndarray, ids: np.ndarray, pipeline: Pipeline, task: int | None = None
+    ) -> ImageData:
+        """Images held in memory, uint8 [H, W, 3] each, of any sizes."""
+        same = len({image.shape for image in images}) == 1
+        source: Any = ArrayImages(np.stack(images)) if same else ListImages(list(images))
+        return ImageData(source, np.arange(len(y)), np.asarray(ids), np.asarray(y), pipeline, task, "memory")
+
+    @staticmethod
+    def join(parts: Sequence[Any]) -> ImageData:
+        """Several data sets one after another."""
+        if len(parts) == 1:
+            return parts[0]
+        sources = [part._open() for part in parts]
+        rows, ids, y = (np.concatenate([getattr(p, k) for p in parts]) for k in ("rows", "ids", "y"))
+        if all(source is sources[0] for source in sources):
+            return ImageData(sources[0], rows, ids, y, parts[0].pipeline, parts[0].task, "joined data")
+        joined = JoinedImages(sources, [part.rows for part in parts])
+        return ImageData(joined, np.arange(len(ids)), ids, y, parts[0].pipeline, parts[0].task, "joined data")
+
+
+class ListImages:
+    """Images of any sizes in memory."""
+
+    shape = None
+
+    def __init__(self, images: list[np.ndarray]):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def raw(self, ids: np.ndarray) -> list[np.ndarray]:
+        """By position."""
+        return [self.images[int(i)] for i in ids]
+
+
+class JoinedImages:
+    """Rows of several sources, counted through."""
+
+    def __init__(self, sources: list[ImageSource], rows: list[np.ndarray]):
+        self.sources, self.rows = sources, rows
+        shapes = {source.shape for source in sources}
+        self.shape = shapes.pop() if len(shapes) == 1 else None
+        self.first = np.cumsum([0] + [len(r) for r in rows])
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def raw(self, ids: np.ndarray) -> list[np.ndarray]:
+        """By position."""
+        part = np.searchsorted(self.first, ids, side="right") - 1
+        return [
+            self.sources[p].raw(self.rows[p][[i - self.first[p]]])[0] for p, i in zip(part.tolist(), ids.tolist(), strict=True)
+        ]
+
+
+class Batches:
+    """Shuffled batches over some epochs; a pure function of the step, so a run can go on from any of them."""
+
+    def __init__(self, data: ImageData, batch_size: int, epochs: int, key: int, augment: bool, drop_last: bool):
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        self.data, self.batch_size, self.key, self.augment = data, batch_size, key, augment
+        whole = len(data) // batch_size
+        self.per_epoch = max(1, whole) if drop_last else -(-len(data) // batch_size)
+        self.steps = epochs * self.per_epoch
+        self.visits = epochs * min(len(data), self.per_epoch * batch_size)
+        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
+
+    def __call__(self, step: int) -> ImageBatch:
+        """The batch of a step, 0 <= step < steps."""
+        key = rng.key(self.key, "augment", step // self.per_epoch)
+        return self.data.batch(self.rows(step), key if self.augment else None)
+
+    def rows(self, step: int) -> np.ndarray:
+        """Which samples of the data the batch of a step holds."""
+        epoch, i = divmod(step, self.per_epoch)
+        if self._order[0] != epoch:
+            self._order = (epoch, rng.permutation(rng.key(self.key, "order", epoch), len(self.data)))
+        return self._order[1][i * self.batch_size : (i + 1) * self.batch_size]
+
+
+def shuffled(data: Any, batch_size: int, epochs: int, key: int, augment: bool = True, drop_last: bool = False) -> Batches:
+    """Batches of `data` in an order of `key` and the epoch; the last partial batch is kept unless `drop_last`."""
+    return Batches(data, batch_size, epochs, key, augment, drop_last)
+
+
+def bound(scenario: Scenario, ids: np.ndarray, pipeline: Pipeline, task: int | None, name: str) -> ImageData:
+    """Samples of a scenario's data set by their ids [N], labels renumbered."""
+    table = np.full(scenario.dataset.num_classes, -1, np.int64)
+    for original, position in scenario.manifest.renumber.items():
+        table[original] = position
+    ids = np.asarray(ids, np.int64)
+    return ImageData(scenario.dataset.images, ids, ids, table[scenario.dataset.y[ids]], pipeline, task, name)
+
+
+def open_experience(scenario: Scenario, index: int, pipeline: Pipeline) -> Experience:
+    """Experience `index` as a learner sees it."""
+    manifest = scenario.manifest
+    entry = manifest.experiences[index]
+    before = manifest.num_seen(index - 1) if index else 0
+    ordered = sorted((manifest.renumber[c], c) for c in entry.classes)
+    task = entry.task if manifest.discloses_task else None
+    return Experience(
+        index=index,
+        name=entry.name,
+        train=bound(scenario, entry.train, pipeline, task, f"experience {index} ({entry.name})"),
+        classes=tuple(c for c, _ in ordered),
+        new_classes=tuple(c for c, _ in ordered if c >= before),
+        original_classes=tuple(original for _, original in ordered),
+        num_seen=manifest.num_seen(index),
+        task=task,
+        budget=scenario.budget,
+    )

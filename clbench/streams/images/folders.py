@@ -1,0 +1,134 @@
+"""Images in folders, one per class: <root>/{train,test}/<class>/..., of any size, decoded when asked for.
+
+Tiny-ImageNet as it is published is read as well: its validation images lie in one folder beside val_annotations.txt, and are
+the test images here; its own test images have no labels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+
+from clbench.interfaces import UserError
+from clbench.streams.images.arrays import Pool, check_classes
+from clbench.streams.scenario import FileImages
+from clbench.streams.splits import FOLDERS, FolderSplit
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm"}
+TEST_NAMES = ("test", "val")
+ANNOTATIONS = "val/val_annotations.txt"  # of Tiny-ImageNet: file, class, box; separated by tabs
+
+
+def is_tree(root: Path) -> bool:
+    """Whether `root` has the train/ and test/ (or val/) folders."""
+    return (root / "train").is_dir() and any((root / name).is_dir() for name in TEST_NAMES)
+
+
+def read_tree(root: Path) -> Pool:
+    """Read the names below `root`; class ids are positions in the sorted folder names, samples are sorted by name.
+
+    Hidden files, hidden folders and files that are no images are ignored. An empty or missing class raises `UserError`.
+    """
+    if not is_tree(root):
+        raise UserError(f"{root} must hold the folders train/<class>/ and test/<class>/ (or val/<class>/)")
+    listed = _annotated(root) if (root / ANNOTATIONS).is_file() else None
+    test = next(root / name for name in TEST_NAMES if (root / name).is_dir()) if listed is None else root / "val"
+    classes = _classes(root / "train")
+    unknown = sorted(set(_classes(test) if listed is None else listed) - set(classes))
+    if unknown:
+        raise UserError(f"{test} has classes that {root / 'train'} lacks: {', '.join(unknown[:5])}")
+    paths, y, split = [], [], []
+    for part, folder in enumerate((root / "train", test)):
+        for label, name in enumerate(classes):
+            found = _images(folder / name) if part == 0 or listed is None else listed.get(name, [])
+            if not found:
+                raise UserError(f"class folder {folder / name} is missing or holds no image ({', '.join(sorted(EXTENSIONS))})")
+            paths += found
+            y += [label] * len(found)
+            split += [part] * len(found)
+    files = [path.relative_to(root).as_posix() for path in paths]
+    return Pool(FileImages(paths), np.array(y, np.int64), np.array(split, np.uint8), tuple(classes), files=files)
+
+
+def _annotated(root: Path) -> dict[str, list[Path]]:
+    """The validation images of Tiny-ImageNet by class, sorted by name."""
+    found: dict[str, list[Path]] = {}
+    for number, line in enumerate((root / ANNOTATIONS).read_text(encoding="utf-8").splitlines(), 1):
+        file, *rest = line.split("\t")
+        path = root / "val" / "images" / file
+        if not rest or not path.is_file():
+            raise UserError(f"{root / ANNOTATIONS}, line {number}: {path} is missing, or there is no class beside it")
+        found.setdefault(rest[0], []).append(path)
+    return {name: sorted(paths) for name, paths in found.items()}
+
+
+def _classes(folder: Path) -> list[str]:
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error.strerror or error}") from None
+    if not names:
+        raise UserError(f"{folder} holds no class folders")
+    return names
+
+
+def _images(folder: Path) -> list[Path]:
+    found = []
+    for parent, inner, files in os.walk(folder):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        found += [
+            Path(parent, name) for name in files if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
+        ]
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def read_variant(root: Path, full: str) -> Pool:
+    """Read a named variant below the data root and compare it with what is known of it."""
+    split = FOLDERS[full]
+    candidates = [root / full]
+    if split.names_sha256:  # the list of names proves the variant, so the folder need not say it
+        candidates.append(root / full.split("@")[0])
+    folder = next((path for path in candidates if is_tree(path)), None)
+    if folder is None:
+        raise UserError(
+            f"data set {full} not found: looked for {candidates[0]}/train/<class>/ and test/<class>/ "
+            f"({split.train} + {split.test} images, {split.classes} classes); get it from {split.source}"
+        )
+    pool = read_tree(folder)
+    check_counts(full, pool, split.classes, split.train, split.test, str(folder))
+    _check_names(full, pool, split, folder)
+    return pool
+
+
+def check_counts(name: str, pool: Pool, classes: int | None, train: int | None, test: int | None, where: str) -> None:
+    """Compare the sizes with the declared ones (None: not known)."""
+    check_classes(pool.y, pool.split, pool.class_names)
+    found = {"classes": len(pool.class_names), "training": int((pool.split == 0).sum()), "test": int((pool.split == 1).sum())}
+    for (what, number), expected in zip(found.items(), (classes, train, test), strict=True):
+        if expected is not None and number != expected:
+            unit = "" if what == "classes" else " images"
+            raise UserError(f"{where} is not {name}: {number} {what}{unit} found, {expected} expected")
+
+
+def names_sha256(pool: Pool) -> tuple[str, str]:
+    """SHA-256 of the sorted "class/file" names joined by newlines, of the training and of the test images."""
+    digests = []
+    for part in (0, 1):
+        names = sorted("/".join(pool.files[i].split("/")[-2:]) for i in np.flatnonzero(pool.split == part))
+        digests.append(hashlib.sha256("\n".join(names).encode()).hexdigest())
+    return digests[0], digests[1]
+
+
+def _check_names(full: str, pool: Pool, split: FolderSplit, folder: Path) -> None:
+    found = names_sha256(pool)
+    for other, known in FOLDERS.items():
+        if other != full and known.names_sha256 == found:
+            raise UserError(f"{folder} holds the split {other}, not {full}")
+    if split.names_sha256 and split.names_sha256 != found:
+        raise UserError(
+            f"{folder} is not {full}: the file names have SHA-256 {found[0][:12]}, {found[1][:12]}, "
+            f"expected {split.names_sha256[0][:12]}, {split.names_sha256[1][:12]}"
+        )

@@ -1,0 +1,1 @@
+"""Streams that are answered with a loss: texts, synthetic languages, images for autoencoders."""

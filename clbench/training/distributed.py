@@ -1,0 +1,262 @@
+"""Several processes that train one model: who has which rows of a batch, what they agree on, how an error in one ends all.
+
+Every process composes the same run and holds the same plan; batches are pure functions of the step, so nothing is sent but
+gradients, sums of losses, and the wish to stop. Process 0 alone writes and prints. `torchrun`, or a cluster's launcher with
+the same variables in the environment, starts them.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import json
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clbench.interfaces import UserError
+from clbench.training import torchrun
+
+PATIENCE = 30.0  # seconds that a process which failed waits for process 0 to write that down
+
+
+class Lost(KeyboardInterrupt):
+    """Another process is gone, and did not say why: it was killed. The run can go on from its last snapshot."""
+
+
+class RankFailed(RuntimeError):
+    """Another process failed; the note holds its traceback."""
+
+
+@dataclass(eq=False)
+class Group:
+    """The processes of a run. `Group()` is one process alone: everything below then does nothing.
+
+    kind  "none"; "ddp": every process holds all weights; "fsdp": each holds a part of every tensor
+    """
+
+    rank: int = 0
+    size: int = 1
+    kind: str = "none"
+    store: Any = None
+    mesh: Any = None
+    calls: dict[str, int] = field(default_factory=dict)
+    lost: bool = False
+
+    def rows(self, batch: int) -> slice:
+        """The rows of a batch that are this process's: those of all processes, in their order, are the batch."""
+        return slice(self.rank * batch // self.size, (self.rank + 1) * batch // self.size)
+
+    def check_batch(self, batch: int, micro: int | None) -> None:
+        """Every process needs a row; with `fsdp` all need the same number of pieces, because weights come from all."""
+        if batch < self.size:
+            raise UserError(f"scenario.batch={batch} is too small for {self.size} processes: each needs a sequence")
+        most, least = -(-batch // self.size), batch // self.size
+        if self.kind == "fsdp" and micro is not None and -(-most // micro) != -(-least // micro):
+            raise UserError(
+                f"scenario.batch={batch} over {self.size} processes with micro_batch={micro} gives some more pieces"
+            )
+
+    def total(self, *values: float) -> list[float]:
+        """Sums over all processes, in float64."""
+        if self.size == 1:
+            return list(values)
+        sums = torch.tensor(values, dtype=torch.float64)
+        torch.distributed.all_reduce(sums)
+        return sums.tolist()
+
+    def any(self, *wishes: bool) -> list[bool]:
+        """Whether any process wishes it: all get the same answer."""
+        return [bool(wish) for wish in wishes] if self.size == 1 else [n > 0 for n in self.total(*map(float, wishes))]
+
+    def gathered(self, values: Tensor, batch: int) -> Tensor:
+        """Rows of all processes: values [b, ...] -> [batch, ...]."""
+        if self.size == 1:
+            return values
+        whole = values.new_zeros(batch, *values.shape[1:])
+        whole[self.rows(batch)] = values
+        torch.distributed.all_reduce(whole)
+        return whole
+
+    def say(self, value: Any = None) -> Any:
+        """What process 0 says, at every process: plain values."""
+        if self.size == 1:
+            return value
+        name = self._name("say")
+        if self.rank == 0:
+            self.store.set(name, json.dumps(value))
+            return value
+        return json.loads(self.store.get(name))
+
+    def _name(self, kind: str) -> str:
+        self.calls[kind] = self.calls.get(kind, 0) + 1
+        return f"clbench/{kind}/{self.calls[kind]}"
+
+    def share(self, model: nn.Module) -> nn.Module:
+        """With `fsdp`, spread each parameter over the processes, block by block; in place."""
+        if self.kind == "fsdp":
+            from torch.distributed.fsdp import fully_shard
+
+            for blocks in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
+                for block in blocks:
+                    if type(block).forward is not nn.Module.forward:
+                        fully_shard(block, mesh=self.mesh)
+            fully_shard(model, mesh=self.mesh, reshard_after_forward=True)  # else a look leaves whole tensors behind
+            model.register_load_state_dict_pre_hook(_lay_out)
+        return model
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around a run: afterwards the processes part."""
+        try:
+            yield
+        finally:
+            if self.size > 1:
+                self._part()
+
+    def _part(self) -> None:
+        with suppress(RuntimeError):  # the store is gone with the process that kept it
+            self.store.set("clbench/over" if self.rank == 0 else f"clbench/left/{self.rank}", "1")
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # wakes those that wait for this one
+        for rank in range(1, self.size) if self.rank == 0 and not self.lost else ():
+            _wait(self.store, f"clbench/left/{rank}", PATIENCE / self.size)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around the work: an error here is told to the others; another process's error is raised here in its words."""
+        try:
+            yield
+        except Exception as error:
+            if self.size == 1:
+                raise
+            raise self._blamed(error) from error
+
+    def _blamed(self, error: Exception) -> BaseException:
+        told = self._told(2.0) if _of_communication(error) else None
+        if told is None and _of_communication(error):
+            self.lost = True
+            return Lost("another process was lost")
+        if told is not None:
+            failed = RankFailed(f"rank {told['rank']}: {told['type']}: {told['message']}")
+            failed.add_note(told["traceback"])
+            return failed
+        text = "".join(traceback.format_exception(error))
+        report = {"rank": self.rank, "type": type(error).__name__, "message": str(error), "traceback": text}
+        self.store.compare_set("clbench/error", "", json.dumps(report))
+        traceback.clear_frames(error.__traceback__)  # they hold what holds the connections
+        gc.collect()
+        if self.rank:
+            torch.distributed.destroy_process_group()
+            _wait(self.store, "clbench/over", PATIENCE)
+        return error
+
+    def _told(self, seconds: float) -> dict[str, Any] | None:
+        """What a process that failed has said."""
+        return json.loads(self.store.get("clbench/error")) if _wait(self.store, "clbench/error", seconds) else None
+
+
+ALONE = Group()
+
+
+def join(kind: str, device: torch.device) -> Group:
+    """Meet the other processes. kind as `torchrun.choose` gives it; waits for all, at most five minutes."""
+    if kind == "none":
+        return ALONE
+    distributed: Any = torch.distributed
+    if not distributed.is_available():
+        raise UserError(f"parallel={kind}: this build of torch has no torch.distributed")
+    try:
+        store, rank, size = next(distributed.rendezvous("env://", timeout=timedelta(minutes=5)))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the {torchrun.size()} processes did not find each other: {str(error).splitlines()[0]}") from error
+    mesh = distributed.init_device_mesh(device.type, (size,)) if kind == "fsdp" else None
+    return Group(rank, size, kind, store, mesh)
+
+
+class Replica:
+    """A model's loss as training calls it: tokens [b, L + 1] -> [b, L]; backward passes exchange gradients."""
+
+    def __init__(self, group: Group, model: nn.Module, compiled: bool = False):
+        self.model, self.kind = model, group.kind
+        self.loss: Callable[[Tensor], Tensor] = model.loss  # type: ignore[assignment]
+        self.wrapped: Any = None
+        if group.kind == "ddp":
+            device = next(model.parameters()).device
+            wrap: Any = nn.parallel.DistributedDataParallel
+            known = inspect.signature(wrap).parameters
+            still = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            self.wrapped = wrap(_Loss(model), device_ids=[device] if device.type == "cuda" else None, **{still: False})
+            self.loss = self.wrapped
+        if compiled:
+            self.loss = torch.compile(self.loss)
+
+    def piece(self, last: bool) -> AbstractContextManager:
+        """Around forward and backward of a piece of a batch: gradients are exchanged after the last one only."""
+        if self.kind == "fsdp":
+            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        return nullcontext() if last or self.kind != "ddp" else self.wrapped.no_sync()
+
+
+class _Loss(nn.Module):
+    """Makes `loss` the forward pass, which is what DDP wraps."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens [b, L + 1] -> [b, L]."""
+        return self.model.loss(tokens)  # type: ignore[operator]
+
+
+def like(value: Tensor, own: Tensor) -> Tensor:
+    """A copy of a tensor as `own` lies: on its device and, where that is spread over processes, this process's part."""
+    if not hasattr(own, "full_tensor") or hasattr(value, "full_tensor"):
+        return value.detach().to(own.device, copy=True)
+    from torch.distributed.tensor import distribute_tensor
+
+    placed: Any = own
+    whole = value.detach().to(own.device)
+    return distribute_tensor(whole, placed.device_mesh, placed.placements, src_data_rank=None)
+
+
+def _lay_out(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Whole tensors of a state (saved by one process) become parts of the model's kind."""
+    for name, own in module.state_dict().items():
+        if prefix + name in state:
+            state[prefix + name] = like(state[prefix + name], own)
+
+
+def whole(value: Tensor) -> Tensor:
+    """The whole of a tensor that may be spread over processes, which then all must ask."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value  # type: ignore[operator]
+
+
+def _of_communication(error: BaseException) -> bool:
+    """Whether an error says that another process did not answer."""
+    words = ("gloo", "nccl", "connection", "peer", "process group", "store")
+    known = isinstance(error, torch.distributed.DistError)
+    return known or (isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words))
+
+
+def _wait(store: Any, name: str, seconds: float) -> bool:
+    """Wait for a key -> whether it came."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if store.check([name]):
+                return True
+        except (RuntimeError, torch.distributed.DistError):
+            return False  # its keeper is gone
+        time.sleep(0.05)
+    return False

@@ -1,0 +1,200 @@
+"""Which arithmetic is fastest here without being less accurate: measured once a machine, remembered in the cache folder.
+
+A path is a mode of fp32 matrix products, a way to compute attention, and whether a ViT's last block is run for the class token
+alone ("+tail"). Which one is fast differs more than one would think:
+on processors without matrix units `medium` leaves fp32 as exact as it was and takes another library's kernels, twice as fast;
+on those with such units, and on GPUs, the same word means bf16 products. So every path is tried on two blocks of a ViT, forward
+and with gradients, under the run's precision: it is *accurate* if its error against float64 is at most twice that of torch's
+defaults, and the fastest accurate path is chosen (the expected one, unless another is faster by a tenth: a busy machine
+should not decide). No gate, no choice: `reference` and explicit names are taken as they are (`arithmetic.py`).
+
+    FOLDER/<sha256 of device, library, threads, precision; 24 digits>.json     what was measured, and the choice
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import secrets
+import time
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from clbench.models.feature_store import default_folder
+from clbench.training import hardware
+
+
+class Path(NamedTuple):
+    """What a path sets."""
+
+    matmul: str
+    fused: bool
+    tail: bool
+
+
+PATHS = {
+    f"{matmul}+{attention}{tail}": Path(matmul, attention == "fused", bool(tail))
+    for tail in ("", "+tail")
+    for matmul in ("highest", "high", "medium")
+    for attention in ("fused", "explicit")
+}
+VERSION = 3  # raised when the measurement changes
+TOLERANCE, MARGIN = 2.0, 0.1
+ROUNDS, BATCH, TOKENS, WIDTH, HEADS = 3, 8, 197, 192, 3
+
+
+def folder() -> pathlib.Path:
+    """Beside the feature store's: `$CLBENCH_CACHE/arithmetic`, else `clbench/arithmetic` in the user's cache folder."""
+    return default_folder().parent / "arithmetic"
+
+
+@functools.cache
+def choice(device: torch.device, threads: int, precision: str) -> str:
+    """The path for this machine: from the cache folder, else measured and put there. Jobs that start at once agree on one."""
+    key = machine_key(device, threads, precision)
+    path = folder() / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.json"
+    if (known := _read(path)) is not None:
+        return known
+    with _locked(path.parent):
+        if (known := _read(path)) is not None:
+            return known
+        found = {"machine": key, **measure(device, precision)}
+        with contextlib.suppress(OSError):
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+            temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+        return found["choice"]
+
+
+def machine_key(device: torch.device, threads: int, precision: str) -> dict[str, Any]:
+    """What a choice belongs to."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{device.type} {hardware.cpu()} {torch.backends.cpu.get_cpu_capability()}"
+    return {"version": VERSION, "device": name, "torch": torch.__version__, "threads": threads, "precision": precision}
+
+
+def _read(path: pathlib.Path) -> str | None:
+    """The choice in a file; None where there is none, or none that is known."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["choice"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) and found in PATHS else None
+
+
+@contextlib.contextmanager
+def _locked(place: pathlib.Path) -> Any:
+    """Hold the folder's lock where that is possible: a folder that cannot be written measures without."""
+    from filelock import FileLock, Timeout
+
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, Timeout):
+            place.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(str(place / "lock"), timeout=60))
+        yield
+
+
+def measure(device: torch.device, precision: str) -> dict[str, Any]:
+    """Errors and seconds of every path that makes sense on `device`, and the choice. The process's flags stay as they are.
+
+    On a GPU fp32 is never reduced: there is nothing to gain that a user did not ask for with precision=bf16.
+    """
+    kinds = ("highest+", "medium+") if device.type == "cpu" else ("highest+",)  # "high" on CPUs is one of these
+    names = [name for name in PATHS if name.startswith(kinds)]
+    expected = ["medium+explicit+tail", "highest+explicit+tail"] if device.type == "cpu" else ["highest+fused+tail"]
+    before = torch.get_float32_matmul_precision()
+    probe = Probe(device, precision)
+    try:
+        errors = {name: probe.error(name) for name in names}
+        accurate = [n for n in names if errors[n] <= TOLERANCE * errors["highest+fused"]]
+        seconds = dict.fromkeys(accurate, float("inf"))
+        for _ in range(ROUNDS):
+            for name in accurate:  # in turns, so that a slow moment of the machine meets all of them
+                seconds[name] = min(seconds[name], probe.seconds(name))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return {"choice": fastest(seconds, expected), "errors": errors, "seconds": seconds}
+
+
+def fastest(seconds: dict[str, float], expected: list[str]) -> str:
+    """The expected path if it is accurate, unless another is faster by MARGIN of its time."""
+    home = next((name for name in expected if name in seconds), None)
+    best = min(seconds, key=lambda name: seconds[name])
+    return home if home is not None and seconds[best] > (1 - MARGIN) * seconds[home] else best
+
+
+class Probe:
+    """Two blocks of a ViT-Tiny at 224 px on a few random images, and what they give in float64."""
+
+    def __init__(self, device: torch.device, precision: str):
+        self.device, self.lower = device, precision == "bf16"
+        rng = torch.Generator().manual_seed(0)
+        shapes = {"qkv": (3 * WIDTH, WIDTH), "proj": (WIDTH, WIDTH), "up": (4 * WIDTH, WIDTH), "down": (WIDTH, 4 * WIDTH)}
+        self.weights = [
+            {n: (torch.randn(s, generator=rng) * s[1] ** -0.5).to(device) for n, s in shapes.items()} for _ in range(2)
+        ]
+        self.x = torch.randn(BATCH, TOKENS, WIDTH, generator=rng).to(device)
+        exact = [{n: w[:].cpu().double() for n, w in block.items()} for block in self.weights]
+        self.exact = self._both(self.x[:2].cpu().double(), exact, Path("highest", False, False))
+
+    def error(self, name: str) -> float:
+        """The larger relative error against float64 of the output and of the gradient of one weight."""
+        torch.set_float32_matmul_precision(PATHS[name].matmul)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.lower):
+            found = self._both(self.x[:2], self.weights, PATHS[name])
+        pairs = zip(found, self.exact, strict=True)
+        return max(((a.detach().cpu().double() - b).norm() / b.norm()).item() for a, b in pairs)
+
+    def seconds(self, name: str) -> float:
+        """One forward pass and one step with gradients."""
+        torch.set_float32_matmul_precision(PATHS[name].matmul)
+        self._wait()
+        start = time.perf_counter()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.lower):
+            with torch.no_grad():
+                self._forward(self.x, self.weights, PATHS[name])
+            self._both(self.x, self.weights, PATHS[name])
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _both(self, x: Tensor, weights: list[dict[str, Tensor]], path: Path) -> tuple[Tensor, Tensor]:
+        """Output [B, D] at the first token, and the gradient of its square's mean with respect to the first weight."""
+        first = weights[0]["qkv"].detach().requires_grad_(True)
+        with torch.enable_grad():
+            out = self._forward(x, [weights[0] | {"qkv": first}, *weights[1:]], path)[:, 0]
+            (gradient,) = torch.autograd.grad(out.square().mean(), first)
+        return out.detach(), gradient
+
+    @staticmethod
+    def _forward(x: Tensor, weights: list[dict[str, Tensor]], path: Path) -> Tensor:
+        """Tokens x [B, N, D] through all blocks -> [B, N, D], or [B, 1, D] where the last one is run for the first alone."""
+        for number, w in enumerate(weights, 1):
+            h, rows = F.layer_norm(x, (WIDTH,)), 1 if path.tail and number == len(weights) else x.shape[1]
+            if rows == x.shape[1]:
+                q, k, v = F.linear(h, w["qkv"]).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+            else:
+                q = F.linear(h[:, :rows], w["qkv"][:WIDTH]).unflatten(2, (HEADS, -1)).transpose(1, 2)
+                k, v = F.linear(h, w["qkv"][WIDTH:]).unflatten(2, (2, HEADS, -1)).permute(2, 0, 3, 1, 4)
+            x = x[:, :rows] + F.linear(attention(q, k, v, path.fused).transpose(1, 2).flatten(2), w["proj"])
+            x = x + F.linear(F.gelu(F.linear(F.layer_norm(x, (WIDTH,)), w["up"])), w["down"])
+        return x
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, fused: bool) -> Tensor:
+    """Softmax attention of q, k, v [B, H, N, D/H], by one kernel or written out."""
+    if fused:
+        return F.scaled_dot_product_attention(q, k, v)
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v

@@ -1,0 +1,54 @@
+"""What goes on from experience to experience: weights, optimiser and places, also while something else is evaluated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from clbench.training.pretraining.data_cursor import Places
+from clbench.training.pretraining.segments import Adam, Segment
+from clbench.training.state import detached
+
+
+class Trunk:
+    """Keeps a copy of the trunk while its branch or average is evaluated, and puts it back at the next experience.
+
+    initial  fresh weights, for segments that start from them
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Adam, places: Places, initial: dict[str, Any]):
+        self.model, self.optimizer, self.places, self.initial = model, optimizer, places, initial
+        self.kept: dict[str, Any] | None = None
+
+    def keep(self) -> None:
+        """The trunk ends here; what follows is thrown away at the next experience."""
+        parts = {"model": self.model, "optimizer": self.optimizer, "places": self.places}
+        self.kept = {name: detached(part.state_dict()) for name, part in parts.items()}
+
+    def begin(self, segment: Segment) -> None:
+        """Weights, optimiser and places at the first segment of an experience, as its `start_from` and `optimizer` say.
+
+        "keep" after a branch leaves the optimiser as the anneal left it; "restore" and "reset_moments" take the trunk's.
+        """
+        if segment.start_from == "init" and self.initial:
+            self.model.load_state_dict(self.initial)
+        elif self.kept is not None:
+            self.model.load_state_dict(self.kept["model"])
+            self.places.load_state_dict(self.kept["places"])
+            if segment.optimizer in ("restore", "reset_moments"):
+                self.optimizer.load_state_dict(self.kept["optimizer"])
+        if segment.optimizer == "reset":
+            self.optimizer.reset()
+        elif segment.optimizer == "reset_moments":
+            self.optimizer.reset_moments()
+        self.kept = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The copy, or None."""
+        return {"kept": self.kept}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device | None = None) -> None:
+        """Take over a copy."""
+        self.kept = detached(state["kept"], device or next(self.model.parameters()).device)
