@@ -29,6 +29,7 @@ from clbench.config.registry import choices, conf_dir
 from clbench.config.signatures import nearest
 from clbench.interfaces import UserError
 from clbench.models.decoder import build_decoder
+from clbench.models.precision import set_precision
 from clbench.run.loss_loop import Observer
 from clbench.streams.tokens.scenario import Domain, TokenScenario, scenario
 from clbench.training import arithmetic
@@ -128,7 +129,7 @@ class Loop:
     """clbench's loop on the same model: exact quotas with 5 % replay, ledger, and with `probes` the curves of the loss."""
 
     def __init__(self, model: nn.Module, args: argparse.Namespace, probes: bool):
-        self.model, self.args, self.at = model, args, 0
+        self.model, self.args, self.at = set_precision(model, args.precision), args, 0
         device = next(model.parameters()).device
         self.runtime = PretrainRuntime(0, device, precision=args.precision, compiled=args.compile)
         self.runtime.flops_per_token = flops_per_token(model, args.context)

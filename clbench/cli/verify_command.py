@@ -71,6 +71,9 @@ def repeat(path: Path, number: int, seed: int, data_root: str | None) -> tuple[s
         if checked.verdict in ("failed", "unfinished"):
             made.append(checked)
             continue
+        if (why := _by_other_code(record.read(file))) is not None:
+            made.append(Verdict(file.name, "self-reported", (why,)))
+            continue
         print(f"repeating {STEPS} experiences of {file.name}", file=sys.stderr, flush=True)
         try:
             made.append(_again(file, data_root))
@@ -86,10 +89,18 @@ def repeat(path: Path, number: int, seed: int, data_root: str | None) -> tuple[s
 
 def _drawn(path: Path, number: int, seed: int) -> Iterator[Path]:
     folder = path / "records" if (path / "records").is_dir() else path
-    done = (e for e in record.entries(folder, []) if e["status"] == "ok")
+    done = (e for e in record.entries(folder, []) if e["status"] == "ok" and _by_other_code(e) is None)
     good = [e["run_id"] for e in done if isinstance(e.get("correct"), list) or loss_facts.usable(e)]
     for run_id in sorted(random.Random(seed).sample(good, min(number, len(good)))):
         yield folder / f"{run_id}.json"
+
+
+def _by_other_code(entry: Mapping[str, Any]) -> str | None:
+    """Why a record cannot be repeated count for count, or None: a change of the code moved the numbers of such runs."""
+    said, here = entry["numbers_version"], record.numbers_version(entry["config"])
+    if said == here:
+        return None
+    return f"it cannot be repeated count for count: other code made its numbers (numbers_version {said}, here {here})"
 
 
 def _again(file: Path, data_root: str | None) -> Verdict:

@@ -48,7 +48,6 @@ def evaluate(
     evals: Sequence[EvalSet],
     num_seen: int,
     batch_size: int,
-    autocast: Callable[[], Any],
     check_stop: Callable[[], None] = lambda: None,
     origin: Sequence[int] = (),
     joined: bool = True,
@@ -65,7 +64,7 @@ def evaluate(
     found: list[list[_Answers]] = [[] for _ in asked]
     for batch, y, owners in eval_batches([evals[i] for i in asked], batch_size, joined):
         check_stop()
-        with torch.no_grad(), autocast():
+        with torch.no_grad():
             answer = learner.predict(batch)
         heads = answer if isinstance(answer, Mapping) else {"": answer}
         scores = {name: checked(z, len(y), num_seen, type(learner).__name__) for name, z in heads.items()}

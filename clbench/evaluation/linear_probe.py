@@ -39,7 +39,7 @@ def linear_probe(job: Any, runtime: Any) -> LinearProbe | None:
     def count(images: int) -> None:
         runtime.ledger.look("probe", images, cost)
 
-    return LinearProbe(job.scenario, job.device, int(job.config["eval_batch_size"]), runtime.autocast, count)
+    return LinearProbe(job.scenario, job.device, int(job.config["eval_batch_size"]), count)
 
 
 def look_at(model: Any, probe: Tensor, sizes: Sequence[int], linear: LinearProbe | None) -> tuple[Tensor, list[float]]:
@@ -71,11 +71,11 @@ class LinearProbe:
     count  is called with the number of images whose features were computed
     """
 
-    def __init__(self, scenario: ImageScenario, device: torch.device, batch: int, autocast: Any, count: Callable[[int], None]):
+    def __init__(self, scenario: ImageScenario, device: torch.device, batch: int, count: Callable[[int], None]):
         self.first_seen = [entry["first_seen"] for entry in scenario.manifest.evals]
         self.sets = [scenario.labelled(j) for j in range(len(self.first_seen))]
         self.numbers = scenario.probing
-        self.device, self.batch, self.autocast, self.count = device, batch, autocast, count
+        self.device, self.batch, self.count = device, batch, count
 
     @property
     def n(self) -> list[int]:
@@ -119,8 +119,7 @@ class LinearProbe:
         made = []
         model.eval()
         for start in range(0, len(rows), self.batch):
-            with self.autocast():
-                made.append(model.features(torch.from_numpy(rows[start : start + self.batch]).to(self.device)).double().cpu())
+            made.append(model.features(torch.from_numpy(rows[start : start + self.batch]).to(self.device)).double().cpu())
         self.count(len(rows))
         features = torch.cat(made).numpy()
         if not np.isfinite(features).all():

@@ -73,9 +73,7 @@ class Aper:
             for batch in experience.train.test_batches(self.batch_size):
                 self.runtime.check_stop()
                 assert batch.y is not None
-                with self.runtime.autocast():
-                    features = self.features(batch)
-                self.prototypes.update(features, batch.y, experience.num_seen)
+                self.prototypes.update(self.features(batch), batch.y, experience.num_seen)
         return log
 
     def _settle(self) -> None:

@@ -106,9 +106,8 @@ class CodaPrompt:
 
     def prefixes(self, queries: Tensor) -> Tensor:
         """The weighted sums of all components for queries [B, D] -> [B, blocks, 2, length / 2, D] float32."""
-        with torch.autocast(queries.device.type, enabled=False):
-            alpha = attended(queries, self.attention.rows(), self.keys.rows())
-            summed = torch.einsum("bnm,mnld->bnld", alpha, self.components.rows())
+        alpha = attended(queries, self.attention.rows(), self.keys.rows())
+        summed = torch.einsum("bnm,mnld->bnld", alpha, self.components.rows())
         return summed.unflatten(2, (2, -1))
 
     def features(self, batch: Batch) -> Tensor:

@@ -44,12 +44,11 @@ def complete(means_KSD: Tensor, experience_of_class: Tensor) -> Tensor:
     subspaces = torch.arange(means_KSD.shape[1], device=full.device)
     ends = torch.searchsorted(experience_of_class.contiguous(), subspaces, right=True).tolist()
     for i, (first, end) in enumerate(zip([0, *ends], ends[:-1], strict=False)):
-        with torch.autocast(full.device.type, enabled=False):
-            there = F.normalize(means_KSD[first:, i], dim=1)
-            likeness = there[: end - first] @ there[end - first :].T
-            absent = experience_of_class[end:] < subspaces[i + 1 :, None]
-            share = likeness.masked_fill(absent[:, None], -torch.inf).softmax(dim=2)
-            full[first:end, i + 1 :] = (share @ by_subspace[i + 1 :, end:]).transpose(0, 1)
+        there = F.normalize(means_KSD[first:, i], dim=1)
+        likeness = there[: end - first] @ there[end - first :].T
+        absent = experience_of_class[end:] < subspaces[i + 1 :, None]
+        share = likeness.masked_fill(absent[:, None], -torch.inf).softmax(dim=2)
+        full[first:end, i + 1 :] = (share @ by_subspace[i + 1 :, end:]).transpose(0, 1)
     return full
 
 
@@ -136,12 +135,12 @@ class Ease:
         z = torch.zeros(len(batch), len(owner), device=owner.device)
         for j, state in enumerate(self.bank):
             with self.pet.use(state, tag=j):
-                f = F.normalize(self.model.features(batch).float(), dim=1)
+                f = F.normalize(self.model.features(batch), dim=1)
             weight = torch.where(owner == j, 1.0, self.alpha / max(1, t))
             z = z + weight * (f @ F.normalize(self._full[:, j], dim=1).T)
         if self.pretrained_weight:
             with self.pet.off():
-                f = F.normalize(self.model.features(batch).float(), dim=1)
+                f = F.normalize(self.model.features(batch), dim=1)
             z = z + self.pretrained_weight * (f @ F.normalize(self.bare_KD, dim=1).T)
         return z
 

@@ -92,7 +92,7 @@ class Ewc:
         batches = shuffled(experience.train, self.batch_size, self.epochs, self.runtime.key("train"))
         groups = groups_of((self.model, self.backbone_lr), (self.head, self.lr))
         log = fit(self.runtime, "train", self, groups, loss, batches, self.recipe)
-        with self.runtime.phase("fisher"):
+        with self.runtime.phase("fisher"), self.model.in_fp32():  # squares of gradients are a statistic
             new = self._per_sample(experience) if self.kind == "per_sample" else self._per_batch(experience)
         if self.kind == "per_sample":
             self.fisher = {name: self.decay * self.fisher.get(name, torch.zeros(())) + f for name, f in new.items()}

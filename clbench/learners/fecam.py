@@ -37,6 +37,7 @@ from clbench.interfaces import Batch, Capabilities, Experience, Schedule, UserEr
 from clbench.models.backbone import Backbone
 from clbench.models.heads import LOWEST, LinearHead
 from clbench.streams.images.data import shuffled
+from clbench.training.cholesky import check_finite, repaired
 from clbench.training.features import extract
 from clbench.training.fit import Recipe, fit
 from clbench.training.gaussians import class_rows
@@ -45,6 +46,7 @@ from clbench.training.schedules import cosine
 from clbench.training.state import collect, groups_of, restore
 
 TUKEY = 0.5
+RIDGE = 1e-6  # the first one that is tried on a matrix without a Cholesky factor
 PILOT_RIDGE = 100.0
 
 
@@ -72,18 +74,18 @@ def correlation(cov: Tensor) -> Tensor:
     return out
 
 
-def whitener(matrix: Tensor, singular: bool = False) -> Tensor:
-    """W [D, D] with W^T W = matrix^-1, by Cholesky; of the pseudo-inverse by eigenvalues where it is known to be `singular`."""
-    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+def whitener(matrix: Tensor, singular: bool = False, what: str = "a covariance") -> Tensor:
+    """W [D, D] with W^T W = matrix^-1, by Cholesky; of the pseudo-inverse by eigenvalues where it is known to be `singular`.
+
+    FloatingPointError, which says `what` it is, where a number in it is NaN or infinite.
+    """
     if singular:
+        check_finite(matrix, f"numbers of {what}")
         values, vectors = torch.linalg.eigh(matrix)
         kept = values > len(values) * torch.finfo(torch.float32).eps * values.max()
         return torch.where(kept, values.clamp_min(0).rsqrt(), 0.0)[:, None] * vectors.T
-    ridge = 0.0
-    chol, bad = torch.linalg.cholesky_ex(matrix)
-    while bad:
-        ridge = ridge * 10 or 1e-6
-        chol, bad = torch.linalg.cholesky_ex(matrix + ridge * eye)
+    chol, _ = repaired(matrix, what, ridge=RIDGE)
+    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     return torch.linalg.solve_triangular(chol, eye, upper=False)
 
 
@@ -148,6 +150,7 @@ class Fecam:
         features, y = extract(self.runtime, self.model, experience.train, self.batch_size)
         self._grow(experience.num_seen - len(self.counts_K))
         for c, rows in class_rows(y, experience.classes).items():
+            check_finite(features[rows], f"features of class {c} in experience {experience.index}")
             self._add(c, features[rows])
         self._whiten_KDD = None
         return log | {"train_samples": float(len(y))}
@@ -193,13 +196,16 @@ class Fecam:
             cov = shrink(cov, self.gamma1, self.gamma2)
         return correlation(cov)
 
+    def _whitener(self, c: int) -> Tensor:
+        what = f"the covariance of class {c} after experience {self.runtime.experience}"
+        return whitener(self.normalised_covariance(c), self.pilot, what).float()
+
     def predict(self, batch: Batch) -> Tensor:
         """Negative distances [B, num_seen]."""
         self.model.eval()
         if self._whiten_KDD is None:
-            every = [whitener(self.normalised_covariance(c), self.pilot).float() for c in range(len(self.counts_K))]
-            self._whiten_KDD = torch.stack(every)
-        x, mean_KD = self.model.features(batch).float(), self.proto_KD
+            self._whiten_KDD = torch.stack([self._whitener(c) for c in range(len(self.counts_K))])
+        x, mean_KD = self.model.features(batch), self.proto_KD
         if self.cnn:
             x, mean_KD = tukey(x), tukey(mean_KD)
         if not self.first:

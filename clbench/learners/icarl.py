@@ -112,7 +112,7 @@ class Icarl:
         """Scores [B, num_seen] of both answers, the chosen one first."""
         self.model.eval()
         features = self.model.features(batch)
-        cosines = F.normalize(features.float(), dim=1) @ self.means_KD.T
+        cosines = F.normalize(features, dim=1) @ self.means_KD.T
         nme = (2 * cosines - 2).nan_to_num(nan=LOWEST)  # of unit vectors: -|f - mean|^2
         both = {"nme": nme, "linear": self.head(features)}
         return {self.answer: both[self.answer], **both}

@@ -208,8 +208,8 @@ class Mos:
             for chunk in rows.split(self.batch_size):
                 batch = experience.train.batch(chunk.numpy())
                 used = pulled(self.bank[t], mean, self.keep, True, calls)
-                with torch.no_grad(), self.runtime.autocast(), self.pet.use(used):
-                    parts.append(self.model.features(batch).float())
+                with torch.no_grad(), self.pet.use(used):
+                    parts.append(self.model.features(batch))
                 calls += self.blocks
                 assert batch.y is not None
                 labels.append(batch.y)
@@ -248,7 +248,7 @@ class Mos:
         rows, now = torch.arange(len(batch), device=owner.device), guess
         for _ in range(ROUNDS):
             with self.pet.use(bank, now, tag=None if self.variant == "official_raw" else "bank"):
-                z[rows] = self.head(self.model.features(batch.select(rows))).float()
+                z[rows] = self.head(self.model.features(batch.select(rows)))
             moved = owner[z[rows].argmax(dim=1)]
             rows, now = rows[moved != now], moved[moved != now]
             if not len(rows):

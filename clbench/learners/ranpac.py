@@ -7,9 +7,10 @@ M = 10 000 (`projection: 0`: h = f); the classifier is the ridge regression of o
 W_o = (G + lambda I)^-1 Q with G = sum h h^T, Q = sum h y^T, scores h(x) W_o over the seen classes. lambda is chosen anew in
 each experience on the last fifth of its samples, from 1e-8 .. 1e8 (training/ridge.py).
 
-Deviations: sums and solution in float64 (the release: float32); where fewer than M samples were seen, the same solution is
-found from the samples' h (then these are what is kept); the rate follows a cosine over steps; W comes from the seed and is not
-stored. A class that comes back adds to its sums.
+Deviations: sums and solution in float64 (the release: float32); where fewer than M samples were seen, a root of the sums is
+kept, of as many rows as samples, each a mixture of all of them, and the same solution found from it; the rate follows a cosine
+over steps; W comes from the seed and is not stored. A class that comes back adds to its sums. The authors' code answers with
+h(x) W_o, as here; PILOT's port normalises both first and so answers with cosines.
 Published (repository's tables, ViT-B/16, one order): CIFAR-100 B0 Inc10 last 92.2 % with the adapter (augreg_in21k), 89.0 %
 without the first phase, 90.6 % without projection. 20 epochs, batch 48, SGD 0.9, rate 0.01, weight decay 5e-4.
 """
@@ -37,7 +38,10 @@ from clbench.training.state import collect, restore
 
 
 class RanPac:
-    """State: the module and its first classifier (where there is one), the regression's sums, the readout [M, K]."""
+    """State: the module and its first classifier (where there is one), the regression's sums or their root, the readout [M, K].
+
+    At most M (M + 2 K) numbers besides the module, however many samples were seen.
+    """
 
     capabilities: ClassVar[Capabilities] = Capabilities(needs_pretrained=True)
 
@@ -85,15 +89,15 @@ class RanPac:
             with self.pet.use(tag="adapted"):
                 f, y = extract(self.runtime, self.model, experience.train, self.batch_size)
         with self.runtime.phase("ridge"):
-            h = self.expand(f)
-            ridge = self.ridge or choose_ridge(h, y, experience.num_seen, self.runtime.key("ridge"))
-            self.sums.update(h, y, experience.num_seen)
+            seen, key = experience.num_seen, self.runtime.key("ridge")
+            ridge = self.ridge or choose_ridge(f, y, seen, key, expand=self.expand)
+            self.sums.update(f, y, seen, self.expand)
             self.readout_MK = self.sums.solve(ridge).float()
         return {**log, "ridge": ridge}
 
     def expand(self, features: Tensor) -> Tensor:
         """Features [N, D] -> h [N, M]."""
-        return features.float() if self.projection is None else torch.relu(features.float() @ self.projection)
+        return features if self.projection is None else torch.relu(features @ self.projection)
 
     def predict(self, batch: Batch) -> Tensor:
         """Regressed one-hot targets [B, num_seen]."""

@@ -37,6 +37,7 @@ from clbench.interfaces import Batch, Capabilities, Experience, Schedule, UserEr
 from clbench.models.backbone import Backbone
 from clbench.models.heads import LinearHead
 from clbench.streams.images.data import shuffled
+from clbench.training.cholesky import check_finite, repaired
 from clbench.training.fit import Recipe, fit
 from clbench.training.gaussians import class_rows
 from clbench.training.runtime import Runtime
@@ -47,18 +48,15 @@ RIDGE = 1e-8
 DROPS: Schedule = partial(multistep, milestones=(0.3, 0.6, 0.8))
 
 
-def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [D] and lower Cholesky factor [D, D] of features [N, D], both float32."""
+def gaussian(features: Tensor, what: str = "a class") -> tuple[Tensor, Tensor]:
+    """Mean [D] and lower Cholesky factor [D, D] of features [N, D], both float32; FloatingPointError where they are NaN."""
+    check_finite(features, f"features of {what}")
     f = features.double()
     mean = f.mean(0)
     cov = (f - mean).T @ (f - mean) / len(f)
-    values = torch.linalg.eigvalsh(cov)
-    least = len(values) * torch.finfo(torch.float32).eps
-    ridge = RIDGE
-    while values[0] + ridge < least * (values[-1] + ridge):
-        ridge *= 10
-    eye = torch.eye(len(cov), dtype=cov.dtype, device=cov.device)
-    return mean.float(), torch.linalg.cholesky(cov + ridge * eye).float()
+    least = len(cov) * torch.finfo(torch.float32).eps
+    chol, _ = repaired(cov, f"the covariance of {what}", ridge=RIDGE, always=True, least=least)
+    return mean.float(), chol.float()
 
 
 def log_density(x: Tensor, mean_KD: Tensor, chol_KDD: Tensor) -> Tensor:
@@ -194,12 +192,12 @@ class SeedEnsemble:
         with self.runtime.phase("extract"), torch.no_grad():
             for batch in experience.train.test_batches(self.batch_size):
                 self.runtime.check_stop()
-                with self.runtime.autocast():
-                    features.append(expert.features(torch.cat([batch.x, batch.x.flip(3)])).float())
+                features.append(expert.features(torch.cat([batch.x, batch.x.flip(3)])))
                 assert batch.y is not None
                 labels.append(batch.y.repeat(2))
         f, rows = torch.cat(features), class_rows(torch.cat(labels), experience.new_classes)
-        means, factors = zip(*(gaussian(f[r]) for r in rows.values()), strict=True)
+        where = f"in experience {experience.index}"
+        means, factors = zip(*(gaussian(f[r], f"class {c} {where}") for c, r in rows.items()), strict=True)
         return torch.stack(means), torch.stack(factors)
 
     def predict(self, batch: Batch) -> Tensor:
@@ -207,7 +205,7 @@ class SeedEnsemble:
         votes = []
         for expert, mean_KD, chol_KDD in zip(self.experts, self.means, self.factors, strict=True):
             expert.eval()
-            votes.append(log_density(expert.features(batch).float(), mean_KD, chol_KDD))
+            votes.append(log_density(expert.features(batch), mean_KD, chol_KDD))
         return vote(votes, len(self.means[0]), self.temperature).float()
 
     def state_dict(self) -> dict[str, Any]:

@@ -131,8 +131,8 @@ class Ssiat:
             return extract(self.runtime, self.model, experience.train, self.batch_size)[0]
         batches = shuffled(experience.train, self.batch_size, 1, self.runtime.key("drift", when))
         self.model.eval()
-        with self.runtime.phase("extract"), torch.no_grad(), self.runtime.autocast():
-            return torch.cat([self.model.features(batches(i)).float() for i in range(batches.steps)])
+        with self.runtime.phase("extract"), torch.no_grad():
+            return torch.cat([self.model.features(batches(i)) for i in range(batches.steps)])
 
     def predict(self, batch: Batch) -> Tensor:
         """Cosines [B, num_seen]."""

@@ -19,6 +19,7 @@ from clbench.interfaces import UserError
 from clbench.models import architectures, class_token
 from clbench.models import weights as files
 from clbench.models.feature_memory import FeatureMemory, Name, state_group
+from clbench.models.precision import MixedPrecision
 from clbench.models.weights import state_sha256
 from clbench.streams.images.data import ImageBatch
 from clbench.streams.images.pixels import Profile, make_profile
@@ -31,12 +32,13 @@ Family = Literal[
 CACHED_PIXELS = 16 * 224 * 224  # of one pass on a CPU: more leave its caches (a ViT-Tiny in bf16: 173 images/s, 163 with 32)
 
 
-class Backbone(nn.Module):
+class Backbone(MixedPrecision, nn.Module):
     """A timm model without its classifier. `features` gives [B, D] after the last norm and pooling (class token for ViTs).
 
     passes    images that went through, those of deep copies included, and those that the store on disk spared:
               {"train": n, "eval": n, "stored": n}
     memory    features that were computed already
+    precision  of its passes, "fp32" or "bf16" (autocast, opened here); what they return is float32
     class_token_tail  whether features leave out what the last block computes for the other tokens
     identity  name, timm tag, source, profile, file_sha256, state_sha256: goes into the record
     """
@@ -58,6 +60,11 @@ class Backbone(nn.Module):
         While frozen, features of test-view batches are remembered as float32 by id and by the tags of the PETs at work (no tag:
         they are not), in memory and, with a store, on disk: no image passes twice.
         """
+        with self.lowered(self._device.type):
+            return self._features(batch).float()
+
+    def _features(self, batch: Any) -> Tensor:
+        """From memory, or computed; in the precision that is in force."""
         names = self._names(batch) if isinstance(batch, ImageBatch) and batch.plain and self._may_remember() else []
         if not names:
             return self._pooled(batch)
@@ -94,7 +101,7 @@ class Backbone(nn.Module):
         """Of ready images [B, C, H, W] -> [B, D]."""
         net: Any = self.net
         tail = self.class_token_tail and class_token.fits(net)
-        tokens = class_token.forward_features(net, self.pets, self._counted(x)) if tail else self.tokens(x)
+        tokens = class_token.forward_features(net, self.pets, self._counted(x)) if tail else self._tokens(x)
         return net.forward_head(tokens, pre_logits=True)
 
     def _of_some(self, batch: ImageBatch, rows: list[int]) -> Tensor:
@@ -118,7 +125,10 @@ class Backbone(nn.Module):
 
     def tokens(self, batch: Any) -> Tensor:
         """What comes before pooling: for a ViT all tokens after the last norm [B, N, D]."""
-        x = batch if isinstance(batch, Tensor) else batch.x
+        with self.lowered(self._device.type):
+            return self._tokens(batch if isinstance(batch, Tensor) else batch.x).float()
+
+    def _tokens(self, x: Tensor) -> Tensor:
         return self.net.forward_features(self._counted(x))  # type: ignore[operator]
 
     def _counted(self, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from clbench.interfaces import UserError
 from clbench.models import checkpoint
+from clbench.models.precision import MixedPrecision
 from clbench.models.weights import state_sha256
 from clbench.streams import rng
 
@@ -122,8 +123,12 @@ def _turn(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([front * cos + torch.cat([-right, left], -1) * sin, rest], -1)
 
 
-class Decoder(nn.Module):
+class Decoder(MixedPrecision, nn.Module):
     """Tokens [B, L] int64 -> logits [B, L, V].
+
+    With `precision` bf16 the blocks compute in bf16, and the softmax in float32. So does the product with the output embedding
+    where no gradient is asked for, which is what is evaluated. In training that product is in bf16: with a real vocabulary it
+    is a third of a small decoder's work, and float32 would make the whole step several times slower.
 
     identity    name, source, state_sha256, file_sha256, vocab, context, width, depth and the other numbers of its shape
     pretrained  whether the weights came from a file
@@ -150,17 +155,21 @@ class Decoder(nn.Module):
         self.pretrained = False
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, L] int64, L up to the context -> logits [B, L, V] in the precision of the weights or of autocast."""
+        """Tokens [B, L] int64, L up to the context -> logits [B, L, V], bf16 while a model in bf16 trains, else float32."""
         length = tokens.shape[1]
         if length > self.shape.context:
             raise UserError(f"a text of {length} tokens is longer than the context of {self.shape.context}")
         explicit = self.kernel == "explicit" or (self.kernel == "auto" and tokens.device.type == "cpu")
         angles = (self.cos[:length], self.sin[:length])  # type: ignore[index]
-        x = self.embed_in(tokens)
         mask = self.later[:length, :length] if explicit else None  # type: ignore[index]
-        for layer in self.layers:
-            x = layer(x, angles, mask)
-        return self.embed_out(self.final_layer_norm(x))
+        with self.lowered(tokens.device.type):
+            x = self.embed_in(tokens)
+            for layer in self.layers:
+                x = layer(x, angles, mask)
+            x = self.final_layer_norm(x)
+            if self.precision == "fp32" or torch.is_grad_enabled():
+                return self.embed_out(x)
+        return self.embed_out(x.float())
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Tokens [B, L + 1] -> nats of each token after the first [B, L] float32; the softmax is taken in float32."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from clbench.interfaces import UserError
 from clbench.models import weights as files
+from clbench.models.precision import MixedPrecision
 from clbench.streams import rng
 
 KEY_BYTES = 8
@@ -119,8 +120,10 @@ def pick(x: Tensor, places: Tensor) -> Tensor:
     return x.gather(1, places[:, :, None].expand(-1, -1, x.shape[2]))
 
 
-class MaskedAutoencoder(nn.Module):
+class MaskedAutoencoder(MixedPrecision, nn.Module):
     """Rows [B, S * S * 3 + 8] uint8 -> loss of each image [B, 1], or features [B, D].
+
+    With `precision` bf16 encoder and decoder compute in bf16; the last layer, which draws the pixels, and the error in float32.
 
     identity    name, source, state_sha256, file_sha256 and the numbers of its shape
     pretrained  whether the weights came from a file
@@ -160,23 +163,26 @@ class MaskedAutoencoder(nn.Module):
     def encode(self, images: Tensor, seen: Tensor | None = None) -> Tensor:
         """Images [B, 3, S, S], places [B, K] (None: all) -> tokens [B, 1 + K, D], the class token first."""
         places: Tensor = self.pos_embed  # type: ignore[assignment]
-        x = self.patch_embed(images) + places[:, 1:]
-        x = x if seen is None else pick(x, seen)
-        x = torch.cat([(self.cls_token + places[:, :1]).expand(len(x), -1, -1).to(x.dtype), x], 1)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        with self.lowered(images.device.type):
+            x = self.patch_embed(images) + places[:, 1:]
+            x = x if seen is None else pick(x, seen)
+            x = torch.cat([(self.cls_token + places[:, :1]).expand(len(x), -1, -1).to(x.dtype), x], 1)
+            for block in self.blocks:
+                x = block(x)
+            return self.norm(x).float()
 
     def decode(self, tokens: Tensor, seen: Tensor, hidden: Tensor) -> Tensor:
         """Tokens [B, 1 + K, D] -> what the hidden patches look like [B, M, patch * patch * 3]."""
         places: Tensor = self.decoder_pos_embed  # type: ignore[assignment]
-        x = self.decoder_embed(tokens)
-        blank = self.mask_token.to(x.dtype).expand(len(x), hidden.shape[1], -1)
         where = torch.cat([torch.zeros_like(seen[:, :1]), seen + 1, hidden + 1], 1)
-        x = torch.cat([x, blank], 1) + pick(places.expand(len(x), -1, -1), where)
-        for block in self.decoder_blocks:
-            x = block(x)
-        return self.decoder_pred(self.decoder_norm(x[:, -hidden.shape[1] :]))
+        with self.lowered(tokens.device.type):
+            x = self.decoder_embed(tokens)
+            blank = self.mask_token.to(x.dtype).expand(len(x), hidden.shape[1], -1)
+            x = torch.cat([x, blank], 1) + pick(places.expand(len(x), -1, -1), where)
+            for block in self.decoder_blocks:
+                x = block(x)
+            x = self.decoder_norm(x[:, -hidden.shape[1] :])
+        return self.decoder_pred(x.float())
 
     def patches(self, images: Tensor) -> Tensor:
         """Images [B, 3, S, S] -> pixels of each patch [B, P, patch * patch * 3], row by row, colours innermost."""

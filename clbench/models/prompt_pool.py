@@ -1,7 +1,7 @@
 """Pools of prompts on a frozen network: what L2P, DualPrompt and CODA-Prompt share.
 
 A *query* is the bare network's feature of an image; a prompt is chosen, or weighted, by the cosine of the query and its key.
-Matching stays fp32 under autocast: a rounded cosine could choose another prompt.
+Matching is in fp32, outside the network's passes: a rounded cosine could choose another prompt.
 
 Legend: B batch, M prompts of a pool, D features, k prompts chosen, b blocks of the network, L tokens of a prefix.
 """
@@ -71,13 +71,12 @@ def query(model: Backbone, batch: Any) -> Tensor:
     with torch.no_grad(), ExitStack() as stack:
         for pet in model.pets:
             stack.enter_context(pet.off())
-        return model.features(batch).float()
+        return model.features(batch)
 
 
 def cosines(queries: Tensor, keys: Tensor) -> Tensor:
     """Cosine of every query [B, D] with every key [M, D] -> [B, M] float32."""
-    with torch.autocast(queries.device.type, enabled=False):
-        return F.normalize(queries, dim=1) @ F.normalize(keys, dim=1).T
+    return F.normalize(queries, dim=1) @ F.normalize(keys, dim=1).T
 
 
 def attended(queries: Tensor, attention: Tensor, keys: Tensor) -> Tensor:
@@ -85,10 +84,9 @@ def attended(queries: Tensor, attention: Tensor, keys: Tensor) -> Tensor:
 
     Two matrix products instead of the [B, M, b, D] of the formula: q * a has the squared norm q^2 . a^2.
     """
-    with torch.autocast(queries.device.type, enabled=False):
-        dots = torch.einsum("bd,mnd->bnm", queries, attention * F.normalize(keys, dim=-1))
-        squares = torch.einsum("bd,mnd->bnm", queries.square(), attention.square())
-        return dots / squares.clamp_min(1e-24).sqrt()
+    dots = torch.einsum("bd,mnd->bnm", queries, attention * F.normalize(keys, dim=-1))
+    squares = torch.einsum("bd,mnd->bnm", queries.square(), attention.square())
+    return dots / squares.clamp_min(1e-24).sqrt()
 
 
 def most_similar(similarity: Tensor, count: int, batchwise: bool = False) -> Tensor:

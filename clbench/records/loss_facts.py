@@ -54,7 +54,7 @@ def facts_of(entry: Entry) -> dict[str, Any]:
     if not made["usable"]:
         return made
     alone = not made["options"]["replay"] and learner.get("data", "new") == "new"
-    kin, model, sha = _without(learner, "replay"), entry["config"]["model"], entry["scenario"]["manifest_sha256"]
+    kin, model, sha = _without(learner, "replay"), _model(entry), entry["scenario"]["manifest_sha256"]
     made |= {"ledger": {name: entry["ledger"][name] for name in LEDGER} | {"flops": float(entry["ledger"]["flops"])}}
     made |= {"alone": alone, "union": learner.get("data") == "union"}
     made |= {"kin": record.digest([kin, model, entry["seed"], sha]), "stream": record.digest([sha, model])}
@@ -70,6 +70,11 @@ def options(entry: Entry) -> dict[str, Any]:
     return {"replay": share, **{name: learner.get(name) for name in OPTIONS[1:]}}
 
 
+def _model(entry: Entry) -> list[Any]:
+    """The model and the code that computed with it: precisions and versions of numbers are not compared with each other."""
+    return [entry["config"]["model"], entry["numbers_version"], str(entry["config"].get("precision"))]
+
+
 def _without(learner: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in learner.items() if key != name}
 
@@ -79,7 +84,7 @@ def _first_set(entry: Entry) -> str:
     stream = entry["scenario"]
     shape = [stream["context"], stream["batch"], stream["experiences"][0]["steps"], stream["eval_names"][0]]
     first = [entry["n"][0], entry["floor"][0], *shape]
-    return record.digest([entry["config"]["learner"], entry["config"]["model"], entry["seed"], first])
+    return record.digest([entry["config"]["learner"], _model(entry), entry["seed"], first])
 
 
 def join(runs: Sequence[Any]) -> list[Any]:

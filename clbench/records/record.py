@@ -25,6 +25,7 @@ from clbench.records.validate import fault
 __all__ = ["SCHEMA", "fault"]
 
 NUMBERS_VERSION = 1
+NUMBERS_VERSIONS = {"bf16": 2}  # of runs in this precision, where it is not the one above
 _DETAILS = ("class_correct", "class_n", "eval_classes", "heads", "calibration", "task_confusion", "stability")
 
 
@@ -38,15 +39,24 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical(value).encode("ascii")).hexdigest()
 
 
+def numbers_version(config: Mapping[str, Any]) -> int:
+    """Version of the code's numbers for a configuration: raised for the runs whose numbers a change moves, and no others."""
+    return NUMBERS_VERSIONS.get(str(config.get("precision")), NUMBERS_VERSION)
+
+
 def run_id(
     config: dict[str, Any],
     manifest_sha256: str,
     weights_sha256: str,
     plugin: str | None,
-    numbers_version: int = NUMBERS_VERSION,
+    version: int | None = None,
 ) -> str:
-    """Identity of a run, 16 hex digits: configuration without machine options, stream, weights, plug-in, numbers version."""
-    return digest([numbers_version, _first_names(config), manifest_sha256, weights_sha256, plugin])[:16]
+    """Identity of a run, 16 hex digits: configuration without machine options, stream, weights, plug-in, numbers version.
+
+    `version`: `numbers_version(config)` where None.
+    """
+    version = numbers_version(config) if version is None else version
+    return digest([version, _first_names(config), manifest_sha256, weights_sha256, plugin])[:16]
 
 
 def _first_names(node: Any) -> Any:

@@ -124,7 +124,7 @@ def _weights(entry: Entry, place: Place, gaps: list[str]) -> Iterator[str]:
         found = _hashes(inside)
         if found[0] != sha:
             said = f"{source} has SHA-256 {found[0][:12]}, the record says {sha[:12]}"
-            if entry["numbers_version"] == record.NUMBERS_VERSION:
+            if entry["numbers_version"] == record.numbers_version(entry["config"]):
                 yield said
             gaps.append(said)
             return
@@ -192,8 +192,9 @@ def _code(entry: Entry, place: Place, gaps: list[str]) -> Iterator[str]:
     known = place.targets.get(learner["name"], ())
     if known and target is not None and current(target) not in known:
         yield f"it calls itself {learner['name']}, which is {known[0]}; its configuration says {target}"
-    if entry["numbers_version"] != record.NUMBERS_VERSION or "legacy" in entry.get("marks", ()):
-        gaps.append(f"other code made its numbers (numbers_version {entry['numbers_version']}, here {record.NUMBERS_VERSION})")
+    version = record.numbers_version(config)
+    if entry["numbers_version"] != version or "legacy" in entry.get("marks", ()):
+        gaps.append(f"other code made its numbers (numbers_version {entry['numbers_version']}, here {version})")
         return
     plugin = learner.get("plugin")
     if plugin is not None and plugin != _plugin(str(target)):

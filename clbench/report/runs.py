@@ -69,7 +69,7 @@ def _weights(entry: Mapping[str, Any]) -> Any:
 
 def is_legacy(entry: Mapping[str, Any]) -> bool:
     """Whether other code than this made the numbers: another `numbers_version`, or a record that says so itself."""
-    return entry["numbers_version"] != record.NUMBERS_VERSION or "legacy" in entry.get("marks", ())
+    return entry["numbers_version"] != record.numbers_version(entry["config"]) or "legacy" in entry.get("marks", ())
 
 
 def boil(entry: Mapping[str, Any], known: dict[str, Any] | None = None) -> Run:

@@ -120,7 +120,6 @@ class Walk:
             self.evals,
             manifest.num_seen(index),
             int(self.job.config["eval_batch_size"]),
-            self.runtime.autocast,
             self.runtime.check_stop,
             self.origin,
             joined=not (self.job.capabilities.transductive or self.job.capabilities.adapts_at_test),

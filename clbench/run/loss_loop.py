@@ -76,8 +76,7 @@ def total_loss(loss: Any, windows: np.ndarray, runtime: PretrainRuntime, batch: 
         wanted = windows[start : start + batch]
         own = wanted[runtime.group.rows(len(wanted))]
         tokens = torch.from_numpy(own if len(own) else wanted[:1]).to(runtime.device)
-        with runtime.autocast():
-            found = loss(tokens)
+        found = loss(tokens)
         if not isinstance(found, Tensor) or found.shape != (len(tokens), length):
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise UserError(f"loss must return one number for each of {(len(tokens), length)} tokens, got {shape}")
@@ -116,8 +115,7 @@ class Observer:
         """Note losses and the share of right guesses: one pass over the probe."""
         start = time.perf_counter()
         model.eval()
-        with self.runtime.autocast():
-            losses, right = look_at(model, self.probe, self.sizes, self.linear)
+        losses, right = look_at(model, self.probe, self.sizes, self.linear)
         curves, ledger = self.curves, self.runtime.ledger
         if step == 0:
             curves["boundaries"].append(ledger.trained)

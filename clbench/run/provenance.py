@@ -141,7 +141,7 @@ def describe(job: Any, command: list[str]) -> dict[str, Any]:
         "schema": record.SCHEMA,
         "run_id": job.run_id,
         "status": "running",
-        "numbers_version": record.NUMBERS_VERSION,
+        "numbers_version": record.numbers_version(config),
         "config": identity(config),
         "machine": {
             "device": str(job.device),

@@ -19,6 +19,7 @@ from clbench.config.compose import build, load_target
 from clbench.evaluation import metrics
 from clbench.interfaces import Capabilities, UserError, declared, mismatch
 from clbench.models import feature_store
+from clbench.models.precision import PRECISIONS, set_precision
 from clbench.records import record
 from clbench.run import loss_loop, provenance, tracking
 from clbench.run.build_model import build_model
@@ -72,7 +73,7 @@ def prepare(config: dict[str, Any]) -> Job:
     kind = torchrun.choose(str(config.get("parallel", "auto")))
     device = arithmetic.choose_device(str(config["device"]))
     threads = arithmetic.choose_threads(config["num_threads"])
-    if config["precision"] not in ("fp32", "bf16"):
+    if config["precision"] not in PRECISIONS:
         raise UserError(f"precision must be fp32 or bf16, got {config['precision']!r}")
     if not isinstance(config["seed"], int) or isinstance(config["seed"], bool) or config["seed"] < 0:
         raise UserError(f"seed must be a whole number from 0, got {config['seed']!r}")
@@ -89,7 +90,8 @@ def prepare(config: dict[str, Any]) -> Job:
     if why:
         raise UserError(why)
     torchrun.check(kind, scenario.name, scenario.asks, provenance.learner_name(config), capabilities)
-    model = arithmetic.pin(build_model(build, config, scenario).to(device), flags)
+    model = set_precision(build_model(build, config, scenario), config["precision"]).to(device)
+    model = arithmetic.pin(model, flags)
     plugin = provenance.plugin_version(config["learner"]["_target_"])
     identity = provenance.identity(config)
     run_id = record.run_id(identity, scenario.manifest.sha256, model.identity["state_sha256"], plugin)
@@ -206,7 +208,7 @@ def write_refusal(config: dict[str, Any], error: UserError) -> pathlib.Path:
         "schema": record.SCHEMA,
         "run_id": path.stem,
         "status": "failed",
-        "numbers_version": record.NUMBERS_VERSION,
+        "numbers_version": record.numbers_version(config),
         "config": provenance.identity(config),
         "scenario": {"name": str(config["scenario"].get("name", "?")), "manifest_sha256": ""},
         "learner": {"name": provenance.learner_name(config), "plugin": None},

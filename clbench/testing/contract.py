@@ -22,6 +22,7 @@ from torch import Tensor
 
 from clbench.config.compose import build, load_target
 from clbench.interfaces import BudgetExceeded, Capabilities, UserError, declared, mismatch
+from clbench.models.precision import set_precision
 from clbench.streams.eval_sets import open_eval
 from clbench.streams.images.data import open_experience
 from clbench.streams.images.pixels import Pipeline
@@ -47,7 +48,7 @@ class Trial:
     def start(self, folder: pathlib.Path | None = None, **changes: Any) -> tuple[Any, Runtime, Pipeline]:
         """A fresh learner with its runtime and pipeline; `changes` go to the budget."""
         device = torch.device("cpu")
-        model = build(self.config["model"])
+        model = set_precision(build(self.config["model"]), self.config.get("precision", "fp32"))
         runtime = Runtime(
             self.seed,
             device,

@@ -19,8 +19,7 @@ def extract(runtime: Runtime, model: Any, data: Any, batch_size: int = 128) -> t
     with runtime.phase("extract"), torch.no_grad():
         for batch in data.test_batches(batch_size):
             runtime.check_stop()
-            with runtime.autocast():
-                features.append(model.features(batch).float())
+            features.append(model.features(batch))
             labels.append(batch.y)
     return torch.cat(features), torch.cat(labels).to(features[0].device)
 

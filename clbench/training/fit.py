@@ -196,8 +196,7 @@ def _gradients(call: _Call, group: list[Any], loss_fn: Callable[[Any], Tensor]) 
         if hasattr(batch, "ids"):
             replayed = int(getattr(batch, "replayed", 0))
             call.runtime.count_visits(len(batch) - replayed, replayed)
-        with call.runtime.autocast():
-            loss = loss_fn(batch) * (size / sum(sizes))
+        loss = loss_fn(batch) * (size / sum(sizes))
         loss.backward()
         value = loss.detach() if loss.device.type == "mps" else loss.detach().double()
         total = value if total is None else total + value

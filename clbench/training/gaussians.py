@@ -23,12 +23,14 @@ from torch.nn import functional as F
 from clbench.interfaces import UserError
 from clbench.models.heads import LinearHead
 from clbench.streams import rng
+from clbench.training.cholesky import check_finite, repaired
 from clbench.training.fit import Recipe, fit
 from clbench.training.losses import normalised_cross_entropy
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import stepwise_cosine
 from clbench.training.state import groups_of
 
+LEAST = 1e-8  # the first ridge of a covariance without a Cholesky factor where none was asked for
 Kind = Literal["full", "diagonal", "multi-centroid"]
 FIELDS = {
     "full": ("mean_KD", "cov_KDD"),
@@ -83,7 +85,9 @@ class ClassGaussians:
         return len(self.mean_KD)
 
     def add(self, *features: Tensor) -> None:
-        """Append a class from each features [N, D]; a single sample has covariance ridge I."""
+        """Append a class from each features [N, D]; a single sample has covariance ridge I. FloatingPointError for NaN."""
+        for i, f in enumerate(features):
+            check_finite(f, f"features of class {len(self) + i}")
         found = [self._statistics(f.double(), len(self) + i) for i, f in enumerate(features)]
         for name in FIELDS[self.kind] if found else ():
             rows, old = torch.stack([one[name] for one in found]), getattr(self, name)
@@ -119,15 +123,14 @@ class ClassGaussians:
     def cholesky(self) -> Tensor:
         """Lower factors [K, D, D] of "full" covariances, each computed once.
 
-        A covariance that lost definiteness gets ten times the ridge.
+        A covariance that lost definiteness gets ten times the ridge, a hundred times, and so on (`cholesky.repaired`).
         """
         done = 0 if self._chol_KDD is None else len(self._chol_KDD)
         if done < len(self):
             cov = self.cov_KDD[done:].double()
             chol, bad = torch.linalg.cholesky_ex(cov)
-            if bad.any():
-                eye = torch.eye(cov.shape[1], dtype=torch.float64, device=chol.device)
-                chol = torch.linalg.cholesky(cov + 9 * self.ridge * eye * (bad > 0)[:, None, None])
+            for i in torch.nonzero(bad).flatten().tolist():
+                chol[i], _ = repaired(cov[i], f"the covariance of class {done + i}", ridge=9 * self.ridge or LEAST)
             fresh = chol.float()
             self._chol_KDD = fresh if self._chol_KDD is None else torch.cat([self._chol_KDD, fresh])
         assert self._chol_KDD is not None

@@ -7,12 +7,16 @@ one with the least squared error on the last fifth of the experience's samples, 
 over the columns of all classes, also of those that the experience does not have; these are 0 in targets and predictions alike,
 so they scale every candidate's error by one factor and the choice is that of the experience's own columns.
 
-Legend: N samples, M features (10 000 after RanPAC's projection), K classes, n the smaller of M and the fitted samples.
+Features may be given before RanPAC's projection, with the function that makes them: then only a block of rows, or as many rows
+as M, exist at a time, whatever the number of samples.
+
+Legend: N samples, D features as they are given, M features after the projection (10 000; without one D), K classes, n the
+smaller of M and the fitted samples, R rows of a root, at most M.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +28,12 @@ from clbench.streams import rng
 
 CANDIDATES: tuple[float, ...] = tuple(10.0**power for power in range(-8, 9))
 ROWS = 4096  # samples that are turned into float64 at a time
+Expand = Callable[[Tensor], Tensor]  # features [N, D] -> h [N, M]
+
+
+def same(features: Tensor) -> Tensor:
+    """H = f: no projection."""
+    return features
 
 
 class RidgeSums:
@@ -57,49 +67,59 @@ class RidgeSums:
 
 
 class RidgeRoot:
-    """The same regression, kept as H itself while there are fewer samples than features, and as sums from there on.
+    """The same regression, kept as a root of the sums, G = R^T R and Q = R^T C, while it has fewer rows than features.
 
-    W = H^T (H H^T + lambda I)^-1 Y is what the sums give, for N^2 M instead of M^3 operations and N M instead of M^2 numbers.
+    W = R^T (R R^T + lambda I)^-1 C is what the sums give, for R^2 M instead of M^3 operations and R M instead of M^2 numbers.
+    Rows are mixtures of all samples (the triangular factor of a QR decomposition), no sample's own; they are as many as
+    samples until M is reached, and sums from there on: what is kept never exceeds G and Q.
     """
 
     def __init__(self, num_features: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64):
-        self.root_NM = torch.zeros(0, num_features, device=device)
-        self.y_N = torch.zeros(0, dtype=torch.int64, device=device)
-        self.num_classes, self.dtype = 0, dtype
+        self.root_RM = torch.zeros(0, num_features, dtype=dtype, device=device)
+        self.cross_RK = torch.zeros(0, 0, dtype=dtype, device=device)
         self.sums: RidgeSums | None = None
 
-    def update(self, features: Tensor, y: Tensor, num_classes: int) -> None:
-        """Add samples: features [N, M], y [N] below `num_classes`."""
-        self.num_classes = max(self.num_classes, num_classes)
-        if self.sums is None and len(self.y_N) + len(y) >= self.root_NM.shape[1]:
-            self.sums = RidgeSums(self.root_NM.shape[1], self.root_NM.device, self.dtype)
-            self.sums.update(self.root_NM, self.y_N, self.num_classes)
-            self.root_NM, self.y_N = self.root_NM[:0], self.y_N[:0]
+    def update(self, features: Tensor, y: Tensor, num_classes: int, expand: Expand = same) -> None:
+        """Add samples: features [N, D] before `expand`, y [N] below `num_classes`."""
+        rows, width = self.root_RM.shape
+        if self.sums is None and rows + len(y) >= width:
+            self.sums = RidgeSums(width, self.root_RM.device, self.root_RM.dtype)
+            self.sums.gram_MM, self.sums.cross_MK = self.root_RM.T @ self.root_RM, self.root_RM.T @ self.cross_RK
+            self.root_RM, self.cross_RK = self.root_RM[:0], self.cross_RK[:0]
         if self.sums is not None:
-            self.sums.update(features, y, self.num_classes)
+            for f, labels in blocks(features, y):
+                self.sums.update(expand(f), labels, num_classes)
             return
-        self.root_NM = torch.cat([self.root_NM, features.detach().to(self.root_NM)])
-        self.y_N = torch.cat([self.y_N, y.to(self.y_N)])
+        classes = max(self.cross_RK.shape[1], num_classes)
+        old = torch.cat([self.root_RM, F.pad(self.cross_RK, (0, classes - self.cross_RK.shape[1]))], dim=1)
+        target = F.one_hot(y.to(self.root_RM.device), classes)
+        new = torch.cat([expand(features).detach().to(self.root_RM), target.to(self.root_RM)], dim=1)
+        mixed = torch.linalg.qr(torch.cat([old, new]), mode="r").R
+        self.root_RM, self.cross_RK = mixed[:, :width].contiguous(), mixed[:, width:].contiguous()
 
     def solve(self, ridge: float) -> Tensor:
         """W [M, K] in the precision of the sums."""
         if self.sums is not None:
             return self.sums.solve(ridge)
-        h = self.root_NM.to(self.dtype)
-        return h.T @ solve(h @ h.T, F.one_hot(self.y_N, self.num_classes).to(h), ridge)
+        return self.root_RM.T @ solve(self.root_RM @ self.root_RM.T, self.cross_RK, ridge)
 
     def state_dict(self) -> dict[str, Any]:
-        """H and labels, or the sums."""
+        """R and C, or the sums."""
         held = None if self.sums is None else self.sums.state_dict()
-        return {"root_NM": self.root_NM, "y_N": self.y_N, "num_classes": self.num_classes, "sums": held}
+        return {"root_RM": self.root_RM, "cross_RK": self.cross_RK, "sums": held}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace them."""
-        self.root_NM, self.y_N = state["root_NM"].to(self.root_NM).clone(), state["y_N"].to(self.y_N).clone()
-        self.num_classes, self.sums = state["num_classes"], None
+        self.root_RM, self.cross_RK = (state[name].to(self.root_RM).clone() for name in ("root_RM", "cross_RK"))
+        self.sums = None
         if state["sums"] is not None:
-            self.sums = RidgeSums(self.root_NM.shape[1], self.root_NM.device, self.dtype)
+            self.sums = RidgeSums(self.root_RM.shape[1], self.root_RM.device, self.root_RM.dtype)
             self.sums.load_state_dict(state["sums"])
+
+
+def blocks(features: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both in blocks of at most ROWS rows: features [N, D], y [N]."""
+    return zip(features.split(ROWS), y.split(ROWS), strict=True)
 
 
 def solve(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
@@ -119,36 +139,55 @@ def solve(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
 
 
 def validation_errors(
-    features: Tensor, y: Tensor, num_classes: int, fitted: int, candidates: Sequence[float] = CANDIDATES
+    features: Tensor,
+    y: Tensor,
+    num_classes: int,
+    fitted: int,
+    candidates: Sequence[float] = CANDIDATES,
+    expand: Expand = same,
 ) -> Tensor:
     """Mean squared error on rows `fitted`, `fitted` + 1, ... of the ridge regressions on the rows before -> [candidates].
 
-    features [N, M], y [N]; over all K columns. One eigendecomposition of size n serves all candidates: of H^T H, or of H H^T
-    where the fitted samples are fewer than the features (then h W = h H^T (H H^T + lambda I)^-1 Y).
+    features [N, D] before `expand`, y [N]; over all K columns. One eigendecomposition of size n serves all candidates: of
+    H^T H, or of H H^T where the fitted samples are fewer than the features (then h W = h H^T (H H^T + lambda I)^-1 Y).
     """
-    h, target = features.double(), F.one_hot(y, num_classes).double()
-    fit, rest = h[:fitted], h[fitted:]
-    if fitted < h.shape[1]:
+    width = expand(features[:1]).shape[1]
+    if fitted < width:
+        fit = torch.cat([expand(f).double() for f in features[:fitted].split(ROWS)])
         values, vectors = torch.linalg.eigh(fit @ fit.T)
-        left, right = rest @ (fit.T @ vectors), vectors.T @ target[:fitted]
+        right = vectors.T @ F.one_hot(y[:fitted], num_classes).double()
     else:
-        values, vectors = torch.linalg.eigh(fit.T @ fit)
-        left, right = rest @ vectors, vectors.T @ (fit.T @ target[:fitted])
+        sums = RidgeSums(width, features.device)
+        for f, labels in blocks(features[:fitted], y[:fitted]):
+            sums.update(expand(f), labels, num_classes)
+        values, vectors = torch.linalg.eigh(sums.gram_MM)
+        fit, right = None, vectors.T @ sums.cross_MK
     values = values.clamp_min(0)
-    errors = [(left @ (right / (values + ridge)[:, None]) - target[fitted:]).square().mean() for ridge in candidates]
-    return torch.stack(errors)
+    errors = torch.zeros(len(candidates), dtype=torch.float64, device=features.device)
+    for f, labels in blocks(features[fitted:], y[fitted:]):
+        h, target = expand(f).double(), F.one_hot(labels, num_classes).double()
+        left = (h if fit is None else h @ fit.T) @ vectors
+        gaps = (left @ (right / (values + ridge)[:, None]) - target for ridge in candidates)
+        errors += torch.stack([gap.square().sum() for gap in gaps])
+    return errors / ((len(y) - fitted) * num_classes)
 
 
 def choose_ridge(
-    features: Tensor, y: Tensor, num_classes: int, key: int, candidates: Sequence[float] = CANDIDATES, share: float = 0.8
+    features: Tensor,
+    y: Tensor,
+    num_classes: int,
+    key: int,
+    candidates: Sequence[float] = CANDIDATES,
+    share: float = 0.8,
+    expand: Expand = same,
 ) -> float:
     """The candidate with the least error on the last 1 - `share` of an experience's samples, in the order that `key` draws.
 
-    features [N, M], y [N]. The smallest of equals; the middle candidate where a part would be empty.
+    features [N, D] before `expand`, y [N]. The smallest of equals; the middle candidate where a part would be empty.
     """
     fitted = int(share * len(y))
     if fitted < 1 or fitted == len(y):
         return candidates[len(candidates) // 2]
     order = torch.from_numpy(rng.permutation(key, len(y))).to(y.device)
-    errors = validation_errors(features[order], y[order], num_classes, fitted, candidates)
+    errors = validation_errors(features[order], y[order], num_classes, fitted, candidates, expand)
     return candidates[int(errors.argmin())]

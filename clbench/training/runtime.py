@@ -46,7 +46,7 @@ class Meter:
 class Runtime:
     """Handed to every learner. Randomness comes from `key` and `generator`, which depend on the seed and the words given.
 
-    precision  "fp32" or "bf16" (autocast in `fit` and in feature passes; statistics and optimiser state stay fp32)
+    precision  "fp32" or "bf16", of the network's passes, which open autocast themselves; all else is fp32 or better
     budget     the scenario's; `fit` raises `BudgetExceeded` when an experience would use more
     exempt     a reference learner (capability `stores_all_data`): visits are counted, not limited
     """
@@ -85,12 +85,6 @@ class Runtime:
     def generator(self, *parts: int | str) -> torch.Generator:
         """A CPU generator of its own for the seed, the current experience and the parts."""
         return torch.Generator().manual_seed(self.key(*parts) >> 1)
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """bf16 autocast where the precision asks for it, else nothing."""
-        if self.precision == "bf16":
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return contextlib.nullcontext()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -76,7 +76,7 @@ def prepare(options: Options, command: list[str]) -> Study:
         print(f"clbench: {shared}; the record is marked classes_tuned", file=sys.stderr)
     first = [f"{v.key}={v.ends()[0]}" for v in space]
     plain = [provenance.identity(job) for job in (base, compose.compose([*words, *first])[0])]
-    parts = [SCHEMA, record.NUMBERS_VERSION, plain, evaluation.manifest.sha256, on, provenance.learner_name(base)]
+    parts = [SCHEMA, record.numbers_version(base), plain, evaluation.manifest.sha256, on, provenance.learner_name(base)]
     parts += [options.protocol, options.metric, options.sampler, options.seed, list(options.seeds), trials]
     name = record.digest([*parts, [[v.key, v.about()] for v in space]])[:12]
     study = Study(options, tuple(fixed), space, tuple(map(int, seeds)), results, name, trials, on, tuple(words), None, command)

@@ -252,8 +252,7 @@ def _gradients(runtime: PretrainRuntime, replica: Replica, tokens: Tensor, batch
     found, pieces = [], tokens.split(runtime.micro_batch or len(tokens))
     for i, piece in enumerate(pieces):
         with replica.piece(last=i + 1 == len(pieces)):
-            with runtime.autocast():
-                losses = replica.loss(piece)
+            losses = replica.loss(piece)
             (losses.mean() * (len(piece) * runtime.group.size / batch)).backward()
         found.append(losses.detach())
     return found[0] if len(found) == 1 else torch.cat(found)
