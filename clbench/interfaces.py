@@ -86,7 +86,12 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an optimisation step stands: `step` of `steps` in this call, `global_step` over the whole run (all 0-based)."""
+    """Where an optimisation step stands, all 0-based: `step` of `steps` in this call.
+
+    global_step  steps that the run has taken before this one in calls of the same name (`fit(runtime, name, ...)`), in this and
+                 earlier experiences: the alignment after a training does not move the schedule of the next training. In
+                 pre-training: steps of the earlier experiences, whatever their lengths, branches included, and `step`
+    """
 
     experience: int
     step: int

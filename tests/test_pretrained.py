@@ -1,6 +1,7 @@
 """Methods on pre-trained models against naive versions of what their papers say."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -82,6 +83,41 @@ def test_lae_learns_in_a_single_epoch_too():
     start = learner.pet.state()
     t.learn(learner, runtime, pipeline, 1)
     assert distance(learner.pet.state(), start)[0] > 0, "0.6 of one epoch is not the whole epoch"
+
+
+def lae_steps(monkeypatch, visited=0, **changes):
+    """Whether the online module stands still, step by step of the second experience, and the module in the end."""
+    from clbench.learners import lae
+
+    words = ("learner=lae", "learner.batch_size=5", "learner.lr=0.01")
+    t = trial(*words, sizes=[3, 2, 1], budget={"epochs": 2, "exemplars": 0})
+    learner, runtime, pipeline = t.start()
+    runtime.exempt = True  # what is counted besides is not the learner's training
+    t.learn(learner, runtime, pipeline, 0)
+    begin, still = runtime.begin, []
+    monkeypatch.setattr(runtime, "begin", lambda *args: (begin(*args), setattr(runtime, "used_new", visited)))
+    for name, value in changes.items():
+        learner.recipe = replace(learner.recipe, **{name: value})
+    start = learner.pet.state()
+
+    def watch(when, place):
+        if when == "after":
+            still.append(distance(learner.pet.state(), start)[0] == 0)
+
+    spy_on_steps(learner, monkeypatch, lae, watch)
+    t.learn(learner, runtime, pipeline, 1)
+    monkeypatch.undo()
+    return still, learner.pet.state()
+
+
+def test_lae_freezes_by_the_place_and_not_by_what_was_visited(monkeypatch):
+    """24 samples in batches of 5, the incomplete one dropped: 8 steps, of which 4 (0.6 * 8 = 4.8) stand still."""
+    still, alone = lae_steps(monkeypatch)
+    assert still == [True] * 4 + [False] * 4
+    visited, other = lae_steps(monkeypatch, visited=1000)
+    assert visited == still and all(torch.equal(alone[name], other[name]) for name in alone)
+    gathered, _ = lae_steps(monkeypatch, accumulate=2)
+    assert gathered == [True] * 2 + [False] * 2
 
 
 def test_lae_answers_with_the_larger_of_two_softmaxes():

@@ -6,11 +6,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from clbench.cli import verify_command
 from clbench.config.compose import build, compose
+from clbench.config.registry import conf_dir
 from clbench.interfaces import Capabilities, Place, UserError, declared
 from clbench.learners import coda_prompt, dualprompt, l2p, ovor
 from clbench.models.backbone import build_backbone
 from clbench.models.prompt_pool import GrownPool, as_prefixes, attended, cosines, most_similar, orthonormal, query
+from clbench.records import record
+from clbench.report import cards
 from clbench.run import provenance
 from clbench.streams.eval_sets import open_eval
 from clbench.streams.images.data import ImageBatch
@@ -200,6 +204,37 @@ def test_options_that_look_at_the_batch_mark_the_record(tmp_path):
         assert entry["marks"] == marks and entry["learner"]["capabilities"]["transductive"] == bool(marks)
     with pytest.raises(UserError, match="needs_pretrained"):
         prepare(compose(["learner=l2p", "model=nano_random", f"results_dir='{tmp_path}'"])[0])
+
+
+@pytest.mark.parametrize(
+    ("words", "depends"),
+    [
+        ("learner=l2p", False),
+        ("learner=l2p learner.batchwise_prompt=true", True),
+        ("learner=dualprompt learner.batchwise_prompt=true", True),
+        ("learner=mos", False),
+        ("learner=mos learner.variant=official_raw", True),
+        ("learner=ncm", False),
+    ],
+)
+def test_the_evaluation_batch_size_is_in_the_identity_where_numbers_depend_on_it(tmp_path, words, depends):
+    from clbench.run.runner import prepare
+
+    jobs = [
+        prepare(compose([*words.split(), f"results_dir='{tmp_path}'", f"eval_batch_size={size}", "feature_store=off"])[0])
+        for size in (10, 128)
+    ]
+    assert (jobs[0].run_id != jobs[1].run_id) == depends
+    entry = provenance.describe(jobs[0], [])
+    assert entry["config"].get("eval_batch_size") == (10 if depends else None)
+    assert record.run_id(entry["config"], *run_parts(entry)) == jobs[0].run_id
+    if depends:
+        assert verify_command.restored(entry | {"machine": {}}, None)["eval_batch_size"] == 10
+        assert cards.command(entry, ["0"], conf_dir()).split()[-2:] == ["eval_batch_size=10", "seed=0"]
+
+
+def run_parts(entry):
+    return entry["scenario"]["manifest_sha256"], entry["model"]["state_sha256"], entry["learner"]["plugin"]
 
 
 def test_capabilities_may_depend_on_options():

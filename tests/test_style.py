@@ -34,7 +34,7 @@ TORCH_FREE = [
     "clbench.report",
 ]
 
-LONG_FILES: dict[str, int] = {"testing.py": 420}
+LONG_FILES: dict[str, int] = {"testing.py": 420, "runner.py": 400}
 LONG_FUNCTIONS: dict[str, int] = {
     "runner._lead": 60,
     "provenance.describe": 70,
@@ -42,6 +42,7 @@ LONG_FUNCTIONS: dict[str, int] = {
     "train_nano.train": 60,
     "backbone.Backbone": 155,  # a pass of some images: remembered, counted, in pieces, under its modules' states
     "pet.Pet": 170,  # a pass under chosen values, for chosen samples, merged or not: one state machine
+    "walk.Walk": 155,
     "mos.Mos": 200,  # three variants of one method, read together
 }
 

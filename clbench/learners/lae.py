@@ -8,7 +8,7 @@ One PET module (adapter, LoRA or prefix) on a frozen ViT, never reset: the onlin
   ensemble      p = max(softmax(z_on), softmax(z_off)), element by element over all seen classes.
 
 The paper's adaptation-speed calibration is in the modules: `pet=adapter_lae | lora_lae | prefix_lae` (blocks 0 to 4).
-`freeze` is a share of the training: the release's 3 of 5 epochs (CIFAR-100) and 30 of 50 (ImageNet-R) are both 0.6.
+`freeze` is a share of the training's steps: the release's 3 of 5 epochs (CIFAR-100) and 30 of 50 (ImageNet-R) are both 0.6.
 As released, the incomplete last batch of an epoch is dropped.
 PILOT's port differs (batch 128 with the rate of batch 24, prefix frozen in the first experience): other numbers.
 Published (recalled, not re-checked; ViT-B/16 orig_in21k, three orders, 5 epochs, batch 24): CIFAR-100 B0 Inc10 with the
@@ -77,11 +77,16 @@ class Lae:
             self.offline = self.pet.state()
         batches = shuffled(experience.train, self.batch_size, self.epochs, self.runtime.key("train"), drop_last=True)
         frozen = round(self.freeze * batches.visits) if self.learned else 0
+        moves = True
         self.pet.train()
+
+        def at_place(place: Place) -> None:
+            nonlocal moves
+            moves = place.step >= frozen * place.steps // batches.visits
 
         def loss(batch: Batch) -> Tensor:
             assert batch.y is not None
-            with torch.set_grad_enabled(self.runtime.used_new > frozen):
+            with torch.set_grad_enabled(moves):
                 features = self.model.features(batch)
             return masked_cross_entropy(self.head(features), batch.y, "local", experience.classes)
 
@@ -89,7 +94,7 @@ class Lae:
             follow(self.offline, dict(self.pet.values), 1 - self.decay)
 
         groups = groups_of((self.head, self.lr), (self.pet, self.lr))
-        log = fit(self.runtime, "train", self, groups, loss, batches, self.recipe, after_step=accumulate)
+        log = fit(self.runtime, "train", self, groups, loss, batches, self.recipe, at_place=at_place, after_step=accumulate)
         self.learned += 1
         return log
 

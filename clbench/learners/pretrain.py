@@ -93,16 +93,16 @@ class Pretrain:
             return []
         for old in experience.past if self.replay.active else ():
             self.replay.capacity(_text(old), len(experience.past))
-        steps = text.steps * (k + 1 if self.data == "union" else 1)
-        total = round(steps / (1 - self.branch)) if self.accounting == "equal_data" else steps
+        steps, total = _steps(self, k, text.steps)
         cut = steps if self.accounting == "equal_data" else round(total * (1 - self.branch))
         mixture = {"replay": dict(vars(self.replay)), "data": self.data, "passes": self.passes}
         start = "init" if k == 0 or self.start == "scratch" else "trunk"
         policy = "new" if k == 0 else self.boundary
-        made = [Segment(k, "trunk", start, policy, 0, cut, total, self.lr, self.schedule, mixture)]
+        before = _steps_before(self, k, text.steps)
+        made = [Segment(k, "trunk", start, policy, 0, cut, total, self.lr, self.schedule, mixture, before)]
         if cut < total:
             _check_trunk(made[0], self.branch)
-            made.append(Segment(k, "branch", "here", "keep", cut, total, total, self.lr, self.schedule, mixture))
+            made.append(replace(made[0], role="branch", start_from="here", optimizer="keep", first=cut, last=total))
         return made
 
     def learn(self, experience: Experience) -> dict[str, float]:
@@ -197,6 +197,18 @@ class Pretrain:
         restore(self, state)
 
 
+def _steps(learner: Pretrain, k: int, given: int) -> tuple[int, int]:
+    """Steps on the data of experience `k`, to which the stream gives `given`, and those of its trunk and branch together."""
+    steps = given * (k + 1 if learner.data == "union" else 1)
+    return steps, round(steps / (1 - learner.branch)) if learner.accounting == "equal_data" else steps
+
+
+def _steps_before(learner: Pretrain, k: int, given: int) -> int:
+    """Steps of the experiences before `k`; where the runtime does not name them, the stream gives each as many as this one."""
+    stream = learner.runtime.stream_steps or (given,) * k
+    return sum(_steps(learner, i, stream[i])[1] for i in range(k))
+
+
 def _text(data: Any) -> Any:
     """The `TokenData` that an experience of a pre-training stream holds."""
     return data
@@ -230,7 +242,8 @@ def _check(learner: Pretrain) -> None:
 
 def _check_trunk(trunk: Segment, branch: float) -> None:
     """A trunk that ends below the rate with which the next begins has a part of the anneal in it."""
-    ends, goes_on = trunk.rate(trunk.last - 1), replace(trunk, experience=trunk.experience + 1).rate(0)
+    after = replace(trunk, experience=trunk.experience + 1, before=trunk.before + trunk.steps)
+    ends, goes_on = trunk.rate(trunk.last - 1), after.rate(0)
     if ends < 0.99 * goes_on:
         raise UserError(
             f"learner.branch={branch} does not fit the schedule: the trunk of experience {trunk.experience} would end at rate "

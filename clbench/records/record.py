@@ -18,7 +18,7 @@ from typing import Any
 
 from clbench.config.moved import first_edition
 from clbench.interfaces import UserError
-from clbench.records import migrations
+from clbench.records import liveness, migrations
 from clbench.records.schema import SCHEMA
 from clbench.records.validate import fault
 
@@ -194,18 +194,7 @@ def slim(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_dead(record: dict[str, Any], results: pathlib.Path) -> bool:
-    """Whether a record says `running` although no process holds the run's lock."""
+    """Whether a record says `running` although its process is gone; one of which that is not known is not dead."""
     if record["status"] != "running":
         return False
-    lock = results / "runs" / record["run_id"] / "lock"
-    if not lock.exists():
-        return True
-    from filelock import FileLock, Timeout
-
-    try:
-        with FileLock(str(lock), timeout=0):
-            return True
-    except Timeout:
-        return False
-    except OSError:
-        return True
+    return not liveness.may_live(record.get("process"), results / "runs" / record["run_id"])

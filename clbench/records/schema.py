@@ -152,6 +152,7 @@ class Record(TypedDict, total=False):
     created: str
     finished: str | None
     pid: Count
+    process: dict[str, Any]
     resumed: Count
     marks: list[str]
     checksum: str

@@ -198,6 +198,8 @@ def command(entry: Mapping[str, Any], seeds: Sequence[str], conf: pathlib.Path) 
         words += _changes(config.get(part, {}), conf, part, name)
     if config.get("precision", "fp32") != "fp32":
         words.append(f"precision={config['precision']}")
+    if "eval_batch_size" in config:  # only where predictions depend on it
+        words.append(f"eval_batch_size={config['eval_batch_size']}")
     return " ".join(shlex.quote(word) for word in [*words, f"seed={','.join(seeds)}"])
 
 

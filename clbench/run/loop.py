@@ -62,8 +62,11 @@ class Walk:
             entry["resumed"] = saved["resumed"] + 1
             if job.capabilities.stores_all_data:
                 self.past = [self._open(i).train for i in range(self.first)]
-            if len(self.rows) < self.first:
-                self.evaluate(self.first - 1)
+
+    def begin(self) -> None:
+        """Evaluate the experience that an earlier process learned, where it did not come to that."""
+        if len(self.rows) < self.first:
+            self.evaluate(self.first - 1)
 
     def _open(self, index: int) -> Experience:
         return open_experience(self.job.scenario, index, self.job.pipeline)

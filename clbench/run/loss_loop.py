@@ -45,17 +45,22 @@ def make_runtime(job: Job, journal: Any) -> PretrainRuntime:
         group=job.group,
         compiled=bool(job.config.get("compile")),
         processed_limit=None if job.capabilities.stores_all_data else job.scenario.budget.processed,
+        stream_steps=tuple(entry["steps"] for entry in job.scenario.manifest.experiences),
     )
 
 
 def rehearse(build: Any, job: Job) -> None:
-    """Ask the learner for its plans before anything is trained, so that one that cannot be carried out is refused at once."""
-    learner = build(job.config["learner"], model=job.model, runtime=make_runtime(job, Journal()))
+    """Build the learner and ask for its plans, so that one that cannot be carried out is refused before anything is trained.
+
+    The run trains this instance (`job.learner`, `job.runtime`): a constructor may change the model, once.
+    """
+    job.runtime = make_runtime(job, Journal())
+    job.learner = learner = build(job.config["learner"], model=job.model, runtime=job.runtime)
     if not callable(getattr(learner, "plan", None)):
         return
     scenario: TokenScenario = job.scenario
     job.group.check_batch(scenario.manifest.batch, job.config.get("micro_batch"))
-    size, limit = scenario.manifest.batch * scenario.manifest.context, learner.runtime.processed_limit
+    size, limit = scenario.manifest.batch * scenario.manifest.context, job.runtime.processed_limit
     for index in range(len(scenario.manifest.experiences)):
         check_plan(learner.plan(experience_of(scenario, index, keeps_text(job))), limit, size)
 
@@ -167,6 +172,7 @@ class LossWalk:
         self.rows: list[list[float]] = []
         self.probed: list[Any] = []  # what a linear probe got right: before, and after each experience
         self.logs: list[dict[str, float | None]] = []
+        self.start_row: list[float] | None = None
         self.first, self.before = 0, 0.0
         self.start = time.perf_counter()
         if saved is not None:
@@ -179,11 +185,14 @@ class LossWalk:
             self.probed = saved.get("probed", [])
             self.before, self.first = saved["seconds"], saved["experience"] + 1
             entry["resumed"] = saved["resumed"] + 1
-            if len(self.rows) < self.first:
-                self.evaluate(self.first - 1)
-        else:
-            self.start_row = self.observer.evaluate(learner.loss)
-            self.probed += probed(self.observer.linear, job.model, None)
+
+    def begin(self) -> None:
+        """Evaluate before the first experience, or the experience that an earlier process learned and did not evaluate."""
+        if self.start_row is None:
+            self.start_row = self.observer.evaluate(self.learner.loss)
+            self.probed += probed(self.observer.linear, self.job.model, None)
+        if len(self.rows) < self.first:
+            self.evaluate(self.first - 1)
 
     def learn(self, index: int) -> None:
         """One experience, then the state on disk."""

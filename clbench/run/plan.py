@@ -1,4 +1,4 @@
-"""What a run would do, before it does it: state, time, disk. Learners are not built, nothing is trained."""
+"""What a run would do, before it does it: state, time, disk. Nothing is trained, written, or set for later."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from clbench.records import record
 from clbench.run import loss_loop, provenance
-from clbench.run.runner import Job, prepare
+from clbench.run.runner import Job, previewed
 
 _MEASURED: dict[str, tuple[float, float]] = {}
 
@@ -34,7 +34,11 @@ class PlanRow:
 
 def plan_job(config: Mapping[str, Any]) -> PlanRow:
     """Build scenario and model, check that the learner fits, look for earlier work, estimate cost. Raises `UserError`."""
-    job = prepare(dict(config))
+    with previewed(dict(config)) as job:
+        return _row(job)
+
+
+def _row(job: Job) -> PlanRow:
     names = (job.scenario.name, provenance.learner_name(job.config), str(job.model.identity["name"]))
     state = "new"
     if job.record_path.exists():

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from typing import Any
 
 from clbench import __version__
+from clbench.interfaces import Capabilities
 from clbench.records import record
 from clbench.training import hardware
 
@@ -48,9 +49,14 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def identity(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration without what may differ from machine to machine: device, threads, launcher, paths."""
+def identity(config: dict[str, Any], can: Capabilities | None = None) -> dict[str, Any]:
+    """The configuration without what may differ from machine to machine: device, threads, launcher, paths.
+
+    The batch size of the evaluation stays for a learner whose capabilities `can` make its predictions depend on it.
+    """
     kept = {key: copy.deepcopy(value) for key, value in config.items() if key not in MACHINE}
+    if can is not None and (can.transductive or can.adapts_at_test):
+        kept["eval_batch_size"] = config["eval_batch_size"]
     for part in ("scenario", "model"):
         for key in ("data_root", "download"):
             kept[part].pop(key, None)
@@ -142,7 +148,7 @@ def describe(job: Any, command: list[str]) -> dict[str, Any]:
         "run_id": job.run_id,
         "status": "running",
         "numbers_version": record.numbers_version(config),
-        "config": identity(config),
+        "config": identity(config, can),
         "machine": {
             "device": str(job.device),
             "processor": platform.processor() or platform.machine(),

@@ -2,6 +2,7 @@
 
 The order of things is the contract: nothing of the learner is built before scenario, model and learner are known to fit;
 the record says `running` from the first moment; the state after each experience is in the journal before it is evaluated.
+The journal goes when the run is done, or with `force`: whatever else ends it, the same command goes on from what is saved.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import logging
 import pathlib
 import sys
 import traceback
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,7 @@ from clbench.interfaces import Capabilities, UserError, declared, mismatch
 from clbench.models import feature_store
 from clbench.models.precision import PRECISIONS, set_precision
 from clbench.records import record
+from clbench.records.liveness import Heartbeat, this_process
 from clbench.run import loss_loop, provenance, tracking
 from clbench.run.build_model import build_model
 from clbench.run.loop import KEPT_FLAGS, Walk
@@ -48,7 +51,7 @@ class Outcome:
 
 @dataclass
 class Job:
-    """Everything that is known before the first image is read."""
+    """Everything that is known before the first image is read. A stream of texts has its learner and runtime here already."""
 
     config: dict[str, Any]
     run_id: str
@@ -61,6 +64,8 @@ class Job:
     flags: dict[str, Any]
     device: Any
     group: distributed.Group = distributed.ALONE
+    learner: Any = None
+    runtime: Any = None
 
     @property
     def record_path(self) -> pathlib.Path:
@@ -69,7 +74,34 @@ class Job:
 
 
 def prepare(config: dict[str, Any]) -> Job:
-    """Build scenario and model, check that the learner fits, and give the run its identity. Raises `UserError`."""
+    """Set the process's flags, build scenario and model, check that the learner fits, name the run. Raises `UserError`."""
+    kind, device, threads = _machine(config)
+    wanted = config.get("arithmetic", "auto")
+    flags = arithmetic.apply(device, threads, config["seed"], wanted=wanted, precision=config["precision"])
+    job = _assemble(config, kind, device, flags)
+    job.group = distributed.join(kind, device)
+    job.group.share(job.model)
+    if not isinstance(job.scenario, Scenario):
+        loss_loop.rehearse(build, job)
+    else:
+        feature_store.attach(job.model, config, job.scenario.manifest.dataset, device, flags)
+    return job
+
+
+@contextmanager
+def previewed(config: dict[str, Any]) -> Iterator[Job]:
+    """The job of `prepare` for as long as the `with` block lasts: the process's flags are put back, no file is written."""
+    kind, device, threads = _machine(config)
+    wanted = config.get("arithmetic", "auto")
+    with arithmetic.borrowed(device, threads, config["seed"], wanted, config["precision"]) as flags:
+        job = _assemble(config, kind, device, flags)
+        if not isinstance(job.scenario, Scenario):
+            loss_loop.rehearse(build, job)
+        yield job
+
+
+def _machine(config: dict[str, Any]) -> tuple[str, Any, int]:
+    """How processes train together, the device, the threads; options that no configuration file checks are checked."""
     kind = torchrun.choose(str(config.get("parallel", "auto")))
     device = arithmetic.choose_device(str(config["device"]))
     threads = arithmetic.choose_threads(config["num_threads"])
@@ -78,33 +110,28 @@ def prepare(config: dict[str, Any]) -> Job:
     if not isinstance(config["seed"], int) or isinstance(config["seed"], bool) or config["seed"] < 0:
         raise UserError(f"seed must be a whole number from 0, got {config['seed']!r}")
     tracking.check(config.get("track", "none"))
+    return kind, device, threads
+
+
+def _assemble(config: dict[str, Any], kind: str, device: Any, flags: dict[str, Any]) -> Job:
+    """Scenario and model under flags that are set, and whether the learner fits."""
     results = pathlib.Path(str(config["results_dir"])).expanduser().resolve()
-    wanted = config.get("arithmetic", "auto")
-    flags = arithmetic.apply(device, threads, config["seed"], wanted=wanted, precision=config["precision"])
     capabilities = declared(load_target(config["learner"]["_target_"]), config["learner"])
     scenario = build(config["scenario"])
     if not isinstance(scenario, Scenario | TokenScenario | ImageScenario):
         raise UserError(f"{config['scenario']['_target_']} must return a Scenario, got {type(scenario).__name__}")
-    wanted = "none" if str(config["model"].get("weights")) in ("none", "None") else "some"
-    why = mismatch(provenance.learner_name(config), capabilities, scenario.facts(), wanted == "some")
+    pretrained = str(config["model"].get("weights")) not in ("none", "None")
+    why = mismatch(provenance.learner_name(config), capabilities, scenario.facts(), pretrained)
     if why:
         raise UserError(why)
     torchrun.check(kind, scenario.name, scenario.asks, provenance.learner_name(config), capabilities)
     model = set_precision(build_model(build, config, scenario), config["precision"]).to(device)
     model = arithmetic.pin(model, flags)
     plugin = provenance.plugin_version(config["learner"]["_target_"])
-    identity = provenance.identity(config)
+    identity = provenance.identity(config, capabilities)
     run_id = record.run_id(identity, scenario.manifest.sha256, model.identity["state_sha256"], plugin)
     pipeline = Pipeline(model.profile, device, scenario.augment) if isinstance(scenario, Scenario) else None
-    group = distributed.join(kind, device)
-    group.share(model)
-    folder = results / "runs" / run_id
-    job = Job(config, run_id, scenario, model, capabilities, pipeline, results, folder, flags, device, group)
-    if not isinstance(scenario, Scenario):
-        loss_loop.rehearse(build, job)
-    else:
-        feature_store.attach(model, config, scenario.manifest.dataset, device, flags)
-    return job
+    return Job(config, run_id, scenario, model, capabilities, pipeline, results, results / "runs" / run_id, flags, device)
 
 
 def run_job(
@@ -114,7 +141,7 @@ def run_job(
     progress: bool = False,
     tuning: dict[str, Any] | None = None,
 ) -> Outcome:
-    """Run one configuration to its record; the same configuration again is a skip, a killed one goes on.
+    """Run one configuration to its record; the same configuration again is a skip, one that was killed or failed goes on.
 
     With `on_error: record` an exception becomes a failed record; with `raise` it is raised after that. `tuning` says how the
     options were chosen: it goes into the record with its `marks`, and stays when the run is resumed or repeated.
@@ -150,49 +177,79 @@ def _lead(job: Job, command: list[str] | None, progress: bool, tuning: dict[str,
     config = job.config
     record.ensure_writable(job.results / "records")
     refusal_path(config).unlink(missing_ok=True)
-    old = record.read(job.record_path) if job.record_path.exists() else None
-    if old is not None and old["status"] == "ok" and not config["force"]:
-        job.group.say("skipped")
-        text = f"{job.run_id} is done already (force=true repeats it)\n\n{closing_text(old, job.record_path)}"
-        return Outcome(job.run_id, "skipped", text, job.record_path)
+    if (done := _done(job, _old(job))) is not None:
+        return done
     record.ensure_writable(job.folder)
-    lock = FileLock(str(job.folder / "lock"))
     try:
-        lock.acquire(timeout=0)
+        held = FileLock(str(job.folder / "lock")).acquire(timeout=0)
     except Timeout:
         job.group.say("busy")
         return Outcome(job.run_id, "busy", f"{job.run_id} is being run by another process", job.record_path)
-    with lock, logging_to(job.folder / "run.log"):
+    with held, Heartbeat(job.folder), logging_to(job.folder / "run.log"):
+        old = _old(job)
+        if (done := _done(job, old)) is not None:  # another process ended it between the look and the lock
+            return done
         often = float("inf" if config["checkpoint_seconds"] is None else config["checkpoint_seconds"])
         journal = Journal(job.folder / "journal", often, job.group, job.scenario.manifest.sha256)
-        if config["force"] or (old is not None and old["status"] == "failed"):
+        if config["force"]:
             journal.clear()
         entry = provenance.describe(job, command or sys.argv)
         if isinstance(told := tuning or (old or {}).get("tuning"), dict):
             entry |= {"tuning": told, "marks": [*entry["marks"], *told.get("marks", ())]}
-        record.write(entry, job.results / "records")
+        record.write(entry | {"process": this_process()}, job.results / "records")
         job.scenario.manifest.save(job.results / "manifests" / f"{job.scenario.manifest.sha256}.json")
         job.group.say("running")
         job.group.say(job.flags)
         try:
             with job.group.watching():
-                entry = _run(job, journal, entry, progress)
+                finished = _run(job, journal, entry, progress)
+            record.write(finished, job.results / "records")
         except (Interrupted, distributed.Lost) as error:
             text = f"{error or 'stopped'}; the same command goes on where {job.run_id} was"
             return Outcome(job.run_id, "interrupted", text, job.record_path)
         except Exception as error:
-            entry |= {"status": "failed", "finished": provenance.now(), "error": _described(error)}
-            record.write(entry, job.results / "records")
-            journal.clear()
-            log.error("%s failed: %s: %s", job.run_id, type(error).__name__, error)
+            outcome = _failed(job, journal, entry, error)
             if config["on_error"] == "raise":
                 raise
             error.__traceback__ = None
             gc.collect()
-            return Outcome(job.run_id, "failed", f"{job.run_id} failed: {type(error).__name__}: {error}", job.record_path)
-        record.write(entry, job.results / "records")
+            return outcome
         journal.clear()
-    return Outcome(job.run_id, "ok", closing_text(entry, job.record_path), job.record_path)
+    return Outcome(job.run_id, "ok", closing_text(finished, job.record_path), job.record_path)
+
+
+def _old(job: Job) -> dict[str, Any] | None:
+    """The record that is there."""
+    return record.read(job.record_path) if job.record_path.exists() else None
+
+
+def _done(job: Job, old: dict[str, Any] | None) -> Outcome | None:
+    """That nothing is to be done, where it is so."""
+    if old is None or old["status"] != "ok" or job.config["force"]:
+        return None
+    job.group.say("skipped")
+    text = f"{job.run_id} is done already (force=true repeats it)\n\n{closing_text(old, job.record_path)}"
+    return Outcome(job.run_id, "skipped", text, job.record_path)
+
+
+def _failed(job: Job, journal: Journal, entry: dict[str, Any], error: Exception) -> Outcome:
+    """Write the failed record and say where the run stands. What is saved stays, but for weights that are not finite."""
+    if isinstance(error, FloatingPointError):
+        journal.forget_fits()
+    number, done, total = journal.experience + 1, journal.finished, len(job.scenario.manifest.experiences)
+    where = f"{'after' if done == number else 'in'} experience {number} of {total}" if number else "before the first experience"
+    goes_on = f"goes on after experience {done}, force=true starts anew" if done else "starts anew"
+    if done < number and journal.inside():
+        goes_on = f"goes on inside experience {number}, force=true starts anew"
+    text = f"{job.run_id} failed {where}: {type(error).__name__}: {error}; the same command {goes_on}"
+    place = {"experience": journal.experience if number else None, "finished": done}
+    entry |= {"status": "failed", "finished": provenance.now(), "error": _described(error) | place}
+    try:
+        record.write(entry, job.results / "records")
+    except UserError as full:  # the disk that ended the run; its record still says that it is at work
+        text += f"\n{full}"
+    log.error("%s", text)
+    return Outcome(job.run_id, "failed", text, job.record_path)
 
 
 def refusal_path(config: dict[str, Any]) -> pathlib.Path:
@@ -264,8 +321,11 @@ def _run(job: Job, journal: Journal, entry: dict[str, Any], progress: bool, stop
         entry.setdefault("machine", {})["flags"] = job.flags  # not what this command would have chosen
         log.info("%s goes on after experience %d", job.run_id, saved["experience"] + 1)
     losses = not isinstance(job.scenario, Scenario)
-    runtime = loss_loop.make_runtime(job, journal) if losses else _runtime(job, journal)
-    learner = build(job.config["learner"], model=job.model, runtime=runtime)
+    runtime = job.runtime or _runtime(job)
+    runtime.journal = journal
+    learner = job.learner
+    if learner is None:
+        learner = build(job.config["learner"], model=job.model, runtime=runtime)
     for name in ("learn", "loss" if losses else "predict", "state_dict", "load_state_dict"):
         if not callable(getattr(learner, name, None)):
             raise UserError(f"{type(learner).__name__} has no method {name}")
@@ -279,6 +339,7 @@ def _run(job: Job, journal: Journal, entry: dict[str, Any], progress: bool, stop
         with closing(tracking.open_tracker(kind, job.folder, entry, first)) as tracker:
             walk = (loss_loop.LossWalk if losses else Walk)(job, runtime, learner, entry, saved, tracker)
             with signals(runtime), bar_of(runtime, progress):
+                walk.begin()
                 for index in range(walk.first, stop_after or len(job.scenario.manifest.experiences)):
                     walk.learn(index)
                     walk.evaluate(index)
@@ -288,17 +349,16 @@ def _run(job: Job, journal: Journal, entry: dict[str, Any], progress: bool, stop
     return walk.finish()
 
 
-def _runtime(job: Job, journal: Journal) -> Runtime:
+def _runtime(job: Job) -> Runtime:
     return Runtime(
         seed=job.config["seed"],
         device=job.device,
         budget=job.scenario.budget,
         precision=job.config["precision"],
         exempt=job.capabilities.stores_all_data,
-        journal=journal,
     )
 
 
-def _described(error: Exception) -> dict[str, str]:
+def _described(error: Exception) -> dict[str, Any]:
     text = "".join(traceback.format_exception(error))
     return {"type": type(error).__name__, "message": str(error), "traceback": text}

@@ -11,10 +11,12 @@ The environment variable CLBENCH_ARITHMETIC takes the place of `auto`, for machi
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -56,12 +58,16 @@ def choose_threads(wanted: str | int) -> int:
     return wanted
 
 
-def chosen(wanted: Any, device: torch.device, threads: int, precision: str) -> dict[str, Any]:
-    """What the option `arithmetic` asks for -> its flags, and who chose them ("arithmetic"). Raises `UserError`."""
+def chosen(wanted: Any, device: torch.device, threads: int, precision: str, measure: bool = True) -> dict[str, Any]:
+    """What the option `arithmetic` asks for -> its flags, and who chose them ("arithmetic"). Raises `UserError`.
+
+    Without `measure` nothing is measured: what is not known yet is `REFERENCE`.
+    """
     wanted = os.environ.get("CLBENCH_ARITHMETIC") or "auto" if wanted == "auto" else wanted
     name = REFERENCE if wanted == "reference" else wanted
     if wanted == "auto":
-        name = kernel_timing.choice(device, threads, precision)
+        name = kernel_timing.choice(device, threads, precision) if measure else kernel_timing.known(device, threads, precision)
+        name = name or REFERENCE
     if not isinstance(name, str) or name not in kernel_timing.PATHS:
         ways = ", ".join(("auto", "reference", *kernel_timing.PATHS))
         raise UserError(f"arithmetic must be one of {ways}, got {wanted!r}")
@@ -105,19 +111,54 @@ def apply(
     precision: str = "fp32",
 ) -> dict[str, Any]:
     """Set every flag of the process -> what was set. `kept` (a resumed run's flags) wins over what is `wanted` now."""
-    from timm.layers.config import set_fused_attn
+    _set_process(device, threads)
+    if device.type == "cpu":
+        keep_memory()
+    flags = dict(kept or chosen(wanted, device, threads, precision))
+    _set_path(flags, seed)
+    return {**flags, "num_threads": threads, "deterministic": True}
 
+
+@contextlib.contextmanager
+def borrowed(device: torch.device, threads: int, seed: int, wanted: Any, precision: str) -> Iterator[dict[str, Any]]:
+    """The flags that `apply` would set, for as long as the `with` block lasts: then all is put back. Nothing is measured."""
+    from timm.layers.config import set_fused_attn, use_fused_attn
+
+    deterministic: Any = torch.utils.deterministic
+    were = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_float32_matmul_precision()
+    strict = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled, fused = deterministic.fill_uninitialized_memory, (use_fused_attn(), use_fused_attn(experimental=True))
+    drawn = np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=None if device.type == "cuda" else []):
+            _set_process(device, threads)
+            flags = chosen(wanted, device, threads, precision, measure=False)
+            _set_path(flags, seed)
+            yield {**flags, "num_threads": threads, "deterministic": True}
+    finally:
+        np.random.set_state(drawn)  # noqa: NPY002
+        torch.set_num_threads(were[0])
+        torch.set_default_dtype(were[1])
+        torch.set_grad_enabled(were[2])
+        torch.set_float32_matmul_precision(were[3])
+        torch.use_deterministic_algorithms(strict[0], warn_only=strict[1])
+        deterministic.fill_uninitialized_memory = filled
+        set_fused_attn(*fused)
+
+
+def _set_process(device: torch.device, threads: int) -> None:
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
     deterministic: Any = torch.utils.deterministic
     deterministic.fill_uninitialized_memory = False  # nothing here reads uninitialised memory; filling costs time
     torch.set_default_dtype(torch.float32)
     torch.set_grad_enabled(True)
-    if device.type == "cpu":
-        keep_memory()
-    flags = dict(kept or chosen(wanted, device, threads, precision))
+
+
+def _set_path(flags: dict[str, Any], seed: int) -> None:
+    from timm.layers.config import set_fused_attn
+
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 plug-ins may use the global generator
     torch.set_float32_matmul_precision(flags["matmul"])
     set_fused_attn(flags["fused_attention"])
-    return {**flags, "num_threads": threads, "deterministic": True}

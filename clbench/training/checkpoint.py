@@ -7,9 +7,11 @@ its middle, or its end). At most one plus the number of `fit` calls in one `lear
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import pathlib
+import pickle
 import shutil
 import time
 from typing import Any
@@ -21,6 +23,7 @@ from clbench.interfaces import UserError
 from clbench.training import distributed_checkpoint
 from clbench.training.distributed import ALONE, Group
 
+log = logging.getLogger("clbench")
 LARGE = 1 << 20  # bytes; above it a tensor is written by itself
 _PACKED = "\0packed"
 
@@ -93,11 +96,14 @@ class Journal:
 
     Of several processes in `group` the first writes and all read; tensors that are spread over them are written by all.
     `data` names the stream (its manifest's SHA-256): counters and weights of another one are refused.
+
+    experience  the one that is being learned or was learned last, from 0; -1 before the first
+    finished    experiences whose end is saved
     """
 
     def __init__(self, folder: pathlib.Path | None = None, seconds: float = 60.0, group: Group = ALONE, data: str = ""):
         self.folder, self.seconds, self.group, self.data = folder, seconds, group, data
-        self.calls, self.experience = 0, -1
+        self.calls, self.experience, self.finished = 0, -1, 0
         self.last = time.monotonic()
         if folder is not None and group.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -114,17 +120,29 @@ class Journal:
         return f"fit-{self.calls - 1}"
 
     def load(self, key: str) -> dict[str, Any] | None:
-        """The snapshot under a key, or None. `UserError` where it belongs to another stream."""
+        """The snapshot under a key, or None. `UserError` where it belongs to another stream.
+
+        One from inside an experience that cannot be read is left out with a warning; else that is a `UserError` too.
+        """
         path = None if self.folder is None else self.folder / f"{key}.pt"
         if path is None or not path.exists():
             return None
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = unpack(state) if "tree" in state else state
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = unpack(state) if "tree" in state else state
+        except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if key == "experience" or self.group.size > 1:  # several processes go on from the same place or not at all
+                raise UserError(f"cannot read the checkpoint {path}: {reason}; force=true starts anew") from error
+            log.warning("cannot read the checkpoint %s: %s; the experience begins anew", path, reason)
+            return None
         if (data := state.pop("data", "")) and self.data and data != self.data:
             raise UserError(
                 f"the saved run read other data: its manifest is {data[:12]}, not {self.data[:12]}; force=true starts anew"
             )
-        if state["experience"] != self.experience and key != "experience":
+        if key == "experience":
+            self.experience, self.finished = state["experience"], state["experience"] + 1
+        elif state["experience"] != self.experience:
             return None
         return distributed_checkpoint.load(path.parent, state, self.group) if "shards" in state else state
 
@@ -146,10 +164,19 @@ class Journal:
     def finish_experience(self, state: dict[str, Any]) -> None:
         """Write the state after an experience, then drop the snapshots of its `fit` calls."""
         self.save("experience", state)
+        self.finished = state["experience"] + 1
+        self.forget_fits()
+
+    def inside(self) -> bool:
+        """Whether there is a snapshot from inside the experience that is being learned."""
+        return self.folder is not None and any(self.folder.glob("fit-*.pt"))
+
+    def forget_fits(self) -> None:
+        """Drop what was saved inside the current experience: it goes on from the end of the one before."""
         self._drop("fit-*")
 
     def clear(self) -> None:
-        """The run is over: its record says everything."""
+        """The run is over, or starts anew."""
         self._drop("*")
 
     def _drop(self, pattern: str) -> None:

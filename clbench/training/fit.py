@@ -130,13 +130,15 @@ def fit(
     batches: Batches,
     recipe: Recipe = Recipe(),
     *,
+    at_place: Callable[[Place], None] | None = None,
     before_step: Callable[[list[Tensor], list[Tensor | None]], None] | None = None,
     after_step: Callable[[Place, Any], None] | None = None,
 ) -> dict[str, float]:
     """Minimise `loss_fn(batch)` (a scalar) over `batches` -> {name_loss, name_steps}.
 
-    `groups` are torch parameter groups with their base rate `lr`. `before_step(params, grads)` may change gradients in
-    place, `after_step(place, batch)` may change the learner. Everything that changes must be in `learner.state_dict()`:
+    `groups` are torch parameter groups with their base rate `lr`. `at_place(place)` comes before a step's batches are made and
+    says where the loss is asked next, `before_step(params, grads)` may change gradients in place, `after_step(place, batch)`
+    may change the learner. Everything that changes must be in `learner.state_dict()`:
     then a killed run goes on from the middle of this call without any code of the learner's own.
 
     Raises FloatingPointError on a NaN or infinite loss, `BudgetExceeded` when visits run out, `Interrupted` on Ctrl-C.
@@ -150,7 +152,9 @@ def fit(
     while call.step < steps:
         if call.step == 0 and runtime.stop:
             raise Interrupted
-        place = Place(runtime.experience, call.step, steps, meter.steps)
+        place = Place(runtime.experience, call.step, steps, meter.by_name.get(name, 0))
+        if at_place is not None:
+            at_place(place)
         first = call.step * recipe.accumulate
         group = [batches(i) for i in range(first, min(first + recipe.accumulate, batches.steps))]
         multiplier = recipe.schedule(place)
@@ -166,7 +170,7 @@ def fit(
         if after_step is not None:
             after_step(place, group[-1])
         call.step += 1
-        meter.steps += 1
+        meter.add_step(name)
         if runtime.progress is not None:
             runtime.progress(name, call.step, steps, call.loss_last)
         if runtime.stop or runtime.journal.due():

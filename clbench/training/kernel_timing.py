@@ -59,7 +59,7 @@ def folder() -> pathlib.Path:
 def choice(device: torch.device, threads: int, precision: str) -> str:
     """The path for this machine: from the cache folder, else measured and put there. Jobs that start at once agree on one."""
     key = machine_key(device, threads, precision)
-    path = folder() / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.json"
+    path = _file(key)
     if (known := _read(path)) is not None:
         return known
     with _locked(path.parent):
@@ -71,6 +71,15 @@ def choice(device: torch.device, threads: int, precision: str) -> str:
             temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             os.replace(temporary, path)
         return found["choice"]
+
+
+def known(device: torch.device, threads: int, precision: str) -> str | None:
+    """The path for this machine if it has been measured; nothing is measured or written."""
+    return _read(_file(machine_key(device, threads, precision)))
+
+
+def _file(key: dict[str, Any]) -> pathlib.Path:
+    return folder() / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.json"
 
 
 def machine_key(device: torch.device, threads: int, precision: str) -> dict[str, Any]:

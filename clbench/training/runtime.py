@@ -21,12 +21,22 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass
 class Meter:
-    """Counts that go into the record. `visits` are images that `fit` trained on, new and replayed ones apart."""
+    """Counts that go into the record. `visits` are images that `fit` trained on, new and replayed ones apart.
+
+    steps    optimiser steps of the run, whatever they train
+    by_name  those of the `fit` calls of each name: what schedules see as `Place.global_step`
+    """
 
     visits: dict[str, int] = field(default_factory=lambda: {"new": 0, "replayed": 0})
     steps: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     trained: int = 0
+    by_name: dict[str, int] = field(default_factory=dict)
+
+    def add_step(self, name: str) -> None:
+        """Count an optimiser step of a `fit` call."""
+        self.steps += 1
+        self.by_name[name] = self.by_name.get(name, 0) + 1
 
     def add_seconds(self, phase: str, seconds: float) -> None:
         """Add to one phase of the cost table."""
@@ -34,12 +44,14 @@ class Meter:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
-        return {"visits": dict(self.visits), "steps": self.steps, "seconds": dict(self.seconds), "trained": self.trained}
+        counts = {"visits": dict(self.visits), "steps": self.steps, "by_name": dict(self.by_name)}
+        return counts | {"seconds": dict(self.seconds), "trained": self.trained}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the numbers of `state`."""
         self.visits, self.steps = dict(state["visits"]), state["steps"]
         self.seconds, self.trained = dict(state["seconds"]), state["trained"]
+        self.by_name = dict(state.get("by_name", {}))
 
 
 @dataclass

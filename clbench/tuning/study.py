@@ -17,7 +17,7 @@ from typing import Any
 
 from clbench.config import compose, registry
 from clbench.evaluation import metrics
-from clbench.interfaces import UserError
+from clbench.interfaces import UserError, declared
 from clbench.records import record
 from clbench.report.numbers import check_metric
 from clbench.run import provenance
@@ -75,7 +75,7 @@ def prepare(options: Options, command: list[str]) -> Study:
         shared = f"{on['shared_classes']} classes of {evaluation.name} are also tuned on, on other samples"
         print(f"clbench: {shared}; the record is marked classes_tuned", file=sys.stderr)
     first = [f"{v.key}={v.ends()[0]}" for v in space]
-    plain = [provenance.identity(job) for job in (base, compose.compose([*words, *first])[0])]
+    plain = [_identity(job) for job in (base, compose.compose([*words, *first])[0])]
     parts = [SCHEMA, record.numbers_version(base), plain, evaluation.manifest.sha256, on, provenance.learner_name(base)]
     parts += [options.protocol, options.metric, options.sampler, options.seed, list(options.seeds), trials]
     name = record.digest([*parts, [[v.key, v.about()] for v in space]])[:12]
@@ -86,6 +86,11 @@ def prepare(options: Options, command: list[str]) -> Study:
 
     record.ensure_writable(study.folder)
     return Study(**{**vars(study), "node": stored(tuned, base["scenario"], study.folder)})
+
+
+def _identity(job: dict[str, Any]) -> dict[str, Any]:
+    """What the numbers of a job depend on."""
+    return provenance.identity(job, declared(registry.load_target(job["learner"]["_target_"]), job["learner"]))
 
 
 def _trials(options: Options, space: Sequence[Variable]) -> int:

@@ -35,6 +35,7 @@ class Segment:
     role        "trunk": the next experience continues from its end; "branch": evaluated, then thrown away
     start_from  "init": fresh weights; "trunk": the end of the last trunk; "here": where the segment before ended
     optimizer   what happened to the optimiser at its start: "new", "keep", "reset", "reset_moments", "restore"
+    before      steps of the experiences before this one, branches included
     """
 
     experience: int
@@ -47,10 +48,11 @@ class Segment:
     lr: float
     schedule: Schedule
     mixture: dict[str, Any] = field(default_factory=dict)
+    before: int = 0
 
     def rate(self, step: int) -> float:
         """The learning rate of update `step`."""
-        place = Place(self.experience, step, self.steps, self.experience * self.steps + step)
+        place = Place(self.experience, step, self.steps, self.before + step)
         return self.lr * self.schedule(place)
 
     def describe(self) -> dict[str, Any]:
@@ -105,6 +107,7 @@ class PretrainRuntime(Runtime):
     micro_batch      sequences that pass the model at once, None for the whole batch: gradients are summed over the pieces
     group            the processes that train together, each on its rows of every batch
     compiled         torch.compile for the training pass
+    stream_steps     steps that the stream gives each experience; empty: to all as many as to the one at hand
     """
 
     ledger: Ledger = field(default_factory=Ledger)
@@ -115,6 +118,7 @@ class PretrainRuntime(Runtime):
     plan: list[dict[str, Any]] = field(default_factory=list)
     group: Group = ALONE
     compiled: bool = False
+    stream_steps: tuple[int, ...] = ()
 
     def pause(self, anywhere: bool) -> bool:
         """Whether to write a snapshot now: somebody wants to stop, or it is time. The same answer in all processes."""
@@ -223,6 +227,9 @@ def train(
     model.train()
     for tokens in batches(mixture, step, segment.last, runtime.device, group):
         if runtime.pause(step > segment.first):
+            if sums:
+                _check_losses(runtime, segment, step, sums)  # no snapshot of weights that a bad loss has spoilt
+                sums = []
             count(step)
             save(step)
             runtime.check_stop()
