@@ -90,7 +90,7 @@ def test_images_come_with_the_keys_of_their_masks():
     assert a.dtype == np.uint8 and a.shape == (2, 8 * 8 * 3 + 8) and np.array_equal(a[1], b[0])
     stored = made.domains[1].pictures.source.array[made.domains[1].train[data.ids(np.array([3]))[0]]]
     assert np.array_equal(a[0, :-8].reshape(8, 8, 3), stored)
-    again = data.take(data.ids(np.array([3])), "replay", np.array([3]))
+    again = data.take(data.numbers(np.array([3])), "replay", np.array([3]))
     assert np.array_equal(again[0, :-8], a[0, :-8]) and not np.array_equal(again[0, -8:], a[0, -8:])
     keys = data.read(np.arange(500))[:, -8:]
     assert len(np.unique(keys, axis=0)) == 500  # a new mask each time an image is seen

@@ -15,7 +15,7 @@ from clbench.training.pretraining.ledger import Ledger
 
 def text(domain=0, size=40, batch=8, context=4, steps=10, first=0):
     tokens = np.arange(1000 * domain, 1000 * domain + size * context + 1, dtype=np.uint16)
-    return TokenData(f"d{domain}", domain, tokens, context, batch, steps, first, size, key=17 + domain)
+    return TokenData.of(f"d{domain}", domain, tokens, context, batch, steps, first, size, key=17 + domain)
 
 
 @settings(deadline=None, max_examples=60)
@@ -130,12 +130,12 @@ def test_a_buffer_keeps_its_bytes_and_shrinks_without_taking_anything_back():
     held = []
     for number in (1, 2, 4):
         replay = Replay(share=0.5, source="buffer", buffer_bytes=64)
-        found = {int(i) for i in replay.ids(old, 40, number, np.arange(200))}
+        found = {int(i) for i in replay.numbers(old, 40, number, np.arange(200))}
         assert len(found) == 8 // number and replay.held_bytes([old] * number, [40] * number) <= 64
         held.append(found)
     assert held[2] < held[1] < held[0]
     with pytest.raises(UserError, match="holds no sequence of 8 bytes"):
-        Replay(share=0.5, source="buffer", buffer_bytes=9).ids(old, 40, 2, np.arange(3))
+        Replay(share=0.5, source="buffer", buffer_bytes=9).numbers(old, 40, 2, np.arange(3))
     assert Replay(share=0.5).held_bytes([old], [40]) == 320 and Replay().held_bytes([old], [40]) == 0
 
 

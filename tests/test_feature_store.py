@@ -13,7 +13,7 @@ from clbench.models import feature_store
 from clbench.models.feature_store import FeatureStore, open_store, same_in_any_batch
 from clbench.models.pet_modules import adapter
 from clbench.training.runtime import Runtime
-from tests.test_models import nano, plain_data
+from tests.test_models import SIX, nano, plain_data
 
 
 def store_at(folder, limit=1 << 30, **context):
@@ -23,7 +23,7 @@ def store_at(folder, limit=1 << 30, **context):
 def frozen(store):
     model = nano()
     model.freeze()
-    model.memory.store = store
+    model.memory.attach(store, SIX)
     return model
 
 
@@ -35,7 +35,7 @@ def test_values_are_those_of_a_pass_and_no_image_passes_twice(tmp_path):
     without = everything(frozen(None))
     first = frozen(store_at(tmp_path))
     assert torch.equal(everything(first), without) and first.passes == {"train": 0, "eval": 6, "stored": 0}
-    first.memory.store.flush()
+    first.memory.flush()
     second = frozen(store_at(tmp_path))
     assert torch.equal(everything(second, 5), without) and second.passes == {"train": 0, "eval": 0, "stored": 6}
     assert second.features(plain_data(second).batch([3, 3, 1])).equal(without[[3, 3, 1]])
@@ -46,7 +46,7 @@ def test_what_is_not_known_passes_and_only_that(tmp_path):
     model = frozen(store_at(tmp_path))
     data = plain_data(model)
     model.features(data.batch([0, 2, 4]))
-    model.memory.store.flush()
+    model.memory.flush()
     other = frozen(store_at(tmp_path))
     got = other.features(plain_data(other).batch([0, 1, 2, 3]))
     assert other.passes == {"train": 0, "eval": 2, "stored": 2}
@@ -57,7 +57,7 @@ def test_what_is_not_known_passes_and_only_that(tmp_path):
 def test_another_state_finds_nothing(tmp_path, change):
     first = frozen(store_at(tmp_path))
     everything(first)
-    first.memory.store.flush()
+    first.memory.flush()
     store = store_at(tmp_path, profile="other") if change == "context" else store_at(tmp_path)
     model = frozen(store)
     if change == "weights":
@@ -87,12 +87,12 @@ def test_modules_count_by_their_values_and_tags(tmp_path):
     model, pet = trained(1.0)
     with torch.no_grad():
         everything(model)
-        assert not model.memory.rows, "values that may still change are never remembered"
+        assert not len(model.memory), "values that may still change are never remembered"
         with pet.use(tag="t"):
             one = everything(model)
         with pet.off():
             bare = everything(model)
-    model.memory.store.flush()
+    model.memory.flush()
     again, pet = trained(1.0)
     with torch.no_grad(), pet.use(tag="another name for the same values"):
         assert torch.equal(everything(again), one) and again.passes["stored"] == 6
@@ -107,7 +107,7 @@ def test_a_copy_shares_the_store_but_not_the_memory(tmp_path):
     model = frozen(store_at(tmp_path))
     everything(model)
     twin = copy.deepcopy(model)
-    assert twin.memory is not model.memory and twin.memory.store is model.memory.store
+    assert twin.memory is not model.memory and not len(twin.memory)
     everything(twin)
     assert model.passes["stored"] == 6 and model.passes["eval"] == 6
 
@@ -115,7 +115,7 @@ def test_a_copy_shares_the_store_but_not_the_memory(tmp_path):
 def test_damaged_and_foreign_files_are_not_believed(tmp_path):
     model = frozen(store_at(tmp_path))
     truth = everything(model)
-    model.memory.store.flush()
+    model.memory.flush()
     (path,) = tmp_path.glob("*/*.npy")
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
@@ -151,7 +151,7 @@ def test_a_full_disk_costs_nothing_but_the_saving(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(feature_store.os, "replace", full)
-    model.memory.store.flush()
+    model.memory.flush()
     model.forget()
     assert torch.equal(everything(model), truth) and model.passes["stored"] == 6, "they stay in memory"
     assert not list(tmp_path.glob("*/*"))

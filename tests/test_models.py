@@ -20,6 +20,7 @@ from clbench.streams.eval_sets import open_eval
 from clbench.streams.generators import class_incremental
 from clbench.streams.images.data import ImageBatch, ImageData, open_experience
 from clbench.streams.images.pixels import Pipeline
+from clbench.streams.scenario import ArrayImages
 
 NANO = {"img_size": 32, "patch_size": 8, "embed_dim": 160, "depth": 4, "num_heads": 4}
 TINY = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 1, "num_heads": 2}
@@ -34,9 +35,12 @@ def tiny(**more):
     return build_backbone("tiny", "vit_tiny_patch16_224", TINY, profile="small", **more)
 
 
-def plain_data(model, n=6):
-    images = list(np.random.default_rng(0).integers(0, 256, (n, 8, 8, 3), dtype=np.uint8))
-    return ImageData.of_arrays(images, np.arange(n), np.arange(n) + 50, Pipeline(model.profile, "cpu"))
+SIX = ArrayImages(np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8))
+
+
+def plain_data(model):
+    """Six images of one source, whoever asks; ids 50 to 55."""
+    return ImageData(SIX, np.arange(6), np.arange(6) + 50, np.arange(6), Pipeline(model.profile, "cpu"), None, "six")
 
 
 def test_nano_is_the_file_of_its_card():
@@ -95,7 +99,7 @@ def test_frozen_features_are_computed_once():
     model = nano()
     data = plain_data(model)
     list(map(model.features, data.test_batches(4)))
-    assert model.passes == {"train": 6, "eval": 0, "stored": 0} and not model.memory.rows, "not frozen: nothing is remembered"
+    assert model.passes == {"train": 6, "eval": 0, "stored": 0} and not len(model.memory), "not frozen: nothing is remembered"
     model.freeze()
     model.train()
     assert not model.training
@@ -155,7 +159,7 @@ def test_memo_is_bounded(monkeypatch):
     data = plain_data(model)
     for _ in range(2):
         list(map(model.features, data.test_batches(3)))
-    assert len(model.memory.rows) == 3 and model.passes["eval"] == 9
+    assert len(model.memory) == 3 and model.passes["eval"] == 9
 
 
 def test_deep_copies_are_apart_but_counted():
@@ -164,12 +168,12 @@ def test_deep_copies_are_apart_but_counted():
     data = plain_data(model)
     model.features(data.batch([0, 1]))
     twin = copy.deepcopy(model)
-    assert not twin.memory.rows and twin.frozen and twin.profile == model.profile
+    assert not len(twin.memory) and twin.frozen and twin.profile == model.profile
     with torch.no_grad():
         next(twin.parameters()).add_(1)
     assert state_sha256(model.state_dict()) != state_sha256(twin.state_dict())
     twin.features(data.batch([0]))
-    assert model.passes == twin.passes == {"train": 0, "eval": 3, "stored": 0} and len(model.memory.rows) == 2
+    assert model.passes == twin.passes == {"train": 0, "eval": 3, "stored": 0} and len(model.memory) == 2
 
 
 def test_weights_from_files(tmp_path, monkeypatch):

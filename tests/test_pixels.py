@@ -10,6 +10,7 @@ from PIL import Image
 from clbench.interfaces import UserError
 from clbench.models.backbone import Family
 from clbench.streams import rng
+from clbench.streams.handles import opened
 from clbench.streams.images.data import ImageBatch, ImageData, shuffled
 from clbench.streams.images.pixels import Pipeline, make_profile, random_boxes
 from clbench.streams.images.resample import crop_resize, crop_resize_one
@@ -263,8 +264,8 @@ def test_profiles_are_the_ones_that_the_model_option_lists():
 def test_resident_arrays_give_the_same_pixels():
     d = data()
     rows = np.array([7, 2])
-    apart = d.pipeline.stored(d.source, rows)
+    apart, resident = d.batch(rows).x, opened(d.pipeline._resident)
     d.pipeline.resident_bytes = 1 << 20
-    assert torch.equal(d.pipeline.stored(d.source, rows), apart) and len(d.pipeline._resident) == 1
+    assert torch.equal(d.batch(rows).x, apart) and len(resident) == 1
     d.close()
-    assert len(d.pipeline._resident) == 0, "the copy goes with its source"
+    assert len(resident) == 0, "the copy goes with its source"

@@ -70,7 +70,8 @@ class Stage:
         rows = np.arange(len(data)) if only is None else np.flatnonzero(data.y == only)
         key = self.runtime.key("train") if train else None
         view = self.views[train]
-        return naive_data.loader(data.source, data.ids[rows], data.y[rows], view, batch, self.workers, key, drop_last)
+        images = self.job.scenario.dataset.images
+        return naive_data.loader(images, data.ids[rows], data.y[rows], view, batch, self.workers, key, drop_last)
 
     def tests(self, experience: Experience, batch: int = EVAL_BATCH) -> Any:
         """All test images of the classes seen so far."""

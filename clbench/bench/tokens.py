@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,7 +33,7 @@ from clbench.models.decoder import build_decoder
 from clbench.models.precision import set_precision
 from clbench.run.loss_loop import Observer
 from clbench.streams.tokens.scenario import Domain, TokenScenario, scenario
-from clbench.training import arithmetic
+from clbench.training import arithmetic, looks
 from clbench.training.pretraining.data_mixture import Mixture, Replay
 from clbench.training.pretraining.ledger import flops_per_token
 from clbench.training.pretraining.segments import Adam, PretrainRuntime, Segment, train
@@ -136,10 +137,11 @@ class Loop:
         self.optimizer = Adam(model, **SETTINGS)
         self.steps = args.steps * args.rounds + args.warm
         self.stream = stream_of(args.vocab, args.context, args.batch, self.steps)
+        self.observer: Observer | None = None
         if probes:
             job = SimpleNamespace(scenario=self.stream, device=device, config={"eval_batch_size": 128})
             sets = [self.stream.evaluation(j) for j in (0, 1)]
-            self.runtime.observer = Observer(job, self.runtime, sets)
+            self.observer = Observer(job, self.runtime, sets)
 
     def __call__(self, steps: int) -> None:
         """The next steps of an experience with replay."""
@@ -147,7 +149,8 @@ class Loop:
         segment = Segment(1, "trunk", "here", "keep", first, first + steps, self.steps, 1e-4, cosine)
         shares = REPLAY.table(self.steps, [len(old)])[first : first + steps]
         mixture = Mixture(new, [old], REPLAY, shares, first=first, seen=[len(old)], starts=[0, first * new.batch])
-        train(self.runtime, self.model, self.optimizer, segment, mixture, first, lambda step: None)
+        with nullcontext() if self.observer is None else looks.observed_by(self.observer):
+            train(self.runtime, self.model, self.optimizer, segment, mixture, first, lambda step: None)
         self.at += steps
 
 

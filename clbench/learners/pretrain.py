@@ -30,6 +30,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from clbench.interfaces import Capabilities, Experience, Schedule, UserError
+from clbench.training import looks
 from clbench.training.pretraining.data_cursor import Places
 from clbench.training.pretraining.data_mixture import Mixture, Replay
 from clbench.training.pretraining.half_finetuning import rest_half
@@ -177,8 +178,7 @@ class Pretrain:
         """Move the places on; at the trunk's last step keep it, if something else is evaluated."""
         self.places.advance(mixture.used(segment.first, segment.last), mixture, segment.experience)
         if trunk_ends and (self.branch > 0 or self.average):
-            if self.runtime.observer is not None:
-                self.runtime.observer.trunk_ended(self.model)
+            looks.trunk_ended(self.model)
             self.trunk.keep()
             if self.average:
                 self.average.evaluate()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from clbench.interfaces import UserError
 from clbench.models import architectures, class_token
 from clbench.models import weights as files
-from clbench.models.feature_memory import FeatureMemory, Name, state_group
+from clbench.models.feature_memory import FeatureMemory, Name, state_of
 from clbench.models.precision import MixedPrecision
 from clbench.models.weights import state_sha256
 from clbench.streams.images.data import ImageBatch
@@ -57,19 +57,23 @@ class Backbone(MixedPrecision, nn.Module):
     def features(self, batch: Any) -> Tensor:
         """Features of a batch, or of ready images x [B, C, H, W] -> [B, D].
 
-        While frozen, features of test-view batches are remembered as float32 by id and by the tags of the PETs at work (no tag:
-        they are not), in memory and, with a store, on disk: no image passes twice.
+        While frozen, features of test-view batches are remembered as float32 by sample and by the tags of the PETs at work (no
+        tag: they are not), in memory and, with a store, on disk: no image passes twice. Only a batch that data of a running
+        experience (or the evaluation) issued is remembered and asked for: see `FeatureMemory`.
         """
         with self.lowered(self._device.type):
             return self._features(batch).float()
 
     def _features(self, batch: Any) -> Tensor:
         """From memory, or computed; in the precision that is in force."""
-        names = self._names(batch) if isinstance(batch, ImageBatch) and batch.plain and self._may_remember() else []
+        issued = batch.stored if isinstance(batch, ImageBatch) and batch.plain and self._may_remember() else None
+        tags = [] if issued is None else self._tags(len(issued))
+        if issued is None or not tags or len(issued) != len(batch):
+            return self._pooled(batch)
+        group = partial(state_of, self)
+        names, known, stored = self.memory.find(issued, tags, group)
         if not names:
             return self._pooled(batch)
-        group = partial(state_group, self)
-        known, stored = self.memory.find(names, group)
         self.passes["stored"] += stored
         rows = [i for i, name in enumerate(names) if name not in known]
         if rows:
@@ -115,13 +119,13 @@ class Backbone(MixedPrecision, nn.Module):
         self.passes["eval"] -= len(passing) - len(rows)
         return out[: len(rows)]
 
-    def _names(self, batch: ImageBatch) -> list[Name]:
-        """What each sample's features are remembered under; empty where they are not."""
-        tags = [pet.tags(len(batch)) for pet in self.pets if pet.active]
+    def _tags(self, number: int) -> list[Name]:
+        """(lower, tag, ...) of each of `number` samples: the state that its features belong to; empty where none is known."""
+        tags = [pet.tags(number) for pet in self.pets if pet.active]
         if any(tag is None for tag in tags):
             return []
-        lower = [torch.is_autocast_enabled(self._device.type)] * len(batch)
-        return list(zip(batch.ids.tolist(), lower, *tags, strict=True))
+        lower = [torch.is_autocast_enabled(self._device.type)] * number
+        return list(zip(lower, *tags, strict=True))
 
     def tokens(self, batch: Any) -> Tensor:
         """What comes before pooling: for a ViT all tokens after the last norm [B, N, D]."""

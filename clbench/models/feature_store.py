@@ -245,11 +245,14 @@ def open_store(mode: str, gigabytes: Any, context: dict[str, Any], modules: Any,
         return None
 
 
-def attach(model: Any, config: dict[str, Any], dataset: dict[str, Any], device: torch.device, flags: dict[str, Any]) -> None:
+def attach(
+    model: Any, config: dict[str, Any], dataset: dict[str, Any], images: Any, device: torch.device, flags: dict[str, Any]
+) -> None:
     """Give a run's model its store, as the options `feature_store` and `feature_store_gb` of the run say.
 
-    `dataset` is the manifest's, `flags` the arithmetic in force. Sample ids point into the whole data set, whatever the stream
-    takes of it; the learner's settings only matter for features under modules of its own.
+    `dataset` is the manifest's, `images` the source that its ids point into, `flags` the arithmetic in force. Sample ids point
+    into the whole data set, whatever the stream takes of it; the learner's settings only matter for features under modules of
+    its own.
     """
     import timm
     import torchvision
@@ -268,7 +271,7 @@ def attach(model: Any, config: dict[str, Any], dataset: dict[str, Any], device: 
         return same_in_any_batch(model, model.profile.size, device, autocast)
 
     mode, gigabytes = config.get("feature_store", "off"), config.get("feature_store_gb", 8)
-    model.memory.store = open_store(mode, gigabytes, context, config["learner"], probe)
+    model.memory.attach(open_store(mode, gigabytes, context, config["learner"], probe), images)
 
 
 def _device_name(device: torch.device) -> str:

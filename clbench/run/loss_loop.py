@@ -16,6 +16,7 @@ from clbench.evaluation.linear_probe import linear_probe, look_at, probe_entry, 
 from clbench.interfaces import Experience, UserError
 from clbench.run import provenance
 from clbench.streams.tokens.scenario import TokenScenario
+from clbench.training import looks
 from clbench.training.checkpoint import Journal
 from clbench.training.pretraining.ledger import flops_per_token
 from clbench.training.pretraining.segments import PretrainRuntime, Segment, check_plan
@@ -30,6 +31,12 @@ def experience_of(scenario: TokenScenario, index: int, past: bool) -> Experience
     data: Any = [scenario.data(i) for i in range(index + 1)]
     made = Experience(index, data[-1].name, data[-1], (), (), (), 0, None, scenario.facts().budget)
     return replace(made, past=tuple(data[:-1])) if past else made
+
+
+def close(experience: Experience) -> None:
+    """It is over: its text, and the earlier ones that came with it, cannot be read any more."""
+    for data in (experience.train, *experience.past):
+        data.close()  # type: ignore[attr-defined]
 
 
 def make_runtime(job: Job, journal: Any) -> PretrainRuntime:
@@ -168,7 +175,7 @@ class LossWalk:
         self.job, self.runtime, self.learner, self.entry, self.tracker = job, runtime, learner, entry, tracker
         scenario: TokenScenario = job.scenario
         sets = [scenario.evaluation(j) for j in range(len(scenario.manifest.evals))]
-        self.observer = runtime.observer = Observer(job, runtime, sets)
+        self.observer = Observer(job, runtime, sets)
         self.rows: list[list[float]] = []
         self.probed: list[Any] = []  # what a linear probe got right: before, and after each experience
         self.logs: list[dict[str, float | None]] = []
@@ -195,14 +202,17 @@ class LossWalk:
             self.evaluate(self.first - 1)
 
     def learn(self, index: int) -> None:
-        """One experience, then the state on disk."""
+        """One experience, then the state on disk; its text is closed unless the learner declared that it keeps all data."""
         experience = experience_of(self.job.scenario, index, keeps_text(self.job))
         self.runtime.begin(index, len(experience.train))
         start = time.perf_counter()
-        result = self.learner.learn(experience)
+        with looks.observed_by(self.observer):
+            result = self.learner.learn(experience)
         self.runtime.meter.add_seconds("learn", time.perf_counter() - start)
         numbers = {str(k): float(v) for k, v in (result or {}).items()}
         self.logs.append({k: v if math.isfinite(v) else None for k, v in numbers.items()})
+        if not self.job.capabilities.stores_all_data:
+            close(experience)
         state = self.learner.state_dict()
         held = self.runtime.ledger.replay_bytes
         limit = self.job.scenario.budget.exemplar_bytes

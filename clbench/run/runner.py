@@ -84,7 +84,7 @@ def prepare(config: dict[str, Any]) -> Job:
     if not isinstance(job.scenario, Scenario):
         loss_loop.rehearse(build, job)
     else:
-        feature_store.attach(job.model, config, job.scenario.manifest.dataset, device, flags)
+        feature_store.attach(job.model, config, job.scenario.manifest.dataset, job.scenario.dataset.images, device, flags)
     return job
 
 
@@ -310,7 +310,8 @@ def _keep(job: Job, threads: int, flags: dict[str, Any]) -> None:
     job.flags = arithmetic.apply(job.device, threads, job.config["seed"], flags)
     arithmetic.pin(job.model, job.flags)
     if isinstance(job.scenario, Scenario):
-        feature_store.attach(job.model, job.config, job.scenario.manifest.dataset, job.device, job.flags)
+        scenario = job.scenario
+        feature_store.attach(job.model, job.config, scenario.manifest.dataset, scenario.dataset.images, job.device, job.flags)
 
 
 def _run(job: Job, journal: Journal, entry: dict[str, Any], progress: bool, stop_after: int | None = None) -> dict[str, Any]:
@@ -344,8 +345,8 @@ def _run(job: Job, journal: Journal, entry: dict[str, Any], progress: bool, stop
                     walk.learn(index)
                     walk.evaluate(index)
     finally:
-        if not losses and job.model.memory.store is not None:
-            job.model.memory.store.flush()
+        if not losses:
+            job.model.memory.flush()
     return walk.finish()
 
 

@@ -35,7 +35,8 @@ def eval_batches(
     """Every sample of every set, in order -> batches without labels, labels [B] on the CPU, and whose samples these are.
 
     The last is a list of (place in `sets`, slice of the batch). Each set is cut as `test_batches` does; where `joined`,
-    neighbouring pieces that fit into one batch (and disclose the same task) are answered together.
+    neighbouring pieces that fit into one batch (and disclose the same task) are answered together. A batch can be decoded until
+    the next one is asked for.
     """
     pieces: list[tuple[int, np.ndarray]] = []
     size = 0
@@ -43,24 +44,26 @@ def eval_batches(
         for first in range(0, len(one.data), batch_size):
             rows = np.arange(first, min(first + batch_size, len(one.data)))
             if pieces and not (joined and size + len(rows) <= batch_size and sets[pieces[0][0]].task == one.task):
-                yield _unlabelled(sets, pieces)
+                yield from _issued(sets, pieces)
                 pieces, size = [], 0
             pieces.append((i, rows))
             size += len(rows)
     if pieces:
-        yield _unlabelled(sets, pieces)
+        yield from _issued(sets, pieces)
 
 
-def _unlabelled(
+def _issued(
     sets: Sequence[EvalSet], pieces: Sequence[tuple[int, np.ndarray]]
-) -> tuple[ImageBatch, Tensor, list[tuple[int, slice]]]:
+) -> Iterator[tuple[ImageBatch, Tensor, list[tuple[int, slice]]]]:
+    """One batch behind handles of its own, which end when it was answered."""
     ends = np.cumsum([len(rows) for _, rows in pieces]).tolist()
     owners = [(i, slice(end - len(rows), end)) for (i, rows), end in zip(pieces, ends, strict=True)]
     parts = [sets[i].data if len(rows) == len(sets[i].data) else sets[i].data.subset(rows) for i, rows in pieces]
-    data = ImageData.join(parts)
+    data = ImageData.join(parts).cut()
     batch = data.batch(np.arange(len(data)))
     batch.y = None
-    return batch, torch.from_numpy(data.y), owners
+    yield batch, torch.from_numpy(data.y), owners
+    data.stored.end()
 
 
 def open_eval(scenario: Scenario, index: int, pipeline: Pipeline) -> EvalSet:

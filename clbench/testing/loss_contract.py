@@ -21,6 +21,7 @@ from clbench.streams.tokens.image_scenario import ImageScenario
 from clbench.streams.tokens.manifest import TokenManifest
 from clbench.streams.tokens.scenario import TokenScenario, eval_windows
 from clbench.streams.tokens.texts import synthetic
+from clbench.testing import loss_data_reach
 from clbench.training.checkpoint import Journal
 from clbench.training.pretraining.ledger import flops_per_token
 from clbench.training.pretraining.segments import PretrainRuntime
@@ -174,6 +175,8 @@ LEARNER_CHECKS: tuple[Callable[[Trial], None], ...] = (
     check_state_round_trip,
     check_resume_in_mid_learn,
     check_ledger,
+    loss_data_reach.check_only_own_text_is_reachable,
+    loss_data_reach.check_text_adversary,
 )
 
 

@@ -60,15 +60,21 @@ class Memory:
         return sum(image.nbytes for image in self.images)
 
     def update(self, new: Any, features: Tensor | None = None) -> None:
-        """Choose again from what is stored and the samples of `new`. Herding needs `features` of candidates(new)."""
+        """Choose again from what is stored and the samples of `new`. Herding needs `features` of candidates(new).
+
+        Images are read one after another until `max_bytes` are full: no more of them are in memory than are kept, and one.
+        """
         candidates = self.candidates(new)
         keep = self._choose(candidates.ids, np.asarray(candidates.y), features)
-        images = candidates.raw(np.asarray(keep, np.int64)) if keep else []
-        if self.max_bytes is not None:
-            sizes = np.cumsum([image.nbytes for image in images])
-            fits = int(np.searchsorted(sizes, self.max_bytes, side="right"))
-            keep, images = keep[:fits], images[:fits]
-        self.images = [np.array(image) for image in images]
+        images: list[np.ndarray] = []
+        size = 0
+        for row in keep:
+            image = np.array(candidates.raw([row])[0])
+            size += image.nbytes
+            if self.max_bytes is not None and size > self.max_bytes:
+                break
+            images.append(image)
+        self.images, keep = images, keep[: len(images)]
         self.y, self.ids = np.asarray(candidates.y)[keep].astype(np.int64), candidates.ids[keep].astype(np.int64)
 
     def candidates(self, new: Any) -> ImageData:

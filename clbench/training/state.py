@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import numbers
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from clbench.training.distributed import whole
+
+NUMBER = 8  # bytes that a number of Python counts as
 
 
 def collect(owner: object, *names: str) -> dict[str, Any]:
@@ -49,23 +53,43 @@ def detached(value: Any, device: torch.device | None = None) -> Any:
     return value
 
 
-def tensors(state: Any) -> Iterator[Tensor]:
-    """Every tensor in a nested state, depth first, dictionaries in their own order."""
-    if isinstance(state, Tensor):
-        yield state
-    elif isinstance(state, dict):
-        for item in state.values():
-            yield from tensors(item)
-    elif isinstance(state, list | tuple):
+def leaves(state: Any) -> Iterator[Any]:
+    """Everything in a nested state that is no container, depth first; of dictionaries also keys that are no strings."""
+    if isinstance(state, dict):
+        for key, item in state.items():
+            if not isinstance(key, str):
+                yield from leaves(key)
+            yield from leaves(item)
+    elif isinstance(state, list | tuple | set | frozenset):
         for item in state:
-            yield from tensors(item)
+            yield from leaves(item)
+    elif isinstance(state, np.ndarray) and state.dtype == object:
+        yield from leaves(state.ravel().tolist())
+    else:
+        yield state
 
 
 def num_bytes(state: Any) -> int:
-    """Bytes of all distinct tensors of a state (a tensor met twice counts once)."""
-    own = [getattr(t, "to_local", lambda t=t: t)() for t in tensors(state)]  # of a spread tensor, what lies here
-    seen = {(t.data_ptr(), t.numel()): t.numel() * t.element_size() for t in own if t.numel()}
-    return sum(seen.values())
+    """Bytes that a state takes, in whatever it is held.
+
+    Distinct tensors and NumPy arrays (met twice, they count once), bytes and strings by their length, 8 for every number.
+    Nothing for None and for the names in dictionaries.
+    """
+    total, seen = 0, dict[tuple[int, int], int]()
+    for leaf in leaves(state):
+        if isinstance(leaf, Tensor):
+            own = getattr(leaf, "to_local", lambda leaf=leaf: leaf)()  # of a spread tensor, what lies here
+            if own.numel():
+                seen[own.data_ptr(), own.numel()] = own.numel() * own.element_size()
+        elif isinstance(leaf, np.ndarray):
+            seen[leaf.__array_interface__["data"][0], leaf.size] = leaf.nbytes
+        elif isinstance(leaf, str):
+            total += len(leaf.encode("utf-8", "surrogatepass"))
+        elif isinstance(leaf, bytes | bytearray | memoryview):
+            total += memoryview(leaf).nbytes
+        elif isinstance(leaf, numbers.Number):
+            total += NUMBER
+    return total + sum(seen.values())
 
 
 def fingerprint(state: Any) -> str:

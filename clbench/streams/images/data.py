@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,17 +14,27 @@ from clbench.interfaces import Experience, UserError
 from clbench.streams import rng
 from clbench.streams.images.pixels import Pipeline
 from clbench.streams.scenario import ArrayImages, ImageSource, Scenario
+from clbench.streams.stored import Stored
 
 
 class ImageBatch:
-    """Some images; implements `interfaces.Batch`. `x` is made when it is first asked for.
+    """Some images; implements `interfaces.Batch`. `x` is made when it is first asked for: `UserError` once their data is gone.
 
-    plain     seen under the test transform (features of frozen backbones may be remembered by id)
+    plain     seen under the test transform (features of frozen backbones may be remembered)
     replayed  how many of the samples come from a memory
+    stored    the handles that the samples were issued with; None for a batch made by hand, whose features are not remembered
     """
 
-    def __init__(self, ids: Tensor, y: Tensor | None, task: int | None, make: Callable[[], Tensor], plain: bool):
-        self.ids, self.y, self.task, self.plain = ids, y, task, plain
+    def __init__(
+        self,
+        ids: Tensor,
+        y: Tensor | None,
+        task: int | None,
+        make: Callable[[], Tensor],
+        plain: bool,
+        stored: Stored | None = None,
+    ):
+        self.ids, self.y, self.task, self.plain, self.stored = ids, y, task, plain, stored
         self.replayed = 0
         self._make: Callable[[], Tensor] | None = make
         self._x: Tensor | None = None
@@ -40,12 +51,13 @@ class ImageBatch:
         return self._x
 
     def select(self, rows: Tensor) -> ImageBatch:
-        """Some of the samples; the images are decoded once for both."""
-        if len(rows) == len(self):
-            return self
+        """Some of the samples, by position or mask, in that order; the images are decoded once for both."""
         on_cpu = rows.to(self.ids.device)
+        if len(rows) == len(self) and torch.equal(on_cpu, torch.arange(len(self))):
+            return self
         y = None if self.y is None else self.y[rows.to(self.y.device)]
-        return ImageBatch(self.ids[on_cpu], y, self.task, lambda: self.x[rows.to(self.x.device)], self.plain)
+        stored = None if self.stored is None else self.stored.take(on_cpu.numpy())
+        return ImageBatch(self.ids[on_cpu], y, self.task, lambda: self.x[rows.to(self.x.device)], self.plain, stored)
 
     @staticmethod
     def of(x: Tensor, y: Tensor | None = None, ids: Tensor | None = None, task: int | None = None) -> ImageBatch:
@@ -58,12 +70,14 @@ class ImageBatch:
         labels = [p.y for p in parts if p.y is not None]
         y = torch.cat(labels) if len(labels) == len(parts) else None
         task = parts[0].task if len({p.task for p in parts}) == 1 else None
+        stored = [p.stored for p in parts if p.stored is not None]
         joined = ImageBatch(
             torch.cat([p.ids for p in parts]),
             y,
             task,
             lambda: torch.cat([p.x for p in parts]),
             all(p.plain for p in parts),
+            Stored.join(stored) if len(stored) == len(parts) else None,
         )
         joined.replayed = sum(p.replayed for p in parts)
         return joined
@@ -72,7 +86,8 @@ class ImageBatch:
 class ImageData:
     """Labelled images bound to a pipeline; implements `interfaces.Data`. `ids` and `y` are [N] int64.
 
-    `rows` are positions in `source`. After `close` any access to pixels raises `UserError`.
+    It holds handles, not pixels. After `close` of the data that they were issued with (an experience's, when it is over) this
+    data, every subset, join and batch of it that is not decoded yet raise `UserError` where they are asked for pixels.
     """
 
     def __init__(
@@ -86,9 +101,15 @@ class ImageData:
         name: str,
     ):
         assert len(rows) == len(ids) == len(y)
-        self.source: ImageSource | None = source
-        self.rows, self.ids, self.y = rows, ids, y
-        self.pipeline, self.task, self.name = pipeline, task, name
+        self.stored, self.issued = Stored.issue(source, rows, ids, name), True
+        self.ids, self.y, self.pipeline, self.task, self.name = ids, y, pipeline, task, name
+
+    def _derived(self, stored: Stored, ids: np.ndarray, y: np.ndarray, name: str) -> ImageData:
+        """Data of images that were issued already."""
+        made = ImageData.__new__(ImageData)
+        made.stored, made.issued = stored, False
+        made.ids, made.y, made.pipeline, made.task, made.name = ids, y, self.pipeline, self.task, name
+        return made
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -96,18 +117,12 @@ class ImageData:
     def batch(self, rows: Sequence[int] | np.ndarray, key: int | None = None) -> ImageBatch:
         """Samples by row; `key` chooses the random augmentation, None gives the test transform."""
         rows = np.asarray(rows, np.int64)
-        ids, source, pipeline = self.ids[rows], self._open(), self.pipeline
-        stored = self.rows[rows]
-
-        def make() -> Tensor:
-            if isinstance(source, ArrayImages):
-                return pipeline(pipeline.stored(source, stored), ids, key)
-            if source.shape is not None:
-                return pipeline(np.stack(source.raw(stored)), ids, key)
-            return pipeline([lambda row=row: source.raw(row[None])[0] for row in stored], ids, key)
-
+        ids, pipeline = self.ids[rows], self.pipeline
+        stored = self.stored.take(rows)
+        stored.check()
         y = torch.from_numpy(self.y[rows]).to(pipeline.device, non_blocking=True)
-        return ImageBatch(torch.from_numpy(ids), y, self.task, make, key is None)
+        make = partial(stored.pixels, pipeline, ids, key)
+        return ImageBatch(torch.from_numpy(ids), y, self.task, make, key is None, stored)
 
     def test_batches(self, batch_size: int) -> Iterator[ImageBatch]:
         """All samples in order under the test transform."""
@@ -116,23 +131,24 @@ class ImageData:
 
     def raw(self, rows: Sequence[int] | np.ndarray) -> list[np.ndarray]:
         """Stored pixels, uint8 [H, W, 3] each."""
-        return self._open().raw(self.rows[np.asarray(rows, np.int64)])
+        return self.stored.take(np.asarray(rows, np.int64)).raw()
 
     def subset(self, rows: Sequence[int] | np.ndarray) -> ImageData:
         """Some of the samples."""
         rows = np.asarray(rows, np.int64)
-        return ImageData(self._open(), self.rows[rows], self.ids[rows], self.y[rows], self.pipeline, self.task, self.name)
+        stored = self.stored.take(rows)
+        stored.check()
+        return self._derived(stored, self.ids[rows], self.y[rows], self.name)
+
+    def cut(self) -> ImageData:
+        """The same samples behind handles that open no other ones."""
+        return self._derived(self.stored.cut(self.name), self.ids, self.y, self.name)
 
     def close(self) -> None:
         """Let go of the pixels: the experience is over."""
-        self.source = None
-
-    def _open(self) -> ImageSource:
-        if self.source is None:
-            raise UserError(
-                f"data of {self.name} is gone: a learner that needs it must declare stores_all_data or keep exemplars"
-            )
-        return self.source
+        if self.issued:
+            self.stored.end()
+        self.stored = self.stored.closed(self.name)
 
     @staticmethod
     def of_arrays(
@@ -148,12 +164,10 @@ class ImageData:
         """Several data sets one after another."""
         if len(parts) == 1:
             return parts[0]
-        sources = [part._open() for part in parts]
-        rows, ids, y = (np.concatenate([getattr(p, k) for p in parts]) for k in ("rows", "ids", "y"))
-        if all(source is sources[0] for source in sources):
-            return ImageData(sources[0], rows, ids, y, parts[0].pipeline, parts[0].task, "joined data")
-        joined = JoinedImages(sources, [part.rows for part in parts])
-        return ImageData(joined, np.arange(len(ids)), ids, y, parts[0].pipeline, parts[0].task, "joined data")
+        stored = Stored.join([part.stored for part in parts])
+        stored.check()
+        ids, y = (np.concatenate([getattr(p, k) for p in parts]) for k in ("ids", "y"))
+        return parts[0]._derived(stored, ids, y, "joined data")
 
 
 class ListImages:
@@ -170,26 +184,6 @@ class ListImages:
     def raw(self, ids: np.ndarray) -> list[np.ndarray]:
         """By position."""
         return [self.images[int(i)] for i in ids]
-
-
-class JoinedImages:
-    """Rows of several sources, counted through."""
-
-    def __init__(self, sources: list[ImageSource], rows: list[np.ndarray]):
-        self.sources, self.rows = sources, rows
-        shapes = {source.shape for source in sources}
-        self.shape = shapes.pop() if len(shapes) == 1 else None
-        self.first = np.cumsum([0] + [len(r) for r in rows])
-
-    def __len__(self) -> int:
-        return int(self.first[-1])
-
-    def raw(self, ids: np.ndarray) -> list[np.ndarray]:
-        """By position."""
-        part = np.searchsorted(self.first, ids, side="right") - 1
-        return [
-            self.sources[p].raw(self.rows[p][[i - self.first[p]]])[0] for p, i in zip(part.tolist(), ids.tolist(), strict=True)
-        ]
 
 
 class Batches:
@@ -228,7 +222,7 @@ def bound(scenario: Scenario, ids: np.ndarray, pipeline: Pipeline, task: int | N
     table = np.full(scenario.dataset.num_classes, -1, np.int64)
     for original, position in scenario.manifest.renumber.items():
         table[original] = position
-    ids = np.asarray(ids, np.int64)
+    ids = np.array(ids, np.int64)
     return ImageData(scenario.dataset.images, ids, ids, table[scenario.dataset.y[ids]], pipeline, task, name)
 
 

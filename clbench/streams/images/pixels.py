@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from clbench.interfaces import UserError
 from clbench.streams import rng
+from clbench.streams.handles import Handle, opened
 from clbench.streams.images.resample import KERNELS, crop_resize, crop_resize_one
 from clbench.streams.scenario import ArrayImages
 
@@ -151,16 +152,17 @@ class Pipeline:
         plain = {"none": "test", "shift": "pad"}
         self.train = replace(profile, train=plain[augment], flip=False, brightness=0.0) if augment in plain else profile
         self._mean, self._std = (torch.tensor(v, device=self.device)[:, None, None] for v in (profile.mean, profile.std))
-        self._resident: weakref.WeakKeyDictionary[ArrayImages, Tensor] = weakref.WeakKeyDictionary()
+        self._resident = Handle("resident images", weakref.WeakKeyDictionary())
         self.resident_bytes = RESIDENT_BYTES if self.device.type == "cuda" else 0
 
     def stored(self, source: ArrayImages, rows: np.ndarray) -> Tensor:
         """Stored pixels on the device: rows [B] -> uint8 [B, 3, H, W]. On a GPU the whole array is moved there once."""
         if source.array.nbytes > self.resident_bytes:
             return torch.from_numpy(source.array[rows]).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-        if source not in self._resident:
-            self._resident[source] = torch.tensor(source.array, device=self.device)
-        return self._resident[source][torch.from_numpy(rows).to(self.device, non_blocking=True)].permute(0, 3, 1, 2)
+        resident: weakref.WeakKeyDictionary[ArrayImages, Tensor] = opened(self._resident)
+        if source not in resident:
+            resident[source] = torch.tensor(source.array, device=self.device)
+        return resident[source][torch.from_numpy(rows).to(self.device, non_blocking=True)].permute(0, 3, 1, 2)
 
     def __call__(self, images: Tensor | np.ndarray | Sequence[Fetch], ids: np.ndarray, key: int | None) -> Tensor:
         """Images -> normalised float32 [B, 3, S, S]. `key` chooses the augmentation, None is the test view.

@@ -15,6 +15,7 @@ import numpy as np
 
 from clbench.interfaces import Budget, Facts
 from clbench.streams import rng
+from clbench.streams.handles import Handle, end, opened
 from clbench.streams.tokens import sequences
 from clbench.streams.tokens.mae_images import Pictures, augmented, with_keys
 from clbench.streams.tokens.manifest import TokenBudget, TokenManifest
@@ -35,13 +36,33 @@ class ImageDomain:
 
 
 @dataclass(frozen=True, eq=False)
+class _Group:
+    """What the handle of an `ImageData` opens: images first..first+size-1 of a group, in the order of `key`."""
+
+    name: str
+    pictures: Pictures
+    rows: np.ndarray
+    first: int
+    size: int
+    key: int
+
+    def places(self, numbers: np.ndarray) -> np.ndarray:
+        """Own images by number 0..size-1 -> [B] int64 places in the group."""
+        inside = sequences.own(numbers, self.size, self.name)
+        return sequences.permuted(rng.key(self.key, "domain"), len(self.rows), self.first + inside)
+
+
+@dataclass(frozen=True, eq=False)
 class ImageData:
-    """The training images of one experience, in an order drawn once by `key`; the counterpart of `cpt.TokenData`."""
+    """The training images of one experience, in an order drawn once by `key`; the counterpart of `cpt.TokenData`.
+
+    `images` is a handle: `read` and `take` give this experience's own images, until `close`.
+    """
 
     name: str
     domain: int
-    pictures: Pictures
-    rows: np.ndarray
+    images: Handle
+    side: int
     batch: int
     steps: int
     first: int
@@ -56,21 +77,32 @@ class ImageData:
     @property
     def sequence_bytes(self) -> int:
         """What one stored image takes."""
-        return self.pictures.side**2 * 3
+        return self.side**2 * 3
+
+    def numbers(self, positions: np.ndarray, size: int | None = None) -> np.ndarray:
+        """Own images by position -> [B] int64 in 0..size-1; `size`: only the first so many are used."""
+        return sequences.passes(self.key, size or self.size, positions, first_in_order=True)
 
     def ids(self, positions: np.ndarray, size: int | None = None) -> np.ndarray:
         """Images by position -> [B] int64 places in the group; `size`: only the first so many are used."""
-        inside = sequences.passes(self.key, size or self.size, positions, first_in_order=True)
-        return sequences.permuted(rng.key(self.key, "domain"), len(self.rows), self.first + inside)
+        return opened(self.images).places(self.numbers(positions, size))
 
     def read(self, positions: np.ndarray, size: int | None = None) -> np.ndarray:
         """Images by position -> rows [B, S * S * 3 + 8] uint8."""
-        return self.take(self.ids(positions, size), "new", positions)
+        return self.take(self.numbers(positions, size), "new", positions)
 
-    def take(self, ids: np.ndarray, role: str, positions: np.ndarray) -> np.ndarray:
-        """Images by place in the group; mask and view are drawn from (`role`, position in that stream) -> rows."""
+    def take(self, numbers: np.ndarray, role: str, positions: np.ndarray) -> np.ndarray:
+        """Own images by number; mask and view are drawn from (`role`, position in that stream) -> rows.
+
+        Raises `UserError` for a number outside 0..size-1, and after `close`.
+        """
+        group: _Group = opened(self.images)
         keys = rng.bits(rng.key(self.key, "mask", role, self.first), positions)
-        return with_keys(augmented(self.pictures(self.rows[ids]), keys, self.augment), keys)
+        return with_keys(augmented(group.pictures(group.rows[group.places(numbers)]), keys, self.augment), keys)
+
+    def close(self) -> None:
+        """Let go of the images: the experience is over."""
+        end(self.images)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,8 +162,10 @@ class ImageScenario:
         entry = self.manifest.experiences[index]
         domain = self.domains[entry["domain"]]
         key = rng.key("order", int(domain.sha256[:16], 16))
-        shape = (self.manifest.batch, entry["steps"], entry["first"], entry["sequences"])
-        return ImageData(entry["name"], entry["domain"], domain.pictures, domain.train, *shape, key, self.augment)
+        name, first, size = f"experience {entry['name']}", entry["first"], entry["sequences"]
+        images = Handle(name, _Group(name, domain.pictures, domain.train, first, size, key))
+        shape = (domain.pictures.side, self.manifest.batch, entry["steps"], first, size)
+        return ImageData(entry["name"], entry["domain"], images, *shape, key, self.augment)
 
     def _held(self, j: int) -> tuple[ImageDomain, np.ndarray]:
         entry = self.manifest.evals[j]

@@ -16,6 +16,7 @@ import numpy as np
 
 from clbench.interfaces import Budget, Facts, UserError
 from clbench.streams import rng
+from clbench.streams.handles import Handle, end, opened
 from clbench.streams.tokens import sequences
 from clbench.streams.tokens.manifest import KIND, TokenBudget, TokenManifest, check
 
@@ -54,21 +55,60 @@ def eval_windows(validation: np.ndarray, number: int, context: int) -> np.ndarra
 
 
 @dataclass(frozen=True, eq=False)
+class _Text:
+    """What the handle of a `TokenData` opens: sequences first..first+size-1 of a domain's text, in the order of `key`.
+
+    Those are spread over the whole text, so it is held whole (a mapped corpus stays mapped once); numbers outside are refused.
+    """
+
+    name: str
+    tokens: np.ndarray
+    context: int
+    first: int
+    size: int
+    key: int
+
+    def places(self, numbers: np.ndarray) -> np.ndarray:
+        """Own sequences by number 0..size-1 -> [B] int64 places in the domain."""
+        whole = sequences.count(len(self.tokens), self.context)
+        inside = sequences.own(numbers, self.size, self.name)
+        return sequences.permuted(rng.key(self.key, "domain"), whole, self.first + inside)
+
+
+@dataclass(frozen=True, eq=False)
 class TokenData:
     """The training text of one experience: `size` sequences of a domain, in an order drawn once by `key`.
 
-    positions count sequences from 0; past `size` the same sequences come again in other orders.
+    positions count sequences from 0; past `size` the same sequences come again in other orders. `text` is a handle: arrays come
+    from `read` and `take` alone, which give this experience's own sequences, until `close`.
     """
 
     name: str
     domain: int
-    tokens: np.ndarray
+    text: Handle
     context: int
     batch: int
     steps: int
     first: int
     size: int
     key: int
+    itemsize: int
+
+    @staticmethod
+    def of(
+        name: str,
+        domain: int,
+        tokens: np.ndarray,
+        context: int,
+        batch: int,
+        steps: int,
+        first: int,
+        size: int,
+        key: int,
+    ) -> TokenData:
+        """Sequences first..first+size-1 of a domain's `tokens`, counted in the domain's order."""
+        text = Handle(f"experience {name}", _Text(f"experience {name}", tokens, context, first, size, key))
+        return TokenData(name, domain, text, context, batch, steps, first, size, key, tokens.dtype.itemsize)
 
     def __len__(self) -> int:
         return self.size
@@ -76,21 +116,31 @@ class TokenData:
     @property
     def sequence_bytes(self) -> int:
         """What one stored sequence takes."""
-        return self.context * self.tokens.dtype.itemsize
+        return self.context * self.itemsize
+
+    def numbers(self, positions: np.ndarray, size: int | None = None) -> np.ndarray:
+        """Own sequences by position -> [B] int64 in 0..size-1; `size`: only the first so many are used."""
+        return sequences.passes(self.key, size or self.size, positions, first_in_order=True)
 
     def ids(self, positions: np.ndarray, size: int | None = None) -> np.ndarray:
         """Sequences by position -> [B] int64 places in the domain; `size`: only the first so many are used."""
-        inside = sequences.passes(self.key, size or self.size, positions, first_in_order=True)
-        whole = sequences.count(len(self.tokens), self.context)
-        return sequences.permuted(rng.key(self.key, "domain"), whole, self.first + inside)
+        return opened(self.text).places(self.numbers(positions, size))
 
     def read(self, positions: np.ndarray, size: int | None = None) -> np.ndarray:
         """Sequences by position -> [B, context + 1] int64."""
-        return self.take(self.ids(positions, size), "new", positions)
+        return self.take(self.numbers(positions, size), "new", positions)
 
-    def take(self, ids: np.ndarray, role: str, positions: np.ndarray) -> np.ndarray:
-        """Sequences by place in the domain -> [B, context + 1] int64; why and when they are read does not matter here."""
-        return sequences.windows(self.tokens, ids, self.context)
+    def take(self, numbers: np.ndarray, role: str, positions: np.ndarray) -> np.ndarray:
+        """Own sequences by number -> [B, context + 1] int64; why and when they are read does not matter here.
+
+        Raises `UserError` for a number outside 0..size-1, and after `close`.
+        """
+        text: _Text = opened(self.text)
+        return sequences.windows(text.tokens, text.places(numbers), text.context)
+
+    def close(self) -> None:
+        """Let go of the text: the experience is over."""
+        end(self.text)
 
 
 @dataclass(frozen=True)
@@ -163,7 +213,7 @@ class TokenScenario:
         domain = self.domains[entry["domain"]]
         key = rng.key("order", int(domain.sha256[:16], 16))
         shape = (m.context, m.batch, entry["steps"], entry["first"], entry["sequences"])
-        return TokenData(entry["name"], entry["domain"], domain.train, *shape, key)
+        return TokenData.of(entry["name"], entry["domain"], domain.train, *shape, key)
 
     def evaluation(self, j: int) -> np.ndarray:
         """Sequences of evaluation set j -> [N, context + 1] int64."""

@@ -10,6 +10,7 @@ import mmap
 
 import numpy as np
 
+from clbench.interfaces import UserError
 from clbench.streams import rng
 
 _ROUNDS = 4
@@ -52,6 +53,13 @@ def passes(key: int, n: int, positions: np.ndarray, first_in_order: bool = False
         plain = first_in_order and one == 0
         found[rows] = inside[rows] if plain else permuted(rng.key(key, "pass", int(one)), n, inside[rows])
     return found
+
+
+def own(numbers: np.ndarray, size: int, name: str) -> np.ndarray:
+    """Numbers of sequences that a part of `size` has; `UserError` where one lies outside: it belongs to somebody else."""
+    if len(numbers) and not 0 <= numbers.min() <= numbers.max() < size:
+        raise UserError(f"{name} has the sequences 0..{size - 1}, asked for {numbers.min()}..{numbers.max()}")
+    return numbers
 
 
 def count(num_tokens: int, context: int) -> int:

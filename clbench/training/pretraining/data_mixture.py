@@ -82,18 +82,18 @@ class Replay:
         places = np.arange(steps)
         return places >= steps - length if self.timing == "last" else places < length
 
-    def ids(self, old: Data, seen: int, num_old: int, positions: np.ndarray) -> np.ndarray:
-        """Replayed sequences by position in the stream of replays -> [B] int64 places in the domain of `old`.
+    def numbers(self, old: Data, seen: int, num_old: int, positions: np.ndarray) -> np.ndarray:
+        """Replayed sequences by position in the stream of replays -> [B] int64 numbers among those of `old`.
 
         seen: how many of its sequences were read when it was new.
         """
         if self.source == "original":
-            return old.ids(positions % seen, seen)
+            return old.numbers(positions % seen, seen)
         held = min(seen, self.capacity(old, num_old))
         inside = sequences.passes(rng.key(old.key, "replay"), held, positions)
         if self.source == "buffer":  # a shrinking buffer keeps the front of one order: what was dropped never comes back
             inside = sequences.permuted(rng.key(old.key, "buffer"), seen, inside)
-        return old.ids(inside, seen)
+        return old.numbers(inside, seen)
 
     def capacity(self, old: Data, num_old: int) -> int:
         """Sequences of one old experience that may be held; `UserError` if the buffer is too small for one."""
@@ -176,8 +176,8 @@ class Mixture:
                 parts.append(self.new.read(start[k] + inside, self.size))
             else:
                 positions = start[k] + inside
-                ids = self.replay.ids(self.old[k], self.seen[k], len(self.old), positions)
-                parts.append(self.old[k].take(ids, "replay", positions))
+                numbers = self.replay.numbers(self.old[k], self.seen[k], len(self.old), positions)
+                parts.append(self.old[k].take(numbers, "replay", positions))
         return np.concatenate(parts)
 
     def used(self, first: int, last: int) -> np.ndarray:

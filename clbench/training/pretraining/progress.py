@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from clbench.interfaces import UserError
+from clbench.training import looks
 from clbench.training.pretraining.segments import PretrainRuntime, Segment
 
 
@@ -38,8 +39,7 @@ class Progress:
             self.saved, self.segment, self.step = state["learner"], state["segment"], state["step"]
             runtime.meter.load_state_dict(state["meter"])
             runtime.ledger.load_state_dict(state["ledger"])
-            if runtime.observer is not None:
-                runtime.observer.load_state_dict(state["observer"])
+            looks.load_state_dict(state["observer"])
         runtime.plan[:] = [p for p in runtime.plan if p["experience"] != runtime.experience] + self.described
 
     def save(self, segment: int, step: int, learner: dict[str, Any]) -> None:
@@ -53,6 +53,6 @@ class Progress:
             "learner": learner,
             "meter": runtime.meter.state_dict(),
             "ledger": runtime.ledger.state_dict(),
-            "observer": None if runtime.observer is None else runtime.observer.state_dict(),
+            "observer": looks.state_dict(),
         }
         runtime.journal.save("fit-0", state)

@@ -12,13 +12,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from clbench.interfaces import Place, Schedule, UserError
+from clbench.training import looks
 from clbench.training.distributed import ALONE, Group, Replica, like
 from clbench.training.pretraining.data_mixture import Mixture
 from clbench.training.pretraining.ledger import Ledger
@@ -75,33 +76,9 @@ def named(schedule: Any) -> dict[str, Any]:
     return {"name": getattr(schedule, "__name__", type(schedule).__name__)}
 
 
-class Observer(Protocol):
-    """Looks at the model while it trains; the runner's, because a learner never sees an evaluation set."""
-
-    def due(self, segment: Segment, step: int) -> bool:
-        """Whether to look before update `step` (or after the last one)."""
-        ...
-
-    def look(self, model: nn.Module, segment: Segment, step: int) -> None:
-        """Note the losses now, before update `step`, or after the last one."""
-        ...
-
-    def trunk_ended(self, model: nn.Module) -> None:
-        """A branch or an average will be evaluated instead of these weights: evaluate them too."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the lists and numbers of `state`."""
-        ...
-
-
 @dataclass
 class PretrainRuntime(Runtime):
-    """What a pre-training learner is given: the runtime of every learner, the ledger, and the runner's observer.
+    """What a pre-training learner is given: the runtime of every learner, the ledger, and the processes that train together.
 
     processed_limit  tokens that one experience may be trained on, None for no limit
     micro_batch      sequences that pass the model at once, None for the whole batch: gradients are summed over the pieces
@@ -111,7 +88,6 @@ class PretrainRuntime(Runtime):
     """
 
     ledger: Ledger = field(default_factory=Ledger)
-    observer: Observer | None = None
     flops_per_token: float = 0.0
     processed_limit: int | None = None
     micro_batch: int | None = None
@@ -221,7 +197,7 @@ def train(
     Raises FloatingPointError on a NaN or infinite loss (looked at in every step, on a GPU in every 64th), `Interrupted` on
     Ctrl-C.
     """
-    look, count, group = runtime.observer, _Count(runtime, segment, mixture, step), runtime.group
+    count, group = _Count(runtime, segment, mixture, step), runtime.group
     batch, replica = mixture.new.batch, Replica(group, model, runtime.compiled)
     sums: list[Tensor] = []
     model.train()
@@ -233,9 +209,9 @@ def train(
             count(step)
             save(step)
             runtime.check_stop()
-        if look is not None and look.due(segment, step):
+        if looks.due(segment, step):
             count(step)
-            look.look(model, segment, step)
+            looks.look(model, segment, step)
             model.train()
         losses = _gradients(runtime, replica, tokens, batch)
         optimizer.step(segment.rate(step))
@@ -247,8 +223,8 @@ def train(
             _check_losses(runtime, segment, step, sums)
             sums = []
     count(segment.last)
-    if look is not None and segment.last == segment.steps:
-        look.look(model, segment, step)
+    if segment.last == segment.steps:
+        looks.look(model, segment, step)
 
 
 def _gradients(runtime: PretrainRuntime, replica: Replica, tokens: Tensor, batch: int) -> Tensor:

@@ -1,0 +1,186 @@
+"""The contract: only its own data is within a learner's reach. For streams of images; see `testing` and `testing_reach_loss`.
+
+The *walk* goes through all that hangs on the experience, its batches, the model, the runtime, the learner and the local
+variables of `learn`, while it runs and after the experience has ended, and looks for samples of others: pixels, orders of
+labels, remembered features. The *adversary* tries the ways of `adversary` one by one.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+from clbench.config.compose import build
+from clbench.streams.eval_sets import open_eval
+from clbench.streams.handles import opened
+from clbench.streams.images.data import open_experience
+from clbench.streams.scenario import Scenario
+from clbench.streams.stored import Stored
+from clbench.testing import adversary
+from clbench.testing.reach import Marks, found_in
+
+CALLS = (0, 2)  # calls of `check_stop` inside one `learn` at which everything is walked through
+
+
+def pixels(scenario: Scenario, pipeline: Any, ids: Iterable[int]) -> dict[str, np.ndarray]:
+    """Stored pixels in both layouts and the model's input under the test view, by name, of samples by id."""
+    chosen = np.array(sorted(ids), np.int64)
+    if not len(chosen):
+        return {}
+    source = scenario.dataset.images
+    x = Stored.issue(source, chosen, chosen, "marks").pixels(pipeline, chosen, None).cpu().numpy()
+    made: dict[str, np.ndarray] = {}
+    for i, image, view in zip(chosen.tolist(), source.raw(chosen), x, strict=True):
+        made |= {f"pixels of sample {i}": image, f"pixels of sample {i}, by channel": image.transpose(2, 0, 1)}
+        made[f"model input of sample {i}"] = view
+    return made
+
+
+def labels(scenario: Scenario, besides: Iterable[int]) -> dict[str, np.ndarray]:
+    """Orders of labels that cannot be guessed: of the data set, of evaluation sets, of experiences other than `besides`."""
+    manifest, y = scenario.manifest, scenario.dataset.y
+    parts = {f"labels of {e.name}": y[e.train] for i, e in enumerate(manifest.experiences) if i not in set(besides)}
+    parts |= {f"labels of evaluation set {e.name}": y[e.ids] for e in manifest.evals} | {"labels of the data set": y}
+    renumbered = {f"{name}, renumbered": _renumbered(scenario, part) for name, part in parts.items()}
+    return {name: part for name, part in (parts | renumbered).items() if (np.diff(part) < 0).any()}
+
+
+def _renumbered(scenario: Scenario, y: np.ndarray) -> np.ndarray:
+    table = np.full(scenario.dataset.num_classes, -1, np.int64)
+    table[list(scenario.manifest.renumber)] = list(scenario.manifest.renumber.values())
+    return table[y]
+
+
+def remembered(model: Any, besides: set[int]) -> dict[str, np.ndarray]:
+    """Features that the model remembers of samples other than `besides`, by name."""
+    if not hasattr(model, "memory"):
+        return {}
+    rows = opened(model.memory._table).rows
+    return {f"features of sample {name[1]}": row.numpy() for name, row in rows.items() if name[1] not in besides}
+
+
+def frames(trial: Any) -> dict[str, Any]:
+    """Local variables of every function between the caller and the trial's `learn`, by name."""
+    found: dict[str, Any] = {}
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code is not type(trial).learn.__code__:
+        found[f"local variables of {frame.f_code.co_name}"] = dict(frame.f_locals)
+        frame = frame.f_back
+    return found
+
+
+class _Walk:
+    """Stands for `runtime.check_stop` while a learner learns, and looks around from there. `found` says what should not be."""
+
+    def __init__(self, trial: Any, learner: Any, runtime: Any, pipeline: Any, index: int):
+        self.trial, self.learner, self.runtime, self.pipeline, self.index = trial, learner, runtime, pipeline, index
+        manifest = trial.scenario.manifest
+        self.train = [set(map(int, e.train)) for e in manifest.experiences]
+        self.tests = {int(i) for e in manifest.evals for i in e.ids}
+        self.calls, self.found = 0, None
+        self.plain = runtime.check_stop
+
+    def __call__(self) -> None:
+        if self.calls in CALLS and self.found is None:
+            self.found = self.look(frames(self.trial), True)
+        self.calls += 1
+        self.plain()
+
+    def allowed(self, running: bool) -> set[int]:
+        """Samples that may be held: the experience's own while it runs, and what the learner declares that it stores."""
+        can, past = self.trial.capabilities, set[int]().union(*self.train[: self.index + 1])
+        own = self.train[self.index] if running else set()
+        if can.stores_all_data:
+            return past
+        if can.stores_exemplars:
+            held = getattr(getattr(self.learner, "memory", None), "ids", None)
+            return past if held is None else own | set(map(int, held))
+        return own
+
+    def look(self, more: dict[str, Any], running: bool) -> str | None:
+        """Where a foreign sample can be reached from the learner, its model and runtime, and `more`."""
+        scenario, can, allowed = self.trial.scenario, self.trial.capabilities, self.allowed(running)
+        model, skip = getattr(self.learner, "model", None), (self, self.trial)
+        everything = self.tests.union(*self.train)
+        own = list(pixels(scenario, self.pipeline, allowed).values())
+        foreign = pixels(scenario, self.pipeline, everything - allowed) | remembered(model, everything - self.tests)
+        roots = {"learner": self.learner, "runtime": self.runtime, "model": model} | more
+        if found := found_in(roots, Marks(foreign, own), skip):
+            return found
+        given = {name: root for name, root in roots.items() if name != "learner" and not name.startswith("local variables")}
+        if found := found_in(given, Marks(remembered(model, allowed)), (*skip, self.learner)):
+            return found
+        if can.stores_all_data or can.stores_exemplars:
+            return None
+        y = scenario.dataset.y[scenario.manifest.experiences[self.index].train]
+        return found_in(roots, Marks(labels(scenario, [self.index]), [y, _renumbered(scenario, y)], least=2), skip)
+
+
+def check_only_own_data_is_reachable(trial: Any) -> None:
+    """Nothing that hangs on experience, batches, model, runtime or learner is somebody else's sample, nor of what has ended."""
+    learner, runtime, pipeline = trial.start()
+    for index in range(2):
+        walk = _Walk(trial, learner, runtime, pipeline, index)
+        before = open_experience(trial.scenario, index, pipeline)
+        walked: dict[str, Any] = {"experience": before, **adversary.hold(before)}
+        walked |= {"decoded": before.train.batch([0]).x, "issued": walked["shuffled batches"](0)}
+        found = walk.look(walked, True)
+        assert found is None, f"before learn, a sample of somebody else can be reached at {found}"
+        runtime.check_stop = walk
+        try:
+            experience = trial.learn(learner, runtime, pipeline, index)
+        finally:
+            del runtime.check_stop
+        assert walk.found is None, f"inside learn, a sample of somebody else can be reached at {walk.found}"
+        trial.scores(learner, pipeline, 0, 5)
+        if not trial.capabilities.stores_all_data:
+            experience.train.close()
+        gc.collect()
+        found = walk.look({"experience": experience}, False)
+        assert found is None, f"after experience {index}, a sample of it or of somebody else can be reached at {found}"
+
+
+def check_adversary(trial: Any) -> None:
+    """None of the known ways leads from an experience, its batches, the model or the runtime to somebody else's samples."""
+    learner, runtime, pipeline = trial.start()
+    model, scenario = build(trial.config["model"]), trial.scenario
+    model.freeze()
+    model.memory.attach(None, scenario.dataset.images)
+    ended, test = open_experience(scenario, 0, pipeline), []
+    with torch.no_grad():
+        for batch in ended.train.test_batches(5):
+            model.features(batch)
+        for again in (False, True):
+            for batch, _ in open_eval(scenario, 0, pipeline).batches(5):
+                model.features(batch)
+                test += [batch] * again
+    assert all(batch._x is None for batch in test), "remembered features need no pixels"
+    held = adversary.hold(ended)
+    trial.learn(learner, runtime, pipeline, 0)
+    ended.train.close()
+    live = open_experience(scenario, 1, pipeline)
+    own = set(live.train.ids.tolist())
+    everything = {int(i) for e in scenario.manifest.experiences for i in e.train}
+    everything |= {int(i) for e in scenario.manifest.evals for i in e.ids}
+    known = remembered(model, own)
+    assert known, "a frozen model remembered nothing: the ways to its features were not tried"
+    marks = Marks(pixels(scenario, pipeline, everything - own) | known, list(pixels(scenario, pipeline, own).values()))
+    ids = np.array(sorted(everything - own), np.int64)
+    with torch.no_grad():
+        attempt(adversary.IMAGES, adversary.Given(live, held, test, model, runtime, learner, ids), marks)
+
+
+def attempt(ways: dict[str, Callable[[Any], Any]], given: Any, marks: Marks) -> None:
+    """Try every way; AssertionError where one gets hold of a marked sample."""
+    for name, way in ways.items():
+        try:
+            got = way(given)
+        except Exception:  # refused: whatever is raised, nothing came back
+            continue
+        found = found_in({"it": got}, marks)
+        assert found is None, f"{name}: {found}"
