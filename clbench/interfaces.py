@@ -9,7 +9,7 @@ Legend for shapes in this package: B batch, N samples, C channels, H W image, D 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class Budget:
     exemplars       raw samples of earlier experiences that a learner may hold
     exemplar_bytes  the same in bytes of the stored arrays
     stored_bytes    everything else that a learner holds between experiences: weights, statistics, prototypes
+    in_order        an experience's samples come once, in stream order; what was not kept is gone. Needs epochs=1
     """
 
     epochs: int = 1
@@ -41,10 +42,15 @@ class Budget:
     exemplars: int | None = None
     exemplar_bytes: int | None = None
     stored_bytes: int | None = None
+    in_order: bool = False
 
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
+            if item.name == "in_order":
+                if not isinstance(value, bool):
+                    raise UserError(f"budget.in_order must be true or false, got {value!r}")
+                continue
             if value is None and item.name != "epochs":
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
@@ -52,6 +58,12 @@ class Budget:
             if value < 0 or (item.name == "epochs" and value < 1):
                 least = 1 if item.name == "epochs" else 0
                 raise UserError(f"budget.{item.name} must be at least {least}, got {value}")
+        if self.in_order and self.epochs != 1:
+            raise UserError(f"budget.in_order=true means one pass: budget.epochs must be 1, got {self.epochs}")
+
+    def rules(self) -> dict[str, Any]:
+        """The fields as manifests and records hold them: without `in_order` where it is false."""
+        return {k: v for k, v in asdict(self).items() if k != "in_order" or v}
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,9 @@ class Capabilities:
     needs_new_classes   every experience must bring classes of its own (no domain-incremental streams)
     needs_pretrained    makes no sense on random weights
     needs_passes        the least number of passes over an experience's data (2: cannot run in a single-pass stream)
+    needs_random_access asks for samples of an experience by row, or again after training (memories filled at its end,
+                        statistics after training): cannot run where samples come once, in stream order
+    needs_labels        learns from labels: cannot run where an experience has none
     stores_exemplars    keeps raw samples, within the scenario's exemplar budget
     stores_all_data     keeps every sample: a reference (upper bound), not a contender; exempt from the sample budgets
     transductive        predictions may depend on the other samples of a test batch: marks the record
@@ -77,6 +92,8 @@ class Capabilities:
     needs_new_classes: bool = False
     needs_pretrained: bool = False
     needs_passes: int = 1
+    needs_random_access: bool = False
+    needs_labels: bool = True
     stores_exemplars: bool = False
     stores_all_data: bool = False
     transductive: bool = False
@@ -129,7 +146,11 @@ class Batch(Protocol):
 
 
 class Data(Protocol):
-    """The labelled samples of one experience. `y` is [N] int64 (renumbered), `ids` [N] int64, both NumPy."""
+    """The labelled samples of one experience. `y` is [N] int64 (renumbered; -1 without a label), `ids` [N] int64, both NumPy.
+
+    Where the budget says `in_order`, samples are had once, front to back: `batch` answers for the next rows, `raw` for rows
+    of the batch at hand, and `y` and `ids` come with the batches alone. `streams.images.streamed` makes such batches.
+    """
 
     ids: np.ndarray
     y: np.ndarray
@@ -182,6 +203,7 @@ class Facts:
     has_boundaries: bool
     every_experience_has_new_classes: bool
     budget: Budget = field(default_factory=Budget)
+    every_experience_has_labels: bool = True
 
 
 @runtime_checkable
@@ -235,6 +257,10 @@ def mismatch(learner: str, can: Capabilities, facts: Facts, pretrained: bool) ->
         and not facts.every_experience_has_new_classes,
         f"needs_passes={can.needs_passes}, and the budget is {facts.budget.epochs} epoch(s)": can.needs_passes
         > facts.budget.epochs,
+        "needs_random_access, and an experience's samples come once, in stream order": can.needs_random_access
+        and facts.budget.in_order
+        and not can.stores_all_data,
+        "needs_labels, and some experience has none": can.needs_labels and not facts.every_experience_has_labels,
         "needs_pretrained, and the model has random weights": can.needs_pretrained and not pretrained,
         "stores_exemplars, and the budget allows none": can.stores_exemplars
         and (facts.budget.exemplars == 0 or facts.budget.exemplar_bytes == 0),

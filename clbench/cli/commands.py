@@ -288,9 +288,10 @@ def manifest(args: Namespace) -> int:
         return 0
     found = compose.compose(args.words)[0]
     registry.check(found)
-    made = compose.build(found["scenario"]).manifest
+    scenario = compose.build(found["scenario"])
+    made = scenario.manifest
     if args.action == "show":
-        print(made.text())
+        print(made.text(scenario.class_name) if hasattr(scenario, "class_name") else made.text())
         return 0
     if not args.out:
         raise UserError("say where to: clbench manifest write ... --out FILE")

@@ -21,8 +21,9 @@ from typing import Any
 
 from clbench.config.moved import current
 from clbench.config.run_options import wrong_options
-from clbench.config.signatures import find_module, nearest, problems, split_target
+from clbench.config.signatures import find_module, nearest, problems, signature, split_target
 from clbench.interfaces import UserError
+from clbench.streams.operators import registry
 
 log = logging.getLogger("clbench")
 GROUPS = ("scenario", "learner", "model", "schedule", "pet", "sweep", "machine")
@@ -76,13 +77,14 @@ def origin(path: Path) -> str:
 
 def listing(words: Sequence[str] = ()) -> str:
     """Names and first comment lines of the groups (plurals), or of all; of `learners`, if asked for, what there is to know."""
-    plurals = [f"{group}s" for group in GROUPS]
+    plurals = [*(f"{group}s" for group in GROUPS), "operators"]
     for word in words:
         if f"{word.removesuffix('s')}s" not in plurals:
             raise UserError(f"no group '{word}'{nearest(word, plurals)} (one of: {', '.join(plurals)})")
     lines, known = [], stored()
-    for group in [word.removesuffix("s") for word in words] or GROUPS:
+    for group in [word.removesuffix("s") for word in words] or (*GROUPS, "operator"):
         lines.append(f"{group}s")
+        lines += operators_listing() if group == "operator" else ()
         for name, (path, *_) in choices(group).items():
             mark = "" if origin(path) == "clbench" else f"  [{origin(path)}]"
             lines.append(f"  {name:<18} {description(path)}{mark}".rstrip())
@@ -197,6 +199,7 @@ def check(config: Mapping[str, Any]) -> None:
         else:
             found = _check_node(node, group, _SUPPLIED.get(group, ()))
             lines += [line for line in found if line.split()[0].split(".")[-1] not in options]
+    lines += _check_operators(config)
     if lines:
         raise UserError("\n".join(dict.fromkeys(lines)))
 
@@ -206,6 +209,35 @@ def _check_node(node: Mapping[str, Any], where: str, supplied: Sequence[str]) ->
     for name, value in node.items():
         if isinstance(value, Mapping) and "_target_" in value:
             yield from _check_node(value, f"{where}.{name}", ())
+
+
+def _check_operators(config: Mapping[str, Any]) -> Iterator[str]:
+    """Names and options of the stream's operators, against their signatures."""
+    node = config.get("scenario")
+    operators = node.get("operators") if isinstance(node, Mapping) else None
+    for one in operators if isinstance(operators, list | tuple) else ():
+        try:
+            name, options = registry.parsed(one)
+            target = registry.target_of(name)
+        except UserError as error:
+            yield str(error)
+            continue
+        found = problems({**options, "_target_": target}, f"operator {name}", registry.SUPPLIED)
+        yield from (line.replace(f"(from _target_={target})", f"(from scenario.operators={name})") for line in found)
+
+
+def operators_listing() -> Iterator[str]:
+    """Name, options with defaults and first line of the docstring of every operator; from the source text."""
+    for name, target in registry.targets().items():
+        source, function = split_target(target)
+        module = ast.parse(source.read_text(encoding="utf-8")) if source else ast.Module([], [])
+        found = next((n for n in module.body if isinstance(n, ast.FunctionDef) and n.name == function), None)
+        text = (ast.get_docstring(found) or "").partition("\n")[0] if found else ""
+        taken = signature(target)
+        options = ", ".join(p for p in (taken.parameters if taken else ()) if p not in registry.SUPPLIED)
+        mark = "" if target.startswith("clbench.") else f"  [{target.partition('.')[0]}]"
+        yield f"  {name:<18} {text}{mark}".rstrip()
+        yield f"  {'':<18} options: {options or 'none'}"
 
 
 def _check_choices(config: Mapping[str, Any]) -> Iterator[str]:

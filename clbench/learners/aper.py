@@ -36,7 +36,7 @@ from clbench.training.state import collect, restore
 class Aper:
     """State: what was adapted (module or backbone), the classifier it was trained with, sums and counts of every class."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(needs_pretrained=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(needs_pretrained=True, needs_random_access=True)
 
     def __init__(
         self,

@@ -77,7 +77,7 @@ def balanced_rows(y: np.ndarray, per_class: int, key: int) -> np.ndarray:
 class Bic:
     """State: backbone, head, corrections, memory."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(stores_exemplars=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(stores_exemplars=True, needs_random_access=True)
 
     def __init__(
         self,

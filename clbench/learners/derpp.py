@@ -81,7 +81,7 @@ class DarkBatches:
 class DerPP:
     """State: backbone, head, memory, the logits of its samples [M, K] (NaN where a class was not known)."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(stores_exemplars=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(stores_exemplars=True, needs_random_access=True)
 
     def __init__(
         self,

@@ -47,7 +47,7 @@ from clbench.training.state import collect, groups_of, restore
 class Ewc:
     """State: backbone, head, the Fisher information so far (empty before the first experience)."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities()
+    capabilities: ClassVar[Capabilities] = Capabilities(needs_random_access=True)
 
     def __init__(
         self,

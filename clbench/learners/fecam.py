@@ -27,6 +27,7 @@ Legend: K classes, D features, N samples. Statistics are computed in float64 and
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -103,6 +104,11 @@ class Fecam:
     """State: counts, means, means and scatter matrices of what covariances are taken of; the network where it is trained."""
 
     capabilities: ClassVar[Capabilities] = Capabilities()
+
+    @staticmethod
+    def capabilities_of(*, train_first: bool = False, **options: Any) -> Capabilities:
+        """A network that is trained first needs the samples again for its statistics."""
+        return replace(Fecam.capabilities, needs_random_access=train_first)
 
     def __init__(
         self,

@@ -49,7 +49,7 @@ def exemplar_means(features: Tensor, y: Tensor, num_classes: int) -> Tensor:
 class Icarl:
     """State: backbone, head, memory, exemplar means [K, D]."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(stores_exemplars=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(stores_exemplars=True, needs_random_access=True)
 
     def __init__(
         self,

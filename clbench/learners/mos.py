@@ -73,7 +73,7 @@ class Mos:
     In the raw variant also how many evaluation batches each kept adapter has seen.
     """
 
-    capabilities: ClassVar[Capabilities] = Capabilities(needs_pretrained=True, needs_new_classes=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(needs_pretrained=True, needs_new_classes=True, needs_random_access=True)
 
     @staticmethod
     def capabilities_of(*, variant: str = "official_effective", **others: Any) -> Capabilities:

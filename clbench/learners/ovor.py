@@ -26,6 +26,7 @@ Published (recalled, not re-checked; ViT-B/16 augreg_in21k_ft_in1k, Adam 1e-3, b
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -50,6 +51,11 @@ class Ovor:
     """State: the prefix of the early and of the late blocks, the head."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(needs_pretrained=True)
+
+    @staticmethod
+    def capabilities_of(*, outlier_epochs: int = 4, **options: Any) -> Capabilities:
+        """The second stage needs features of all samples again."""
+        return replace(Ovor.capabilities, needs_random_access=outlier_epochs > 0)
 
     def __init__(
         self,

@@ -17,6 +17,8 @@ without the first phase, 90.6 % without projection. 20 epochs, batch 48, SGD 0.9
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -44,6 +46,12 @@ class RanPac:
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities(needs_pretrained=True)
+
+    @staticmethod
+    def capabilities_of(*, pet: Any = None, **options: Any) -> Capabilities:
+        """With a module to adapt, the first experience's samples are needed again for the sums."""
+        adapts = not (isinstance(pet, Mapping) and str(pet.get("_target_")).endswith(".none"))
+        return replace(RanPac.capabilities, needs_random_access=adapts)
 
     def __init__(
         self,

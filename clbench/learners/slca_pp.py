@@ -72,7 +72,7 @@ class FlooredRecipe(Recipe):
 class SlcaPP:
     """State: what is trained of the backbone, heads as trained, aligned heads (deployed), Gaussians, classes' experiences."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(needs_new_classes=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(needs_new_classes=True, needs_random_access=True)
 
     def __init__(
         self,

@@ -50,7 +50,7 @@ def align_weights(head: LinearHead, known: int) -> float:
 class WeightAligning:
     """State: backbone, head, memory."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(stores_exemplars=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(stores_exemplars=True, needs_random_access=True)
 
     def __init__(
         self,

@@ -69,12 +69,12 @@ class Walk:
             self.evaluate(self.first - 1)
 
     def _open(self, index: int) -> Experience:
-        return open_experience(self.job.scenario, index, self.job.pipeline)
+        return open_experience(self.job.scenario, index, self.job.pipeline, self.job.capabilities.stores_all_data)
 
     def learn(self, index: int) -> None:
         """One experience, then the state on disk; the data is closed unless the learner declared that it keeps it."""
         experience = replace(self._open(index), past=tuple(self.past))
-        self.runtime.begin(index, len(experience.train))
+        self.runtime.begin(index, len(experience.train), experience.budget)
         self.job.model.train()
         start = time.perf_counter()
         result = self.learner.learn(experience)
@@ -103,7 +103,7 @@ class Walk:
         }
 
     def _check_budget(self, index: int, state: dict[str, Any]) -> None:
-        budget = self.job.scenario.budget
+        budget = self.job.scenario.budget_of(index)
         memory = getattr(self.learner, "memory", None) if self.job.capabilities.stores_exemplars else None
         count, size = (0, 0) if memory is None else (len(memory), memory.num_bytes())
         stored = num_bytes(state) - size

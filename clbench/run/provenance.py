@@ -19,6 +19,7 @@ from typing import Any
 from clbench import __version__
 from clbench.interfaces import Capabilities
 from clbench.records import record
+from clbench.streams.operators.registry import without_folders
 from clbench.training import hardware
 
 MACHINE = (
@@ -65,7 +66,14 @@ def identity(config: dict[str, Any], can: Capabilities | None = None) -> dict[st
     dataset = kept["scenario"].get("dataset")
     if isinstance(dataset, str) and ("/" in dataset or os.sep in dataset):
         kept["scenario"]["dataset"] = pathlib.PurePath(dataset).name
+    elif isinstance(dataset, list):
+        kept["scenario"]["dataset"] = [pathlib.PurePath(one).name for one in dataset]
     kept["scenario"].pop("path", None)
+    for key in ("operators", "classes"):  # streams that take neither keep the identity that they had before there were these
+        if key in kept["scenario"] and not kept["scenario"][key]:
+            del kept["scenario"][key]
+    if "operators" in kept["scenario"]:
+        kept["scenario"]["operators"] = without_folders(kept["scenario"]["operators"])
     return kept
 
 
@@ -199,7 +207,7 @@ def describe_images(job: Any) -> dict[str, Any]:
                 {"name": e.name, "classes": list(e.classes), "task": e.task, "num_train": len(e.train)}
                 for e in manifest.experiences
             ],
-            "budget": asdict(job.scenario.budget),
+            "budget": job.scenario.budget.rules(),
         },
         "n": [len(e.ids) for e in manifest.evals],
         "first_seen": [e.first_seen for e in manifest.evals],
@@ -210,5 +218,5 @@ def describe_images(job: Any) -> dict[str, Any]:
 
 def class_counts(scenario: Any, entry: Any) -> list[int]:
     """Samples of each class of an evaluation set, in the order of its classes."""
-    labels = scenario.dataset.y[entry.ids]
+    labels = scenario.labels(entry)
     return [int((labels == c).sum()) for c in entry.classes]

@@ -354,7 +354,7 @@ def _runtime(job: Job) -> Runtime:
     return Runtime(
         seed=job.config["seed"],
         device=job.device,
-        budget=job.scenario.budget,
+        budget=job.scenario.facts().budget,
         precision=job.config["precision"],
         exempt=job.capabilities.stores_all_data,
     )

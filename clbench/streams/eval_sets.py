@@ -71,5 +71,5 @@ def open_eval(scenario: Scenario, index: int, pipeline: Pipeline) -> EvalSet:
     entry = scenario.manifest.evals[index]
     task = entry.task if scenario.manifest.discloses_task else None
     classes = tuple(scenario.manifest.renumber[c] for c in entry.classes)
-    data = bound(scenario, entry.ids, pipeline, task, f"evaluation set {entry.name}")
+    data = bound(scenario, entry, pipeline, task, f"evaluation set {entry.name}")
     return EvalSet(entry.name, data, classes, task, entry.first_seen)

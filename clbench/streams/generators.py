@@ -1,6 +1,6 @@
 """Generators write manifests: class-, task- and domain-incremental streams, or a stored manifest. Targets of conf/scenario.
 
-Every generator does the same three things: `_select` the samples of each class (of each domain), deal them to `Step`s, and
+Every generator does the same three things: `select` the samples of each class (of each domain), deal them to `Step`s, and
 `_build` the scenario. A new kind of stream is a new way to deal.
 """
 
@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from clbench.interfaces import Budget, UserError
-from clbench.streams import datasets, orders
+from clbench.streams import datasets
 from clbench.streams.manifest import EvalEntry, ExperienceEntry, Manifest
+from clbench.streams.operators.registry import apply
+from clbench.streams.pools import concatenated
 from clbench.streams.scenario import Dataset, Scenario
-from clbench.streams.splits import drawn
-
-Cells = dict[tuple[int, int], np.ndarray]
+from clbench.streams.selection import Cells, appearance, kept_classes, select, whole
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ def class_incremental(
     evaluate_on: str = "test",
     augment: str = "profile",
     budget: Mapping[str, int | None] | None = None,
+    classes: Sequence[int | str] | None = None,
+    operators: Sequence[Any] = (),
 ) -> Scenario:
     """New classes in every experience, tasks undisclosed: "B0 IncN" (base=0), "Bm IncN" (base=m), or explicit `sizes`.
 
@@ -67,22 +69,31 @@ def class_incremental(
     evaluate_on              "test", or "validation" for tuning
     augment                  "profile" (the model's training transform), "none", or "shift"
     budget                   fields of `interfaces.Budget`
+    classes                  keep only these, by original id (a number) or by name (text), instead of num_classes
+    operators                functions of `streams.operators` that change the stream, left to right: names, or {name: options}
 
     Raises:
         UserError: for any value that does not fit; one line.
     """
     rules = _budget(budget)
     data = datasets.load(dataset, data_root, download, sha256)
-    kept = _whole("num_classes", data.num_classes if num_classes is None else num_classes, 1, data.num_classes)
-    appearance = _order(order, order_seed, data.num_classes, kept)
-    train, evaluate = _select(data, kept, limit_train, limit_test, validation, validation_seed, evaluate_on)
+    kept = kept_classes(data, num_classes, classes)
+    ordered = appearance(order, order_seed, data.num_classes, kept, classes is not None)
+    train, evaluate = select(data, kept, limit_train, limit_test, validation, validation_seed, evaluate_on)
+    steps = _dealt(ordered, _sizes(len(kept), base, increment, sizes), train, evaluate)
+    made = _build("class_incremental", name, data, steps, rules, augment)
+    return apply(made, operators, data_root, download)
+
+
+def _dealt(ordered: Sequence[int], sizes: Sequence[int], train: Cells, evaluate: Cells) -> list[Step]:
+    """Classes in their order of appearance, `sizes` of them in each step."""
     steps, start = [], 0
-    for i, size in enumerate(_sizes(kept, base, increment, sizes)):
-        classes = appearance[start : start + size]
-        chosen = [cell for cell in sorted(train) if cell[1] in classes]
-        steps.append(Step(f"exp{i}", classes, _join(train, chosen), _join(evaluate, chosen)))
+    for i, size in enumerate(sizes):
+        present = ordered[start : start + size]
+        chosen = [cell for cell in sorted(train) if cell[1] in present]
+        steps.append(Step(f"exp{i}", present, _join(train, chosen), _join(evaluate, chosen)))
         start += size
-    return _build("class_incremental", name, data, steps, rules, augment)
+    return steps
 
 
 def task_incremental(
@@ -104,9 +115,11 @@ def task_incremental(
     evaluate_on: str = "test",
     augment: str = "profile",
     budget: Mapping[str, int | None] | None = None,
+    classes: Sequence[int | str] | None = None,
+    operators: Sequence[Any] = (),
 ) -> Scenario:
     """`class_incremental` with the task of every sample disclosed, in training and at test time: task i = experience i."""
-    scenario = class_incremental(**locals())
+    scenario = class_incremental(**{**locals(), "operators": ()})
     manifest = replace(
         scenario.manifest,
         kind="task_incremental",
@@ -114,7 +127,7 @@ def task_incremental(
         experiences=tuple(replace(entry, task=i) for i, entry in enumerate(scenario.manifest.experiences)),
         evals=tuple(replace(entry, task=j) for j, entry in enumerate(scenario.manifest.evals)),
     )
-    return replace(scenario, manifest=manifest)
+    return apply(replace(scenario, manifest=manifest), operators, data_root, download)
 
 
 def domain_incremental(
@@ -132,6 +145,8 @@ def domain_incremental(
     evaluate_on: str = "test",
     augment: str = "profile",
     budget: Mapping[str, int | None] | None = None,
+    classes: Sequence[int | str] | None = None,
+    operators: Sequence[Any] = (),
 ) -> Scenario:
     """The same classes in every experience, from another domain each time; one evaluation set per domain.
 
@@ -139,28 +154,42 @@ def domain_incremental(
     """
     rules = _budget(budget)
     data = datasets.load(dataset, data_root, download, sha256)
-    kept = _whole("num_classes", data.num_classes if num_classes is None else num_classes, 1, data.num_classes)
-    train, evaluate = _select(data, kept, limit_train, limit_test, validation, validation_seed, evaluate_on)
+    kept = kept_classes(data, num_classes, classes)
+    train, evaluate = select(data, kept, limit_train, limit_test, validation, validation_seed, evaluate_on)
     steps = []
     for d in _domains(data, domains):
         chosen = [cell for cell in sorted(train) if cell[0] == d]
-        classes = [c for _, c in chosen]
-        steps.append(Step(data.domain_names[d], classes, _join(train, chosen), _join(evaluate, chosen)))
-    return _build("domain_incremental", name, data, steps, rules, augment)
+        present = [c for _, c in chosen]
+        steps.append(Step(data.domain_names[d], present, _join(train, chosen), _join(evaluate, chosen)))
+    made = _build("domain_incremental", name, data, steps, rules, augment)
+    return apply(made, operators, data_root, download)
 
 
 def from_manifest(
     path: str,
     name: str | None = None,
-    dataset: str | None = None,
+    dataset: str | Sequence[str] | None = None,
     data_root: str | None = None,
     download: bool = False,
     augment: str = "profile",
+    operators: Sequence[Any] = (),
 ) -> Scenario:
-    """Run a saved manifest. `dataset` (default: the name in the manifest) must have the content it was made for."""
+    """Run a saved manifest. `dataset` (default: the names in the manifest) must have the content it was made for.
+
+    A stream of several data sets takes a list of them. `operators` change the stream further.
+    """
     manifest = Manifest.load(path)
-    data = datasets.load(dataset or manifest.dataset["name"], data_root, download)
-    return Scenario(name or Path(path).stem, manifest, data, Budget(**manifest.budget), augment)
+    parts = manifest.dataset.get("parts")
+    found = dataset or ([part["name"] for part in parts] if parts else manifest.dataset["name"])
+    if isinstance(found, str):
+        data = datasets.load(found, data_root, download)
+    elif parts and len(found) == len(parts):
+        loaded = [datasets.load(one, data_root, download) for one in found]
+        data = concatenated(loaded, manifest.dataset["classes"])
+    else:
+        raise UserError(f"scenario.dataset names {len(found)} data sets, manifest {path} was made of {len(parts or '1')}")
+    scenario = Scenario(name or Path(path).stem, manifest, data, Budget(**manifest.budget), augment)
+    return apply(scenario, operators, data_root, download)
 
 
 def _build(kind: str, name: str, data: Dataset, steps: Sequence[Step], budget: Budget, augment: str) -> Scenario:
@@ -177,7 +206,7 @@ def _build(kind: str, name: str, data: Dataset, steps: Sequence[Step], budget: B
         ),
         discloses_task=False,
         has_boundaries=True,
-        budget=asdict(budget),
+        budget=budget.rules(),
     )
     return Scenario(name, manifest, data, budget, augment)
 
@@ -192,61 +221,19 @@ def _join(cells: Cells, chosen: Sequence[tuple[int, int]]) -> np.ndarray:
     return np.sort(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
 
 
-def _select(
-    data: Dataset,
-    kept: int,
-    limit_train: int | None,
-    limit_test: int | None,
-    validation: float,
-    validation_seed: int,
-    evaluate_on: str,
-) -> tuple[Cells, Cells]:
-    """Sample ids to train and to evaluate on, by (domain, class). Limits first, then the validation share."""
-    limits = [None if n is None else _whole(key, n, 1) for key, n in (("limit_train", limit_train), ("limit_test", limit_test))]
-    seed = _whole("validation_seed", validation_seed, 0)
-    if isinstance(validation, bool) or not isinstance(validation, int | float) or not 0 <= validation < 1:
-        raise UserError(f"scenario.validation must be a share in 0..1 (1 excluded), got {validation!r}")
-    share = round(validation * 10_000)
-    if evaluate_on not in ("test", "validation"):
-        raise UserError(f"scenario.evaluate_on must be test or validation, got {evaluate_on!r}")
-    if share == 0 and (validation or seed or evaluate_on == "validation"):
-        what = f"validation={validation}" if validation else "evaluate_on=validation" if seed == 0 else "validation_seed"
-        raise UserError(f"scenario.{what} has no effect without a validation share of at least 0.0001")
-    domain = np.zeros(len(data), np.int64) if data.domain is None else data.domain
-    cells: list[Cells] = [{}, {}]
-    for part in (0, 1):
-        ids = np.flatnonzero((data.split == part) & (data.y < kept))
-        keys = domain[ids] * kept + data.y[ids]
-        for cell in np.unique(keys).tolist():
-            cells[part][divmod(cell, kept)] = ids[keys == cell][: limits[part]]
-    train, evaluate = cells
-    if share:
-        aside = {cell: drawn(ids, share, "validation", seed, *cell) for cell, ids in train.items()}
-        train = {cell: np.setdiff1d(ids, aside[cell]) for cell, ids in train.items()}
-        if evaluate_on == "validation":
-            evaluate = {cell: ids[: limits[1]] for cell, ids in aside.items()}
-    return train, evaluate
-
-
-def _order(order: str | Sequence[int], seed: int, num_classes: int, kept: int) -> tuple[int, ...]:
-    if _whole("order_seed", seed, 0) and order != "random":
-        raise UserError(f"scenario.order_seed={seed} has no effect with order={order}; it is for order=random")
-    return orders.order(order if isinstance(order, str) else list(order), num_classes, seed, kept)
-
-
 def _sizes(total: int, base: int, increment: int | None, sizes: Sequence[int] | None) -> list[int]:
     """Number of classes of every experience."""
-    base = _whole("base", base, 0, total)
+    base = whole("base", base, 0, total)
     if sizes is not None:
         if base or increment is not None:
             raise UserError("scenario.sizes excludes base and increment: set scenario.base=0 scenario.increment=null")
-        listed = [_whole("sizes", size, 1) for size in sizes]
+        listed = [whole("sizes", size, 1) for size in sizes]
         if sum(listed) != total:
             raise UserError(f"scenario.sizes {listed} must sum to the {total} classes, not to {sum(listed)}")
         return listed
     if increment is None:
         raise UserError("scenario.increment is missing: classes per experience (or give scenario.sizes)")
-    increment = _whole("increment", increment, 1, total)
+    increment = whole("increment", increment, 1, total)
     first = [base] if base else []
     full, rest = divmod(total - base, increment)
     return first + [increment] * full + ([rest] if rest else [])
@@ -269,7 +256,7 @@ def _domains(data: Dataset, chosen: Sequence[str] | None) -> list[int]:
 
 
 def _budget(budget: Mapping[str, Any] | None) -> Budget:
-    known = [item.name for item in fields(Budget)]
+    known = [item.name for item in fields(Budget) if item.name != "in_order"]
     if budget is not None and not isinstance(budget, Mapping):
         raise UserError(f"scenario.budget must be a mapping with {', '.join(known)}, got {budget!r}")
     for key in budget or {}:
@@ -277,12 +264,3 @@ def _budget(budget: Mapping[str, Any] | None) -> Budget:
             near = difflib.get_close_matches(str(key), known, 1, 0.0)[0]
             raise UserError(f"unknown budget.{key}; did you mean budget.{near}?")
     return Budget(**dict(budget or {}))
-
-
-def _whole(key: str, value: Any, least: int, most: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UserError(f"scenario.{key} must be a whole number, got {value!r}")
-    if value < least or (most is not None and value > most):
-        limit = f"at least {least}" if most is None else f"in {least}..{most}"
-        raise UserError(f"scenario.{key} must be {limit}, got {value}")
-    return value

@@ -1,7 +1,9 @@
 """A scenario is a manifest: an ordered list of sample ids, class ids and visibility rules with a SHA-256.
 
 The hash covers everything that changes the stream (samples, order, evaluation sets, disclosure, budget) and nothing else: no
-path, device or version. Its text is canonical JSON (sorted keys, no spaces, ASCII), with sample ids as runs: "0-499,731".
+path, device or version. Its text is canonical JSON (sorted keys, no spaces, ASCII), with sample ids as runs: "0-499,731", and
+labels as "3*500,7" (3 for 500 samples, then a 7). A field that has its default is left out, so a stream that does not need it
+has the hash that it had before there was the field.
 """
 
 from __future__ import annotations
@@ -9,47 +11,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clbench.interfaces import Budget, UserError
+from clbench.interfaces import UserError
+from clbench.streams.entries import EvalEntry, ExperienceEntry
+from clbench.streams.id_runs import MAX_SAMPLES, decode_ids, decode_labels, encode_ids, encode_labels
+from clbench.streams.manifest_rules import check, checked_keys
 
 SCHEMA = 1
-MAX_SAMPLES = 1 << 27  # a forged file must not be able to ask for more memory than this
-_RUN = re.compile(r"(\d{1,12})(?:-(\d{1,12}))?")
-
-
-def encode_ids(ids: np.ndarray) -> str:
-    """Write ids [N] as ascending runs in their own order: [0, 1, 2, 7, 4] -> "0-2,7,4"."""
-    ids = np.asarray(ids, dtype=np.int64)
-    if len(ids) == 0:
-        return ""
-    cuts = np.flatnonzero(np.diff(ids) != 1) + 1
-    first, last = ids[np.r_[0, cuts]], ids[np.r_[cuts - 1, len(ids) - 1]]
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(first.tolist(), last.tolist(), strict=True))
-
-
-def decode_ids(text: str, limit: int) -> np.ndarray:
-    """Read what `encode_ids` wrote -> [N] int64, all below `limit`; anything else raises `UserError`."""
-    runs, total = [], 0
-    for part in text.split(",") if text else []:
-        match = _RUN.fullmatch(part)
-        if match is None:
-            raise UserError(f"sample ids must look like '0-499,731', got {part[:40]!r}")
-        first, last = int(match[1]), int(match[2] or match[1])
-        total += last - first + 1
-        if last < first or last >= limit or total > limit:
-            raise UserError(f"sample ids {part!r} do not fit a data set of {limit} samples")
-        runs.append(np.arange(first, last + 1, dtype=np.int64))
-    return np.concatenate(runs) if runs else np.zeros(0, np.int64)
 
 
 def save_json(path: Path, sha256: str, body: str) -> None:
@@ -70,47 +47,16 @@ def save_json(path: Path, sha256: str, body: str) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _frozen(ids: np.ndarray) -> np.ndarray:
-    ids = np.array(ids, dtype=np.int64)
-    ids.flags.writeable = False
-    return ids
-
-
-@dataclass(frozen=True, eq=False)
-class ExperienceEntry:
-    """One step of the stream: `classes` are original ids in order of appearance, `train` [N] sample ids in stream order."""
-
-    name: str
-    task: int | None
-    classes: tuple[int, ...]
-    train: np.ndarray
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "classes", tuple(int(c) for c in self.classes))
-        object.__setattr__(self, "train", _frozen(self.train))
-
-
-@dataclass(frozen=True, eq=False)
-class EvalEntry:
-    """One evaluation set: original `classes`, sample `ids` [N], and the experience that belongs to it (`first_seen`)."""
-
-    name: str
-    task: int | None
-    classes: tuple[int, ...]
-    ids: np.ndarray
-    first_seen: int
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "classes", tuple(int(c) for c in self.classes))
-        object.__setattr__(self, "ids", _frozen(self.ids))
-
-
 @dataclass(frozen=True, eq=False)
 class Manifest:
     """The whole stream. Two manifests are equal when their hashes are.
 
-    dataset      {"name", "sha256", "num_samples"}: what the sample ids point into
+    dataset      {"name", "sha256", "num_samples"}: what the sample ids point into. Of several data sets one after another
+                 also "parts", those of each, and "classes" (see `pools.concatenated`)
     class_order  original class ids by order of first appearance: position = the id that learners see
+    looks        per experience the numbers of its samples after which the learner is evaluated; empty: at its end alone
+    evaluators   names of what is asked of the learner; empty: what the kind of stream asks for
+    operators    what made this stream of a generator's, in order, as {name: options}
     """
 
     kind: str
@@ -122,12 +68,20 @@ class Manifest:
     has_boundaries: bool
     budget: dict[str, Any]
     schema: int = SCHEMA
+    looks: tuple[tuple[int, ...], ...] = ()
+    evaluators: tuple[str, ...] = ()
+    operators: tuple[dict[str, dict[str, Any]], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_order", tuple(int(c) for c in self.class_order))
+        if isinstance(self.budget, Mapping) and self.budget.get("in_order") is False:
+            object.__setattr__(self, "budget", {k: v for k, v in self.budget.items() if k != "in_order"})
+        object.__setattr__(self, "looks", tuple(tuple(one) for one in self.looks))
+        object.__setattr__(self, "evaluators", tuple(self.evaluators))
+        object.__setattr__(self, "operators", tuple(self.operators))
         object.__setattr__(self, "experiences", tuple(self.experiences))
         object.__setattr__(self, "evals", tuple(self.evals))
-        _check(self)
+        check(self)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Manifest) and self.sha256 == other.sha256
@@ -160,18 +114,22 @@ class Manifest:
 
     def to_json(self) -> str:
         """Canonical JSON text, without the hash."""
-        body = {item.name: getattr(self, item.name) for item in fields(self)}
-        body["experiences"] = [{**vars(e), "train": encode_ids(e.train)} for e in self.experiences]
-        body["evals"] = [{**vars(e), "ids": encode_ids(e.ids)} for e in self.evals]
+        body = _written(self)
+        body["experiences"] = [_written(e) for e in self.experiences]
+        body["evals"] = [_written(e) for e in self.evals]
         return _canonical(body)
 
-    def text(self) -> str:
-        """The stream for people: a line for each experience and each evaluation set."""
+    def text(self, name: Callable[[int], str] = str) -> str:
+        """The stream for people: a line for each experience and each evaluation set. `name` names an original class id."""
         lines = [f"{self.kind}, {self.dataset['name']}, sha256 {self.sha256}"]
+        lines += [f"  operator {json.dumps(one, sort_keys=True)}" for one in self.operators]
+        classes = {c: str(c) if name(c) == str(c) else f"{c}={name(c)}" for c in self.class_order}
         for e in self.experiences:
-            lines.append(f"  {e.name:<10} {len(e.train):>7} samples  classes {' '.join(map(str, e.classes))}")
+            line = f"  {e.name:<10} {len(e.train):>7} samples  classes {' '.join(classes[c] for c in e.classes)}"
+            lines.append(line + _remarks(e))
         for e in self.evals:
-            lines.append(f"  evaluate {e.name:<10} {len(e.ids):>7} samples  first seen in experience {e.first_seen}")
+            line = f"  evaluate {e.name:<10} {len(e.ids):>7} samples  first seen in experience {e.first_seen}"
+            lines.append(line + _remarks(e))
         return "\n".join(lines)
 
     @classmethod
@@ -210,71 +168,65 @@ def _canonical(body: dict[str, Any]) -> str:
     return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
-def _keys(body: Any, expected: Iterable[str], where: str) -> dict[str, Any]:
-    expected = set(expected)
-    if not isinstance(body, dict):
-        raise UserError(f"{where} must be a mapping, got {type(body).__name__}")
-    if set(body) != expected:
-        raise UserError(f"{where}: missing keys {sorted(expected - set(body))}, unknown keys {sorted(set(body) - expected)}")
+def _default(item: Field[Any]) -> Any:
+    """The default of a field that is left out where it has it; MISSING for one that is always written."""
+    return MISSING if item.name == "schema" else item.default
+
+
+def _written(entry: Any) -> dict[str, Any]:
+    """The fields of an entry for JSON, those left out that have their default."""
+    body: dict[str, Any] = {}
+    for item in fields(entry):
+        value, default = getattr(entry, item.name), _default(item)
+        if isinstance(value, np.ndarray):
+            value = encode_labels(value) if item.name == "labels" else encode_ids(value)
+        if default is MISSING or value != default:
+            body[item.name] = value
     return body
 
 
+def _remarks(entry: ExperienceEntry | EvalEntry) -> str:
+    """What is out of the ordinary about an entry, for people."""
+    said = [f"{name} {json.dumps(options)}" for step in entry.transform for name, options in step.items()]
+    said += ["own labels"] if entry.labels is not None else []
+    if isinstance(entry, EvalEntry):
+        said += [f"in this order, batches of {entry.batch_size or 'any size'}"] if entry.order == "given" else []
+    else:
+        said += [] if entry.labelled else ["without labels"]
+        said += [] if entry.boundary else ["boundary hidden"]
+        said += [f"budget {json.dumps(entry.budget)}"] if entry.budget else []
+    return "".join(f"; {one}" for one in said)
+
+
+def _of_kind(body: Any, kind: type, where: str) -> dict[str, Any]:
+    """A mapping with the fields of a dataclass; those that have a default may be missing."""
+    named = {item.name: _default(item) is MISSING for item in fields(kind)}
+    return checked_keys(body, [name for name, needed in named.items() if needed], where, named)
+
+
 def _parse(body: Any) -> Manifest:
-    """Plain JSON -> Manifest; types are checked here, meaning in `_check`."""
-    body = _keys(body, (item.name for item in fields(Manifest)), "manifest")
+    """Plain JSON -> Manifest; types are checked here, meaning in `manifest_rules.check`."""
+    body = _of_kind(body, Manifest, "manifest")
     if body["schema"] != SCHEMA:
         raise UserError(f"manifest schema {body['schema']!r} is not the known {SCHEMA}")
-    dataset = _keys(body["dataset"], ("name", "sha256", "num_samples"), "dataset")
+    dataset = checked_keys(body["dataset"], ("name", "sha256", "num_samples"), "dataset", ("parts", "classes"))
     total = dataset["num_samples"]
     try:
         if type(total) is not int or not 0 < total <= MAX_SAMPLES:
             raise UserError(f"dataset.num_samples must be a positive whole number, got {total!r}")
-        names = [item.name for item in fields(ExperienceEntry)]
-        experiences = [_keys(e, names, f"experience {i}") for i, e in enumerate(body["experiences"])]
-        steps = tuple(ExperienceEntry(**{**e, "train": decode_ids(e["train"], total)}) for e in experiences)
-        names = [item.name for item in fields(EvalEntry)]
-        evals = [_keys(e, names, f"evaluation set {j}") for j, e in enumerate(body["evals"])]
-        sets = tuple(EvalEntry(**{**e, "ids": decode_ids(e["ids"], total)}) for e in evals)
-        return Manifest(**{**body, "experiences": steps, "evals": sets})
+        steps = [_of_kind(e, ExperienceEntry, f"experience {i}") for i, e in enumerate(body["experiences"])]
+        sets = [_of_kind(e, EvalEntry, f"evaluation set {j}") for j, e in enumerate(body["evals"])]
+        entries = tuple(ExperienceEntry(**_decoded(e, "train", total)) for e in steps)
+        return Manifest(
+            **{**body, "experiences": entries, "evals": tuple(EvalEntry(**_decoded(e, "ids", total)) for e in sets)}
+        )
     except UserError:
         raise
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"not a manifest: {error}") from None
 
 
-def _check_entry(where: str, entry: ExperienceEntry | EvalEntry, ids: np.ndarray, total: int) -> None:
-    if not isinstance(entry.name, str) or not (entry.task is None or type(entry.task) is int):
-        raise UserError(f"{where}: the name must be text and the task a whole number or null")
-    if len(ids) == 0 or not entry.classes:
-        raise UserError(f"{where} has no samples or no classes")
-    if len(np.unique(ids)) != len(ids) or ids.min() < 0 or ids.max() >= total:
-        raise UserError(f"{where} names a sample twice, or one outside the data set of {total} samples")
-
-
-def _check(manifest: Manifest) -> None:
-    """Refuse a stream that contradicts itself."""
-    total = manifest.dataset["num_samples"]
-    if not all(isinstance(manifest.dataset[key], str) for key in ("name", "sha256")):
-        raise UserError("manifest: dataset.name and dataset.sha256 must be text")
-    if not isinstance(manifest.kind, str) or type(manifest.discloses_task) is not bool:
-        raise UserError("manifest: kind must be text, discloses_task and has_boundaries true or false")
-    if type(manifest.has_boundaries) is not bool or not isinstance(manifest.budget, Mapping):
-        raise UserError("manifest: has_boundaries must be true or false, budget a mapping")
-    _keys(dict(manifest.budget), asdict(Budget()), "budget")
-    Budget(**manifest.budget)
-    if not manifest.experiences or not manifest.evals:
-        raise UserError("manifest has no experiences or no evaluation sets")
-    trained = np.zeros(total, bool)
-    for i, entry in enumerate(manifest.experiences):
-        _check_entry(f"experience {i}", entry, entry.train, total)
-        trained[entry.train] = True
-    if tuple(dict.fromkeys(c for e in manifest.experiences for c in e.classes)) != manifest.class_order:
-        raise UserError("manifest: class_order is not the order in which the classes first appear")
-    for j, entry in enumerate(manifest.evals):
-        _check_entry(f"evaluation set {j}", entry, entry.ids, total)
-        if type(entry.first_seen) is not int or not 0 <= entry.first_seen < len(manifest.experiences):
-            raise UserError(f"evaluation set {j}: first_seen {entry.first_seen!r} is no experience")
-        if not set(entry.classes) <= set(manifest.class_order):
-            raise UserError(f"evaluation set {j} holds classes that no experience teaches")
-        if trained[entry.ids].any():
-            raise UserError(f"evaluation set {j}: sample {entry.ids[trained[entry.ids]][0]} is also a training sample")
+def _decoded(entry: dict[str, Any], key: str, total: int) -> dict[str, Any]:
+    """An entry with its ids, and labels where it has its own, as arrays."""
+    ids = decode_ids(entry[key], total)
+    return {**entry, key: ids} | ({"labels": decode_labels(entry["labels"], len(ids))} if "labels" in entry else {})

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 
 from clbench.interfaces import Budget, Facts, UserError
-from clbench.streams.manifest import Manifest
+from clbench.streams.manifest import EvalEntry, ExperienceEntry, Manifest
 
 AUGMENT = ("profile", "none", "shift")
 
@@ -127,11 +127,28 @@ class Scenario:
             raise UserError(f"data set {self.dataset.name} has SHA-256 {found}, the manifest was made for {expected}")
         if self.manifest.dataset["num_samples"] != len(self.dataset):
             raise UserError(f"data set {self.dataset.name} has {len(self.dataset)} samples, the manifest says otherwise")
-        entries = [(e.name, e.classes, e.train) for e in self.manifest.experiences]
-        for name, classes, ids in entries + [(e.name, e.classes, e.ids) for e in self.manifest.evals]:
-            present = np.unique(self.dataset.y[ids]).tolist()
-            if sorted(classes) != present:
-                raise UserError(f"manifest: {name} claims the classes {list(classes)[:9]}, its samples have {present[:9]}")
+        for entry in (*self.manifest.experiences, *self.manifest.evals):
+            present = np.unique(self.labels(entry)).tolist()
+            if sorted(entry.classes) != present:
+                claimed = list(entry.classes)[:9]
+                raise UserError(f"manifest: {entry.name} claims the classes {claimed}, its samples have {present[:9]}")
+
+    def labels(self, entry: ExperienceEntry | EvalEntry) -> np.ndarray:
+        """Original class ids [N] of an entry's samples, in its order: the manifest's where it has its own, else the data's."""
+        if entry.labels is not None:
+            return entry.labels
+        return self.dataset.y[entry.train if isinstance(entry, ExperienceEntry) else entry.ids]
+
+    def budget_of(self, index: int) -> Budget:
+        """The budget of one experience: the stream's, with what the experience's own says otherwise."""
+        own = self.manifest.experiences[index].budget
+        return replace(self.budget, **own) if own else self.budget
+
+    def class_name(self, original: int) -> str:
+        """The name of an original class id. Ids behind the data set's count its classes again (`permute` with classes=new)."""
+        names = self.dataset.class_names
+        again, c = divmod(original, len(names))
+        return f"{names[c]} ({again + 1})" if again else names[c]
 
     def facts(self) -> Facts:
         """What is compared with a learner's capabilities."""
@@ -144,7 +161,14 @@ class Scenario:
             name=self.name,
             asks=self.asks,
             discloses_task=self.manifest.discloses_task,
-            has_boundaries=self.manifest.has_boundaries,
+            has_boundaries=self.manifest.has_boundaries and all(e.boundary for e in self.manifest.experiences),
             every_experience_has_new_classes=all(brings_new),
-            budget=self.budget,
+            budget=self._tightest(),
+            every_experience_has_labels=all(e.labelled for e in self.manifest.experiences),
         )
+
+    def _tightest(self) -> Budget:
+        """The stream's budget with the fewest passes, and the order, that some experience asks for."""
+        budgets = [self.budget_of(i) for i in range(len(self.manifest.experiences))]
+        epochs, in_order = min(b.epochs for b in budgets), any(b.in_order for b in budgets)
+        return replace(self.budget, epochs=1 if in_order else epochs, in_order=in_order)

@@ -1,4 +1,4 @@
-"""Ways in which a learner could get at samples that are not its own: none may work. Used by `testing_reach`.
+"""Ways in which a learner could get at samples that are not its own: none may work. Used by `data_reach`.
 
 Each is a function of what a learner holds, written as somebody would who knows the inside of clbench. What it returns is looked
 through for samples of others; an exception is a refusal.

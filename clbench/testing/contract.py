@@ -63,8 +63,9 @@ class Trial:
         """Let it learn experience `index` as the runner does -> the experience."""
         past = ()
         if self.capabilities.stores_all_data:
-            past = tuple(open_experience(self.scenario, i, pipeline).train for i in range(index))
-        experience = replace(open_experience(self.scenario, index, pipeline), past=past)
+            past = tuple(open_experience(self.scenario, i, pipeline, True).train for i in range(index))
+        experience = open_experience(self.scenario, index, pipeline, self.capabilities.stores_all_data)
+        experience = replace(experience, past=past)
         runtime.begin(index, len(experience.train))
         result = learner.learn(experience)
         assert result is None or all(isinstance(v, float | int) for v in result.values()), "learn must return numbers by name"
@@ -120,6 +121,9 @@ def check_learner(config: dict[str, Any]) -> list[Result]:
         results.append(_run("task_incremental", check_shapes, other))
     if not capabilities.needs_new_classes:
         results.append(_run("classes_come_back", check_shapes, Trial(config, repeated_stream(epochs), capabilities)))
+    if not (capabilities.needs_random_access or capabilities.stores_all_data or capabilities.needs_passes > 1):
+        once = small_stream(kind, operators=["single_pass"], budget={"epochs": 1, "exemplars": 12})
+        results.append(_run("single_pass", check_shapes, Trial(config, once, capabilities)))
     return results
 
 
@@ -348,10 +352,10 @@ def check_labels(built: list[Scenario]) -> None:
     scenario = built[0]
     for entry in scenario.manifest.experiences:
         assert len(entry.train), f"experience {entry.name} has no training sample"
-        assert set(scenario.dataset.y[entry.train].tolist()) == set(entry.classes), f"experience {entry.name}: wrong classes"
+        assert set(scenario.labels(entry).tolist()) == set(entry.classes), f"experience {entry.name}: wrong classes"
     for entry in scenario.manifest.evals:
         assert len(entry.ids), f"evaluation set {entry.name} is empty"
-        assert set(scenario.dataset.y[entry.ids].tolist()) <= set(entry.classes), f"evaluation set {entry.name}: wrong classes"
+        assert set(scenario.labels(entry).tolist()) <= set(entry.classes), f"evaluation set {entry.name}: wrong classes"
         assert 0 <= entry.first_seen < len(scenario.manifest.experiences), f"evaluation set {entry.name} is never seen"
 
 

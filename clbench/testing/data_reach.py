@@ -1,4 +1,4 @@
-"""The contract: only its own data is within a learner's reach. For streams of images; see `testing` and `testing_reach_loss`.
+"""The contract: only its own data is within a learner's reach. For streams of images; see `testing` and `loss_data_reach`.
 
 The *walk* goes through all that hangs on the experience, its batches, the model, the runtime, the learner and the local
 variables of `learn`, while it runs and after the experience has ended, and looks for samples of others: pixels, orders of

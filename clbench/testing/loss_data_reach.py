@@ -1,6 +1,6 @@
 """The contract: only its own text is within a learner's reach. For streams of texts and their counterparts of images.
 
-The counterpart of `testing_reach`, whose walk and adversary are used here.
+The counterpart of `data_reach`, whose walk and adversary are used here.
 """
 
 from __future__ import annotations

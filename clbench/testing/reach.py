@@ -1,4 +1,4 @@
-"""What can be reached from an object, and whether it holds given samples: the means of `testing_reach`.
+"""What can be reached from an object, and whether it holds given samples: the means of `data_reach`.
 
 `reachable` goes through attributes, slots, containers, closures, defaults, bound methods, partial functions, iterators, running
 generators, weak references, base arrays and mapped files. Not through modules, globals of functions, or the frames of callers.

@@ -77,9 +77,13 @@ class Runtime:
     num_train: int | None = None
     stop: bool = False
 
-    def begin(self, experience: int, num_train: int | None = None) -> None:
-        """The runner calls this before each `learn`: sets the experience, its size and the visit counts back to 0."""
+    def begin(self, experience: int, num_train: int | None = None, budget: Budget | None = None) -> None:
+        """The runner calls this before each `learn`: sets the experience, its size, its budget and the visit counts to 0.
+
+        `budget` is that of the experience; None leaves the one in force.
+        """
         self.experience, self.num_train = experience, num_train
+        self.budget = self.budget if budget is None else budget
         self.used_visits = self.used_new = 0
         self.journal.begin(experience)
 

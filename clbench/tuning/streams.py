@@ -38,6 +38,7 @@ def rest(evaluation: Scenario, node: Mapping[str, Any]) -> Scenario:
     if not {"num_classes", "increment", "sizes", "order"} <= set(node):
         raise UserError(f"scenario {evaluation.name} has no classes to leave out: say tune.on=SCENARIO")
     single = {"num_classes": None, "base": 0, "increment": 1, "sizes": None, "order": "natural", "order_seed": 0}
+    single |= {key: None if key == "classes" else [] for key in ("classes", "operators") if key in node}
     every = build({**node, **single}).manifest
     used = set(evaluation.manifest.class_order)
     left = [i for i, e in enumerate(every.experiences) if e.classes[0] not in used]
@@ -83,6 +84,11 @@ def _like(
     evaluation: Scenario, steps: Sequence[tuple[Sequence[int], np.ndarray]], sets: Sequence[np.ndarray], end: str
 ) -> Scenario:
     """A stream with the rules, budget and transforms of another, on other samples: (classes, training ids) and test ids."""
+    if evaluation.manifest.operators:
+        raise UserError(
+            f"scenario {evaluation.name} has operators, which cannot be repeated on a part of its data: "
+            "take tune.protocol=validation, or name another stream (tune.on=SCENARIO)"
+        )
     tasks = [i if evaluation.manifest.discloses_task else None for i in range(len(steps))]
     present = [set(evaluation.dataset.y[ids].tolist()) for ids in sets]
     entries = [

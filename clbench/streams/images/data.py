@@ -13,8 +13,12 @@ from torch import Tensor
 from clbench.interfaces import Experience, UserError
 from clbench.streams import rng
 from clbench.streams.images.pixels import Pipeline
+from clbench.streams.in_order import StreamData
+from clbench.streams.manifest import EvalEntry, ExperienceEntry
+from clbench.streams.pools import JoinedPools
 from clbench.streams.scenario import ArrayImages, ImageSource, Scenario
 from clbench.streams.stored import Stored
+from clbench.streams.transforms import TransformedImages, picture_ids
 
 
 class ImageBatch:
@@ -212,35 +216,69 @@ class Batches:
         return self._order[1][i * self.batch_size : (i + 1) * self.batch_size]
 
 
+class Streamed(Batches):
+    """Batches of one pass in the order of the data; a pure function of the step."""
+
+    def __init__(self, data: Any, batch_size: int, key: int, augment: bool, drop_last: bool):
+        super().__init__(data, batch_size, 1, key, augment, drop_last)
+
+    def rows(self, step: int) -> np.ndarray:
+        """Which samples of the data the batch of a step holds."""
+        return np.arange(step * self.batch_size, min((step + 1) * self.batch_size, len(self.data)))
+
+
 def shuffled(data: Any, batch_size: int, epochs: int, key: int, augment: bool = True, drop_last: bool = False) -> Batches:
-    """Batches of `data` in an order of `key` and the epoch; the last partial batch is kept unless `drop_last`."""
+    """Batches of `data` in an order of `key` and the epoch; the last partial batch is kept unless `drop_last`.
+
+    Samples that come once, in stream order (budget `in_order`), keep that order: the stream has been shuffled by whoever made
+    it, and no learner gets to choose. More than one epoch of them raises `UserError`.
+    """
+    if isinstance(data, StreamData):
+        if epochs != 1:
+            raise UserError(f"samples of {data.name} come once: {epochs} epochs of them cannot be had")
+        return Streamed(data, batch_size, key, augment, drop_last)
     return Batches(data, batch_size, epochs, key, augment, drop_last)
 
 
-def bound(scenario: Scenario, ids: np.ndarray, pipeline: Pipeline, task: int | None, name: str) -> ImageData:
-    """Samples of a scenario's data set by their ids [N], labels renumbered."""
-    table = np.full(scenario.dataset.num_classes, -1, np.int64)
-    for original, position in scenario.manifest.renumber.items():
+def streamed(data: Any, batch_size: int, key: int, augment: bool = True, drop_last: bool = False) -> Batches:
+    """One pass over `data` in its own order, whatever the budget allows; `key` is for the augmentation."""
+    return Streamed(data, batch_size, key, augment, drop_last)
+
+
+def bound(scenario: Scenario, entry: ExperienceEntry | EvalEntry, pipeline: Pipeline, task: int | None, name: str) -> ImageData:
+    """Samples of an experience or an evaluation set, as the manifest states them: labels renumbered, pixels transformed."""
+    manifest, images = scenario.manifest, scenario.dataset.images
+    table = np.full(max(scenario.dataset.num_classes, *manifest.class_order) + 1, -1, np.int64)
+    for original, position in manifest.renumber.items():
         table[original] = position
-    ids = np.array(ids, np.int64)
-    return ImageData(scenario.dataset.images, ids, ids, table[scenario.dataset.y[ids]], pipeline, task, name)
+    rows = entry.train if isinstance(entry, ExperienceEntry) else entry.ids
+    unlabelled = isinstance(entry, ExperienceEntry) and not entry.labelled
+    y = np.full(len(rows), -1, np.int64) if unlabelled else table[scenario.labels(entry)]
+    ids = np.array(picture_ids(rows, entry.transform), np.int64)
+    if isinstance(images, JoinedPools):
+        images, rows = images.part(rows)
+    source = TransformedImages(images, entry.transform) if entry.transform else images
+    return ImageData(source, rows, ids, y, pipeline, task, name)
 
 
-def open_experience(scenario: Scenario, index: int, pipeline: Pipeline) -> Experience:
-    """Experience `index` as a learner sees it."""
+def open_experience(scenario: Scenario, index: int, pipeline: Pipeline, exempt: bool = False) -> Experience:
+    """Experience `index` as a learner sees it; one that is `exempt` (it stores all data) has it in any order."""
     manifest = scenario.manifest
     entry = manifest.experiences[index]
     before = manifest.num_seen(index - 1) if index else 0
     ordered = sorted((manifest.renumber[c], c) for c in entry.classes)
     task = entry.task if manifest.discloses_task else None
+    budget = scenario.budget_of(index)
+    data: Any = bound(scenario, entry, pipeline, task, f"experience {index} ({entry.name})")
+    data = StreamData(data) if budget.in_order and not exempt else data
     return Experience(
         index=index,
         name=entry.name,
-        train=bound(scenario, entry.train, pipeline, task, f"experience {index} ({entry.name})"),
+        train=data,
         classes=tuple(c for c, _ in ordered),
         new_classes=tuple(c for c, _ in ordered if c >= before),
         original_classes=tuple(original for _, original in ordered),
         num_seen=manifest.num_seen(index),
         task=task,
-        budget=scenario.budget,
+        budget=budget,
     )

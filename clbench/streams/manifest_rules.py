@@ -1,0 +1,130 @@
+"""What a manifest may say: a stream that contradicts itself is refused in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from clbench.interfaces import Budget, UserError
+from clbench.streams import transforms
+from clbench.streams.entries import EvalEntry, ExperienceEntry
+
+if TYPE_CHECKING:
+    from clbench.streams.manifest import Manifest
+
+MAX_CLASSES = 1 << 20
+
+
+def checked_keys(body: Any, expected: Iterable[str], where: str, optional: Iterable[str] = ()) -> dict[str, Any]:
+    """`body` as a mapping with these keys and none but the optional ones besides; else `UserError`."""
+    expected = set(expected)
+    if not isinstance(body, dict):
+        raise UserError(f"{where} must be a mapping, got {type(body).__name__}")
+    missing, unknown = expected - set(body), set(body) - expected - set(optional)
+    if missing or unknown:
+        raise UserError(f"{where}: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}")
+    return body
+
+
+def _check_entry(where: str, entry: ExperienceEntry | EvalEntry, ids: np.ndarray, total: int) -> None:
+    transforms.checked(entry.transform, where)
+    if entry.labels is not None and len(entry.labels) != len(ids):
+        raise UserError(f"{where} has {len(entry.labels)} labels for {len(ids)} samples")
+    if entry.labels is not None and np.unique(entry.labels).tolist() != sorted(set(entry.classes)):
+        raise UserError(f"{where}: its own labels are not those of its classes")
+    if not isinstance(entry.name, str) or not (entry.task is None or type(entry.task) is int):
+        raise UserError(f"{where}: the name must be text and the task a whole number or null")
+    if len(ids) == 0 or not entry.classes:
+        raise UserError(f"{where} has no samples or no classes")
+    if len(np.unique(ids)) != len(ids) or ids.min() < 0 or ids.max() >= total:
+        raise UserError(f"{where} names a sample twice, or one outside the data set of {total} samples")
+
+
+def check(manifest: Manifest) -> None:
+    """Refuse a stream that contradicts itself."""
+    total = manifest.dataset["num_samples"]
+    if not all(isinstance(manifest.dataset[key], str) for key in ("name", "sha256")):
+        raise UserError("manifest: dataset.name and dataset.sha256 must be text")
+    _check_parts(manifest.dataset)
+    if not isinstance(manifest.kind, str) or type(manifest.discloses_task) is not bool:
+        raise UserError("manifest: kind must be text, discloses_task and has_boundaries true or false")
+    if type(manifest.has_boundaries) is not bool or not isinstance(manifest.budget, Mapping):
+        raise UserError("manifest: has_boundaries must be true or false, budget a mapping")
+    checked_keys(dict(manifest.budget), Budget().rules(), "budget", ("in_order",))
+    Budget(**manifest.budget)
+    if not all(0 <= c < MAX_CLASSES for c in manifest.class_order):
+        raise UserError(f"manifest: class ids must be in 0..{MAX_CLASSES - 1}")
+    if not manifest.experiences or not manifest.evals:
+        raise UserError("manifest has no experiences or no evaluation sets")
+    trained = np.zeros(total, bool)
+    for i, entry in enumerate(manifest.experiences):
+        _check_entry(f"experience {i}", entry, entry.train, total)
+        trained[entry.train] = True
+        _check_rules(f"experience {i}", entry, manifest.budget)
+    if tuple(dict.fromkeys(c for e in manifest.experiences for c in e.classes)) != manifest.class_order:
+        raise UserError("manifest: class_order is not the order in which the classes first appear")
+    for j, entry in enumerate(manifest.evals):
+        _check_entry(f"evaluation set {j}", entry, entry.ids, total)
+        if type(entry.first_seen) is not int or not 0 <= entry.first_seen < len(manifest.experiences):
+            raise UserError(f"evaluation set {j}: first_seen {entry.first_seen!r} is no experience")
+        if entry.order not in ("any", "given") or not (entry.batch_size is None or _whole(entry.batch_size)):
+            raise UserError(f"evaluation set {j}: order must be any or given, batch_size a whole number from 1 or null")
+        if entry.batch_size is not None and entry.order == "any":
+            raise UserError(f"evaluation set {j}: batch_size has no effect with order=any")
+        if not set(entry.classes) <= set(manifest.class_order):
+            raise UserError(f"evaluation set {j} holds classes that no experience teaches")
+        if trained[entry.ids].any():
+            raise UserError(f"evaluation set {j}: sample {entry.ids[trained[entry.ids]][0]} is also a training sample")
+    _check_looks(manifest)
+
+
+def _check_parts(dataset: Mapping[str, Any]) -> None:
+    """The parts of several data sets in one."""
+    if ("parts" in dataset) != ("classes" in dataset):
+        raise UserError("manifest: dataset.parts and dataset.classes go together")
+    if "parts" not in dataset:
+        return
+    parts, classes = dataset["parts"], dataset["classes"]
+    if not isinstance(parts, list | tuple) or classes not in ("disjoint", "named"):
+        raise UserError("manifest: dataset.parts must be a list, dataset.classes disjoint or named")
+    for i, part in enumerate(parts):
+        checked_keys(part, ("name", "sha256", "num_samples"), f"dataset part {i}")
+    if not all(_whole(p["num_samples"]) and isinstance(p["name"], str) for p in parts):
+        raise UserError("manifest: dataset.parts must have names and numbers of samples")
+    if sum(p["num_samples"] for p in parts) != dataset["num_samples"]:
+        raise UserError("manifest: the parts of the data set do not add up to its samples")
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _check_rules(where: str, entry: ExperienceEntry, budget: Mapping[str, Any]) -> None:
+    """What one experience may say of labels, boundary and budget."""
+    if type(entry.labelled) is not bool or type(entry.boundary) is not bool:
+        raise UserError(f"{where}: labelled and boundary must be true or false")
+    if entry.budget is not None:
+        if not isinstance(entry.budget, dict) or not entry.budget:
+            raise UserError(f"{where}: budget must be a mapping of what differs, got {entry.budget!r}")
+        checked_keys(entry.budget, (), f"{where}: budget", (item.name for item in fields(Budget)))
+        Budget(**{**budget, **entry.budget})
+
+
+def _check_looks(manifest: Manifest) -> None:
+    """Looks, evaluators and operators: their form."""
+    if manifest.looks and len(manifest.looks) != len(manifest.experiences):
+        raise UserError(f"manifest: looks of {len(manifest.looks)} experiences, there are {len(manifest.experiences)}")
+    for i, (looks, entry) in enumerate(zip(manifest.looks, manifest.experiences, strict=False)):
+        rising = all(a < b for a, b in pairwise(looks))
+        if not all(_whole(look) for look in looks) or not rising or (looks and looks[-1] > len(entry.train)):
+            raise UserError(f"experience {i}: looks must be rising whole numbers in 1..{len(entry.train)}")
+    if not all(isinstance(name, str) and name for name in manifest.evaluators):
+        raise UserError("manifest: evaluators must be names")
+    if len(set(manifest.evaluators)) != len(manifest.evaluators):
+        raise UserError("manifest: an evaluator is named twice")
+    if not all(isinstance(one, dict) and len(one) == 1 for one in manifest.operators):
+        raise UserError("manifest: operators must be {name: options}")
