@@ -365,6 +365,20 @@ def test_linear_head_starts_as_vits_do():
     assert not head.blocks[0].bias.any()
 
 
+def test_linear_head_starts_as_a_peers_do():
+    """kaiming_uniform of a linear layer: U(-b, b) with b = sqrt(3 / 300) = 0.1, so a standard deviation of 1 / sqrt(300)."""
+    head = LinearHead(300, init="kaiming_uniform")
+    head.grow(200, rng()), head.grow(1, rng(1))
+    weight = head.blocks[0].weight.detach()
+    assert 0.0999 < weight.abs().max() <= 0.1 and abs(weight.std().item() - 300**-0.5) < 5e-4 and abs(weight.mean()) < 5e-4
+    torch.testing.assert_close(weight, 0.1 * (2 * torch.rand(200, 300, generator=rng()) - 1), atol=1e-6, rtol=0)
+    assert not head.blocks[0].bias.any() and head.blocks[1].weight.abs().max() > 0.09, "the bound is of D, not of the count"
+    joined = head.joined()
+    assert joined.init == "kaiming_uniform" and torch.equal(joined.blocks[0].weight[200:], head.blocks[1].weight)
+    with pytest.raises(UserError, match="'kaiming' of a linear head: choose normal or kaiming_uniform"):
+        LinearHead(300, init="kaiming")
+
+
 def test_cosine_head_by_hand():
     head = CosineHead(8)
     head.grow(2, rng())

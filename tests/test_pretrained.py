@@ -15,6 +15,7 @@ from clbench.learners.mos import orthogonality, pulled
 from clbench.learners.ssiat import margin_logits, shifted
 from clbench.models.pet import average, distance
 from clbench.streams.eval_sets import open_eval
+from clbench.streams.images.data import open_experience
 from clbench.testing.contract import Trial, small_stream
 from clbench.training.ridge import RidgeRoot, RidgeSums
 from clbench.training.state import detached
@@ -399,6 +400,24 @@ def test_raw_evaluation_changes_the_state_and_the_others_do_not():
     raw = trial("learner=mos", "learner.variant=official_raw").start()[0]
     raw.bank, raw.evaluated = learner.bank, [10_000] * 2
     assert distance(raw.deployed()[1], limit[1])[0] < 1e-6, "in the limit the raw variant deploys the mean"
+
+
+def test_raw_statistics_are_taken_in_three_batches_at_once():
+    """12 images of one class, batch_size 2: the release's loader gives 6 and 6, and every block of a pass merges once more."""
+    options = ("learner.variant=official_raw", "learner.lr=0.3", "learner.batch_size=2")
+    t, learner, _, pipeline, _ = learned("learner=mos", *options)
+    own, mean = learner.bank[1], learner.bank[0]
+    for name, value in learner.pet.state().items():
+        torch.testing.assert_close(value, mean[name] + 0.9 ** (2 * 4) * (own[name] - mean[name]), atol=1e-6, rtol=1e-5)
+    data, parts = open_experience(t.scenario, 1, pipeline).train, []
+    for first in (0, 6):
+        merged = {}
+        for name, value in own.items():
+            times = int(name.split("/")[0]) + 1 + (4 if first else 0)
+            merged[name] = mean[name] + 0.9**times * (value - mean[name])
+        with torch.no_grad(), learner.pet.use(merged):
+            parts.append(learner.model.eval().features(data.batch(range(first, first + 6))))
+    torch.testing.assert_close(learner.gaussians.centres()[3].float(), torch.cat(parts).mean(0), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from clbench.records import record
 from clbench.report import cards
 from clbench.run import provenance
 from clbench.streams.eval_sets import open_eval
-from clbench.streams.images.data import ImageBatch
+from clbench.streams.images.data import ImageBatch, open_experience
 from clbench.testing.contract import Trial, check_learner, small_stream
 from clbench.training.losses import masked_cross_entropy
 from clbench.training.prompts import epoch_cosine, part_of
@@ -133,16 +133,69 @@ def test_grown_pool_trains_the_newest_and_loads_in_place():
     assert len(other) == 3 and other.parts[0] is first and first.requires_grad and (first == 5).all()
 
 
-def test_epoch_cosine():
-    def place(step, steps):
-        return Place(0, step, steps, step)
+def multipliers(epochs, per_epoch=1):
+    steps = epochs * per_epoch
+    return [epoch_cosine(Place(0, step, steps, step), epochs=epochs) for step in range(steps)]
 
-    got = [epoch_cosine(place(step, 12), epochs=4) for step in range(12)]
-    want = [math.cos(99 * math.pi * (step // 3) / (200 * 3)) for step in range(12)]
-    assert got == pytest.approx(want) and got[0] == 1 and got[-1] == pytest.approx(math.cos(0.495 * math.pi))
-    assert epoch_cosine(place(0, 5), epochs=1) == 1
-    second = part_of(lambda p: epoch_cosine(p, epochs=4), 6, 12)
-    assert [second(place(step, 6)) for step in range(6)] == pytest.approx(want[6:])
+
+def test_epoch_cosine_by_hand():
+    """The release moves the rate before every epoch but the first, and its first move sets what is there."""
+    degrees = 99 * 180 / 200  # a quarter circle less half a percent, 89.1 degrees over K - 1 epochs
+    five = [math.cos(math.radians(x)) for x in (0, 0, degrees / 4, degrees / 2, 3 * degrees / 4)]
+    assert multipliers(5) == pytest.approx(five)
+    assert five == pytest.approx([1, 1, 0.92538, 0.71264, 0.39354], abs=1e-5)
+    twenty = multipliers(20)
+    assert twenty[:3] == pytest.approx([1, 1, 0.99665], abs=1e-5) and twenty[-1] == pytest.approx(0.09740, abs=1e-5)
+    assert multipliers(5, 3) == pytest.approx([m for m in five for _ in range(3)]), "moves once an epoch"
+    assert multipliers(1) == [1] and multipliers(2) == [1, 1] and multipliers(1, 4) == [1] * 4
+    second = part_of(lambda p: epoch_cosine(p, epochs=5), 6, 15)
+    assert [second(Place(0, step, 9, step)) for step in range(9)] == pytest.approx(multipliers(5, 3)[6:])
+
+
+def test_epoch_cosine_against_a_scheduler_that_counts_from_minus_one():
+    """As the release: a counter that starts at -1, a step before every epoch but the first, the rate of the counter."""
+    for epochs in range(2, 30):
+        counter, rate, want = -1, 1.0, []
+        for epoch in range(epochs):
+            if epoch:
+                counter += 1
+                rate = math.cos(99 * math.pi * counter / (200 * (epochs - 1)))
+            want.append(rate)
+        assert multipliers(epochs) == pytest.approx(want)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("coda_prompt", [15, 15]), ("l2p_pp", [15, 15]), ("l2p", [15, 15, 6]), ("dualprompt", [15, 15, 6]), ("ovor", [15, 15, 6])],
+)
+def test_the_last_incomplete_batch(name, sizes, monkeypatch):
+    """36 images in batches of 15: CODA-Prompt and L2P++ leave out the last 6 of every epoch, the other releases do not."""
+    seen = []
+    module = {"l2p_pp": l2p}.get(name) or globals()[name]
+    real = module.fit
+
+    def spy(runtime, part, learner, groups, loss, batches, recipe):
+        if part == "train":
+            seen.extend(len(batches(i)) for i in range(batches.steps))
+        return real(runtime, part, learner, groups, loss, batches, recipe)
+
+    monkeypatch.setattr(module, "fit", spy)
+    _, _, runtime, _ = learned(name, 1, "learner.batch_size=15")
+    assert seen == 2 * sizes and runtime.used_new == 2 * sum(sizes)
+
+
+@pytest.mark.parametrize("name", ["coda_prompt", "l2p_pp"])
+def test_an_experience_smaller_than_a_batch_is_one_batch(name):
+    """6 images of two classes, then 3 of one class, in batches of 128: trained all the same, once an epoch."""
+    t = trial(f"learner={name}", sizes=[2, 1], num_classes=3, limit_train=3)
+    learner, runtime, pipeline = t.start()
+    for i, count in enumerate((6, 3)):
+        assert len(open_experience(t.scenario, i, pipeline).train) == count < learner.batch_size
+        log = t.learn(learner, runtime, pipeline, i)
+        assert runtime.used_new == 2 * count and runtime.meter.steps == 2 * (i + 1), log
+    bias = [block.bias.detach().abs().max() for block in learner.head.blocks]
+    assert bias[0] == pytest.approx(0.002, rel=0.01), "two steps of Adam at 0.001 from a bias of 0"
+    assert bias[1] == 0, "the cross-entropy of one class is 0"
 
 
 # Sizes, options, what is refused
@@ -323,7 +376,9 @@ def test_l2p_loss(monkeypatch):
         if name == "l2p":
             assert got["recipe"].clip == 1.0 and last == 1 and set(got["rates"]) == {0.001875} and len(batch) == 16
         else:
-            assert got["recipe"].clip is None and last == pytest.approx(0.0157, abs=1e-4) and set(got["rates"]) == {0.001}
+            assert got["recipe"].clip is None and set(got["rates"]) == {0.001}
+            schedule = got["recipe"].schedule
+            assert schedule.func is epoch_cosine and schedule.keywords == {"epochs": 2}
 
 
 def test_l2p_pp_prefixes(monkeypatch):
@@ -436,6 +491,35 @@ def test_dualprompt_trains_its_newest_expert(monkeypatch):
     learner, *_ = learned("dualprompt", 3)
     assert seen == {0: (True, [False, False]), 1: (True, [True, True]), 2: (True, [True, True])}
     assert len(learner.keys) == 3 and not torch.equal(learner.keys.parts[0], learner.keys.parts[1])
+
+
+def test_the_reshape_error_is_the_experts_alone(monkeypatch):
+    """The release picks the general prefix batch first, so with it every image has the same keys and the same values."""
+    learner, *_ = learned("dualprompt", 2, "learner.compat_reshape=true")
+    general, expert = learner.general, learner.expert
+    seen = []
+    monkeypatch.setattr(learner.model, "features", lambda batch: seen.append((dict(general.in_use()), expert.in_use())))
+    experts = as_prefixes(expert, learner.experts.newest[0])
+    learner.features(images(4), experts, None)
+    ((shared, own),) = seen
+    for name, value in general.values.items():
+        assert torch.equal(shared[name], value), "[length, D]: one for the batch, neither reshaped nor stacked"
+    k, v = experts["2/k"], experts["2/v"]
+    assert torch.equal(own["2/k"], torch.stack([k, k, v, v])) and torch.equal(own["2/v"], torch.stack([k, k, v, v]))
+
+
+def test_the_general_prefix_of_the_reshape_error_against_a_naive_pass():
+    """Where the expert's keys and values are equal the reshape changes nothing, whatever the general prefix holds."""
+    outputs = []
+    for wrong in (False, True):
+        learner, *_ = learned("dualprompt", 1, f"learner.compat_reshape={str(wrong).lower()}", "learner.lr=0")
+        with torch.no_grad():
+            for name, value in learner.general.values.items():
+                value.copy_(torch.randn(value.shape, generator=rng(len(name) + ord(name[-1]))))
+            same = learner.experts.newest[0].clone()
+            same[:, 1] = same[:, 0]
+            outputs.append(learner.features(images(4), as_prefixes(learner.expert, same), None))
+    torch.testing.assert_close(outputs[1], outputs[0], atol=1e-5, rtol=1e-4)
 
 
 def test_the_reshape_error_leaks():
@@ -595,7 +679,7 @@ def test_stage_2_trains_the_head_alone(monkeypatch):
 
     monkeypatch.setattr(ovor, "fit", spy)
     learned("ovor", 1, "learner.batch_size=18", "learner.outlier_epochs=2")
-    want = [round(math.cos(99 * math.pi * e / 600), 4) for e in (0, 0, 1, 1, 2, 2, 3, 3)]
+    want = [round(math.cos(99 * math.pi * e / 600), 4) for e in (0, 0, 0, 0, 1, 1, 2, 2)]
     assert calls == [("train", False, False, want[:4]), ("outliers", True, False, want[4:])]
 
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from clbench.config.compose import compose
+from clbench.config.compose import build, compose
+from clbench.config.registry import check
 from clbench.interfaces import Capabilities, UserError
+from clbench.learners import regularised
 from clbench.learners.bic import BiasLayer, balanced_rows
 from clbench.learners.derpp import dark_error
 from clbench.learners.icarl import exemplar_means
@@ -19,6 +21,8 @@ from clbench.streams.images.data import open_experience
 from clbench.testing.contract import Trial, small_stream
 from clbench.training import fisher
 from clbench.training.distillation import feature_distillation, frozen_copy, prediction_distillation
+from clbench.training.fit import Recipe
+from clbench.training.losses import masked_cross_entropy
 from clbench.training.state import detached
 
 
@@ -32,6 +36,63 @@ def learned(*overrides, experiences=2, **stream):
     learner, runtime, pipeline = t.start()
     seen = [t.learn(learner, runtime, pipeline, i) for i in range(experiences)]
     return t, learner, runtime, pipeline, seen
+
+
+class Known(regularised.Regularised):
+    """A penalty that says how many classes the head knew when it was asked for."""
+
+    def penalty(self, experience):
+        if experience.index == 0:
+            return None
+        known = self.head.num_classes
+        return lambda batch, features, z: z.new_tensor(float(known)) + 0 * features.sum()
+
+
+def test_the_loss_is_local_cross_entropy_and_the_weighted_penalty(monkeypatch):
+    got = []
+
+    def spy(runtime, name, learner, groups, loss, batches, recipe):
+        batch = batches(0)
+        z = learner.head(learner.model.features(batch))
+        local = masked_cross_entropy(z, batch.y, "local", tuple(batch.y.unique().tolist()))
+        got.append(float((loss(batch) - local).detach()))
+        return {}
+
+    monkeypatch.setattr(regularised, "fit", spy)
+    t = trial("learner=lwf", sizes=[3, 2, 1])
+    model, (_, runtime, pipeline) = build(t.config["model"]), t.start()
+    learner = Known(model, runtime, Recipe(), 10.0, lr=0.1, backbone_lr=0.1, epochs=1, batch_size=48)
+    for i in range(3):
+        t.learn(learner, runtime, pipeline, i)
+    assert got == pytest.approx([0.0, 30.0, 50.0], abs=1e-4), "strength x classes known before"
+
+
+@pytest.mark.parametrize("words", ["lwf", "pred_kd", "feat_kd", "l2_reg", "l2_reg learner.reference=pretrained", "ewc"])
+def test_each_penalty_starts_at_0_where_the_network_is_its_own_reference(words):
+    """The first experience has none (but from the pre-trained weights); then distances are 0, distillation is the entropy."""
+    name, *options = words.split()
+    t = trial(f"learner={name}", *options, sizes=[3, 2, 1])
+    learner, runtime, pipeline = t.start()
+    first, second = (open_experience(t.scenario, i, pipeline) for i in range(2))
+    assert (learner.penalty(first) is None) == (words != "l2_reg learner.reference=pretrained")
+    if options:
+        learner.head.grow(3, torch.Generator().manual_seed(0))
+    else:
+        t.learn(learner, runtime, pipeline, 0)
+    penalty, batch = learner.penalty(second), second.train.batch(range(5))
+    learner.head.grow(2, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        features = learner.model.eval().features(batch)
+        z = learner.head(features)
+        p = (z[:, :3] / 2).softmax(1)
+        entropy = -(p * p.log()).sum(1).mean() * {"lwf": 1, "pred_kd": 4}.get(name, 0)
+        torch.testing.assert_close(penalty(batch, features, z), entropy, atol=1e-5, rtol=1e-4)
+        for weight in fisher.trained(learner.model).values():
+            weight.add_(0.01)
+        for block in learner.head.blocks:
+            block.weight.mul_(2)
+        features = learner.model.features(batch)
+        assert penalty(batch, features, learner.head(features)) > entropy + 1e-6, "and grows away from it"
 
 
 def test_prediction_distillation_by_hand():
@@ -200,6 +261,19 @@ def test_icarl_answers_both_ways():
     learner.answer = "linear"
     with torch.no_grad():
         assert next(iter(learner.predict(batch))) == "linear"
+
+
+@pytest.mark.parametrize("name", ["icarl", "finetune"])
+def test_the_start_of_the_head_can_be_chosen(name):
+    bound, found = (3 / 160) ** 0.5, {}
+    for init in ("normal", "kaiming_uniform"):
+        learner, *_ = trial(f"learner={name}", f"learner.head_init={init}").start()
+        learner.head.grow(100, torch.Generator().manual_seed(0))
+        found[init] = float(learner.head.blocks[0].weight.detach().abs().max())
+    assert found["normal"] < 0.8 * bound and 0.99 * bound < found["kaiming_uniform"] <= bound
+    (config,) = compose([f"learner={name}", "learner.head_init=kaiming"])
+    with pytest.raises(UserError, match="head_init must be kaiming_uniform or normal, got 'kaiming'; did you mean"):
+        check(config)
 
 
 def test_weight_aligning_makes_mean_norms_equal_and_leaves_biases():

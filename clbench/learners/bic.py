@@ -11,7 +11,7 @@ Deviations: stage 2 needs samples of new and of old classes set aside, else it i
 weight decay. Where classes come back, lambda = known before / (known before + classes of the experience), which is the same
 without them: else an experience without new classes would be distilled only. The default rates are for pre-trained
 backbones; PyCIL's protocol is a ResNet-32 from scratch, 170 epochs, SGD 0.1 (x 0.1 at 60, 100, 140), 2,000 exemplars.
-No published number is given: none was re-checked.
+Published (read off PyCIL's plot, +- 1, in that protocol): CIFAR-100 B0 Inc10 last 51 %.
 """
 
 from __future__ import annotations

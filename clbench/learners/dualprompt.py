@@ -9,9 +9,10 @@ class token.
   test       each image uses the expert whose key has the largest cosine with its query
 
 g_length, e_length  keys a block, and as many values; the paper's E length is 5 on CIFAR-100 and 20 on ImageNet-R
-compat_reshape    the released code reshapes the prefixes from ({K, V}, batch) to (batch, {K, V}) where it should permute:
-                  with a shared prefix the first half of a batch gets the keys for both, the second half the values; with
-                  experts chosen one by one, images get each other's. In training and at test time; transductive.
+compat_reshape    the released code reshapes the expert's prefixes from ({K, V}, batch) to (batch, {K, V}) where it should
+                  permute: with one expert for all the first half of a batch gets the keys for both, the second half the
+                  values; with experts chosen one by one, images get each other's. The general prefix is picked batch first and
+                  is right. In training and at test time; transductive.
 batchwise_prompt  at test time the expert that most images of a batch chose serves all, as for the published CIFAR-100 numbers.
                   Test batches were sorted by task, so the vote tells it. Transductive. The default is instance-wise.
 
@@ -109,13 +110,11 @@ class DualPrompt:
         return fit(self.runtime, "train", self, groups, loss, batches, self.recipe)
 
     def features(self, batch: Batch, experts: State, rows: Tensor | None) -> Tensor:
-        """Features [B, D] under the general prefix and `experts`: one for all, or with rows [B] a stack of them."""
-        general: State = dict(self.general.values.items())
-        own: Tensor | None = None
+        """Features [B, D] under the general prefix and `experts`: one for all, or with rows [B] chosen from a stack of them."""
         if self.compat_reshape:
-            general, experts = reshaped(general, None, len(batch)), reshaped(experts, rows, len(batch))
-            own = rows = torch.arange(len(batch), device=self.runtime.device)
-        with self.general.use(general, own), self.expert.use(experts, rows):
+            experts = reshaped(experts, rows, len(batch))
+            rows = torch.arange(len(batch), device=self.runtime.device)
+        with self.expert.use(experts, rows):
             return self.model.features(batch)
 
     def predict(self, batch: Batch) -> Tensor:
@@ -135,7 +134,7 @@ class DualPrompt:
 
 
 def reshaped(values: State, rows: Tensor | None, size: int) -> State:
-    """Keys and values [L, D], or [S, L, D] chosen by rows [B], as the release hands them out: [B, L, D] each.
+    """An expert's keys and values [L, D], or [S, L, D] chosen by rows [B], as the release hands them out: [B, L, D] each.
 
     Stacked as [2, B, L, D] they are read as [B, 2, L, D].
     """

@@ -12,7 +12,7 @@ fisher  "per_sample" (default): a gradient for each sample, test transform, eval
         underestimates by up to the batch size, which its strength of 1000 goes with. Where classes come back,
         share = known before / (known before + classes of the experience): the same without them.
 trainable  all | attention | qkv, as in `l2_reg.py`.
-Deviations: the head is not held; the local loss gives its old rows no gradient. No published number: tables were not re-read.
+Deviations: the head is not held; the local loss gives its old rows no gradient. Published number: none read.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clbench.interfaces import Batch, Capabilities, Experience, Schedule
+from clbench.interfaces import Capabilities, Experience, Schedule
+from clbench.learners.regularised import Penalty, Regularised
 from clbench.models.backbone import Backbone
-from clbench.models.heads import LinearHead
 from clbench.streams.images.data import shuffled
 from clbench.training.fisher import (
     Part,
@@ -37,14 +37,13 @@ from clbench.training.fisher import (
     quadratic_penalty,
     train_only,
 )
-from clbench.training.fit import Recipe, fit
-from clbench.training.losses import masked_cross_entropy
+from clbench.training.fit import Recipe
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import cosine
-from clbench.training.state import collect, groups_of, restore
+from clbench.training.state import collect
 
 
-class Ewc:
+class Ewc(Regularised):
     """State: backbone, head, the Fisher information so far (empty before the first experience)."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(needs_random_access=True)
@@ -67,31 +66,21 @@ class Ewc:
         schedule: Schedule = cosine,
     ):
         train_only(model, trainable)
-        self.model, self.runtime = model, runtime
-        self.strength, self.kind, self.clip_fisher, self.decay = strength, fisher, clip_fisher, decay
-        self.lr, self.backbone_lr = lr, backbone_lr
-        self.epochs, self.batch_size = runtime.epochs(epochs), batch_size
-        self.recipe = Recipe("adam", weight_decay=weight_decay, schedule=schedule)
-        self.head = LinearHead(model.num_features).to(runtime.device)
+        recipe = Recipe("adam", weight_decay=weight_decay, schedule=schedule)
+        super().__init__(model, runtime, recipe, strength, lr=lr, backbone_lr=backbone_lr, epochs=epochs, batch_size=batch_size)
+        self.kind, self.clip_fisher, self.decay = fisher, clip_fisher, decay
         self.fisher: Weights = {}
 
+    def penalty(self, experience: Experience) -> Penalty | None:
+        """Half the squared distance from the weights now, each weighted by its Fisher information so far."""
+        if not experience.index:
+            return None
+        reference = kept(self.model)
+        return lambda batch, features, z: quadratic_penalty(self.model, reference, self.fisher)
+
     def learn(self, experience: Experience) -> dict[str, float]:
-        """Train on the new data, held where it mattered; then weigh what mattered now."""
-        reference = kept(self.model) if self.fisher else None
-        if experience.new_classes:
-            self.head.grow(len(experience.new_classes), self.runtime.generator("head"))
-        self.model.train()
-
-        def loss(batch: Batch) -> Tensor:
-            assert batch.y is not None
-            local = masked_cross_entropy(self.head(self.model.features(batch)), batch.y, "local", experience.classes)
-            if reference is None:
-                return local
-            return local + self.strength * quadratic_penalty(self.model, reference, self.fisher)
-
-        batches = shuffled(experience.train, self.batch_size, self.epochs, self.runtime.key("train"))
-        groups = groups_of((self.model, self.backbone_lr), (self.head, self.lr))
-        log = fit(self.runtime, "train", self, groups, loss, batches, self.recipe)
+        """Train under the penalty, then update the Fisher information."""
+        log = super().learn(experience)
         with self.runtime.phase("fisher"), self.model.in_fp32():  # squares of gradients are a statistic
             new = self._per_sample(experience) if self.kind == "per_sample" else self._per_batch(experience)
         if self.kind == "per_sample":
@@ -127,15 +116,10 @@ class Ewc:
             total = {name: f + total[name] if total else f for name, f in part.items()}
         return {name: (f / batches.steps).clamp_max(self.clip_fisher) for name, f in total.items()}
 
-    def predict(self, batch: Batch) -> Tensor:
-        """Logits over the classes seen so far [B, num_seen]."""
-        self.model.eval()
-        return self.head(self.model.features(batch))
-
     def state_dict(self) -> dict[str, Any]:
         """Everything listed in the class docstring."""
         return collect(self, "model", "head", "fisher")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore it."""
-        restore(self, {**state, "fisher": moved(state["fisher"], self.runtime.device)})
+        super().load_state_dict({**state, "fisher": moved(state["fisher"], self.runtime.device)})

@@ -5,7 +5,8 @@ is done against forgetting. The result is almost entirely a choice of learning r
 number: PILOT's `finetune` (lr 1e-3, softmax over the new classes) ends near 68 % on CIFAR-100 B0 Inc10 with ViT-B/16, while
 papers that use lr 1e-2 over all seen classes quote 20 to 33 % (SLCA, ICCV 2023, figure: 33.61 %).
 
-masking  "seen": softmax over all classes seen; "local": over the experience's classes; "batch": over those in the batch.
+masking    "seen": softmax over all classes seen; "local": over the experience's classes; "batch": over those in the batch.
+head_init  new rows of the head: "normal" (0, 0.02), or "kaiming_uniform", U(-sqrt(3 / D), sqrt(3 / D)), as PILOT's `finetune`.
 """
 
 from __future__ import annotations
@@ -48,13 +49,14 @@ class Finetune:
         accumulate: int = 1,
         schedule: Schedule = constant,
         pet: Factory = none,
+        head_init: Literal["normal", "kaiming_uniform"] = "normal",
     ):
         self.model, self.runtime, self.masking = model, runtime, masking
         self.pet = pet(model, runtime)
         self.epochs, self.batch_size = runtime.epochs(epochs), batch_size
         self.lr, self.backbone_lr = lr, backbone_lr
         self.recipe = Recipe("sgd", momentum, weight_decay=weight_decay, schedule=schedule, clip=clip, accumulate=accumulate)
-        self.head = LinearHead(model.num_features).to(runtime.device)
+        self.head = LinearHead(model.num_features, init=head_init).to(runtime.device)
 
     def learn(self, experience: Experience) -> dict[str, float]:
         """Grow the head by the new classes and train on the experience's data alone."""

@@ -15,8 +15,8 @@ variant  "paper": as above.
     inside every block of every forward pass as well, so with L blocks a step sees block l at P + (1-a)^(l+1) (A - P), then A
     has moved to P + (1-a)^L (A - P) before the optimiser's step; and because evaluation merges too, the adapter in use for
     statistics and retrieval of experience j >= 1 is P_j itself.
-  "official_raw": the same with evaluation's merging as it happens, batch by batch: predictions change the state and depend
-    on how often evaluation ran; the record is marked.
+  "official_raw": the same with evaluation's merging as it happens, batch by batch (statistics: 3 x batch_size images of one
+    class): predictions change the state and depend on how often evaluation ran; the record is marked.
 Only the adapters that a batch's samples visit are run, all of them in one mixed pass per round.
 Logged: |A_t - P_t| / |P_t|, how far training leaves the mean. Deviations: the rate follows a cosine over steps; the
 classifier grows with the classes (the release's rows of future classes, which only decay, do not exist).
@@ -202,10 +202,10 @@ class Mos:
         return self._raw_statistics(experience, t)
 
     def _raw_statistics(self, experience: Experience, t: int) -> tuple[Tensor, Tensor]:
-        """One loader a class, merging in place L times a batch."""
+        """One loader a class in batches of 3 x batch_size, merging in place L times a batch."""
         parts, labels, mean, calls = [], [], self.mean(t), 0
         for rows in class_rows(torch.as_tensor(experience.train.y), experience.new_classes).values():
-            for chunk in rows.split(self.batch_size):
+            for chunk in rows.split(3 * self.batch_size):
                 batch = experience.train.batch(chunk.numpy())
                 used = pulled(self.bank[t], mean, self.keep, True, calls)
                 with torch.no_grad(), self.pet.use(used):

@@ -15,7 +15,7 @@ As in SLCA: fresh final LayerNorm, one Gaussian a class, logit normalisation (0.
 
 Deviations: a class's age counts its own experience (the release: class // size of the current experience, wrong for uneven
 sizes). Low-rank terms are added to a layer's output (equal to recomputing W + 0.8 B A), signs of A are fixed.
-Published: not re-checked, so no number is given here; the protocol is SLCA's (CIFAR-100: 20 epochs, batch 128; ImageNet-R: 50
+Published number: none read; the protocol is SLCA's (CIFAR-100: 20 epochs, batch 128; ImageNet-R: 50
 epochs, weight decay 0, as on Cars).
 """
 

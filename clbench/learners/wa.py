@@ -10,7 +10,7 @@ Deviations: where classes come back, lambda = known before / (known before + cla
 without them (else an experience without new classes would be distilled only), and such a class counts as old. The default
 rates are for pre-trained backbones; PyCIL's protocol is a ResNet-32 from scratch, 170 epochs (200 first), SGD 0.1 (x 0.1 at
 60, 100, 140), batch 128, weight decay 2e-4, 2,000 exemplars.
-No published number is given: none was re-checked.
+Published (read off PyCIL's plot, +- 1, in that protocol): CIFAR-100 B0 Inc10 last 52 %.
 """
 
 from __future__ import annotations

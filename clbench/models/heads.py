@@ -7,7 +7,7 @@ an optimiser which holds their parameters stays valid. Nothing here touches the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,30 @@ from torch.nn.utils import skip_init
 from clbench.interfaces import UserError
 
 LOWEST = -1e30  # score of a class without samples: finite, below every other
+Init = Literal["normal", "kaiming_uniform"]
 
 
 class LinearHead(nn.Module):
-    """One `Linear(D, classes of an experience)` per experience; logits are concatenated. New rows: normal(0, std), bias 0."""
+    """One `Linear(D, classes of an experience)` per experience; logits are concatenated. New rows have bias 0.
 
-    def __init__(self, num_features: int, std: float = 0.02, bias: bool = True):
+    init  "normal": weights normal(0, std), as timm's ViTs; "kaiming_uniform": U(-sqrt(3 / D), sqrt(3 / D)), which has a
+          standard deviation of 1 / sqrt(D), as `SimpleLinear` of PyCIL and PILOT (`std` has no effect)
+
+    Another name raises `UserError`.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        std: float = 0.02,
+        bias: bool = True,
+        init: Init = "normal",
+    ):
         super().__init__()
+        if init not in get_args(Init):
+            raise UserError(f"unknown initialisation {init!r} of a linear head: choose {' or '.join(get_args(Init))}")
         self.num_features, self.std, self.bias = num_features, std, bias
+        self.init: Init = init
         self.blocks = nn.ModuleList()
         self.anchor: Tensor
         self.register_buffer("anchor", torch.zeros(0), persistent=False)  # where new blocks go
@@ -43,9 +59,12 @@ class LinearHead(nn.Module):
         return skip_init(nn.Linear, self.num_features, count, bias=self.bias)  # type: ignore[return-value]
 
     def grow(self, count: int, generator: torch.Generator) -> None:
-        """Append `count` classes; weights are drawn from a CPU generator (torch's trunc_normal_, bounds -2 and 2)."""
+        """Append `count` classes; weights are drawn from a CPU generator (normal: torch's trunc_normal_, bounds -2 and 2)."""
         block = self._block(count)
-        nn.init.trunc_normal_(block.weight, std=self.std, generator=generator)
+        if self.init == "normal":
+            nn.init.trunc_normal_(block.weight, std=self.std, generator=generator)
+        else:
+            nn.init.kaiming_uniform_(block.weight, nonlinearity="linear", generator=generator)
         if self.bias:
             nn.init.zeros_(block.bias)
         self.blocks.append(block.to(self.anchor.device))
@@ -57,7 +76,7 @@ class LinearHead(nn.Module):
 
     def joined(self) -> LinearHead:
         """The same function as one block, a copy: one product instead of one for every experience."""
-        twin = LinearHead(self.num_features, self.std, self.bias)
+        twin = LinearHead(self.num_features, self.std, self.bias, self.init)
         twin.blocks.append(twin._block(self.num_classes).to(self.anchor.device))
         self._exchange(twin.blocks[0], lambda mine, joint: joint.copy_(mine))
         return twin

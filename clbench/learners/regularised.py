@@ -1,0 +1,100 @@
+"""Local cross-entropy and a penalty: what L2, EWC, prediction and feature distillation and LwF share; the penalty is theirs.
+
+    loss = CE over the experience's classes + strength x penalty
+
+Everything that `train_only` leaves trainable of the backbone and a growing linear head are trained on each experience in turn.
+The penalty holds the network near what it was at the start of the experience; the first experience has none to be near to.
+
+Legend: B batch, D features, K classes seen so far.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from clbench.interfaces import Batch, Capabilities, Experience
+from clbench.models.backbone import Backbone
+from clbench.models.heads import LinearHead
+from clbench.streams.images.data import shuffled
+from clbench.training.distillation import frozen_copy, prediction_distillation
+from clbench.training.fit import Recipe, fit
+from clbench.training.losses import masked_cross_entropy
+from clbench.training.runtime import Runtime
+from clbench.training.state import collect, groups_of, restore
+
+Penalty = Callable[[Batch, Tensor, Tensor], Tensor]  # batch, features [B, D], logits [B, K] -> scalar
+
+
+class Regularised(ABC):
+    """A learner but for its penalty. State: backbone and head (what the penalty compares with is made of them)."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities()
+
+    def __init__(
+        self,
+        model: Backbone,
+        runtime: Runtime,
+        recipe: Recipe,
+        strength: float,
+        *,
+        lr: float,
+        backbone_lr: float,
+        epochs: int | None,
+        batch_size: int,
+    ):
+        self.model, self.runtime, self.recipe, self.strength = model, runtime, recipe, strength
+        self.lr, self.backbone_lr = lr, backbone_lr
+        self.epochs, self.batch_size = runtime.epochs(epochs), batch_size
+        self.head = LinearHead(model.num_features).to(runtime.device)
+
+    @abstractmethod
+    def penalty(self, experience: Experience) -> Penalty | None:
+        """The penalty of an experience, asked for before its classes join the head; None where there is none."""
+
+    def learn(self, experience: Experience) -> dict[str, float]:
+        """Train backbone and head on the new data under the penalty."""
+        penalty = self.penalty(experience)
+        if experience.new_classes:
+            self.head.grow(len(experience.new_classes), self.runtime.generator("head"))
+        self.model.train()
+
+        def loss(batch: Batch) -> Tensor:
+            assert batch.y is not None
+            features = self.model.features(batch)
+            z = self.head(features)
+            local = masked_cross_entropy(z, batch.y, "local", experience.classes)
+            return local if penalty is None else local + self.strength * penalty(batch, features, z)
+
+        batches = shuffled(experience.train, self.batch_size, self.epochs, self.runtime.key("train"))
+        groups = groups_of((self.model, self.backbone_lr), (self.head, self.lr))
+        return fit(self.runtime, "train", self, groups, loss, batches, self.recipe)
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Logits over the classes seen so far [B, num_seen]."""
+        self.model.eval()
+        return self.head(self.model.features(batch))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Backbone and head."""
+        return collect(self, "model", "head")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore them."""
+        restore(self, state)
+
+
+def distance_of_predictions(model: Backbone, head: LinearHead, temperature: float, squared: bool = True) -> Penalty:
+    """Distillation of the answers that network and head give now, on the classes that they know now."""
+    teacher, old_head = frozen_copy(model, head)
+
+    def penalty(batch: Batch, features: Tensor, z: Tensor) -> Tensor:
+        with torch.no_grad():
+            old = old_head(teacher.features(batch))
+        return prediction_distillation(z[:, : old.shape[1]], old, temperature, squared)
+
+    return penalty
