@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 
 import pytest
 
@@ -158,3 +159,11 @@ def small():
 
 def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="write tests/golden anew")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How golden numbers were compared."""
+    done = [report for name in ("passed", "failed") for report in terminalreporter.getreports(name)]
+    ways = Counter(str(value) for report in done for name, value in report.user_properties if name == "golden")
+    for way, number in ways.items():
+        terminalreporter.write_line(f"golden numbers of {number} runs compared {way}")

@@ -1,7 +1,6 @@
 """Streams of class groups for masked autoencoders: what they hold, their runs on the embedded digits, what is refused."""
 
 import json
-import pathlib
 import signal
 import time
 
@@ -43,7 +42,6 @@ SMALL = (
     "num_threads=1",
     "device=cpu",
 )
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "mae.json"
 OPTIONS = {"name": "s", "dataset": "digits", "increment": 2, "epochs": 2, "batch": 8}
 
 
@@ -325,19 +323,6 @@ def test_what_cannot_run_is_refused_before_it_starts(tmp_path, words, message):
         (found,) = compose.compose([*base, *words, f"results_dir={tmp_path}"])
         prepare(found)
     assert message in str(error.value) and not (tmp_path / "records").exists()
-
-
-def test_golden_losses(finished, request):
-    """Numbers that may not move; on another processor the last digits may."""
-    found = {name: np.round(np.array(finished[1][name]["sum_loss"]) / 20, 6).tolist() for name in ("infinite", "rewarm_replay")}
-    found["manifest"] = finished[1]["infinite"]["scenario"]["manifest_sha256"]
-    if request.config.getoption("--update-golden"):
-        GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
-        return
-    golden = json.loads(GOLDEN.read_text())
-    assert found["manifest"] == golden["manifest"]
-    for name in ("infinite", "rewarm_replay"):
-        assert np.allclose(found[name], golden[name], rtol=2e-3), f"numbers moved: {name} {found[name]}"
 
 
 def test_no_torch_is_needed_to_build_the_stream():
