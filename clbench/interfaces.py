@@ -84,6 +84,7 @@ class Capabilities:
     transductive        predictions may depend on the other samples of a test batch: marks the record
     adapts_at_test      changes its state while predicting: marks the record (without these two, small test sets share a batch)
     supports_parallel   one model may be trained by several processes (torchrun)
+    anytime             can be asked inside `learn`, after any step of `fit`: needed where a stream has looks
     """
 
     asks: Literal["predict", "loss"] = "predict"
@@ -99,6 +100,7 @@ class Capabilities:
     transductive: bool = False
     adapts_at_test: bool = False
     supports_parallel: bool = False
+    anytime: bool = False
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,32 @@ class Experience:
     past: tuple[Data, ...] = ()
 
 
+class EvaluationSet(Protocol):
+    """One evaluation set while a learner is asked about it. `classes` are renumbered; `task` is None unless it is disclosed."""
+
+    name: str
+    classes: tuple[int, ...]
+    num_seen: int
+    task: int | None
+
+    def answers(self, learner: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """Scores [B, num_seen] float32 and labels [B] int64 of a batch each, on the CPU. All evaluators share one pass."""
+        ...
+
+
+class Evaluator(Protocol):
+    """What is counted of a learner's answers on one evaluation set. `name` stands in the record and before its columns.
+
+    The sums are additive over samples, whole numbers where they count, and hold `n`, the number of samples.
+    """
+
+    name: str
+
+    def __call__(self, learner: Any, data: EvaluationSet) -> Mapping[str, int | float]:
+        """Named sums over the samples of `data`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Facts:
     """What the runner knows of a scenario before any image is read; compared with `Capabilities`."""
@@ -204,6 +232,7 @@ class Facts:
     every_experience_has_new_classes: bool
     budget: Budget = field(default_factory=Budget)
     every_experience_has_labels: bool = True
+    has_looks: bool = False
 
 
 @runtime_checkable
@@ -261,6 +290,7 @@ def mismatch(learner: str, can: Capabilities, facts: Facts, pretrained: bool) ->
         and facts.budget.in_order
         and not can.stores_all_data,
         "needs_labels, and some experience has none": can.needs_labels and not facts.every_experience_has_labels,
+        "it cannot be asked inside an experience (anytime), and the stream has looks": facts.has_looks and not can.anytime,
         "needs_pretrained, and the model has random weights": can.needs_pretrained and not pretrained,
         "stores_exemplars, and the budget allows none": can.stores_exemplars
         and (facts.budget.exemplars == 0 or facts.budget.exemplar_bytes == 0),

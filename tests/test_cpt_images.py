@@ -18,8 +18,8 @@ from clbench.interfaces import UserError
 from clbench.records import record
 from clbench.records.verify import verify
 from clbench.report import report
-from clbench.run.loss_loop import experience_of
 from clbench.run.runner import prepare, run_job
+from clbench.run.token_stream import experience_of
 from clbench.streams import rng
 from clbench.streams.tokens.class_groups import class_groups
 from clbench.streams.tokens.manifest import TokenManifest, load_any

@@ -11,7 +11,7 @@ from token_models import Bigram
 from clbench.interfaces import UserError
 from clbench.learners.pretrain import Pretrain
 from clbench.learners.skill_it import SkillIt
-from clbench.run.loss_loop import experience_of
+from clbench.run.token_stream import experience_of
 from clbench.streams.tokens.scenario import Domain, content_sha256, scenario
 from clbench.training.checkpoint import Journal, unpack
 from clbench.training.pretraining.data_mixture import Mixture, Replay

@@ -31,7 +31,7 @@ UNEQUAL = "scenario.tokens=[640,2560,1280]"  # 10, 40 and 20 steps of 64 tokens
 
 def plans(tmp_path, *words):
     job = prepare(compose.compose([*TEXTS, f"results_dir='{tmp_path}'", *words])[0])
-    from clbench.run.loss_loop import experience_of, keeps_text
+    from clbench.run.token_stream import experience_of, keeps_text
 
     return [job.learner.plan(experience_of(job.scenario, i, keeps_text(job))) for i in range(3)]
 

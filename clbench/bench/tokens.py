@@ -31,7 +31,7 @@ from clbench.config.signatures import nearest
 from clbench.interfaces import UserError
 from clbench.models.decoder import build_decoder
 from clbench.models.precision import set_precision
-from clbench.run.loss_loop import Observer
+from clbench.run.token_stream import TokenLooks, TokenStream
 from clbench.streams.tokens.scenario import Domain, TokenScenario, scenario
 from clbench.training import arithmetic, looks
 from clbench.training.pretraining.data_mixture import Mixture, Replay
@@ -137,11 +137,10 @@ class Loop:
         self.optimizer = Adam(model, **SETTINGS)
         self.steps = args.steps * args.rounds + args.warm
         self.stream = stream_of(args.vocab, args.context, args.batch, self.steps)
-        self.observer: Observer | None = None
+        self.observer: TokenLooks | None = None
         if probes:
-            job = SimpleNamespace(scenario=self.stream, device=device, config={"eval_batch_size": 128})
-            sets = [self.stream.evaluation(j) for j in (0, 1)]
-            self.observer = Observer(job, self.runtime, sets)
+            job = SimpleNamespace(scenario=self.stream, device=device, model=self.model, config={"eval_batch_size": 128})
+            self.observer = TokenStream(job, self.runtime, None).observer  # type: ignore[arg-type]
 
     def __call__(self, steps: int) -> None:
         """The next steps of an experience with replay."""

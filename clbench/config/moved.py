@@ -40,7 +40,7 @@ MOVED = {
     "report.loss_data": "report.figures.loss_data",
     "runner": "run.runner",
     "walk": "run.loop",
-    "loss_stream": "run.loss_loop",
+    "loss_stream": "run.token_stream",
     "matching": "run.build_model",
     "isolate": "run.subprocess_job",
     "tracking": "run.tracking",

@@ -30,6 +30,7 @@ OPTIONS: dict[str, tuple[str, Any]] = {
     "micro_batch": ("a whole number from 1 or null", lambda v: v is None or whole(v, 1)),
     "compile": ("true or false", lambda v: isinstance(v, bool)),
     "parallel": (f"one of {', '.join(torchrun.KINDS)}", lambda v: v in torchrun.KINDS),
+    "optimizer_state": ("fresh or keep", lambda v: v in ("fresh", "keep")),
     "feature_store": ("auto, on or off", lambda v: v in ("auto", "on", "off")),
     "feature_store_gb": (
         "a number from 0.001",

@@ -5,6 +5,7 @@ Legend: B batch, N samples of a set, K classes seen, T experiences. One pass ove
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,12 +52,14 @@ def evaluate(
     check_stop: Callable[[], None] = lambda: None,
     origin: Sequence[int] = (),
     joined: bool = True,
+    kept: dict[int, list[tuple[Tensor, Tensor]]] | None = None,
 ) -> list[SetCounts | None]:
     """Count right answers on every set whose classes have all been seen; None for the others.
 
     `correct` is the arg-max over all seen classes, or over the task's classes where the set discloses its task; `masked`
     is always over the set's own classes. `origin` names the experience that brought each class. `joined`: small sets may share
-    a batch, which is for learners whose answers do not depend on it. Raises `UserError` when predictions have a wrong shape
+    a batch, which is for learners whose answers do not depend on it. `kept` is filled with the answers and labels of each set
+    by its place in `evals`, for other evaluators. Raises `UserError` when predictions have a wrong shape
     or are not finite.
     """
     asked = [i for i, one in enumerate(evals) if max(one.classes) < num_seen]
@@ -71,6 +74,8 @@ def evaluate(
         for i, part in owners:
             mine = {name: z[part] for name, z in scores.items()}
             found[i].append(_answers(mine, y[part], own[i], evals[asked[i]].task is not None))
+            if kept is not None:
+                kept.setdefault(asked[i], []).append((next(iter(mine.values())), y[part]))
     row: list[SetCounts | None] = [None] * len(evals)
     for i, parts in zip(asked, found, strict=True):
         row[i] = _counts(evals[i].classes, parts, num_seen, np.asarray(origin, np.int64))
@@ -154,6 +159,27 @@ def calibration(confidence: np.ndarray, nll: np.ndarray, brier: np.ndarray, hit:
         "bin_conf": [math.fsum(confidence[bins == b]) if n else 0.0 for b, n in enumerate(bin_n)],
         "bin_correct": np.bincount(bins[hit], minlength=BINS).tolist(),
     }
+
+
+def sums_of(counts: Sequence[SetCounts | None], seen: Sequence[bool], experiences: int) -> dict[str, Any]:
+    """{sums, total} of a record's row: every sum has a value for each set, null where it was not evaluated.
+
+    `seen` says which sets belong to the past: the calibration of these, as one, is `total`. `experiences` is the width of the
+    table of predictions by the experience that brought the predicted class.
+    """
+
+    def column(value: Callable[[SetCounts], Any]) -> list[Any]:
+        return [None if c is None else value(c) for c in counts]
+
+    names = {"correct": "correct", "correct_masked": "masked", "correct_top5": "top5", "class_correct": "class_correct"}
+    sums = {name: column(lambda c, field=field: copy.copy(getattr(c, field))) for name, field in names.items()}
+    known = [c for c in counts if c is not None]
+    for head in known[-1].heads if known else ():
+        sums[f"heads/{head}"] = column(lambda c, head=head: c.heads[head])
+    if all(c.into is not None for c in known):
+        sums["task_confusion"] = column(lambda c: (c.into or []) + [0] * (experiences - len(c.into or [])))
+    total = together([c.calibration for c, one in zip(counts, seen, strict=True) if one and c is not None])
+    return {"sums": sums} | ({} if total is None else {"total": total})
 
 
 def together(sets: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 
 from clbench.records import record
-from clbench.run import loss_loop, provenance
+from clbench.run import provenance
 from clbench.run.runner import Job, previewed
 
 _MEASURED: dict[str, tuple[float, float]] = {}
@@ -54,8 +55,8 @@ def _row(job: Job) -> PlanRow:
         and entry["scenario"]["manifest_sha256"] == job.scenario.manifest.sha256
     ]
     losses = job.scenario.asks == "loss"
-    seconds = sum(known) / len(known) if known else (loss_loop.estimate(job) if losses else estimate(job))
-    size = loss_loop.disk(job) if losses else disk(job)
+    seconds = sum(known) / len(known) if known else (estimate_losses(job) if losses else estimate(job))
+    size = disk_losses(job) if losses else disk(job)
     return PlanRow(*names, job.config["seed"], job.run_id, state, seconds, size)
 
 
@@ -110,3 +111,25 @@ def disk(job: Job) -> float:
     shape = job.scenario.dataset.images.shape or (224, 224)
     exemplars = (job.scenario.budget.exemplars or 0) * math.prod(shape) * 3 if job.capabilities.stores_exemplars else 0
     return 3.0 * weights + 2 * statistics + exemplars
+
+
+def estimate_losses(job: Job) -> float:
+    """Seconds from the plan's tokens and this machine's pace: one batch, three times."""
+    m = job.scenario.manifest
+    tokens = torch.from_numpy(job.scenario.data(0).read(np.arange(m.batch))).to(job.device)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        job.model.loss(tokens).mean().backward()
+        times.append(time.perf_counter() - start)
+    job.model.zero_grad(set_to_none=True)
+    steps = sum(e["steps"] for e in m.experiences)
+    if job.config["learner"].get("data") == "union":
+        steps = sum(e["steps"] * (i + 1) for i, e in enumerate(m.experiences))
+    seen = (len(m.experiences) + 1) * sum(e["tokens"] for e in m.evals)
+    return min(times) * (steps + seen / 3 / (m.batch * m.context))
+
+
+def disk_losses(job: Job) -> float:
+    """Bytes of the snapshots while it runs: weights and both moments, twice where a trunk is kept aside, old and new file."""
+    return 4.0 * 3 * 2 * 2 * sum(p.numel() for p in job.model.parameters())

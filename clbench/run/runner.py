@@ -24,17 +24,19 @@ from clbench.models import feature_store
 from clbench.models.precision import PRECISIONS, set_precision
 from clbench.records import record
 from clbench.records.liveness import Heartbeat, this_process
-from clbench.run import loss_loop, provenance, tracking
+from clbench.run import image_stream, provenance, token_stream, tracking
 from clbench.run.build_model import build_model
-from clbench.run.loop import KEPT_FLAGS, Walk
+from clbench.run.image_stream import ImageStream
+from clbench.run.loop import KEPT_FLAGS, Loop
 from clbench.run.terminal import bar_of, logging_to, signals
+from clbench.run.token_stream import TokenStream
 from clbench.streams.images.pixels import Pipeline
 from clbench.streams.scenario import Scenario
 from clbench.streams.tokens.image_scenario import ImageScenario
 from clbench.streams.tokens.scenario import TokenScenario
 from clbench.training import arithmetic, distributed, torchrun
 from clbench.training.checkpoint import Journal
-from clbench.training.runtime import Interrupted, Runtime
+from clbench.training.runtime import Interrupted
 
 log = logging.getLogger("clbench")
 
@@ -82,7 +84,8 @@ def prepare(config: dict[str, Any]) -> Job:
     job.group = distributed.join(kind, device)
     job.group.share(job.model)
     if not isinstance(job.scenario, Scenario):
-        loss_loop.rehearse(build, job)
+        _build_learner(job)
+        token_stream.check_plans(job)
     else:
         feature_store.attach(job.model, config, job.scenario.manifest.dataset, job.scenario.dataset.images, device, flags)
     return job
@@ -96,7 +99,8 @@ def previewed(config: dict[str, Any]) -> Iterator[Job]:
     with arithmetic.borrowed(device, threads, config["seed"], wanted, config["precision"]) as flags:
         job = _assemble(config, kind, device, flags)
         if not isinstance(job.scenario, Scenario):
-            loss_loop.rehearse(build, job)
+            _build_learner(job)
+            token_stream.check_plans(job)
         yield job
 
 
@@ -124,6 +128,8 @@ def _assemble(config: dict[str, Any], kind: str, device: Any, flags: dict[str, A
     why = mismatch(provenance.learner_name(config), capabilities, scenario.facts(), pretrained)
     if why:
         raise UserError(why)
+    if config.get("optimizer_state", "fresh") != "fresh" and scenario.asks == "loss":
+        raise UserError(f"optimizer_state has no effect in scenario {scenario.name}: its learners have options of their own")
     torchrun.check(kind, scenario.name, scenario.asks, provenance.learner_name(config), capabilities)
     model = set_precision(build_model(build, config, scenario), config["precision"]).to(device)
     model = arithmetic.pin(model, flags)
@@ -203,7 +209,7 @@ def _lead(job: Job, command: list[str] | None, progress: bool, tuning: dict[str,
         try:
             with job.group.watching():
                 finished = _run(job, journal, entry, progress)
-            record.write(finished, job.results / "records")
+            path = record.write(finished, job.results / "records")
         except (Interrupted, distributed.Lost) as error:
             text = f"{error or 'stopped'}; the same command goes on where {job.run_id} was"
             return Outcome(job.run_id, "interrupted", text, job.record_path)
@@ -215,7 +221,7 @@ def _lead(job: Job, command: list[str] | None, progress: bool, tuning: dict[str,
             gc.collect()
             return outcome
         journal.clear()
-    return Outcome(job.run_id, "ok", closing_text(finished, job.record_path), job.record_path)
+    return Outcome(job.run_id, "ok", closing_text(record.read(path), path), job.record_path)
 
 
 def _old(job: Job) -> dict[str, Any] | None:
@@ -321,43 +327,43 @@ def _run(job: Job, journal: Journal, entry: dict[str, Any], progress: bool, stop
         _keep(job, job.flags["num_threads"], saved["flags"])
         entry.setdefault("machine", {})["flags"] = job.flags  # not what this command would have chosen
         log.info("%s goes on after experience %d", job.run_id, saved["experience"] + 1)
-    losses = not isinstance(job.scenario, Scenario)
-    runtime = job.runtime or _runtime(job)
+    if job.learner is None:
+        _build_learner(job)
+    learner, runtime = job.learner, job.runtime
     runtime.journal = journal
-    learner = job.learner
-    if learner is None:
-        learner = build(job.config["learner"], model=job.model, runtime=runtime)
-    for name in ("learn", "loss" if losses else "predict", "state_dict", "load_state_dict"):
-        if not callable(getattr(learner, name, None)):
-            raise UserError(f"{type(learner).__name__} has no method {name}")
-    has_memory = losses or hasattr(getattr(learner, "memory", None), "num_bytes")
-    if job.capabilities.stores_exemplars and not has_memory:
-        name = type(learner).__name__
-        raise UserError(f"{name} declares stores_exemplars: its memory must be `self.memory` with num_bytes()")
+    stream = (ImageStream if _is_labelled(job) else TokenStream)(job, runtime, learner)
     kind = "none" if job.group.rank else job.config.get("track", "none")
     first = None if saved is None else saved["experience"]
     try:
         with closing(tracking.open_tracker(kind, job.folder, entry, first)) as tracker:
-            walk = (loss_loop.LossWalk if losses else Walk)(job, runtime, learner, entry, saved, tracker)
+            loop = Loop(job, runtime, learner, stream, entry, saved, tracker)
             with signals(runtime), bar_of(runtime, progress):
-                walk.begin()
-                for index in range(walk.first, stop_after or len(job.scenario.manifest.experiences)):
-                    walk.learn(index)
-                    walk.evaluate(index)
+                loop.begin()
+                for index in range(loop.first, stop_after or len(job.scenario.manifest.experiences)):
+                    loop.learn(index)
+                    loop.evaluate(index)
     finally:
-        if not losses:
+        if _is_labelled(job):
             job.model.memory.flush()
-    return walk.finish()
+    return loop.finish()
 
 
-def _runtime(job: Job) -> Runtime:
-    return Runtime(
-        seed=job.config["seed"],
-        device=job.device,
-        budget=job.scenario.facts().budget,
-        precision=job.config["precision"],
-        exempt=job.capabilities.stores_all_data,
-    )
+def _is_labelled(job: Job) -> bool:
+    """Whether the stream is made of labelled images; else it asks for a loss."""
+    return isinstance(job.scenario, Scenario)
+
+
+def _build_learner(job: Job) -> None:
+    """Build the learner, once: a constructor may change the model. `UserError` where it lacks a method or has no memory."""
+    labelled = _is_labelled(job)
+    job.runtime = (image_stream if labelled else token_stream).make_runtime(job)
+    job.learner = build(job.config["learner"], model=job.model, runtime=job.runtime)
+    kind = type(job.learner).__name__
+    for name in ("learn", "predict" if labelled else "loss", "state_dict", "load_state_dict"):
+        if not callable(getattr(job.learner, name, None)):
+            raise UserError(f"{kind} has no method {name}")
+    if labelled and job.capabilities.stores_exemplars and not hasattr(getattr(job.learner, "memory", None), "num_bytes"):
+        raise UserError(f"{kind} declares stores_exemplars: its memory must be `self.memory` with num_bytes()")
 
 
 def _described(error: Exception) -> dict[str, Any]:

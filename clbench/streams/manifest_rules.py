@@ -120,8 +120,9 @@ def _check_looks(manifest: Manifest) -> None:
         raise UserError(f"manifest: looks of {len(manifest.looks)} experiences, there are {len(manifest.experiences)}")
     for i, (looks, entry) in enumerate(zip(manifest.looks, manifest.experiences, strict=False)):
         rising = all(a < b for a, b in pairwise(looks))
-        if not all(_whole(look) for look in looks) or not rising or (looks and looks[-1] > len(entry.train)):
-            raise UserError(f"experience {i}: looks must be rising whole numbers in 1..{len(entry.train)}")
+        visits = len(entry.train) * int((entry.budget or manifest.budget).get("epochs", manifest.budget.get("epochs", 1)))
+        if not all(_whole(look) for look in looks) or not rising or (looks and looks[-1] > visits):
+            raise UserError(f"experience {i}: looks must be rising whole numbers in 1..{visits}")
     if not all(isinstance(name, str) and name for name in manifest.evaluators):
         raise UserError("manifest: evaluators must be names")
     if len(set(manifest.evaluators)) != len(manifest.evaluators):

@@ -165,6 +165,7 @@ class Scenario:
             every_experience_has_new_classes=all(brings_new),
             budget=self._tightest(),
             every_experience_has_labels=all(e.labelled for e in self.manifest.experiences),
+            has_looks=any(self.manifest.looks),
         )
 
     def _tightest(self) -> Budget:

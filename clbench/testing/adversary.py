@@ -69,7 +69,8 @@ def _everything_of(held: Any) -> Any:
         return held.raw(np.arange(len(held)))
     if isinstance(held, ImageBatch):
         return held.x
-    return held(0).x if callable(held) else [batch.x for batch in held]
+    first: Any = held(0) if callable(held) else None
+    return first.x if first is not None else [batch.x for batch in held]  # type: ignore[union-attr]
 
 
 def _by_hand(ids: np.ndarray, model: Any) -> ImageBatch:

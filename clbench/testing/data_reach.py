@@ -162,7 +162,7 @@ def check_adversary(trial: Any) -> None:
     assert all(batch._x is None for batch in test), "remembered features need no pixels"
     held = adversary.hold(ended)
     trial.learn(learner, runtime, pipeline, 0)
-    ended.train.close()
+    ended.train.close()  # type: ignore[attr-defined]
     live = open_experience(scenario, 1, pipeline)
     own = set(live.train.ids.tolist())
     everything = {int(i) for e in scenario.manifest.experiences for i in e.train}

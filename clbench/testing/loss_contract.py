@@ -16,7 +16,7 @@ from torch import nn
 
 from clbench.config.compose import build
 from clbench.interfaces import Capabilities, Experience
-from clbench.run.loss_loop import experience_of
+from clbench.run.token_stream import experience_of
 from clbench.streams.tokens.image_scenario import ImageScenario
 from clbench.streams.tokens.manifest import TokenManifest
 from clbench.streams.tokens.scenario import TokenScenario, eval_windows

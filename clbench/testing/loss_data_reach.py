@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from clbench.run.loss_loop import close
+from clbench.run.token_stream import close
 from clbench.streams.tokens.image_scenario import ImageScenario
 from clbench.streams.tokens.scenario import TokenScenario
 from clbench.testing import adversary
@@ -36,6 +36,9 @@ class _Holder:
 
     def trunk_ended(self, model: Any) -> None:
         pass
+
+    def after_step(self, step: int, visits: int) -> float:
+        return 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {}

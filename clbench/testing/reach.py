@@ -161,7 +161,7 @@ class Marks:
             window = _varied(_codes(sample), least)
             if window is not None:
                 mark = int(_rolled(window)[0])
-                if not any((mark == rolled).any() for rolled in known[_real(sample)]):
+                if not any(bool(np.any(rolled == mark)) for rolled in known[_real(sample)]):
                     found[_real(sample)][mark] = (int(window[0]), name)
         self._names = {kind: {mark: name for mark, (_, name) in marks.items()} for kind, marks in found.items()}
         self._marks = {kind: np.array(sorted(marks), np.uint64) for kind, marks in found.items()}

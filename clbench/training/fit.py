@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from clbench.interfaces import Place, Schedule, UserError
+from clbench.training import looks
 from clbench.training.runtime import Interrupted, Runtime
 from clbench.training.schedules import constant
 from clbench.training.state import detached
@@ -73,6 +74,22 @@ class _Call:
         self.step, self.loss_sum, self.loss_last = 0, 0.0, math.nan
         self.unseen: list[tuple[Tensor, Place, float]] = []
         self.key = runtime.journal.next_call(name)
+        if runtime.optimizer_state == "keep":
+            self.names = _names(learner, self.params, name)
+            self._take_over(runtime.optimizers.get(name, {}))
+
+    def _take_over(self, kept: dict[str, Any]) -> None:
+        """Moments of parameters that an earlier experience trained under the same name; others start without."""
+        for p in self.params:
+            if (state := kept.get(self.names[id(p)])) is not None and list(state["shape"]) == list(p.shape):
+                self.optimizer.state[p] = detached(state["state"], p.device)
+
+    def keep(self) -> None:
+        """Keep the moments for the next experience."""
+        if self.runtime.optimizer_state == "keep":
+            found = {self.names[id(p)]: (p, self.optimizer.state[p]) for p in self.params if p in self.optimizer.state}
+            made = {key: {"shape": list(p.shape), "state": detached(state)} for key, (p, state) in found.items()}
+            self.runtime.optimizers[self.name] = self.runtime.optimizers.get(self.name, {}) | made
 
     def look(self, least: int = 1) -> None:
         """Add up the losses since the last look, if there are `least`; FloatingPointError names the first bad one."""
@@ -100,6 +117,7 @@ class _Call:
             "sums": [self.loss_sum, self.loss_last],
             "meter": runtime.meter.state_dict(),
             "used": [runtime.used_visits, runtime.used_new],
+            "looks": looks.state_dict(),
         }
 
     def restore(self) -> None:
@@ -119,6 +137,7 @@ class _Call:
         self.step, (self.loss_sum, self.loss_last) = state["step"], state["sums"]
         self.runtime.meter.load_state_dict(state["meter"])
         self.runtime.used_visits, self.runtime.used_new = state["used"]
+        looks.load_state_dict(state.get("looks"))
 
 
 def fit(
@@ -171,15 +190,32 @@ def fit(
             after_step(place, group[-1])
         call.step += 1
         meter.add_step(name)
+        start += looks.after_step(call.step, runtime.used_new)
         if runtime.progress is not None:
             runtime.progress(name, call.step, steps, call.loss_last)
         if runtime.stop or runtime.journal.due():
             start = _note(call, start)
         runtime.check_stop()
     call.look()
+    call.keep()
     call.optimizer.zero_grad(set_to_none=True)
     meter.add_seconds(f"fit:{name}", time.perf_counter() - start)
     return {f"{name}_loss": call.loss_sum / max(1, steps), f"{name}_steps": float(steps)}
+
+
+def _names(learner: Any, params: Sequence[Tensor], fit_name: str) -> dict[int, str]:
+    """Identity of a parameter -> its place in the learner, the same in every process. `UserError` where one has none."""
+    found: dict[int, str] = {}
+    for attribute, part in vars(learner).items():
+        if isinstance(part, torch.nn.Module):
+            for name, p in part.named_parameters():
+                found.setdefault(id(p), f"{attribute}.{name}")
+        elif isinstance(part, torch.nn.Parameter):
+            found.setdefault(id(part), attribute)
+    if any(id(p) not in found for p in params):
+        kind = type(learner).__name__
+        raise UserError(f"optimizer_state=keep: fit {fit_name!r} of {kind} trains parameters that are in no attribute of it")
+    return found
 
 
 def _note(call: _Call, start: float) -> float:

@@ -34,6 +34,10 @@ class Observer(Protocol):
         """A branch or an average will be evaluated instead of these weights: evaluate them too."""
         ...
 
+    def after_step(self, step: int, visits: int) -> float:
+        """Evaluate the learner after a step of `fit`, where it is time -> seconds that it took."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """Plain lists and numbers."""
         ...
@@ -77,6 +81,12 @@ def trunk_ended(model: nn.Module) -> None:
     """Let the observer evaluate weights that will not be the learner's answer."""
     if (observer := _observer()) is not None:
         observer.trunk_ended(model)
+
+
+def after_step(step: int, visits: int) -> float:
+    """Let the observer evaluate the learner after update `step`, from 1, and `visits` of new samples -> seconds it took."""
+    observer = _observer()
+    return 0.0 if observer is None else observer.after_step(step, visits)
 
 
 def state_dict() -> dict[str, Any] | None:

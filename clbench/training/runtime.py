@@ -61,6 +61,8 @@ class Runtime:
     precision  "fp32" or "bf16", of the network's passes, which open autocast themselves; all else is fp32 or better
     budget     the scenario's; `fit` raises `BudgetExceeded` when an experience would use more
     exempt     a reference learner (capability `stores_all_data`): visits are counted, not limited
+    optimizer_state  what a `fit` starts an experience with: "fresh" moments, or those that a `fit` of that name has ("keep")
+    optimizers       the moments that are kept, by the name of the `fit` and the parameter's place in the learner
     """
 
     seed: int
@@ -76,6 +78,8 @@ class Runtime:
     used_new: int = 0
     num_train: int | None = None
     stop: bool = False
+    optimizer_state: str = "fresh"
+    optimizers: dict[str, Any] = field(default_factory=dict)
 
     def begin(self, experience: int, num_train: int | None = None, budget: Budget | None = None) -> None:
         """The runner calls this before each `learn`: sets the experience, its size, its budget and the visit counts to 0.

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from clbench.streams.scenario import Scenario
 
 GROUP = "clbench.operators"
-BUILT_IN = {name: f"{__package__}.{name}.{name}" for name in ("permute", "rotate", "relabel", "concatenate", "single_pass")}
+_NAMES = ("permute", "rotate", "relabel", "concatenate", "single_pass", "looks", "evaluators")
+BUILT_IN = {name: f"{__package__}.{name}.{name}" for name in _NAMES}
 SUPPLIED = ("stream", "data_root", "download")  # arguments that clbench gives, those that an operator has
 
 

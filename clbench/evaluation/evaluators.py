@@ -1,0 +1,90 @@
+"""Evaluators that a scenario names beside the one that its kind always has: `evaluator(learner, data) -> named sums`.
+
+Sums are additive over samples and hold `n`, the number of samples; whole numbers where something is counted. They are the only
+code beside clbench's own in which answers meet labels, and they never stand within a learner's reach.
+
+A name is that of an entry point in the group `clbench.evaluators`, or, where the command line names it, `module.Class`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from clbench.interfaces import Evaluator, UserError
+
+GROUP = "clbench.evaluators"
+BUILT_IN = ("accuracy", "token_loss", "reconstruction", "linear_probe")  # names that a plug-in cannot have
+
+
+class Answered:
+    """An evaluation set whose answers are there; implements `interfaces.EvaluationSet`."""
+
+    def __init__(
+        self, name: str, classes: tuple[int, ...], num_seen: int, task: int | None, parts: Sequence[tuple[Tensor, Tensor]]
+    ):
+        self.name, self.classes, self.num_seen, self.task = name, classes, num_seen, task
+        self._parts = parts
+
+    def answers(self, learner: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """Scores [B, num_seen] float32 and labels [B] int64 of a batch each, on the CPU."""
+        yield from self._parts
+
+
+def load(names: Sequence[str], scenario: Mapping[str, Any]) -> list[Evaluator]:
+    """The evaluators that a manifest names. A dotted path is imported only where the configuration of the scenario names it."""
+    registered = {entry.name: entry for entry in importlib.metadata.entry_points(group=GROUP)}
+    found = []
+    for name in names:
+        if name in registered:
+            made = registered[name].load()
+        elif "." in name and name in _written(scenario):
+            module, _, attribute = name.rpartition(".")
+            try:
+                made = getattr(importlib.import_module(module), attribute)
+            except (ModuleNotFoundError, AttributeError) as error:
+                raise UserError(f"evaluator {name} cannot be imported: {error}") from None
+        else:
+            near = difflib.get_close_matches(name, registered, 1, 0.5)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise UserError(f"no evaluator '{name}' is installed{hint} (write module.Class, or register it under {GROUP})")
+        made = made() if isinstance(made, type) else made
+        label = getattr(made, "name", None)
+        if not callable(made) or not isinstance(label, str) or not label or label in BUILT_IN or "/" in label:
+            raise UserError(f"evaluator {name} must be callable and have a `name` of its own that holds no '/'")
+        found.append(made)
+    labels = [one.name for one in found]
+    if len(set(labels)) < len(labels):
+        raise UserError(f"two evaluators have one name: {', '.join(labels)}")
+    return found
+
+
+def _written(scenario: Any) -> set[str]:
+    """Every text in the configuration of a scenario."""
+    if isinstance(scenario, str):
+        return {scenario}
+    inner = scenario.values() if isinstance(scenario, Mapping) else scenario if isinstance(scenario, list | tuple) else ()
+    return {text for value in inner for text in _written(value)}
+
+
+def row_of(evaluator: Evaluator, learner: Any, sets: Sequence[Any]) -> dict[str, Any]:
+    """{evaluator, sums} of one row: every sum has a value for each set, null where the set was not asked (None in `sets`)."""
+    found = [None if data is None else _checked(evaluator, evaluator(learner, data)) for data in sets]
+    names = list(dict.fromkeys(name for sums in found if sums is not None for name in sums))
+    return {"evaluator": evaluator.name, "sums": {n: [None if s is None else s.get(n) for s in found] for n in names}}
+
+
+def _checked(evaluator: Evaluator, sums: Any) -> dict[str, int | float]:
+    """Sums as plain numbers, or `UserError`."""
+    if not isinstance(sums, Mapping) or type(sums.get("n")) is not int or sums["n"] < 1:
+        raise UserError(f"evaluator {evaluator.name} must return a mapping of numbers with 'n', the number of samples")
+    for name, value in sums.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(f"evaluator {evaluator.name}: {name} must be a finite number, got {value!r}")
+    return dict(sums)

@@ -1,0 +1,209 @@
+"""A stream of labelled images in a run: what is opened, evaluated and counted. See `loop.Stream`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from clbench.evaluation import metrics
+from clbench.evaluation.accuracy import evaluate, sums_of
+from clbench.evaluation.evaluators import Answered, load, row_of
+from clbench.interfaces import Experience, UserError
+from clbench.run.loop import Row
+from clbench.streams.eval_sets import open_eval
+from clbench.streams.images.data import open_experience
+from clbench.training.runtime import Runtime
+from clbench.training.state import num_bytes
+
+if TYPE_CHECKING:
+    from clbench.run.runner import Job
+
+
+def make_runtime(job: Job) -> Runtime:
+    """The runtime of a learner of images."""
+    return Runtime(
+        seed=job.config["seed"],
+        device=job.device,
+        budget=job.scenario.facts().budget,
+        precision=job.config["precision"],
+        exempt=job.capabilities.stores_all_data,
+        optimizer_state=str(job.config.get("optimizer_state", "fresh")),
+    )
+
+
+class ImageStream:
+    """Evaluation sets, data of earlier experiences for learners that keep all of it, counts of passes."""
+
+    def __init__(self, job: Job, runtime: Runtime, learner: Any):
+        self.job, self.runtime, self.learner = job, runtime, learner
+        manifest = job.scenario.manifest
+        self.sets = [open_eval(job.scenario, j, job.pipeline) for j in range(len(manifest.evals))]
+        seen = [manifest.num_seen(i) for i in range(len(manifest.experiences))]
+        self.origin = [i for i, (a, b) in enumerate(zip([0, *seen], seen, strict=False)) for _ in range(b - a)]
+        self.evaluators = load(manifest.evaluators, job.config["scenario"])
+        self.past: list[Any] = []
+        self.observer = ImageLooks(self)
+
+    def before(self) -> list[Row]:
+        """Nothing: no class has been seen."""
+        return []
+
+    def _open(self, index: int) -> Experience:
+        return open_experience(self.job.scenario, index, self.job.pipeline, self.job.capabilities.stores_all_data)
+
+    def open(self, index: int) -> Experience:
+        """An experience, with the data of earlier ones for learners that keep all of it."""
+        self.observer.begin(index)
+        return replace(self._open(index), past=tuple(self.past))
+
+    def close(self, experience: Experience) -> None:
+        """End its handles unless the learner keeps all data."""
+        if self.job.capabilities.stores_all_data:
+            self.past.append(experience.train)
+        else:
+            experience.train.close()  # type: ignore[attr-defined]
+
+    def held(self, index: int, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Exemplars and bytes; `UserError` where the budget allows less."""
+        memory = getattr(self.learner, "memory", None) if self.job.capabilities.stores_exemplars else None
+        count, size = (0, 0) if memory is None else (len(memory), memory.num_bytes())
+        used = {"exemplars": count, "exemplar_bytes": size, "stored_bytes": num_bytes(state) - size}
+        for name, value in used.items():
+            limit = getattr(self.job.scenario.budget, name)
+            if limit is not None and value > limit:
+                raise UserError(f"experience {index}: the learner holds {value} {name}, the scenario's budget allows {limit}")
+        return used
+
+    def evaluate(self, index: int) -> list[Row]:
+        """Rows of accuracy and of the scenario's other evaluators, from one pass over every set."""
+        start = time.perf_counter()
+        rows = self._rows(index, None)
+        self.runtime.meter.add_seconds("evaluate", time.perf_counter() - start)
+        return rows
+
+    def _rows(self, index: int, step: int | None) -> list[Row]:
+        can, num_seen = self.job.capabilities, self.job.scenario.manifest.num_seen(index)
+        kept: dict[int, list[Any]] | None = {} if self.evaluators else None
+        counts = evaluate(
+            self.learner,
+            self.sets,
+            num_seen,
+            int(self.job.config["eval_batch_size"]),
+            self.runtime.check_stop,
+            self.origin,
+            joined=not (can.transductive or can.adapts_at_test),
+            kept=kept,
+        )
+        place: Row = {"experience": index, "step": step}
+        if step is not None:
+            sums = {"correct": [None if c is None else c.correct for c in counts]}
+            made = [place | {"evaluator": "accuracy", "sums": sums | {"n": [None if c is None else c.n for c in counts]}}]
+        else:
+            seen = [one.first_seen <= index for one in self.sets]
+            made = [place | {"evaluator": "accuracy"} | sums_of(counts, seen, len(self.job.scenario.manifest.experiences))]
+        asked = [
+            Answered(one.name, one.classes, num_seen, one.task, (kept or {})[j]) if j in (kept or {}) else None
+            for j, one in enumerate(self.sets)
+        ]
+        return made + [place | row_of(evaluator, self.learner, asked) for evaluator in self.evaluators]
+
+    def described(self, rows: list[Row], index: int) -> tuple[str, dict[str, float]]:
+        """Accuracy over the sets seen; accuracies, macro, micro and forgetting for a tracker."""
+        ends = [row["sums"]["correct"] for row in rows if row["evaluator"] == "accuracy" and row["step"] is None]
+        first, n = [one.first_seen for one in self.sets], [len(one.data) for one in self.sets]
+        a = metrics.accuracy(ends, n)
+        count = sum(c is not None and i <= index for c, i in zip(ends[-1], first, strict=True))
+        macro = float(metrics.macro(a, first)[-1])
+        shown = {"macro": macro, "micro": metrics.micro(a, n, first)[-1], "forgetting": metrics.forgetting(a, first)}
+        shown |= {f"accuracy/{one.name}": value for one, value in zip(self.sets, a[-1], strict=True)}
+        words = f"accuracy {macro if count else 0.0:.4f} (macro over {count})"
+        return words, {name: float(value) for name, value in shown.items()}
+
+    def costs(self) -> dict[str, Any]:
+        """Passes through the network, images trained on, parameters."""
+        model, meter = self.job.model, self.runtime.meter
+        return {
+            "parameters": {"trained": meter.trained, "total": sum(p.numel() for p in model.parameters())},
+            "passes": dict(model.passes),
+            "visits": dict(meter.visits),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Passes through the network."""
+        return {"passes": dict(self.job.model.passes)}
+
+    def load_state_dict(self, state: dict[str, Any], experiences: int) -> None:
+        """Go on after the first `experiences` experiences."""
+        self.job.model.passes.update(state["passes"])
+        if self.job.capabilities.stores_all_data:
+            self.past = [self._open(i).train for i in range(experiences)]
+
+
+class ImageLooks:
+    """Evaluates a learner inside an experience, after the numbers of its samples that the manifest names.
+
+    A look changes nothing of the training: modules get their modes back, passes and seconds are not counted as training.
+    """
+
+    def __init__(self, stream: ImageStream):
+        self.stream = stream
+        self.rows: list[Row] = []
+        self.spent = 0.0
+        self.due_at: list[int] = []
+
+    def begin(self, index: int) -> None:
+        """A new experience."""
+        every = self.stream.job.scenario.manifest.looks
+        self.rows, self.spent, self.due_at = [], 0.0, list(every[index]) if every else []
+
+    def after_step(self, step: int, visits: int) -> float:
+        """Look where the next number of samples was reached -> seconds that it took. `step` counts the updates done."""
+        if not self.due_at or visits < self.due_at[0]:
+            return 0.0
+        self.due_at = [number for number in self.due_at if number > visits]
+        start = time.perf_counter()
+        stream, model = self.stream, self.stream.job.model
+        modes = {module: module.training for module in _modules(model, stream.learner)}
+        passes = dict(model.passes)
+        for row in stream._rows(stream.runtime.experience, step):
+            self.rows.append(row | {"trained": visits})
+        model.passes.update(passes)
+        for module, mode in modes.items():
+            module.training = mode
+        took = time.perf_counter() - start
+        self.spent += took
+        stream.runtime.meter.add_seconds("looks", took)
+        return took
+
+    def taken(self) -> tuple[list[Row], float]:
+        """Rows of this experience, and the seconds they took."""
+        return self.rows, self.spent
+
+    def due(self, segment: Any, step: int) -> bool:
+        """Of plans of pre-training: none here."""
+        return False
+
+    def look(self, model: nn.Module, segment: Any, step: int) -> None:
+        """See `due`."""
+
+    def trunk_ended(self, model: nn.Module) -> None:
+        """See `due`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rows made inside this experience, and what is still to come."""
+        return {"rows": list(self.rows), "due_at": list(self.due_at), "spent": self.spent}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.rows, self.due_at, self.spent = list(state["rows"]), list(state["due_at"]), state["spent"]
+
+
+def _modules(model: nn.Module, learner: Any) -> list[nn.Module]:
+    """Every module of the network and of the learner's attributes."""
+    parts: Sequence[Any] = [model, *vars(learner).values()] if hasattr(learner, "__dict__") else [model]
+    return list(dict.fromkeys(m for part in parts if isinstance(part, torch.nn.Module) for m in part.modules()))

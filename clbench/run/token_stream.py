@@ -1,0 +1,241 @@
+"""A stream that asks for losses (texts, synthetic languages, images for autoencoders) in a run. See `loop.Stream`."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clbench.evaluation.linear_probe import linear_probe, look_at
+from clbench.interfaces import Experience, UserError
+from clbench.run.loop import Row
+from clbench.streams.tokens.scenario import TokenScenario
+from clbench.training.checkpoint import Journal
+from clbench.training.pretraining.ledger import flops_per_token
+from clbench.training.pretraining.segments import PretrainRuntime, Segment, check_plan
+from clbench.training.state import num_bytes
+
+if TYPE_CHECKING:
+    from clbench.run.runner import Job
+
+
+def experience_of(scenario: TokenScenario, index: int, past: bool) -> Experience:
+    """What a learner sees of experience `index`; `past`: earlier texts too."""
+    data: Any = [scenario.data(i) for i in range(index + 1)]
+    made = Experience(index, data[-1].name, data[-1], (), (), (), 0, None, scenario.facts().budget)
+    return replace(made, past=tuple(data[:-1])) if past else made
+
+
+def close(experience: Experience) -> None:
+    """It is over: its text, and the earlier ones that came with it, cannot be read any more."""
+    for data in (experience.train, *experience.past):
+        data.close()  # type: ignore[attr-defined]
+
+
+def make_runtime(job: Job) -> PretrainRuntime:
+    """The runtime of a pre-training run."""
+    return PretrainRuntime(
+        seed=job.config["seed"],
+        device=job.device,
+        precision=job.config["precision"],
+        exempt=job.capabilities.stores_all_data,
+        journal=Journal(),
+        flops_per_token=flops_per_token(job.model, job.scenario.manifest.context),
+        micro_batch=job.config.get("micro_batch"),
+        group=job.group,
+        compiled=bool(job.config.get("compile")),
+        processed_limit=None if job.capabilities.stores_all_data else job.scenario.budget.processed,
+        stream_steps=tuple(entry["steps"] for entry in job.scenario.manifest.experiences),
+    )
+
+
+def check_plans(job: Job) -> None:
+    """Ask the learner for its plans, so that one that cannot be carried out is refused before anything is trained."""
+    if not callable(getattr(job.learner, "plan", None)):
+        return
+    scenario: TokenScenario = job.scenario
+    job.group.check_batch(scenario.manifest.batch, job.config.get("micro_batch"))
+    size, limit = scenario.manifest.batch * scenario.manifest.context, job.runtime.processed_limit
+    for index in range(len(scenario.manifest.experiences)):
+        check_plan(job.learner.plan(experience_of(scenario, index, keeps_text(job))), limit, size)
+
+
+def keeps_text(job: Job) -> bool:
+    """Whether the learner is given the texts of earlier experiences."""
+    return job.capabilities.stores_exemplars or job.capabilities.stores_all_data
+
+
+@torch.no_grad()
+def total_loss(loss: Any, windows: np.ndarray, runtime: PretrainRuntime, batch: int) -> float:
+    """Sum of nats over sequences [N, L + 1] by a `loss(tokens [B, L + 1]) -> [B, L]`, in float64; of images uint8: L = 1.
+
+    Processes share each batch; one that has none of a short batch reads a sequence that is not counted.
+    """
+    parts, length = [], 1 if windows.dtype == np.uint8 else windows.shape[1] - 1
+    for start in range(0, len(windows), batch):
+        wanted = windows[start : start + batch]
+        own = wanted[runtime.group.rows(len(wanted))]
+        tokens = torch.from_numpy(own if len(own) else wanted[:1]).to(runtime.device)
+        found = loss(tokens)
+        if not isinstance(found, Tensor) or found.shape != (len(tokens), length):
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise UserError(f"loss must return one number for each of {(len(tokens), length)} tokens, got {shape}")
+        parts.append(found.double().sum() * bool(len(own)))
+        runtime.check_stop()
+    (value,) = runtime.group.total(float(torch.stack(parts).sum()))
+    if not math.isfinite(value):
+        raise UserError("the loss on an evaluation set is NaN or infinite")
+    return value
+
+
+class TokenStream:
+    """Evaluation sets and, for autoencoders, the linear probe."""
+
+    def __init__(self, job: Job, runtime: PretrainRuntime, learner: Any):
+        self.job, self.runtime, self.learner = job, runtime, learner
+        scenario: TokenScenario = job.scenario
+        self.entries = scenario.manifest.evals
+        self.sets = [scenario.evaluation(j) for j in range(len(self.entries))]
+        self.linear = linear_probe(job, runtime)
+        self.evaluator = "token_loss" if self.linear is None else "reconstruction"
+        self.observer = TokenLooks(self)
+
+    def before(self) -> list[Row]:
+        """Losses of the network as it is given."""
+        return self.evaluate(-1)
+
+    def open(self, index: int) -> Experience:
+        """An experience, with earlier texts for learners that replay or keep them."""
+        self.observer.begin()
+        return experience_of(self.job.scenario, index, keeps_text(self.job))
+
+    def close(self, experience: Experience) -> None:
+        """End its handles unless the learner keeps all data."""
+        if not self.job.capabilities.stores_all_data:
+            close(experience)
+
+    def held(self, index: int, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Bytes of old text and of the state; `UserError` where the budget allows less."""
+        held, limit = self.runtime.ledger.replay_bytes, self.job.scenario.budget.exemplar_bytes
+        if limit is not None and held > limit:
+            raise UserError(f"experience {index}: replay needs {held} bytes of old text, the budget allows {limit}")
+        return {"exemplar_bytes": held, "stored_bytes": num_bytes(state)}
+
+    def evaluate(self, index: int) -> list[Row]:
+        """Summed losses on every set, and what a linear probe gets right."""
+        place: Row = {"experience": index, "step": None}
+        rows = [place | {"evaluator": self.evaluator, "sums": {"loss": self.losses(self.learner.loss)}}]
+        if self.linear is not None:
+            own, seen = self.linear.right(self.job.model, None if index < 0 else index)
+            sums = {"n": self.linear.n, "own": own} | ({} if index < 0 else {"seen": seen})
+            rows.append(place | {"evaluator": "linear_probe", "sums": sums})
+        return rows
+
+    def losses(self, loss: Any) -> list[float]:
+        """Summed nats on every evaluation set."""
+        size, runtime = int(self.job.config["eval_batch_size"]), self.runtime
+        start = time.perf_counter()
+        row = [total_loss(loss, windows, runtime, size) for windows in self.sets]
+        tokens = sum(len(w) for w in self.sets) * self.job.scenario.manifest.context
+        runtime.ledger.look("evaluation", tokens, runtime.flops_per_token)
+        runtime.meter.add_seconds("evaluate", time.perf_counter() - start)
+        return row
+
+    def described(self, rows: list[Row], index: int) -> tuple[str, dict[str, float]]:
+        """The mean loss on each set."""
+        last = next(r for r in reversed(rows) if r["evaluator"] == self.evaluator and r["step"] is None and "role" not in r)
+        means = [total / e["tokens"] for total, e in zip(last["sums"]["loss"], self.entries, strict=True)]
+        shown = "  ".join(f"{e['name']} {mean:.4f}" for e, mean in zip(self.entries, means, strict=True))
+        numbers = {f"loss/{e['name']}": mean for e, mean in zip(self.entries, means, strict=True)}
+        return f"loss {shown}", numbers | {"loss/mean": sum(means) / len(means)}
+
+    def costs(self) -> dict[str, Any]:
+        """The ledger, the plan, parameters."""
+        size = sum(p.numel() for p in self.job.model.parameters())
+        return {
+            "ledger": self.runtime.ledger.state_dict(),
+            "plan": self.runtime.plan,
+            "parameters": {"trained": size, "total": size},
+            "exemplars": None,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Ledger and plan."""
+        return {"ledger": self.runtime.ledger.state_dict(), "plan": self.runtime.plan}
+
+    def load_state_dict(self, state: dict[str, Any], experiences: int) -> None:
+        """Go on after the first `experiences` experiences."""
+        self.runtime.ledger.load_state_dict(state["ledger"])
+        self.runtime.plan[:] = state["plan"]
+
+
+class TokenLooks:
+    """Losses on a few sequences of every set while a model is trained, and those of trunks that are not the answer."""
+
+    def __init__(self, stream: TokenStream):
+        scenario: TokenScenario = stream.job.scenario
+        self.stream, self.runtime, self.probing = stream, stream.runtime, scenario.probing
+        rows = [windows[: scenario.probing.sequences] for windows in stream.sets]
+        self.probe = torch.from_numpy(np.concatenate(rows)).to(stream.job.device)
+        self.sizes = [len(r) for r in rows]
+        self.steps: dict[int, set[int]] = {}
+        self.rows: list[Row] = []
+        self.spent = 0.0
+
+    def begin(self) -> None:
+        """A new experience."""
+        self.rows, self.spent = [], 0.0
+
+    def due(self, segment: Segment, step: int) -> bool:
+        """At steps 0, 1, 2, 4, ... of an experience, and evenly."""
+        if segment.steps not in self.steps:
+            self.steps[segment.steps] = set(self.probing.steps(segment.steps))
+        return step in self.steps[segment.steps]
+
+    @torch.no_grad()
+    def look(self, model: nn.Module, segment: Segment, step: int) -> None:
+        """Sums of losses and of right guesses: one pass over the probe."""
+        start = time.perf_counter()
+        model.eval()
+        losses, right = look_at(model, self.probe, self.sizes, self.stream.linear)
+        parts = losses.split(self.sizes)
+        sums = {
+            "n": [part.numel() for part in parts],
+            "loss": [float(part.double().sum()) for part in parts],
+            "correct": [round(share * part.numel()) for share, part in zip(right, parts, strict=True)],
+        }
+        ledger = self.runtime.ledger
+        row: Row = {"experience": segment.experience, "step": step, "evaluator": self.stream.evaluator, "role": segment.role}
+        row |= {"lr": float(f"{segment.rate(min(step, segment.last - 1)):.6g}"), "trained": ledger.trained, "sums": sums}
+        self.rows.append(row)
+        ledger.look("probe", losses.numel(), self.runtime.flops_per_token)
+        self.spent += time.perf_counter() - start
+        self.runtime.meter.add_seconds("probe", time.perf_counter() - start)
+
+    def trunk_ended(self, model: nn.Module) -> None:
+        """Evaluate the trunk, whose branch or average will be evaluated as the learner's answer."""
+        model.eval()
+        row: Row = {"experience": self.runtime.experience, "step": None, "evaluator": self.stream.evaluator, "role": "trunk"}
+        self.rows.append(row | {"sums": {"loss": self.stream.losses(model.loss)}})
+
+    def after_step(self, step: int, visits: int) -> float:
+        """Of `fit`: the plan's own loop asks `due` instead."""
+        return 0.0
+
+    def taken(self) -> tuple[list[Row], float]:
+        """Rows of this experience, and the seconds of the looks."""
+        return self.rows, self.spent
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rows made inside this experience."""
+        return {"rows": list(self.rows), "spent": self.spent}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.rows, self.spent = list(state["rows"]), state["spent"]
