@@ -21,6 +21,7 @@ from clbench.bench import machine
 from clbench.bench.table import aligned, machine_text, number
 from clbench.config import compose
 from clbench.records import record
+from clbench.records.tables import rows_of
 from clbench.run import runner
 
 TIMES = 5
@@ -95,8 +96,9 @@ def synthetic(results: pathlib.Path, count: int) -> None:
                     entry["class_correct"][row][j], entry["correct"][row][j] = counted, sum(counted)
         sha = entry["scenario"]["manifest_sha256"]
         entry["run_id"] = record.run_id(entry["config"] | {"of": name}, sha, entry["model"]["state_sha256"], None)
-        entry["checksum"] = record.checksum(json.loads(json.dumps(entry)))
-        (folder / f"{entry['run_id']}.json").write_text(json.dumps(entry), encoding="utf-8")
+        form = rows_of(entry) | {"schema": record.SCHEMA}
+        form["checksum"] = record.checksum(json.loads(json.dumps(form)))
+        (folder / f"{entry['run_id']}.json").write_text(json.dumps(form), encoding="utf-8")
 
 
 def text(found: Mapping[str, Any]) -> str:

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from clbench.evaluation import row_metrics
+
 Array = np.ndarray
 ABOUT: dict[str, str] = {
     "final_loss": "mean over sets after the last experience, nats per token",
@@ -73,7 +75,7 @@ def bits_per_byte(nats: Any, bytes_per_token: Any) -> Array:
 
 def _mean(values: Any) -> float:
     found = np.asarray(values, np.float64)
-    return float(found.mean()) if found.size else float("nan")
+    return float(np.add.reduce(found, axis=None) / found.size) if found.size else float("nan")  # `mean` without its overhead
 
 
 def _old(r: Array, first_seen: Sequence[int]) -> list[int]:
@@ -167,20 +169,24 @@ def gaps(curves: Mapping[str, Any], names: Sequence[str], first_seen: Sequence[i
     experience = np.asarray(curves["experience"])
     tokens, steps = np.asarray(curves["tokens"], np.float64), np.asarray(curves["step"])
     found = []
+    columns = {name: np.asarray(curves["loss"][name], np.float64) for name in names}
     for k in sorted(set(experience.tolist())):
+        if not any(own < k for own in first_seen):
+            continue
         rows = np.flatnonzero(experience == k)
+        at = tokens[rows]
+        between = at[1:] - at[:-1]
         for name, own in zip(names, first_seen, strict=True):
             if own >= k:
                 continue
-            loss = np.asarray(curves["loss"][name], np.float64)[rows]
+            loss = columns[name][rows]
             above = np.maximum(loss - loss[0], 0)
-            at = tokens[rows]
             peak = int(loss.argmax())
-            back = [i for i in range(peak, len(loss)) if loss[i] <= loss[0] + tolerance]
-            area = float(((above[1:] + above[:-1]) / 2 * np.diff(at)).sum())
+            back = peak + np.flatnonzero(loss[peak:] <= loss[0] + tolerance)
+            area = float(((above[1:] + above[:-1]) / 2 * between).sum())
             gap = {"experience": int(k), "set": name, "start": float(loss[0]), "depth": float(loss[peak] - loss[0])}
-            gap |= {"area": area, "tokens": float(at[back[0]] - at[0]) if back else None, "peak_step": int(steps[rows][peak])}
-            found.append(gap)
+            gap |= {"area": area, "tokens": float(at[back[0]] - at[0]) if len(back) else None}
+            found.append(gap | {"peak_step": int(steps[rows[peak]])})
     return found
 
 
@@ -269,4 +275,4 @@ def summary(record: Mapping[str, Any]) -> dict[str, float]:
         if curves.get("accuracy"):
             values["min_acc"] = min_accuracy(curves, names, first)
             values["wc_acc"] = worst_case_accuracy(curves, names, first)
-    return values
+    return values | row_metrics.summary(record)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from clbench.evaluation import peer_metrics
+from clbench.evaluation import peer_metrics, row_metrics
 
 __all__ = ["peer_metrics"]
 
@@ -207,17 +207,21 @@ def worst(a: Array, first_seen: Any) -> float:
 def summary(record: Mapping[str, Any]) -> dict[str, float]:
     """Every number of one record that its counts allow, by name. Optional parts that are absent or malformed add nothing."""
     if not isinstance(record.get("correct"), list):
-        return {}
-    n, first = np.asarray(record["n"], np.float64), record["first_seen"]
+        return row_metrics.summary(record)
+    n, first = np.asarray(record["n"], np.float64), np.asarray(record["first_seen"])
     a = accuracy(record["correct"], n)
     given = {"n": n, "first_seen": first}
-    values = {name: _call(FORMULAS[name].function, a, given) for name in FORMULAS if name not in ("fwt_init", "intransigence")}
+    each, all_samples = macro(a, first), micro(a, n, first)  # shared by two formulas each
+    values = {"last_macro": float(each[-1]), "last_micro": float(all_samples[-1])}
+    values |= {"step_macro": _mean(each), "step_micro": _mean(all_samples)}
+    others = [name for name in FORMULAS if name not in values and name not in ("fwt_init", "intransigence")]
+    values |= {name: _call(FORMULAS[name].function, a, given) for name in others}
     if isinstance(record.get("correct_masked"), list):
         masked = accuracy(record["correct_masked"], n)
         values["last_masked_macro"] = last_macro(masked, first)
     if isinstance(record.get("correct_top5"), list):
         values["last_top5_micro"] = last_micro(accuracy(record["correct_top5"], n), n, first)
-    for part in (calibration, confusion, stability):
+    for part in (calibration, confusion, stability, row_metrics.summary):
         with np.errstate(all="ignore"), suppress(LookupError, TypeError, ValueError, ArithmeticError, AttributeError):
             values |= part(record)
     return values

@@ -24,12 +24,17 @@ def is_loss(entry: Entry) -> bool:
 
 def usable(entry: Entry) -> bool:
     """Whether everything that the table needs is there and of the right kind."""
+    return summary_of(entry) is not None
+
+
+def summary_of(entry: Entry) -> dict[str, float] | None:
+    """The numbers of a usable record, also those that are not finite; None for any other."""
     try:
-        values = loss_metrics.summary(entry)
-        ledger = all(isinstance(entry["ledger"][name], int) for name in LEDGER)
-        return entry["status"] == "ok" and bool(values) and ledger and isinstance(entry["ledger"]["flops"], int | float)
+        if entry["status"] != "ok" or not all(isinstance(entry["ledger"][name], int) for name in LEDGER):
+            return None
+        return loss_metrics.summary(entry) or None if isinstance(entry["ledger"]["flops"], int | float) else None
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError):
-        return False
+        return None
 
 
 def measure_of(entry: Entry) -> str:
@@ -44,13 +49,13 @@ def unit_of(entry: Entry) -> str:
 
 def values_of(entry: Entry) -> dict[str, float]:
     """The finite numbers of a usable record; {} for any other."""
-    return {k: v for k, v in loss_metrics.summary(entry).items() if math.isfinite(v)} if usable(entry) else {}
+    return {k: v for k, v in (summary_of(entry) or {}).items() if math.isfinite(v)}
 
 
-def facts_of(entry: Entry) -> dict[str, Any]:
-    """Options, ledger, and digests under which the runs to compare with are found."""
+def facts_of(entry: Entry, is_usable: bool) -> dict[str, Any]:
+    """Options, ledger, and digests under which the runs to compare with are found. `is_usable`: what `usable` says of it."""
     learner = entry["config"].get("learner", {})
-    made: dict[str, Any] = {"options": options(entry), "usable": usable(entry), "iid": bool(entry["scenario"].get("iid"))}
+    made: dict[str, Any] = {"options": options(entry), "usable": is_usable, "iid": bool(entry["scenario"].get("iid"))}
     if not made["usable"]:
         return made
     alone = not made["options"]["replay"] and learner.get("data", "new") == "new"

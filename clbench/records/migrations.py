@@ -1,17 +1,21 @@
-"""Records of older schemas, made readable: one function for each step from a schema to the next.
+"""Records of older schemas, made readable: one function for each step from a schema to the next. The file stays as it is.
 
-A migrated record is marked `legacy` in memory, so that no table mixes it silently with newer ones; the file stays as it is. A
-checksum belongs to the form on disk: `record.checked` looks at it before anything here is called.
+A record of a schema in `OTHER_NUMBERS` is marked `legacy` in memory, so that no table mixes it silently with newer ones; from
+schema 1 on a step only changes the form. A checksum belongs to the form on disk: `verify` looks at that, and `record.checked`
+before anything of a record that will be marked is believed.
 
-To add a step: raise `record.SCHEMA`, write `_from_N`, enter it in `STEPS`, and commit a record of schema N for the test.
+To add a step: raise `SCHEMA`, write `_from_N`, enter it in `STEPS`, and commit a record of schema N for the test.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from clbench.records.tables import rows_of
+
+SCHEMA = 2
+OTHER_NUMBERS = (0,)
 _SIGNS = ("run_id", "status", "config", "scenario")  # of a record that does not say its schema
 
 
@@ -25,15 +29,16 @@ def is_old(record: Any, schema: int) -> bool:
 
 
 def migrate(record: Mapping[str, Any], schema: int) -> dict[str, Any]:
-    """A record of an older schema in the form of `schema`, marked `legacy`. What cannot be derived is left out."""
-    made = copy.deepcopy(dict(record))
-    version = made.get("schema", 0)
+    """A record of an older schema in the form of `schema`, which shares parts with it. What cannot be derived is left out."""
+    made = dict(record)
+    first = version = made.get("schema", 0)
     while version < schema:
         made = STEPS[version](made)
         version += 1
         made["schema"] = version
-    marks = made.get("marks")
-    made["marks"] = [*(marks if isinstance(marks, list) else []), "legacy"]
+    if first in OTHER_NUMBERS:
+        marks = made.get("marks")
+        made["marks"] = [*(marks if isinstance(marks, list) else []), "legacy"]
     return made
 
 
@@ -65,4 +70,9 @@ def _first_seen(record: Mapping[str, Any]) -> list[int] | None:
         return None
 
 
-STEPS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {0: _from_0}
+def _from_1(record: dict[str, Any]) -> dict[str, Any]:
+    """Schema 1 had a table for each kind of number instead of rows, and lists by set instead of sets."""
+    return rows_of(record) | {key: record[key] for key in ("checksum",) if key in record}
+
+
+STEPS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {0: _from_0, 1: _from_1}

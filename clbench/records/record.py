@@ -1,7 +1,8 @@
-"""One JSON file per run: identity, counts, costs. Immutable once it says ok; derived numbers are recomputed by `report`.
+"""One JSON file per run: identity, sums, costs. Immutable once it says ok; derived numbers are recomputed by `report`.
 
 Written to a temporary name in the same folder and moved with `os.replace`; carries a checksum over itself, so that a
 changed record is noticed. Unknown keys are kept: newer records stay readable. Older schemas are read through `migrations`.
+On disk a record has the `form` of this schema; in memory it is the view with `tables`, a plain dictionary.
 """
 
 from __future__ import annotations
@@ -19,14 +20,13 @@ from typing import Any
 from clbench.config.moved import first_edition
 from clbench.interfaces import UserError
 from clbench.records import liveness, migrations
-from clbench.records.schema import SCHEMA
-from clbench.records.validate import fault
+from clbench.records.migrations import SCHEMA
+from clbench.records.tables import rows_of, tables
 
-__all__ = ["SCHEMA", "fault"]
+__all__ = ["SCHEMA"]
 
 NUMBERS_VERSION = 1
 NUMBERS_VERSIONS = {"bf16": 2}  # of runs in this precision, where it is not the one above
-_DETAILS = ("class_correct", "class_n", "eval_classes", "heads", "calibration", "task_confusion", "stability")
 
 
 def canonical(value: Any) -> str:
@@ -100,10 +100,13 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def write(record: dict[str, Any], folder: pathlib.Path) -> pathlib.Path:
-    """Write a record to `folder`/<run_id>.json with its checksum -> the path."""
-    whole = record | {"checksum": checksum(json.loads(json.dumps(record)))}
+    """Write a view (`tables`) as `folder`/<run_id>.json in the form of this schema with its checksum -> the path.
+
+    Rows that it gives under `rows` add to those of its tables, and win where both speak of one place and sum.
+    """
+    form = rows_of(record) | {"schema": SCHEMA}
     path = folder / f"{record['run_id']}.json"
-    write_text(path, _pretty(whole))
+    write_text(path, _pretty(form | {"checksum": checksum(json.loads(json.dumps(form)))}))
     return path
 
 
@@ -122,9 +125,12 @@ def _text(value: Any, left: str) -> str:
     return json.dumps(value)
 
 
-def read(path: pathlib.Path) -> dict[str, Any]:
-    """Read and validate one record; `UserError` names the file and the key. One of an older schema is migrated in memory."""
-    return checked(load(path), path)
+def read(path: pathlib.Path, details: bool = True) -> dict[str, Any]:
+    """Read and validate one record -> its view (`tables`); `UserError` names the file and the key.
+
+    One of an older schema is migrated in memory. Without `details` the tables by class, head and bin are left out.
+    """
+    return checked(load(path), path, details)
 
 
 def load(path: pathlib.Path) -> Any:
@@ -137,16 +143,32 @@ def load(path: pathlib.Path) -> Any:
         raise UserError(f"{path} is not a record: {error}") from None
 
 
-def checked(found: Any, path: pathlib.Path) -> dict[str, Any]:
-    """What `load` gave as a valid record of this schema, or `UserError`. A seal is looked at before a migration breaks it."""
-    if migrations.is_old(found, SCHEMA):
-        if "checksum" in found and found["checksum"] != checksum(found):
-            raise UserError(f"{path} is not a record: its checksum does not fit its content, so it is not migrated")
-        found = migrations.migrate(found, SCHEMA)
-    why = fault(found)
+def checked(found: Any, path: pathlib.Path, details: bool = True) -> dict[str, Any]:
+    """The view of what `load` gave, or `UserError`. A seal is looked at before the numbers of another version are marked."""
+    try:
+        if migrations.is_old(found, SCHEMA):
+            if (
+                found.get("schema", 0) in migrations.OTHER_NUMBERS
+                and "checksum" in found
+                and found["checksum"] != checksum(found)
+            ):
+                raise UserError(f"{path} is not a record: its checksum does not fit its content, so it is not migrated")
+            found = migrations.migrate(found, SCHEMA)
+        why = fault(found)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not a record: {type(error).__name__}: {error}") from None
     if why:
         raise UserError(f"{path} is not a record: {why}")
-    return found
+    return tables(found, details)
+
+
+def fault(found: Any) -> str | None:
+    """Why a value is no record as it lies on disk, in one line, or None; one of an older schema is migrated first."""
+    from clbench.records.form import fault  # here: pydantic is not imported by commands that read no record
+
+    return fault(migrations.migrate(found, SCHEMA) if migrations.is_old(found, SCHEMA) else found)
 
 
 def files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -161,11 +183,11 @@ def files(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path for path in found if path.suffix == ".json" and not path.name.startswith("."))
 
 
-def entries(folder: pathlib.Path, problems: list[str]) -> Iterator[dict[str, Any]]:
+def entries(folder: pathlib.Path, problems: list[str], details: bool = True) -> Iterator[dict[str, Any]]:
     """Every record of a folder in the order of file names, one at a time; a line in `problems` for each file that is none."""
     for path in files(folder):
         try:
-            record = read(path)
+            record = read(path, details)
         except UserError as error:
             problems.append(str(error))
             continue
@@ -184,13 +206,7 @@ def read_all(
     is most of a record. `entries` holds one at a time.
     """
     problems: list[str] = []
-    found = (record for record in entries(folder, problems) if keep is None or keep(record))
-    return [record if details else slim(record) for record in found], problems
-
-
-def slim(record: dict[str, Any]) -> dict[str, Any]:
-    """A record without its tables by class, head and bin."""
-    return {key: value for key, value in record.items() if key not in _DETAILS}
+    return [record for record in entries(folder, problems, details) if keep is None or keep(record)], problems
 
 
 def is_dead(record: dict[str, Any], results: pathlib.Path) -> bool:

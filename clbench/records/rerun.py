@@ -20,19 +20,23 @@ _FLAGS = ("num_threads", "matmul", "fused_attention", "class_token_tail", "deter
 _SINCE = {"class_token_tail": False}  # what records that are older than a flag ran under
 
 
+SAME = 1e-9  # relative: sums of floats, in the same order
+NEAR = 0.05  # relative: what training on another machine may move a sum of floats by
+
+
 @dataclass(frozen=True)
 class Difference:
-    """One count that came out differently; `error` is its standard error and `allowed` the tolerance, in samples."""
+    """One sum that came out differently; `error` is the standard error of a count and `allowed` the tolerance, in samples."""
 
     where: str
-    said: int
-    found: int
+    said: float
+    found: float
     n: int
     error: float
     allowed: float
 
     @property
-    def size(self) -> int:
+    def size(self) -> float:
         """In samples."""
         return abs(self.said - self.found)
 
@@ -50,7 +54,9 @@ def compare(name: str, entry: Entry, again: Entry) -> Verdict:
     shape = [[c is None for c in row] for row in entry["correct"][:steps]] == [[c is None for c in r] for r in again["correct"]]
     if not shape or entry["n"] != again["n"]:
         return Verdict(name, "failed", ("a repeat evaluates other sets",))
-    cells = list(_cells(entry, again, steps))
+    if (missing := missing_rows(entry, again, steps)) is not None:
+        return Verdict(name, "failed", (missing,))
+    cells = [*_cells(entry, again, steps), *row_cells(entry, again, steps)]
     found = [difference for difference in cells if difference.size]
     others = list(machine(entry, again))
     if not found:
@@ -92,6 +98,46 @@ def _cells(entry: Entry, again: Entry, steps: int) -> Iterator[Difference]:
                 counts = zip(entry["class_correct"][i][j], again["class_correct"][i][j], entry["class_n"][j], strict=True)
                 for k, (said, found, size) in enumerate(counts):
                     yield _difference(f"class_correct[{i}][{j}][{k}]", said, found, size)
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(key) for key in ("evaluator", "experience", "step", "role"))
+
+
+def missing_rows(entry: Entry, again: Entry, steps: int) -> str | None:
+    """What a repeat of the first `steps` experiences should have and does not have of the rows that no table shows."""
+    have = {_key(row): row["sums"] for row in again.get("rows") or ()}
+    for row in entry.get("rows") or ():
+        if row["experience"] < steps and (lost := row["sums"].keys() - have.get(_key(row), {}).keys() - {"n"}):
+            return f"a repeat has no {min(lost)} of {row['evaluator']} for experience {row['experience']}"
+    return None
+
+
+def row_cells(entry: Entry, again: Entry, steps: int) -> Iterator[Difference]:
+    """Every sum of the rows that no table shows: whole numbers as counts, others relative to themselves."""
+    have = {_key(row): row["sums"] for row in again.get("rows") or ()}
+    for row in entry.get("rows") or ():
+        if row["experience"] >= steps:
+            continue
+        place, n = f"{row['evaluator']}[{row['experience']}]", row["sums"].get("n", entry["n"])
+        for name, column in row["sums"].items():
+            for j, (said, found) in enumerate(zip(column, have[_key(row)].get(name, column), strict=True)):
+                yield from _sums(f"{place}.{name}[{j}]", said, found, n[j] or 0)
+
+
+def _sums(where: str, said: Any, found: Any, n: int) -> Iterator[Difference]:
+    """One sum, or each number of one that is a list; a value on one side alone is never allowed."""
+    if isinstance(said, list) and isinstance(found, list) and len(said) == len(found):
+        for k, (a, b) in enumerate(zip(said, found, strict=True)):
+            yield from _sums(f"{where}[{k}]", a, b, n)
+    elif isinstance(said, int) and isinstance(found, int):
+        inside = 0 <= found <= n and 0 <= said <= n
+        yield _difference(where, said, found, n) if inside else Difference(where, said, found, n, 0.0, NEAR * abs(said))
+    elif isinstance(said, int | float) and isinstance(found, int | float):
+        same = abs(said - found) <= SAME * abs(said)
+        yield Difference(where, said, said if same else found, n, 0.0, NEAR * abs(said))
+    elif said is not None or found is not None:
+        yield Difference(where, math.inf, 0.0, n, 0.0, 0.0)
 
 
 def _difference(where: str, said: int, found: int, n: int) -> Difference:

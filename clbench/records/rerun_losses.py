@@ -9,7 +9,6 @@ from clbench.records import rerun
 from clbench.records.verify import Verdict
 
 Entry = Mapping[str, Any]
-SAME = 1e-9  # relative: sums of floats, in the same order
 NEAR = 0.05  # nats per token that training on another machine may move a loss by
 
 
@@ -18,9 +17,11 @@ def compare(name: str, entry: Entry, again: Entry) -> Verdict:
     steps = len(again["sum_loss"])
     if entry["n"] != again["n"]:
         return Verdict(name, "failed", ("a repeat evaluates other sets",))
-    cells = list(_cells(entry, again, steps))
-    found = [cell for cell in cells if abs(cell[1] - cell[2]) > SAME * abs(cell[1])]
     others = list(rerun.machine(entry, again))
+    if (wrong := _rows(entry, again, steps, bool(others))) is not None:
+        return Verdict(name, "failed", (wrong,))
+    cells = list(_cells(entry, again, steps))
+    found = [cell for cell in cells if abs(cell[1] - cell[2]) > rerun.SAME * abs(cell[1])]
     if not found:
         note = f"repeated {steps} experiences: all {len(cells)} losses are equal"
         return Verdict(name, "verified", (), (note + (f", although {rerun.listed(others)}" if others else ""),))
@@ -32,6 +33,19 @@ def compare(name: str, entry: Entry, again: Entry) -> Verdict:
     if abs(said - got) > NEAR:
         return Verdict(name, "failed", (f"{text}: beyond the tolerance of {NEAR}",), (rerun.listed(others),))
     return Verdict(name, "verified", (), (f"{text}; within the tolerance of {NEAR}", rerun.listed(others)))
+
+
+def _rows(entry: Entry, again: Entry, steps: int, elsewhere: bool) -> str | None:
+    """What is wrong with the rows of other evaluators; on another machine they may differ by their tolerance."""
+    if (missing := rerun.missing_rows(entry, again, steps)) is not None:
+        return missing
+    cells = [d for d in rerun.row_cells(entry, again, steps) if d.size > (d.allowed if elsewhere else 0)]
+    if not cells:
+        return None
+    most = max(cells, key=lambda d: d.size - d.allowed)
+    return (
+        f"{len(cells)} sums of other evaluators differ, {most.where} most: the record says {most.said}, the repeat {most.found}"
+    )
 
 
 def _cells(entry: Entry, again: Entry, steps: int) -> Iterator[tuple[str, float, float]]:

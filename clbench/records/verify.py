@@ -106,13 +106,16 @@ def _one(file: pathlib.Path, found: dict[str, Any], entry: dict[str, Any], place
         if entry["status"] == "ok":
             if entry["error"] is not None:
                 reasons.append("status ok with an error")
+            reasons += _rows(entry)
             if loss_facts.is_loss(entry):
                 reasons += verify_losses.check(entry)
             elif isinstance(entry.get("correct"), list):
                 reasons += [*_sizes(entry), *_counts(entry), *_calibration(entry), *_confusion(entry), *_budget(entry)]
                 notes += _chance(entry)
-            else:
+            elif "sum_loss" in entry:
                 gaps.append("it holds losses of another kind of stream, which are not checked")
+            else:
+                gaps.append("it holds no accuracies and no losses: of other evaluators only the sizes are checked")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, ArithmeticError) as error:
         reasons.append(f"a part is missing or of the wrong kind: {type(error).__name__}: {error}")
     if reasons:
@@ -169,8 +172,33 @@ def _counts(entry: Mapping[str, Any]) -> Iterator[str]:
             elif any(other is not None for other in others):
                 yield f"correct[{i}][{j}] is null, the other counts of this cell are not"
     values = metrics.summary(entry)
-    if any(abs(v) > 1 + 1e-9 for name, v in values.items() if v == v and name not in metrics.UNBOUNDED):
+    bounded = {name: v for name, v in values.items() if name not in metrics.UNBOUNDED and "/" not in name}
+    if any(abs(v) > 1 + 1e-9 for v in bounded.values() if v == v):
         yield "a derived number is outside -1..1"
+
+
+def _rows(entry: Mapping[str, Any]) -> Iterator[str]:
+    """Rows that no table shows, and looks inside experiences: of experiences that there are, on samples that there are."""
+    steps, sizes = entry["scenario"].get("num_experiences"), entry["n"]
+    looks = [{"evaluator": "accuracy", "experience": look["experience"], "sums": look} for look in _trace(entry)]
+    for row in [*entry.get("rows", ()), *looks]:
+        where, sums = f"{row['evaluator']} of experience {row['experience']}", row["sums"]
+        if steps is not None and row["experience"] >= steps:
+            yield f"{where}: there are {steps} experiences"
+        n = sums.get("n", sizes)
+        if any(size is not None and not 0 <= size <= whole for size, whole in zip(n, sizes, strict=True)):
+            yield f"{where}: n is {n}, the sets have {sizes} samples"
+        for name, column in sums.items():
+            counts = zip(column, n, strict=True) if name.startswith("correct") else ()
+            if any(type(count) is int and (size is None or not 0 <= count <= size) for count, size in counts):
+                yield f"{where}: {name} is {column}, of {n} samples"
+
+
+def _trace(entry: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """Evaluations inside experiences, where they have the form of looks."""
+    stability = entry.get("stability")
+    trace = stability.get("trace") if isinstance(stability, Mapping) and len(stability) == 1 else None
+    return trace if isinstance(trace, list) and all(isinstance(look, Mapping) and "step" in look for look in trace) else ()
 
 
 def _cell(entry: Mapping[str, Any], i: int, j: int) -> Iterator[str]:

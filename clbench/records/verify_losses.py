@@ -100,7 +100,7 @@ def _curves(entry: Mapping[str, Any]) -> Iterator[str]:
         yield "the curves run backwards"
     if number and curves["tokens"][-1] > sum(entry["ledger"][name] for name in LEDGER[:4]):
         yield "the curves end after the last token"
-    if any(not math.isfinite(v) or v < 0 for column in curves["loss"].values() for v in column):
+    if any(v is None or not math.isfinite(v) or v < 0 for column in curves["loss"].values() for v in column):
         yield "the curves hold losses that are no finite numbers from 0"
     planned = {s["experience"] for s in entry["plan"]}
     if len(curves["boundaries"]) != len(planned):

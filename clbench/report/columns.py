@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from clbench.evaluation import metrics
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from clbench.evaluation import metrics, row_metrics
 from clbench.report import costs
 
 SHOWN = ("step_macro", "step_micro", "last_macro", "last_micro", "forgetting", "bwt", "plasticity")
@@ -51,3 +54,24 @@ ABOUT: dict[str, str] = {
     **{f"{name}_mean": f"mean over seeds: {metrics.DETAILS[name.removeprefix('last_')]}" for name in DETAILS},
 }
 COLUMNS = tuple(ABOUT)
+
+
+def numbers_of(values: Iterable[str]) -> list[str]:
+    """The numbers of other evaluators, EVALUATOR/SUM, among names of numbers."""
+    return sorted({name for name in values if "/" in name})
+
+
+def extra(made: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The columns of other evaluators that any row of a leaderboard has: mean and standard deviation of each number."""
+    return tuple(f"{name}_{part}" for name in extra_numbers(made) for part in ("mean", "std"))
+
+
+def extra_numbers(made: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The numbers of other evaluators that any row of a leaderboard has."""
+    return [name.removesuffix("_mean") for name in numbers_of(name for row in made for name in row if name.endswith("_mean"))]
+
+
+def about(names: Iterable[str]) -> dict[str, str]:
+    """What columns of other evaluators mean."""
+    words = {"mean": "mean over seeds", "std": "unbiased standard deviation over seeds"}
+    return {name: f"{words[name.rpartition('_')[2]]}: {row_metrics.ABOUT}" for name in names}

@@ -151,8 +151,8 @@ def csv_text(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], formatte
     """Rows under a header, each cell by `formatted(column, value)`."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([formatted(name, row[name]) for name in columns] for row in rows)
+    writer.writerow([safe(name) for name in columns])
+    writer.writerows([formatted(name, row.get(name)) for name in columns] for row in rows)
     return out.getvalue()
 
 

@@ -11,6 +11,7 @@ from clbench.evaluation import loss_metrics
 from clbench.records import loss_facts, record
 from clbench.records.loss_facts import LEDGER, OPTIONS
 from clbench.report import statistics
+from clbench.report.columns import extra, extra_numbers, numbers_of
 from clbench.report.formats import Table, csv_text, fraction, plain, safe
 from clbench.report.runs import Run, boil
 from clbench.report.statistics import mean_std
@@ -100,6 +101,8 @@ def _row(group: Sequence[Run], dead: set[str]) -> Row:
     row["n_seeds"], row["seeds"] = len(done), " ".join(str(run.seed) for run in done)
     for name in SHOWN:
         row[f"{name}_mean"], row[f"{name}_std"] = mean_std([run.values[name] for run in done if name in run.values])
+    for name in numbers_of(name for run in done for name in run.values):
+        row[f"{name}_mean"], row[f"{name}_std"] = mean_std([run.values[name] for run in done if name in run.values])
     final = [run.values["final_loss"] for run in done if "final_loss" in run.values]
     if final:
         row["final_loss_low"], row["final_loss_high"] = statistics.bootstrap([final]) or (None, None)
@@ -116,15 +119,17 @@ def _row(group: Sequence[Run], dead: set[str]) -> Row:
     return row
 
 
-def csv_of(made: Sequence[Row], columns: Sequence[str] = COLUMNS) -> str:
-    """The rows as CSV text in fixed formats."""
-    return csv_text(columns, made, formatted)
+def csv_of(made: Sequence[Row], columns: Sequence[str] | None = None) -> str:
+    """The rows as CSV text in fixed formats: all columns, those of other evaluators at the end, or the given ones."""
+    return csv_text(columns or (*COLUMNS, *extra(made)), made, formatted)
 
 
 def formatted(name: str, value: Any) -> str:
     """A cell of the CSV; '' for no value."""
     if value is None:
         return ""
+    if "/" in name:
+        return fraction(value)
     if name == "flops":
         return f"{value:.4e}"
     if name == "vs_best_p" or name in OPTIONS:
@@ -153,11 +158,13 @@ def troubles(runs: Sequence[Run]) -> list[str]:
 
 def table_text(made: Sequence[Mapping[str, Any]]) -> str:
     """The main columns of each scenario, aligned: nats per token, mean ± standard deviation over seeds."""
-    head = ("learner", "model", "replay", "variant", "seeds", _NAMED[0], "?", *_NAMED[1:], "Mtokens", "seconds", "marks")
+    more = extra_numbers(made)
+    names = (*_NAMED[1:], *map(plain, more))
+    head = ("learner", "model", "replay", "variant", "seeds", _NAMED[0], "?", *names, "Mtokens", "seconds", "marks")
     cells: list[tuple[str, ...]] = [head]
     for row in made:
         lost = "".join(f" +{row[k]} {k}" for k in ("failed", "dead", "running") if row[k])
-        numbers = [_pair(row[f"{name}_mean"], row[f"{name}_std"]) for name in _NAMED]
+        numbers = [_pair(row.get(f"{name}_mean"), row.get(f"{name}_std")) for name in (*_NAMED, *more)]
         numbers[1:1] = [statistics.LETTERS.get(row["vs_best"] or "", "")]
         seconds = "-" if row["seconds_mean"] is None else f"{row['seconds_mean']:.1f}"
         share = "-" if row["replay"] is None else f"{row['replay']:g}"
@@ -176,12 +183,14 @@ def table_text(made: Sequence[Mapping[str, Any]]) -> str:
 def for_people(made: Sequence[Mapping[str, Any]]) -> list[Table]:
     """The main columns of each scenario, for Markdown, LaTeX and HTML."""
     columns = ("learner", "replay", "model", "variant", "seeds", *_NAMED, "95 %", "vs best", "Mtokens", "seconds", "marks")
+    more = extra_numbers(made)
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in made:
         line = {name: row[name] for name in ("learner", "model", "variant", "marks")}
         lost = "".join(f" +{row[k]} {k}" for k in ("failed", "dead", "running") if row[k])
         line |= {"replay": None if row["replay"] is None else f"{row['replay']:g}", "seeds": f"{row['n_seeds']}{lost}"}
-        line |= {name: _pair(row[f"{name}_mean"], row[f"{name}_std"], " ± ") for name in _NAMED}
+        pairs = {name: (row.get(f"{name}_mean"), row.get(f"{name}_std")) for name in (*_NAMED, *more)}
+        line |= {name: _pair(*pair, " ± ") for name, pair in pairs.items()}
         low, high = row["final_loss_low"], row["final_loss_high"]
         line["95 %"] = None if low is None else f"{fraction(low)} .. {fraction(high)}"
         seconds = None if row["seconds_mean"] is None else f"{row['seconds_mean']:.1f}"
@@ -190,6 +199,7 @@ def for_people(made: Sequence[Mapping[str, Any]]) -> list[Table]:
     notes = (
         "Nats per token, mean ± unbiased standard deviation over seeds; 95 %: bootstrap interval of the mean of final_loss.",
     )
+    columns = (*columns, *more)
     return [Table(f"losses {i}", plain(name), columns, lines, notes) for i, (name, lines) in enumerate(groups.items())]
 
 

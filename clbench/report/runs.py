@@ -82,10 +82,8 @@ def boil(entry: Mapping[str, Any], known: dict[str, Any] | None = None) -> Run:
         known[name] = (settings | {"plug-in": entry["learner"].get("plugin")}, family(entry))
     settings, kin = known[name]
     losses = loss_facts.is_loss(entry)
-    values: dict[str, float] = {}
-    if done:
-        found = loss_facts.values_of(entry) if losses else metrics.summary(entry)
-        values = {k: v for k, v in found.items() if math.isfinite(v)}
+    found = (loss_facts.summary_of(entry) if losses else metrics.summary(entry)) if done else None
+    values = {k: v for k, v in (found or {}).items() if math.isfinite(v)}
     error = entry.get("error") or {}
     trouble = f"{plain(error.get('type', ''))}: {plain(error.get('message', ''))[:160]}" if entry["status"] == "failed" else ""
     return Run(
@@ -104,7 +102,7 @@ def boil(entry: Mapping[str, Any], known: dict[str, Any] | None = None) -> Run:
         costs=costs.of(entry) if done else {},
         settings=settings,
         trouble=trouble,
-        loss=loss_facts.facts_of(entry) if losses else None,
+        loss=loss_facts.facts_of(entry, found is not None) if losses else None,
     )
 
 

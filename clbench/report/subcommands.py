@@ -12,6 +12,7 @@ from clbench.config.signatures import nearest
 from clbench.interfaces import UserError
 from clbench.records import record
 from clbench.report import formats, losses, table
+from clbench.report.columns import extra, extra_numbers
 from clbench.report.formats import Table, plain
 from clbench.report.runs import Filter, scan
 
@@ -210,10 +211,13 @@ def _view(results: pathlib.Path, wanted: Filter, form: str, args: argparse.Names
         raise UserError("accuracies and losses are two tables: choose with --scenario, or --where kind=continual_pretraining")
     if form == "csv":
         _, kind, made = boards[0]
-        text = kind.csv_of(made, _chosen(args.columns, kind.COLUMNS)).rstrip("\n")
+        text = kind.csv_of(made, _chosen(args.columns, (*kind.COLUMNS, *extra(made)))).rstrip("\n")
     elif form == "json" or args.columns:
         digits = {name: 1 for _, kind, _ in boards for name in kind.COLUMNS if name.startswith(("seconds", "peak"))}
-        tables = [Table(part, "", _chosen(args.columns, kind.COLUMNS), made, (), digits) for part, kind, made in boards]
+        tables = [
+            Table(part, "", _chosen(args.columns, (*kind.COLUMNS, *extra(made))), made, (), digits)
+            for part, kind, made in boards
+        ]
         text = formats.render(tables, form)
     elif form == "text":
         text = "\n\n".join(kind.table_text(made) for _, kind, made in boards)
@@ -237,6 +241,7 @@ def _chosen(words: str | None, known: tuple[str, ...]) -> tuple[str, ...]:
 
 def for_people(made: Sequence[Mapping[str, Any]]) -> list[Table]:
     """The main columns of each scenario in per cent, for Markdown, LaTeX and HTML."""
+    more = extra_numbers(made)
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in made:
         line = {name: row[name] for name in ("learner", "model", "variant", "marks")}
@@ -248,12 +253,15 @@ def for_people(made: Sequence[Mapping[str, Any]]) -> list[Table]:
         line["95 %"] = None if low is None else f"{100 * low:.2f} .. {100 * high:.2f}"
         line |= {"seeds": f"{row['n_seeds']}{lost}", "vs best": row["vs_best"], "seconds": _number(row["seconds_mean"], 1)}
         line["MB"] = _number(None if row["stored_bytes"] is None else row["stored_bytes"] / 1e6, 3)
+        for name in more:
+            mean, std = _number(row.get(f"{name}_mean"), 4), _number(row.get(f"{name}_std"), 4)
+            line[name] = mean if std is None else f"{mean} ± {std}"
         groups.setdefault(row["scenario"], []).append(line)
     notes = (
         "Accuracies in per cent, mean ± unbiased standard deviation over seeds; 95 %: bootstrap interval of the mean of "
         "last_macro; vs best: paired t-test on shared seeds, Holm-adjusted.",
     )
-    return [Table(f"{i}", plain(name), _READ, lines, notes) for i, (name, lines) in enumerate(groups.items())]
+    return [Table(f"{i}", plain(name), (*_READ, *more), lines, notes) for i, (name, lines) in enumerate(groups.items())]
 
 
 def _per_cent(mean: float | None, std: float | None) -> str | None:

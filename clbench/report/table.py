@@ -13,7 +13,7 @@ from typing import Any
 from clbench.evaluation import metrics
 from clbench.records import record
 from clbench.report import costs, losses, statistics
-from clbench.report.columns import ABOUT, COLUMNS, DETAILS, SHOWN
+from clbench.report.columns import ABOUT, COLUMNS, DETAILS, SHOWN, extra, extra_numbers, numbers_of
 from clbench.report.formats import csv_text, fraction, plain, safe
 from clbench.report.runs import Filter, Run, Scan, boil, scan, variant
 from clbench.report.statistics import mean_std
@@ -65,6 +65,7 @@ def _row(group: Sequence[Run], dead: set[str]) -> Row:
         mean, std = mean_std([run.values[name] for run in done if name in run.values])
         row |= {f"{name}_mean": mean} | ({f"{name}_std": std} if name in SHOWN else {})
     row |= costs.columns([run.costs for run in done])
+    row |= others(done)
     last = [run.values["last_macro"] for run in done if "last_macro" in run.values]
     if last:
         row["last_macro_iqm"] = float(statistics.iqm(last))
@@ -72,6 +73,14 @@ def _row(group: Sequence[Run], dead: set[str]) -> Row:
     row["failed"] = sum(run.status == "failed" for run in group)
     row["dead"] = sum(run.run_id in dead for run in group)
     row["running"] = sum(run.status == "running" for run in group) - row["dead"]
+    return row
+
+
+def others(done: Sequence[Run]) -> Row:
+    """Mean and standard deviation over finished runs of the numbers of other evaluators; {} without any."""
+    row: Row = {}
+    for name in numbers_of(name for run in done for name in run.values):
+        row[f"{name}_mean"], row[f"{name}_std"] = mean_std([run.values[name] for run in done if name in run.values])
     return row
 
 
@@ -83,10 +92,11 @@ def _fronts(field: Sequence[Row]) -> None:
 
 
 def leaderboard(records: Sequence[Mapping[str, Any]], dead: Sequence[str] = ()) -> Any:
-    """The leaderboard as a pandas DataFrame with `COLUMNS`."""
+    """The leaderboard as a pandas DataFrame with `COLUMNS`, and columns of other evaluators where records have them."""
     import pandas as pd
 
-    return pd.DataFrame(rows(records, dead), columns=list(COLUMNS))
+    made = rows(records, dead)
+    return pd.DataFrame(made, columns=[*COLUMNS, *extra(made)])
 
 
 def to_csv(records: Sequence[Mapping[str, Any]], dead: Sequence[str] = ()) -> str:
@@ -94,9 +104,9 @@ def to_csv(records: Sequence[Mapping[str, Any]], dead: Sequence[str] = ()) -> st
     return csv_of(rows(records, dead))
 
 
-def csv_of(made: Sequence[Row], columns: Sequence[str] = COLUMNS) -> str:
-    """Rows as CSV text."""
-    return csv_text(columns, made, formatted)
+def csv_of(made: Sequence[Row], columns: Sequence[str] | None = None) -> str:
+    """Rows as CSV text: all columns, those of other evaluators at the end, or the given ones."""
+    return csv_text(columns or (*COLUMNS, *extra(made)), made, formatted)
 
 
 def formatted(name: str, value: Any) -> str:
@@ -193,11 +203,11 @@ def table_text(made: Sequence[Mapping[str, Any]], width: int = 120) -> str:
 
     Long names are cut to fit; marks never are, so a row with several of them may be wider.
     """
-    names = ("step_macro", "last_macro", "forgetting")
-    head = ("learner", "model", "variant", "seeds", *names[:2], "95 %", "?", names[2], "seconds", "marks")
+    names, more = ("step_macro", "last_macro", "forgetting"), extra_numbers(made)
+    head = ("learner", "model", "variant", "seeds", *names[:2], "95 %", "?", names[2], *map(plain, more), "seconds", "marks")
     cells: list[tuple[str, ...]] = [head]
     for row in made:
-        numbers = [_pair(row[f"{name}_mean"], row[f"{name}_std"]) for name in names]
+        numbers = [_pair(row.get(f"{name}_mean"), row.get(f"{name}_std")) for name in (*names, *more)]
         seconds = "-" if row["seconds_mean"] is None else f"{row['seconds_mean']:.1f}"
         lost = "".join(f" +{row[k]} {k}" for k in ("failed", "dead", "running") if row[k])
         known = (plain(row["learner"]), plain(row["model"]), row["variant"], f"{row['n_seeds']}{lost}")

@@ -296,6 +296,9 @@ def closing_text(entry: dict[str, Any], path: pathlib.Path) -> str:
     from clbench.report.table import accuracy_matrix_text
 
     values = metrics.summary(entry)
+    if not isinstance(entry.get("correct"), list):
+        lines = [f"{name} {value:.4f}" for name, value in values.items()]
+        return "\n".join([*lines, f"record {path}"])
     shown = "   ".join(f"{name} {values[name]:.4f}" for name in ("step_macro", "last_macro", "forgetting") if name in values)
     return f"{accuracy_matrix_text(entry)}\n\n{shown}\nrecord {path}"
 

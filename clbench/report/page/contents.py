@@ -16,7 +16,7 @@ from clbench.evaluation import metrics
 from clbench.interfaces import UserError
 from clbench.records import record
 from clbench.report import cards, table
-from clbench.report.columns import ABOUT
+from clbench.report.columns import ABOUT, about, extra
 from clbench.report.formats import plain
 from clbench.report.page import detail, loss_contents
 from clbench.report.runs import Run, boil, entries
@@ -83,7 +83,7 @@ def collect(results: pathlib.Path, beside: bool = False) -> dict[str, Any]:
     keys = [_key(row, folder.groups) for row in board]
     groups = [sorted(folder.groups[key], key=lambda r: (r.seed, r.run_id)) for key in keys]
     done = [[run for run in group if run.status == "ok"] for group in groups]
-    names = sorted({name for group in done for run in group for name in run.values})
+    names = sorted({name for group in done for run in group for name in run.values if "/" not in name})
     pool: dict[str, int] = {}
     settings: list[Any] = [_settings(group, pool) for group in groups]
     if sum(map(len, pool)) > LARGEST_POOL:
@@ -96,7 +96,7 @@ def collect(results: pathlib.Path, beside: bool = False) -> dict[str, Any]:
         "differs": _differs(board, groups),
         "lines": [_lines(row, key) for row, key in zip(board, keys, strict=True)],
         "columns": _columns(board),
-        "about": {name: ABOUT[name] for name in table.COLUMNS},
+        "about": {name: ABOUT[name] for name in table.COLUMNS} | about(extra(board)),
         "formulas": {n: metrics.FORMULAS[n].text for n in names if n in metrics.FORMULAS} | _detailed(names),
         "names": names,
         "runs": [[_run(run) for run in group] for group in done],
@@ -154,9 +154,9 @@ def _lines(row: Mapping[str, Any], key: Key) -> list[Any]:
 def _columns(board: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """The other columns of the leaderboard that any row has."""
     made = {}
-    for name in table.COLUMNS:
+    for name in (*table.COLUMNS, *extra(board)):
         if name not in _WORDS[:-1]:
-            values = [number(row[name]) for row in board]
+            values = [number(row.get(name)) for row in board]
             if any(value is not None for value in values):
                 made[name] = values
     return made

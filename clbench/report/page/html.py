@@ -11,7 +11,7 @@ import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clbench.interfaces import UserError
@@ -44,10 +44,15 @@ def write(results: pathlib.Path, out: pathlib.Path | None = None) -> pathlib.Pat
 def page(data: Mapping[str, Any]) -> str:
     """The page around its data: ASCII text."""
     style = _read("style.css")
-    script = "(() => {\n'use strict';\n" + "".join(_read(f"{name}.js") for name in SCRIPTS) + "})();\n"
+    script = "(() => {\n'use strict';\n" + "".join(_read(f"{name}.js") for name in _scripts(data)) + "})();\n"
     policy = _POLICY.format(script=_hash(script), style=_hash(style))
     parts = {"policy": policy, "style": style, "script": script, "data": embedded(data)}
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _read("page.html"))
+
+
+def _scripts(data: Mapping[str, Any]) -> Sequence[str]:
+    """The scripts of a page; `sums` only where a record has rows of other evaluators."""
+    return SCRIPTS if not any("/" in name for name in data["columns"]) else (*SCRIPTS[:-1], "sums", SCRIPTS[-1])
 
 
 def embedded(data: Any) -> str:

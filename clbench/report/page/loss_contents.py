@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from clbench.evaluation import loss_metrics
+from clbench.evaluation import loss_metrics, row_metrics
 from clbench.records import loss_facts
+from clbench.report.columns import extra_numbers
 from clbench.report.figures import loss_data
 from clbench.report.figures.loss_data import Course, Line, Trace
 from clbench.report.formats import plain
@@ -63,15 +64,16 @@ class Losses:
                 told = {"command": command(self.first[line.row["variant"]], runs), "lost": dict(sorted(lost.items()))}
                 rows.append(_row(line, place, key) | told)
                 details.append(_levels(line))
-        return {"streams": streams, "rows": rows, "about": loss_metrics.ABOUT, "details": _fit(details)}
+        others = extra_numbers(line.row for field in fields for line in field.lines)
+        about = loss_metrics.ABOUT | dict.fromkeys(others, row_metrics.ABOUT)
+        return {"streams": streams, "rows": rows, "about": about, "details": _fit(details)}
 
 
 def _row(line: Line, stream: int, key: str) -> dict[str, Any]:
     row = line.row
     words = {name: _cut(row[name]) for name in ("learner", "model", "variant", "marks")}
-    numbers = {
-        n: [_short(row[f"{n}_mean"]), _short(row[f"{n}_std"])] for n in loss_metrics.ABOUT if row[f"{n}_mean"] is not None
-    }
+    names = [n for n in (*loss_metrics.ABOUT, *extra_numbers([row])) if row[f"{n}_mean"] is not None]
+    numbers = {n: [_short(row[f"{n}_mean"]), _short(row[f"{n}_std"])] for n in names}
     ledger = {name.removeprefix("tokens_"): row[name] for name in row if name.startswith("tokens_")}
     ledger |= {"replay_bytes": row["replay_bytes"], "flops": _short(row["flops"])}
     known = {"stream": stream, "key": key, "label": _cut(line.label), "replay": row["replay"], "reference": line.reference}
