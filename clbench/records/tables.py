@@ -11,8 +11,8 @@ is made of the rows of one evaluator, and the rows of the tables:
     probe                                                                              linear_probe: own, seen
 
 A row without the sum `n` was measured on the whole set, as those of `accuracy` and of losses after an experience always are.
-`rows` of a view are those that no table shows: of other evaluators, and
-sums of other names. `sets` are there too, beside the lists `n`, `first_seen`, `scenario.eval_names` and others that say the same.
+`rows` of a view are those that no table shows: of other evaluators, and sums of other names. `sets` are there too, beside the
+lists `n`, `first_seen`, `scenario.eval_names` and others that say the same.
 """
 
 from __future__ import annotations
