@@ -127,7 +127,8 @@ class Schedule(Protocol):
 
 
 class Batch(Protocol):
-    """Some samples. `x` is decoded, augmented and moved to the device when it is first asked for.
+    """Some samples. `x` is decoded, augmented and moved to the device when it is first asked for; `UserError` if that is after
+    the end of the experience.
 
     ids   [B] int64, stable over runs and machines
     y     [B] int64, classes renumbered by order of appearance; None at test time
@@ -150,6 +151,7 @@ class Batch(Protocol):
 class Data(Protocol):
     """The labelled samples of one experience. `y` is [N] int64 (renumbered; -1 without a label), `ids` [N] int64, both NumPy.
 
+    Only these can be read, and only until the experience ends: then this, its slices and batches raise `UserError`.
     Where the budget says `in_order`, samples are had once, front to back: `batch` answers for the next rows, `raw` for rows
     of the batch at hand, and `y` and `ids` come with the batches alone. `streams.images.streamed` makes such batches.
     """

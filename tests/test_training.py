@@ -228,7 +228,7 @@ def test_fingerprint_and_bytes():
     a = {"w": torch.arange(4.0), "n": [1, "x"], "m": {"b": torch.zeros(2, dtype=torch.int64)}}
     b = {"m": {"b": torch.zeros(2, dtype=torch.int64)}, "n": [1, "x"], "w": torch.arange(4.0)}
     assert fingerprint(a) == fingerprint(b) == fingerprint(detached(a))
-    assert num_bytes(a) == 16 + 16 and num_bytes([a["w"], a["w"]]) == 16
+    assert num_bytes(a) == 16 + 16 + 8 + 1 and num_bytes([a["w"], a["w"]]) == 16
     for change in ({"w": torch.arange(4.0).double()}, {"n": [1, "y"]}, {"w": torch.arange(4.0).reshape(2, 2)}):
         assert fingerprint(a | change) != fingerprint(a)
     assert fingerprint({"w": torch.tensor([1.0], dtype=torch.bfloat16)}) != fingerprint({"w": torch.tensor([1.0])})

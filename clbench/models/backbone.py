@@ -58,8 +58,7 @@ class Backbone(MixedPrecision, nn.Module):
         """Features of a batch, or of ready images x [B, C, H, W] -> [B, D].
 
         While frozen, features of test-view batches are remembered as float32 by sample and by the tags of the PETs at work (no
-        tag: they are not), in memory and, with a store, on disk: no image passes twice. Only a batch that data of a running
-        experience (or the evaluation) issued is remembered and asked for: see `FeatureMemory`.
+        tag: they are not), in memory and, with a store, on disk: no image passes twice. Issued batches only: `FeatureMemory`.
         """
         with self.lowered(self._device.type):
             return self._features(batch).float()
@@ -67,11 +66,10 @@ class Backbone(MixedPrecision, nn.Module):
     def _features(self, batch: Any) -> Tensor:
         """From memory, or computed; in the precision that is in force."""
         issued = batch.stored if isinstance(batch, ImageBatch) and batch.plain and self._may_remember() else None
-        tags = [] if issued is None else self._tags(len(issued))
-        if issued is None or not tags or len(issued) != len(batch):
+        if issued is None or len(issued) != len(batch):
             return self._pooled(batch)
         group = partial(state_of, self)
-        names, known, stored = self.memory.find(issued, tags, group)
+        names, known, stored = self.memory.find(issued, self._tags(len(issued)), group)
         if not names:
             return self._pooled(batch)
         self.passes["stored"] += stored
@@ -120,12 +118,10 @@ class Backbone(MixedPrecision, nn.Module):
         return out[: len(rows)]
 
     def _tags(self, number: int) -> list[Name]:
-        """(lower, tag, ...) of each of `number` samples: the state that its features belong to; empty where none is known."""
+        """(lower, tag, ...) of each of `number` samples: the state that features belong to; empty where none is known."""
         tags = [pet.tags(number) for pet in self.pets if pet.active]
-        if any(tag is None for tag in tags):
-            return []
         lower = [torch.is_autocast_enabled(self._device.type)] * number
-        return list(zip(lower, *tags, strict=True))
+        return [] if any(tag is None for tag in tags) else list(zip(lower, *tags, strict=True))
 
     def tokens(self, batch: Any) -> Tensor:
         """What comes before pooling: for a ViT all tokens after the last norm [B, N, D]."""

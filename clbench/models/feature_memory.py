@@ -73,9 +73,10 @@ class FeatureMemory:
     def find(self, samples: Stored, tags: Sequence[Name], group: Group) -> tuple[list[Name], dict[Name, Tensor], int]:
         """Names of samples, what is known of them {name: features [D]}, and how many of these came from the store.
 
-        tags [B] of (lower, tag, ...); `group(tags)` describes the network's state. No names where a handle was ended.
+        tags [B] of (lower, tag, ...), none: not to be remembered; `group(tags)` describes the network's state. No names either
+        where a handle was ended.
         """
-        issued = samples.names()
+        issued = samples.names() if tags else None
         if issued is None:
             return [], {}, 0
         names = [(*name, *rest) for name, rest in zip(issued, tags, strict=True)]

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from clbench.interfaces import UserError
+from clbench.streams.scenario import Scenario
 
 log = logging.getLogger("clbench")
 PENDING = 4096  # rows of a group that wait in memory for a file of their own
@@ -245,20 +246,17 @@ def open_store(mode: str, gigabytes: Any, context: dict[str, Any], modules: Any,
         return None
 
 
-def attach(
-    model: Any, config: dict[str, Any], dataset: dict[str, Any], images: Any, device: torch.device, flags: dict[str, Any]
-) -> None:
+def attach(model: Any, config: dict[str, Any], scenario: Scenario, device: torch.device, flags: dict[str, Any]) -> None:
     """Give a run's model its store, as the options `feature_store` and `feature_store_gb` of the run say.
 
-    `dataset` is the manifest's, `images` the source that its ids point into, `flags` the arithmetic in force. Sample ids point
-    into the whole data set, whatever the stream takes of it; the learner's settings only matter for features under modules of
-    its own.
+    `flags` are the arithmetic in force. Sample ids point into the scenario's whole data set, whatever the stream takes of it;
+    the learner's settings only matter for features under modules of its own.
     """
     import timm
     import torchvision
 
     context = {
-        "dataset": dataset["sha256"],
+        "dataset": scenario.manifest.dataset["sha256"],
         "profile": repr(model.profile),
         "flags": {key: flags[key] for key in sorted(flags) if key != "arithmetic"},  # who chose does not matter
         "device": _device_name(device),
@@ -271,7 +269,7 @@ def attach(
         return same_in_any_batch(model, model.profile.size, device, autocast)
 
     mode, gigabytes = config.get("feature_store", "off"), config.get("feature_store_gb", 8)
-    model.memory.attach(open_store(mode, gigabytes, context, config["learner"], probe), images)
+    model.memory.attach(open_store(mode, gigabytes, context, config["learner"], probe), scenario.dataset.images)
 
 
 def _device_name(device: torch.device) -> str:

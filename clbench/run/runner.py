@@ -87,7 +87,7 @@ def prepare(config: dict[str, Any]) -> Job:
         _build_learner(job)
         token_stream.check_plans(job)
     else:
-        feature_store.attach(job.model, config, job.scenario.manifest.dataset, job.scenario.dataset.images, device, flags)
+        feature_store.attach(job.model, config, job.scenario, device, flags)
     return job
 
 
@@ -319,8 +319,7 @@ def _keep(job: Job, threads: int, flags: dict[str, Any]) -> None:
     job.flags = arithmetic.apply(job.device, threads, job.config["seed"], flags)
     arithmetic.pin(job.model, job.flags)
     if isinstance(job.scenario, Scenario):
-        scenario = job.scenario
-        feature_store.attach(job.model, job.config, scenario.manifest.dataset, scenario.dataset.images, job.device, job.flags)
+        feature_store.attach(job.model, job.config, job.scenario, job.device, job.flags)
 
 
 def _run(job: Job, journal: Journal, entry: dict[str, Any], progress: bool, stop_after: int | None = None) -> dict[str, Any]:

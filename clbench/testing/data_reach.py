@@ -151,7 +151,7 @@ def check_adversary(trial: Any) -> None:
     model, scenario = build(trial.config["model"]), trial.scenario
     model.freeze()
     model.memory.attach(None, scenario.dataset.images)
-    ended, test = open_experience(scenario, 0, pipeline), []
+    ended, test = open_experience(scenario, 0, pipeline), list[Any]()
     with torch.no_grad():
         for batch in ended.train.test_batches(5):
             model.features(batch)

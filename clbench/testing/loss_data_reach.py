@@ -107,8 +107,12 @@ def check_text_adversary(trial: Any) -> None:
     held: dict[str, Any] = {"data": old, "replaced": dataclasses.replace(old, first=0)}
     held["mixture"] = Mixture(old, [], Replay(), np.ones((2, 1)))
     close(ended)
-    marks = Marks(*samples(trial.scenario, 1, past))
     ids = np.arange(len(live.train), 2 * len(live.train) + 40)
     observer = _Holder([trial.scenario.evaluation(j) for j in range(len(trial.scenario.manifest.evals))])
+    given = adversary.Given(live, held, [], None, learner.runtime, learner, ids)
+    late = {name: way for name, way in adversary.TEXTS.items() if name.endswith("after the experience")}
     with looks.observed_by(observer):
-        attempt(adversary.TEXTS, adversary.Given(live, held, [], None, learner.runtime, learner, ids), marks)
+        attempt(late, given, Marks(*samples(trial.scenario, 1, False)))
+        attempt(
+            {n: way for n, way in adversary.TEXTS.items() if n not in late}, given, Marks(*samples(trial.scenario, 1, past))
+        )

@@ -156,12 +156,12 @@ class Marks:
 
     def __init__(self, foreign: Mapping[str, np.ndarray], own: Sequence[np.ndarray] = (), least: int = 4):
         found: dict[bool, dict[int, tuple[int, str]]] = {True: {}, False: {}}
-        known = {kind: [_rolled(_codes(a)) for a in own if len(_codes(a)) and _real(a) == kind] for kind in found}
+        known = {kind: {int(n) for a in own if _real(a) == kind for n in np.unique(_rolled(_codes(a)))} for kind in found}
         for name, sample in foreign.items():
             window = _varied(_codes(sample), least)
             if window is not None:
                 mark = int(_rolled(window)[0])
-                if not any(bool(np.any(rolled == mark)) for rolled in known[_real(sample)]):
+                if mark not in known[_real(sample)]:
                     found[_real(sample)][mark] = (int(window[0]), name)
         self._names = {kind: {mark: name for mark, (_, name) in marks.items()} for kind, marks in found.items()}
         self._marks = {kind: np.array(sorted(marks), np.uint64) for kind, marks in found.items()}
