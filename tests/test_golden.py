@@ -66,22 +66,14 @@ STREAMS = {
         "model.decoder_width=16",
     ),
 }
-OPTIONS = {  # with which few images are enough to train on, for streams of images
-    "aper": (
-        "learner.pet.scale=1",
-        "learner.lr=1",
-        "learner.batch_size=16",
-    ),
+OPTIONS = {  # for the stream of images: so few train at these rates, and each method's own term counts
+    "aper": ("learner.pet.scale=1", "learner.lr=1", "learner.batch_size=16"),
     "bic": ("learner.batch_size=16",),
     "coda_prompt": ("learner.lr=0.01", "learner.batch_size=16"),
     "derpp": ("learner.batch_size=16",),
     "dualprompt": ("learner.batch_size=16", "learner.lr=0.01"),
-    "ease": (
-        "learner.pet.scale=1",
-        "learner.lr=0.5",
-        "learner.batch_size=8",
-    ),
-    "ewc": ("learner.lr=2e-3", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
+    "ease": ("learner.pet.scale=1", "learner.lr=0.5", "learner.batch_size=8"),
+    "ewc": ("learner.strength=1e6", "learner.lr=2e-3", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
     "feat_kd": ("learner.lr=2e-3", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
     "finetune": ("learner.batch_size=16",),
     "icarl": ("learner.batch_size=16",),
@@ -90,26 +82,31 @@ OPTIONS = {  # with which few images are enough to train on, for streams of imag
     "l2p_pp": ("learner.lr=0.01", "learner.batch_size=16"),
     "lae": ("learner.lr=0.005", "learner.batch_size=16"),
     "lwf": ("learner.batch_size=16",),
-    "mos": ("learner.batch_size=16", "learner.align_epochs=5"),
+    "mos": ("learner.pet.scale=1", "learner.lr=1", "learner.batch_size=16", "learner.align_epochs=5"),
     "ovor": ("learner.lr=0.01", "learner.batch_size=16"),
-    "pred_kd": ("learner.lr=2e-3", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
-    "ranpac": (
-        "learner.pet.scale=1",
-        "learner.lr=1",
-        "learner.batch_size=16",
-        "learner.projection=1000",
-    ),
+    "pred_kd": ("learner.lr=5e-4", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
+    "ranpac": ("learner.pet.scale=1", "learner.lr=1", "learner.batch_size=16", "learner.projection=1000"),
     "replay": ("learner.batch_size=16",),
     "seed_ensemble": ("learner.lr=0.01", "learner.batch_size=16", "learner.experts=2"),
     "slca": ("learner.batch_size=16",),
-    "slca_pp": (
-        "learner.lr=0.02",
-        "learner.slow=0.3",
-        "learner.batch_size=16",
-    ),
+    "slca_pp": ("learner.lr=0.02", "learner.slow=0.3", "learner.batch_size=16"),
     "ssiat": ("learner.batch_size=16",),
     "wa": ("learner.batch_size=16",),
 }
+VARIANTS = {  # of learners of images: with what they differ from the default
+    "dualprompt-compat_reshape": ("learner.compat_reshape=true",),
+    "ewc-batch": ("learner.fisher=batch", "learner.strength=1e6"),
+    "fecam-pilot": ("learner.variant=pilot",),
+    "finetune-lora": ("pet=lora", "learner.backbone_lr=0.01"),
+    "icarl-linear": ("learner.answer=linear",),
+    "joint-probe": ("learner.mode=probe",),
+    "l2p-batchwise": ("learner.batchwise_prompt=true",),
+    "lae-prefix": ("pet=prefix_lae",),
+    "mos-official_raw": ("learner.variant=official_raw",),
+    "mos-paper": ("learner.variant=paper",),
+    "ncm-cosine": ("learner.metric=cosine",),
+}
+NEAR = {("mos", "mos-official_raw")}  # rows of one method that are equal within the tolerances
 
 
 def cases():
@@ -119,6 +116,8 @@ def cases():
         for stream in ("images",) if asks("learner", name) == "predict" else ("tokens", "masked"):
             own = OPTIONS.get(name, ()) if stream == "images" else ()
             made[stream, name] = (*STREAMS[stream], f"learner={name}", *own)
+    for name, options in VARIANTS.items():
+        made["images", name] = (*made["images", name.partition("-")[0]], *options)
     return made
 
 
@@ -153,7 +152,7 @@ def run(folder, monkeypatch, *overrides):
 
     monkeypatch.setattr(target, "__init__", kept)
     outcome = run_job(job)
-    assert outcome.status == "ok", outcome.text
+    assert outcome.status == "ok" and outcome.path is not None, outcome.text
     return record.read(outcome.path), learners[-1].state_dict()
 
 
@@ -185,7 +184,9 @@ def same(old, new):
 @pytest.mark.parametrize("stream", STREAMS)
 def test_no_two_learners_share_a_row(stream):
     rows = golden(stream)
-    assert [pair for pair in itertools.combinations(sorted(rows), 2) if same(*(rows[name] for name in pair))] == []
+    near = {pair for pair in itertools.combinations(sorted(rows), 2) if same(*(rows[name] for name in pair))}
+    assert near == {pair for pair in NEAR if rows.keys() >= set(pair)}
+    assert all(rows[a]["correct"] != rows[b]["correct"] for a, b in near)
 
 
 @pytest.mark.parametrize("stream", STREAMS)
@@ -229,8 +230,8 @@ def test_one_bit_of_one_final_tensor_is_noticed(finished):
 def test_renamed_keys_are_told_from_moved_numbers(finished):
     finished, state = finished
     weights = dict(reversed(state["model"].items()))
-    renamed = {"network": {f"module.{name}": value for name, value in weights.items()}}
-    renamed["rest"] = [value for name, value in state.items() if name != "model"]
+    rest = [value for name, value in state.items() if name != "model"]
+    renamed = {"network": {f"module.{name}": value for name, value in weights.items()}, "rest": rest}
     lines = differences(row_of(finished, state), with_state(finished, renamed), exact=True)
     assert len(lines) == 1 and lines[0].startswith("names moved")
     state["model"].popitem()
