@@ -1,6 +1,5 @@
 """What one pass over an evaluation set gives: counts, calibration and confusion, by hand and whatever the batches."""
 
-import contextlib
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -50,7 +49,7 @@ def look(sets, seen, size=128, learner=None, **options):
         data = ImageData(ArrayImages(np.zeros((1, 1, 1, 3), np.uint8)), ids, ids, one.y.numpy(), bare, one.task, "made")
         evals.append(EvalSet("made", data, one.classes, one.task, 0))
     made = learner if isinstance(learner, Echo) else (learner or Echo)(*sets)
-    return evaluate(made, evals, seen, size, contextlib.nullcontext, **options)
+    return evaluate(made, evals, seen, size, **options)
 
 
 def test_three_samples_by_hand():

@@ -5,10 +5,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from clbench.config.compose import compose, load_target
+from clbench.config.compose import compose
 from clbench.config.registry import asks, choices
-from clbench.interfaces import BudgetExceeded, Capabilities, Facts, UserError, declared, mismatch
-from clbench.models.backbone import Backbone
+from clbench.interfaces import BudgetExceeded, Capabilities, Facts, UserError, mismatch
 from clbench.streams.eval_sets import open_eval
 from clbench.streams.images.data import open_experience
 from clbench.testing.contract import Trial, check_learner, small_stream
@@ -38,36 +37,6 @@ def test_contract(name, option):
     if "align_epochs" in config["learner"]:
         config["learner"]["align_epochs"] = 2  # the same phases in fewer steps
     assert [f"{check}: {message}" for check, ok, message in check_learner(config) if not ok] == []
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_bf16(name, monkeypatch):
-    """Lower precision inside the network, in every pass of it: all phases run, scores are finite and close to those of fp32."""
-    scores, lower, count = {}, [], Backbone._counted
-
-    def counted(self, x):
-        lower.append(torch.is_autocast_enabled("cpu"))
-        return count(self, x)
-
-    monkeypatch.setattr(Backbone, "_counted", counted)
-    for precision in ("fp32", "bf16"):
-        (config,) = compose([f"learner={name}", f"precision={precision}"])
-        if "align_epochs" in config["learner"]:
-            config["learner"]["align_epochs"] = 1
-        stream = small_stream(sizes=[2, 2], num_classes=4)
-        t = Trial(config, stream, declared(load_target(config["learner"]["_target_"]), config["learner"]))
-        learner, runtime, pipeline = t.start()
-        for index in range(2):
-            t.learn(learner, runtime, pipeline, index)
-        batch = next(open_eval(stream, 0, pipeline).batches(6))[0]
-        with torch.no_grad(), runtime.autocast():
-            answer = learner.predict(batch)
-        scores[precision] = (answer if isinstance(answer, torch.Tensor) else next(iter(answer.values()))).float()
-        assert torch.isfinite(scores[precision]).all() and scores[precision].shape == (6, 4)
-        assert lower and ({*lower} == {precision == "bf16"} or name == "ewc"), "a pass in another precision than the run's"
-        lower.clear()  # EWC's squared gradients are a statistic: fp32
-    spread = scores["fp32"].std()
-    assert (scores["bf16"] - scores["fp32"]).abs().median() < spread, "other numbers, not the same ones rounded"
 
 
 def trial(*overrides, **stream):
@@ -135,7 +104,6 @@ def test_ncm_is_the_naive_nearest_mean_and_ignores_the_order():
             means = torch.stack([f[y == c].mean(0) for c in range(6)])
             z = torch.cat([t.scores(learner, pipeline, j, 9) for j in range(3)])
             tests = [open_experience]  # the evaluation sets, batch by batch
-            from clbench.streams.eval_sets import open_eval
 
             x = torch.cat(
                 [learner.model.features(b) for j in range(3) for b, _ in open_eval(t.scenario, j, pipeline).batches(9)]

@@ -14,7 +14,7 @@ from clbench.learners import fecam, seed_ensemble
 from clbench.models.heads import LinearHead
 from clbench.streams.images.data import open_experience
 from clbench.testing.contract import Trial, check_learner, repeated_stream, small_stream
-from clbench.training import ridge
+from clbench.training import cholesky, ridge
 from clbench.training.fit import fit
 from clbench.training.gaussians import (
     ClassGaussians,
@@ -26,7 +26,7 @@ from clbench.training.gaussians import (
     shrunken_means,
 )
 from clbench.training.runtime import Runtime
-from clbench.training.state import detached
+from clbench.training.state import detached, num_bytes
 
 CNN = ("model=resnet32", "learner.form=cnn")
 VARIANTS = [
@@ -278,6 +278,68 @@ def test_search_of_the_ridge_is_the_naive_one(n, m):
     torch.testing.assert_close(wider * 10, errors)  # columns of other classes only scale the error
 
 
+def test_the_search_reads_a_block_of_samples_at_a_time(monkeypatch):
+    monkeypatch.setattr(ridge, "ROWS", 8)
+    f, y, w = normal(90, 5).double(), torch.randint(3, (90,), generator=rng()), normal(5, 12, seed=3).double()
+    seen = []
+
+    def expand(part):
+        seen.append(len(part))
+        return torch.relu(part @ w)
+
+    errors = ridge.validation_errors(f, y, 3, 70, expand=expand)
+    assert max(seen) == 8 and sum(seen) == 91, "each sample once, and one for the width"
+    torch.testing.assert_close(errors, ridge.validation_errors(torch.relu(f @ w), y, 3, 70), rtol=1e-6, atol=1e-12)
+    assert ridge.choose_ridge(f, y, 3, 5, expand=expand) == ridge.choose_ridge(torch.relu(f @ w), y, 3, 5)
+
+
+def signed(rows, by=None):
+    """Rows whose leading number in `by` (themselves) is positive."""
+    by = rows if by is None else by
+    return rows * by.diagonal().sign()[:, None]
+
+
+@pytest.mark.parametrize("parts", [(7, 5, 12), (24,), (30, 1, 29), (1, 1, 38, 20)])
+def test_a_root_is_the_ridge_of_all_samples(parts, monkeypatch):
+    """Fewer samples than the 40 features, and more, in any parts: the solution in one piece, and nothing of a sample."""
+    monkeypatch.setattr(ridge, "ROWS", 8)
+    count = sum(parts)
+    f, y, w = normal(count, 6).double(), torch.arange(count) % 4, normal(6, 40, seed=5).double()
+    widest, root = [], ridge.RidgeRoot(40)
+
+    def expand(part):
+        widest.append(len(part))
+        return torch.relu(part @ w)
+
+    for a, b in zip(np.cumsum((0, *parts)), np.cumsum(parts), strict=False):
+        root.update(f[a:b], y[a:b], int(y[:b].max()) + 1, expand)
+    h = torch.relu(f @ w)
+    for lam in (1e-2, 1.0, 1e4):
+        torch.testing.assert_close(root.solve(lam), naive_ridge(h, y, 4, lam), rtol=1e-8, atol=1e-10)
+    assert (root.sums is None) == (count < 40) and max(widest) < 40
+    if count < 40:
+        torch.testing.assert_close(root.root_RM.T @ root.root_RM, h.double().T @ h.double(), rtol=1e-12, atol=1e-12)
+        target = F.one_hot(y, 4).double()
+        torch.testing.assert_close(root.root_RM.T @ root.cross_RK, h.double().T @ target, rtol=1e-12, atol=1e-12)
+        other, order = ridge.RidgeRoot(40), torch.randperm(count, generator=rng(9))
+        other.update(f[order], y[order], 4, expand)
+        torch.testing.assert_close(signed(other.root_RM), signed(root.root_RM), rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(
+            signed(other.cross_RK, other.root_RM), signed(root.cross_RK, root.root_RM), rtol=1e-6, atol=1e-8
+        )
+        alike = F.normalize(root.root_RM, dim=1) @ F.normalize(h.double(), dim=1).T
+        assert alike.abs().max() < 1 - 1e-3, "a row of the state is a sample"
+
+
+def test_the_state_of_a_ridge_does_not_grow_beyond_its_sums():
+    f, y, sizes = normal(300, 20), torch.arange(300) % 4, []
+    root = ridge.RidgeRoot(20)
+    for a in range(0, 300, 5):
+        root.update(f[a : a + 5], y[a : a + 5], 4)
+        sizes.append(num_bytes(root.state_dict()))
+    assert max(sizes) == 8 * (20 * 20 + 20 * 4) and len(set(sizes[3:])) == 1
+
+
 def test_choice_of_the_ridge():
     y = torch.randint(3, (200,), generator=rng())
     noise = normal(200, 40)
@@ -318,6 +380,69 @@ def test_distance_is_the_form_of_the_pseudo_inverse():
     torch.testing.assert_close(whiten.T @ whiten, torch.linalg.pinv(singular, rtol=1e-6))
     broken = torch.eye(3, dtype=torch.float64) - 1.0 / 3 - 1e-9 * torch.eye(3)
     assert torch.isfinite(fecam.whitener(broken)).all()
+
+
+def test_the_least_ridge_of_the_series():
+    """[[1, 2], [2, 1]] has eigenvalues 3 and -1: of 0, 0.02, 0.2, 2, 20 the ridge 2 is the first above 1."""
+    matrix = torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64)
+    chol, ridge_added = cholesky.repaired(matrix, "it", ridge=0.02)
+    assert ridge_added == pytest.approx(2.0)
+    torch.testing.assert_close(chol @ chol.T, matrix + 2 * torch.eye(2))
+    healthy = torch.tensor([[4.0, 2.0], [2.0, 5.0]], dtype=torch.float64)
+    chol, ridge_added = cholesky.repaired(healthy, "it", ridge=0.02)
+    assert ridge_added == 0 and torch.equal(chol, torch.tensor([[2.0, 0.0], [1.0, 2.0]], dtype=torch.float64))
+    assert cholesky.repaired(healthy, "it", ridge=0.02, always=True)[1] == 0.02
+    _, ridge_added = cholesky.repaired(torch.diag(torch.tensor([1.0, 0.0])).double(), "it", ridge=1e-3, least=0.05)
+    assert ridge_added == pytest.approx(0.1)  # 0.01 / 1.01 is below 0.05, 0.1 / 1.1 is not
+    assert cholesky.repaired(torch.zeros(3, 3), "it", ridge=1e-3)[1] == 1e-3
+    assert math.isfinite(cholesky.repaired(torch.full((4, 4), -1e300, dtype=torch.float64), "it", ridge=1e-8)[1])
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_numbers_that_are_none_are_named(wrong):
+    f = normal(20, 3)
+    f[4, 1] = wrong
+    cov = torch.eye(3).double()
+    cov[0, 1] = cov[1, 0] = wrong
+    with pytest.raises(FloatingPointError, match="numbers of a thing are NaN or infinite"):
+        cholesky.repaired(cov, "a thing", ridge=1e-6)
+    for singular in (False, True):
+        with pytest.raises(FloatingPointError, match="numbers of the covariance of class 7 are NaN"):
+            fecam.whitener(cov, singular, "the covariance of class 7")
+    with pytest.raises(FloatingPointError, match="features of class 2 are NaN or infinite"):
+        seed_ensemble.gaussian(f, "class 2")
+    for kind in ("full", "diagonal", "multi-centroid"):
+        with pytest.raises(FloatingPointError, match="features of class 1 are NaN or infinite"):
+            ClassGaussians(kind=kind).add(normal(20, 3), f)
+
+
+@pytest.mark.parametrize("variant", ["official", "pilot"])
+def test_fecam_stops_at_features_that_are_none(variant):
+    t = trial("learner=fecam", f"learner.variant={variant}")
+    learner, runtime, pipeline = t.start()
+    t.learn(learner, runtime, pipeline, 0)
+    learner.scatter_KDD[1] = math.nan
+    with pytest.raises(FloatingPointError, match="numbers of the covariance of class 1 after experience 0 are NaN"):
+        t.scores(learner, pipeline, 0, 9)
+    with torch.no_grad():
+        next(learner.model.parameters()).fill_(math.nan)
+    learner.model.forget()
+    with pytest.raises(FloatingPointError, match="features of class 3 in experience 1 are NaN"):
+        t.learn(learner, runtime, pipeline, 1)
+
+
+def test_alignment_repairs_a_covariance_and_no_other():
+    """Ridge 0.1, eigenvalues 3 and -1: 0.9 does not do, 9 does; the classes beside it keep their factors to the last bit."""
+    made = ClassGaussians(0.1)
+    made.add(spread(), spread() + 1, spread(n=30))
+    alone = made.cholesky().clone()
+    made = ClassGaussians(0.1)
+    made.add(spread(), spread() + 1, spread(n=30))
+    made.cov_KDD[1] = torch.eye(5)
+    made.cov_KDD[1, :2, :2] = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
+    chol = made.cholesky()
+    assert torch.equal(chol[0], alone[0]) and torch.equal(chol[2], alone[2])
+    torch.testing.assert_close(chol[1] @ chol[1].T, made.cov_KDD[1] + 9 * torch.eye(5), rtol=1e-6, atol=1e-6)
 
 
 def parts_of(t, learner, pipeline, experiences=3):

@@ -9,10 +9,12 @@ import sys
 import numpy as np
 import pytest
 
+from clbench.cli import verify_command
 from clbench.interfaces import UserError
 from clbench.records import migrations, record, rerun, verify_artifacts
 from clbench.records.verify import verdicts, verify
 from clbench.report import report
+from clbench.report.runs import boil, is_legacy
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from test_report import made
@@ -321,3 +323,45 @@ def test_first_seen_is_derived_or_missed():
     bare = {k: v for k, v in old.items() if k not in ("eval_classes", "correct")}
     assert record.fault(migrations.migrate(bare, 1)) == "key 'first_seen' is missing"
     assert not migrations.is_old({"anything": 1}, 1) and not migrations.is_old(made(), 1)
+
+
+def lowered(version):
+    """A run with precision=bf16 under this version of its numbers."""
+    return sealed(deep(whole(), ("config", "precision"), "bf16") | {"numbers_version": version})
+
+
+def test_a_change_that_moves_bf16_alone_leaves_the_other_records_their_standing(folder):
+    """fp32: version 1 is this code's, and a part of the run's identity as it was; bf16: version 2, and 1 is legacy."""
+    assert record.numbers_version({"precision": "bf16"}) == 2
+    assert record.numbers_version({"precision": "fp32"}) == record.numbers_version({}) == record.NUMBERS_VERSION == 1
+    for entry, legacy in ((whole(), False), (lowered(2), False), (lowered(1), True)):
+        assert is_legacy(entry) == legacy and boil(entry).legacy == legacy and ("legacy" in boil(entry).marks) == legacy
+        parts = (entry["scenario"]["manifest_sha256"], entry["model"]["state_sha256"], entry["learner"]["plugin"])
+        assert (record.run_id(entry["config"], *parts) == entry["run_id"]) == (not legacy)
+    verdict = one(folder(lowered(1)))
+    assert verdict.verdict == "self-reported"
+    assert verdict.reasons == ("other code made its numbers (numbers_version 1, here 2)",)
+    assert boil(lowered(1)).values == boil(lowered(2)).values == boil(whole()).values
+
+
+def test_a_record_of_other_code_is_not_repeated(folder, monkeypatch):
+    monkeypatch.setattr(verify_command, "_again", lambda *parts: pytest.fail("repeated"))
+    results = folder(lowered(1))
+    (path,) = (results / "records").iterdir()
+    text, code = verify_command.repeat(path, 1, 0, None)
+    why = "it cannot be repeated count for count: other code made its numbers (numbers_version 1, here 2)"
+    assert code == 0 and text.splitlines() == [f"self-reported  {path.name}  {why}", "1 repeated: 0 verified"]
+    with pytest.raises(UserError, match="no finished record to repeat"):
+        verify_command.repeat(results, 1, 0, None)
+
+
+def test_committed_records_keep_their_identity():
+    """Every fp32 record has the run id that this code gives; every one in bf16 has that of the code before."""
+    kinds = {"fp32": 0, "bf16": 0}
+    for entry in record.entries(HERE.parent / "results" / "records", []):
+        parts = (entry["scenario"]["manifest_sha256"], entry["model"]["state_sha256"], entry["learner"]["plugin"])
+        lower = entry["config"]["precision"] == "bf16" and entry["numbers_version"] == 1
+        assert is_legacy(entry) == lower
+        assert record.run_id(entry["config"], *parts, 1 if lower else None) == entry["run_id"]
+        kinds[entry["config"]["precision"]] += 1
+    assert kinds["fp32"] > 200 and kinds["bf16"] > 90

@@ -70,8 +70,8 @@ class RidgeRoot:
     """The same regression, kept as a root of the sums, G = R^T R and Q = R^T C, while it has fewer rows than features.
 
     W = R^T (R R^T + lambda I)^-1 C is what the sums give, for R^2 M instead of M^3 operations and R M instead of M^2 numbers.
-    Rows are mixtures of all samples (the triangular factor of a QR decomposition), no sample's own; they are as many as
-    samples until M is reached, and sums from there on: what is kept never exceeds G and Q.
+    [R C] is the triangular factor of the QR decomposition of all rows [h y]: a function of G and Q alone (up to the signs of
+    its rows), whatever the order of the samples was. It has as many rows as samples until they are M, and becomes G and Q then.
     """
 
     def __init__(self, num_features: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64):
