@@ -124,7 +124,7 @@ def test_foreign_words_about_a_process_harm_nothing(tmp_path, process):
 def test_a_live_run_is_running_and_a_killed_one_is_dead(clbench, no_locks):
     process = clbench.popen(*LONG)
     results = clbench.folder / "results"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while time.monotonic() < deadline and process.poll() is None:
         if [entry for entry in clbench.records() if entry["status"] == "running"]:
             break

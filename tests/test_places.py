@@ -12,10 +12,8 @@ from clbench.training.fit import Recipe, fit
 from clbench.training.runtime import Interrupted, Runtime
 
 TEXTS = (
-    "scenario=cpt_synthetic",
-    "scenario.symbols=8",
-    "scenario.states=8",
-    "scenario.order=[0,1,2]",
+    "scenario=cpt_text_weak",
+    "scenario.corpora=[one,two,three]",
     "scenario.context=8",
     "scenario.batch=8",
     "scenario.eval_tokens=320",
@@ -30,7 +28,10 @@ UNEQUAL = "scenario.tokens=[640,2560,1280]"  # 10, 40 and 20 steps of 64 tokens
 
 
 def plans(tmp_path, *words):
-    job = prepare(compose.compose([*TEXTS, f"results_dir='{tmp_path}'", *words])[0])
+    for i, name in enumerate(("one", "two", "three")):
+        lines = (f"<|doc|>{d}\n" + " ".join(f"{(d * 7 + k * (i + 3)) % 97}" for k in range(90)) for d in range(20))
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
+    job = prepare(compose.compose([*TEXTS, f"data_root='{tmp_path}'", f"results_dir='{tmp_path}'", *words])[0])
     from clbench.run.token_stream import experience_of, keeps_text
 
     return [job.learner.plan(experience_of(job.scenario, i, keeps_text(job))) for i in range(3)]

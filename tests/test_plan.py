@@ -51,7 +51,6 @@ def flags():
         torch.random.get_rng_state().numpy().tobytes(),
         str(np.random.get_state()),  # noqa: NPY002
         random.getstate(),
-        dict(os.environ),
     )
 
 

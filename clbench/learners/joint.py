@@ -1,8 +1,12 @@
 """Joint training: the upper reference. After each experience a fresh model is trained on all data seen so far.
 
-mode "full": backbone and head from the pre-trained weights (rates as RanPAC's rows 0 and 1, McDonnell et al., NeurIPS 2023:
-backbone 1e-4, head 0.01, SGD momentum 0.9, weight decay 5e-4, batch 128, 30 epochs; CIFAR-100 93.8 % full, 87.9 % probe,
-ViT-B/16). mode "probe": the backbone stays frozen and only the linear head is trained, on features under the test transform.
+mode "full": backbone and head from the pre-trained weights, SGD with momentum 0.9 and weight decay 5e-4, batch 32, backbone
+rate 1e-3, head rate 0.01, both falling in half a cosine. A pre-trained ViT bears no more: ViT-Tiny at 112 px on 10 classes of
+CIFAR-100 (50 images each, 3 epochs) gets 90.6, 86.0 and 21.0 % at 1e-3, 3e-3 and 0.01. A small network trained from little data
+wants more: the nano ViT on digits (5 epochs) gets 94.7, 96.7, 97.8, 98.1 % at 1e-4, 1e-3, 3e-3, 0.01, less with batch 128.
+RanPAC's rows 0 and 1 (McDonnell et al., NeurIPS 2023; ViT-B/16, CIFAR-100 93.8 % full, 87.9 % probe) are another recipe:
+`backbone_lr=1e-4 batch_size=128`, 30 epochs.
+mode "probe": the backbone stays frozen and only the linear head is trained, on features under the test transform.
 It is a reference, not a contender: it keeps all data and is exempt from the sample budgets; its rows are marked.
 The "upper bound" depends on the recipe: with few epochs a sequential method may pass it.
 """
@@ -21,7 +25,7 @@ from clbench.streams.images.data import ImageData, shuffled
 from clbench.training.features import FeatureBatches, extract
 from clbench.training.fit import Recipe, fit
 from clbench.training.runtime import Runtime
-from clbench.training.schedules import constant
+from clbench.training.schedules import cosine
 from clbench.training.state import collect, detached, groups_of, restore
 
 
@@ -37,12 +41,12 @@ class Joint:
         *,
         mode: Literal["full", "probe"] = "full",
         lr: float = 0.01,
-        backbone_lr: float = 1e-4,
+        backbone_lr: float = 1e-3,
         epochs: int | None = None,
-        batch_size: int = 128,
+        batch_size: int = 32,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
-        schedule: Schedule = constant,
+        schedule: Schedule = cosine,
     ):
         self.model, self.runtime, self.mode = model, runtime, mode
         self.epochs, self.batch_size = runtime.epochs(epochs), batch_size

@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import random
 import sys
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -128,7 +129,7 @@ def borrowed(device: torch.device, threads: int, seed: int, wanted: Any, precisi
     were = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_float32_matmul_precision()
     strict = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled, fused = deterministic.fill_uninitialized_memory, (use_fused_attn(), use_fused_attn(experimental=True))
-    drawn = np.random.get_state()  # noqa: NPY002
+    drawn, shuffled = np.random.get_state(), random.getstate()  # noqa: NPY002
     try:
         with torch.random.fork_rng(devices=None if device.type == "cuda" else []):
             _set_process(device, threads)
@@ -137,6 +138,7 @@ def borrowed(device: torch.device, threads: int, seed: int, wanted: Any, precisi
             yield {**flags, "num_threads": threads, "deterministic": True}
     finally:
         np.random.set_state(drawn)  # noqa: NPY002
+        random.setstate(shuffled)
         torch.set_num_threads(were[0])
         torch.set_default_dtype(were[1])
         torch.set_grad_enabled(were[2])
