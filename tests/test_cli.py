@@ -99,7 +99,9 @@ def test_list_learners_tells_paper_capabilities_and_bytes_without_torch(clbench)
     at = next(i for i, line in enumerate(lines) if line.startswith("  ease "))
     assert lines[at + 1].strip() == "EASE: Expandable Subspace Ensemble (Zhou, Sun, Ye & Zhan, CVPR 2024, arXiv 2403.12030)."
     assert (
-        lines[at + 2].strip().startswith("needs_pretrained needs_new_classes; holds 3.2 kB a class + 331.3 kB an experience + ")
+        lines[at + 2]
+        .strip()
+        .startswith("needs_pretrained needs_new_classes needs_random_access; holds 3.2 kB a class + 331.3 kB an experience + ")
     )
     assert sum("; holds " in line for line in lines) == len(registry.choices("learner"))
     assert "(more with some options); holds" in done.stdout and "no special needs; holds 1.3 kB a class + 0 B" in done.stdout

@@ -150,6 +150,25 @@ def test_a_batch_sees_the_same_pictures_as_raw():
     assert made.manifest.experiences[0].transform == ()
 
 
+def test_remembered_features_are_those_of_the_picture():
+    """A frozen network remembers features by id: a turned image is another picture of the same sample."""
+    config = compose(["learner=ncm", "model=nano_random"])[0]
+    turned = contract.small_stream(operators=[{"rotate": {"angles": [0, 180]}}], limit_train=3, limit_test=3)
+    trial = contract.Trial(config, turned, Capabilities())
+
+    def features(learner: Any, pipeline: Pipeline, index: int) -> np.ndarray:
+        data = open_experience(turned, index, pipeline).train
+        return learner.model.features(data.batch(np.arange(len(data)))).numpy()
+
+    learner, _, pipeline = trial.start()
+    learner.model.eval()
+    plain, again = features(learner, pipeline, 0), features(learner, pipeline, 1)
+    other, _, pipeline = trial.start()
+    other.model.eval()
+    assert learner.model.frozen and len(plain) == 18
+    assert np.array_equal(again, features(other, pipeline, 1)) and not np.allclose(again, plain)
+
+
 # purity and order
 
 
@@ -362,6 +381,15 @@ def test_classes_of_one_name_are_one(load):
     assert made.manifest.experiences[1].classes == (1, 3) and made.manifest.class_order == (0, 1, 2, 3)
     ids = made.manifest.experiences[1].train
     assert made.dataset.y[ids].tolist() == [{0: 3, 1: 1}[c] for c in load["b"].y[ids - len(load["a"])].tolist()]
+
+
+def test_names_are_shown_wherever_one_differs_from_its_id():
+    """Folders are numbered in the order of their sorted names, so class "10" of twelve has the id 2."""
+    data = replace(toy(3), class_names=("0", "10", "2"))
+    lines = stream(data, increment=3).manifest.text(stream(data).class_name).splitlines()
+    assert lines[1].endswith("classes 0=0 1=10 2=2")
+    plain = replace(toy(3), class_names=("0", "1", "2"))
+    assert stream(plain, increment=3).manifest.text(stream(plain).class_name).splitlines()[1].endswith("classes 0 1 2")
 
 
 def test_a_chosen_subset_of_classes():

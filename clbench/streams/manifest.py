@@ -123,7 +123,8 @@ class Manifest:
         """The stream for people: a line for each experience and each evaluation set. `name` names an original class id."""
         lines = [f"{self.kind}, {self.dataset['name']}, sha256 {self.sha256}"]
         lines += [f"  operator {json.dumps(one, sort_keys=True)}" for one in self.operators]
-        classes = {c: str(c) if name(c) == str(c) else f"{c}={name(c)}" for c in self.class_order}
+        named = any(name(c) != str(c) for c in self.class_order)  # "10=2": id 10 is the class named 2
+        classes = {c: f"{c}={name(c)}" if named else str(c) for c in self.class_order}
         for e in self.experiences:
             line = f"  {e.name:<10} {len(e.train):>7} samples  classes {' '.join(classes[c] for c in e.classes)}"
             lines.append(line + _remarks(e))
