@@ -34,15 +34,14 @@ TORCH_FREE = [
     "clbench.report",
 ]
 
-LONG_FILES: dict[str, int] = {"testing.py": 420, "runner.py": 400}
+LONG_FILES: dict[str, int] = {}  # the limit is the noun; beyond 400 lines, look again
 LONG_FUNCTIONS: dict[str, int] = {
     "runner._lead": 60,
     "provenance.describe": 70,
     "fit.fit": 75,
     "train_nano.train": 60,
-    "backbone.Backbone": 155,  # a pass of some images: remembered, counted, in pieces, under its modules' states
+    "backbone.Backbone": 165,  # a pass of some images: remembered, counted, in pieces, under its modules' states
     "pet.Pet": 170,  # a pass under chosen values, for chosen samples, merged or not: one state machine
-    "walk.Walk": 155,
     "mos.Mos": 200,  # three variants of one method, read together
 }
 
@@ -58,7 +57,7 @@ def layer(name: str) -> int:
 def test_size(path):
     text = path.read_text()
     lines = text.count("\n")
-    assert lines <= LONG_FILES.get(path.name, 300), f"{path.name} has {lines} lines"
+    assert lines <= LONG_FILES.get(path.name, 400), f"{path.name} has {lines} lines"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             size = (node.end_lineno or 0) - node.lineno + 1

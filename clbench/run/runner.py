@@ -21,7 +21,7 @@ from clbench.config.compose import build, load_target
 from clbench.evaluation import metrics
 from clbench.interfaces import Capabilities, UserError, declared, mismatch
 from clbench.models import feature_store
-from clbench.models.precision import PRECISIONS, set_precision
+from clbench.models.precision import set_precision
 from clbench.records import record
 from clbench.records.liveness import Heartbeat, this_process
 from clbench.run import image_stream, provenance, token_stream, tracking
@@ -109,8 +109,6 @@ def _machine(config: dict[str, Any]) -> tuple[str, Any, int]:
     kind = torchrun.choose(str(config.get("parallel", "auto")))
     device = arithmetic.choose_device(str(config["device"]))
     threads = arithmetic.choose_threads(config["num_threads"])
-    if config["precision"] not in PRECISIONS:
-        raise UserError(f"precision must be fp32 or bf16, got {config['precision']!r}")
     if not isinstance(config["seed"], int) or isinstance(config["seed"], bool) or config["seed"] < 0:
         raise UserError(f"seed must be a whole number from 0, got {config['seed']!r}")
     tracking.check(config.get("track", "none"))
