@@ -94,7 +94,7 @@ def test_old_against_new(tmp_path):
     rows, whole = compare(old, where, "results", Filter())
     (row,) = whole.rows
     assert row["pairs"] == 3 and row["difference"] == pytest.approx(0.05) and "numbers_version 0 → 1" in row["differs"]
-    assert row["verdict"] == "B better (no spread over seeds)"
+    assert row["verdict"] == "no test: the same difference on every seed"
     assert any("only in A: cil gone" in note for note in rows.notes) and any("only in B: cil fresh" in n for n in rows.notes)
     where = save(tmp_path / "other", *(run(s, "a", lr=0.5) for s in range(3)))
     (row,) = full(old, where, "results", Filter())

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from clbench.records.validate import fault
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -262,12 +263,19 @@ def test_stability_by_hand():
         {"task_confusion": [[[1]], 7]},
         {"task_confusion": "abc"},
         {"stability": {"trace": [{"experience": 0}]}},
+        {"stability": {"trace": [{"experience": 2, "correct": [1, 1], "n": [1, 1]}]}},
+        {"stability": {"trace": [{"experience": 1, "correct": [1, 1], "n": [0, 1]}]}},
         {"stability": 5},
+        {"eval_classes": [[0]]},
+        {"scenario": {"name": "s", "experiences": [{"classes": 3}]}},
     ],
 )
-def test_damaged_optional_parts_add_nothing(damage):
-    entry = {"correct": [[8, None], [6, 9]], "n": [10, 10], "first_seen": [0, 1], "eval_classes": [[0], [1]]}
-    assert metrics.summary(entry | damage).keys() == metrics.summary(entry).keys()
+def test_a_record_with_damaged_optional_parts_is_none(damage):
+    parts = {"scenario": {"name": "s"}, "learner": {"name": "l"}, "model": {"name": "m"}, "config": {}, "seconds": {}}
+    counts = {"correct": [[8, None], [6, 9]], "n": [10, 10], "first_seen": [0, 1], "eval_classes": [[0], [1]], "error": None}
+    entry = parts | counts | {"schema": 1, "run_id": "0" * 16, "status": "ok", "numbers_version": 1, "seed": 0}
+    assert fault(entry) is None and "last_macro" in metrics.summary(entry)
+    assert next(iter(damage)) in fault(entry | damage)
 
 
 @settings(max_examples=40, deadline=None)

@@ -24,7 +24,7 @@ def install(folder: pathlib.Path, package: str, *, group: str = "learner", name:
     (site / package / "conf" / group).mkdir(parents=True)
     (site / package / "__init__.py").write_text("import torch\n")
     (site / package / "method.py").write_text(textwrap.dedent(code))
-    yaml = f"# A method from elsewhere\n_target_: {package}.method.Outside\nmetric: cosine\nstrength: 1\n"
+    yaml = f"# A method from elsewhere\n_target_: {package}.method.Outside\nmetric: cosine\n"
     (site / package / "conf" / group / f"{name}.yaml").write_text(yaml)
     info = site / f"{package}-1.2.dist-info"
     info.mkdir()

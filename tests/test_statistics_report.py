@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def test_mean_std_and_t_test(values):
 
 
 def test_without_spread_or_with_one_pair():
-    assert statistics.t_test([0.1, 0.1]) == (pytest.approx(0.1), 0.0) and statistics.t_test([0.0, 0.0]) == (0.0, 1.0)
+    assert statistics.t_test([0.1, 0.1]) == (pytest.approx(0.1), None) and statistics.t_test([0.0, 0.0]) == (0.0, 1.0)
     assert statistics.t_test([0.3]) == (0.3, None) and statistics.t_test([]) == (None, None)
     one, none = statistics.paired([[0.5]]), statistics.paired([])
     assert (one.n, one.mean, one.low, one.p_t) == (1, 0.5, None, None) and (none.n, none.mean) == (0, None)
@@ -159,3 +160,52 @@ def test_intervals_cover_as_often_as_they_say():
 def test_verdicts():
     assert statistics.verdict(0.1, 0.01) == "better" and statistics.verdict(-0.1, 0.01) == "worse"
     assert statistics.verdict(0.1, 0.05) == "not distinguishable" and statistics.verdict(0.1, None) == "too few seeds"
+
+
+def test_identical_runs_are_one_observation():
+    """Five copies of a deterministic run would give p = 0 (t-test) and 0.06 (sign flips), and an interval without width."""
+    same = statistics.paired([[0.2] * 3, [0.2] * 2])
+    assert (same.n, same.mean, same.level, same.p_t, same.p_flip, same.low, same.high) == (5, 0.2, True, None, None, None, None)
+    assert statistics.verdict(same.mean, same.p_t, same.level) == "no spread"
+    equal = statistics.paired([[0.0] * 5])
+    assert equal.level and equal.p_t == equal.p_flip == 1.0 and statistics.verdict(0.0, 1.0, True) == "not distinguishable"
+    assert statistics.sign_flip([0.2] * 5) == 2 / 2**5
+
+
+@dataclass
+class Result:
+    seed: int
+    values: dict[str, float]
+
+
+def test_against_best_of_deterministic_learners():
+    def side(*values):
+        return {"m_mean": sum(values) / len(values)}, [Result(s, {"m": v}) for s, v in enumerate(values)]
+
+    field = [side(0.9, 0.9, 0.9), side(0.5, 0.5, 0.5), side(0.9, 0.9, 0.9), side(0.1, 0.2, 0.15), side(0.3)]
+    statistics.against_best(field, "m")
+    p = stats.ttest_1samp([-0.8, -0.7, -0.75], 0).pvalue
+    assert [(row["vs_best"], row.get("vs_best_p")) for row, _ in field] == [
+        ("best", None),
+        ("no spread", None),
+        ("not distinguishable", 1.0),
+        ("worse", pytest.approx(2 * p)),
+        ("too few seeds", None),
+    ]
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.lists(st.lists(NUMBERS, max_size=4), max_size=3), max_size=5))
+def test_many_questions_in_one_call_are_answered_as_one_by_one(rows):
+    """Also for runs in another order."""
+    assert statistics.bootstraps(rows) == [statistics.bootstrap([row[::-1] for row in strata]) for strata in rows]
+    flat = [[v for s in strata for v in s] for strata in rows]
+    assert statistics.t_tests(flat) == [statistics.t_test(row) for row in flat]
+    known = [row for row in flat if row]
+    assert statistics.iqms(known) == [float(statistics.iqm(row)) for row in known]
+
+
+def test_a_stratum_of_one_run_is_not_drawn():
+    """[3] beside [0, 6]: the mean is 3 + 0, 3 + 3 or 3 + 6 over 3, and never without the 3."""
+    assert statistics.bootstrap([[0.0, 6.0], [3.0]]) == (1.0, 5.0)
+    assert statistics.improvement_interval([[0.0, 2.0]], [[1.0]]) == (0.0, 1.0)

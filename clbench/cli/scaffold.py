@@ -64,9 +64,8 @@ class {title}:
 
 _LEARNER_YAML = """\
 # {title}: one line for `clbench list`
+# Its options are the arguments of the class, with their defaults; write here what differs from those
 _target_: {name}.learner.{title}
-lr: 0.01
-batch_size: 32
 """
 
 _SCENARIO = '''\

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from clbench.config import registry
+from clbench.config import defaults, registry
 from clbench.config.signatures import nearest, problems
 from clbench.interfaces import Place, Schedule, UserError
 from clbench.training.pretraining import scaling_laws
@@ -79,7 +78,7 @@ def chosen(words: Sequence[str]) -> dict[str, Schedule]:
             if not labels
             else "each schedule may be named once; NAME@TEXT names another setting of it"
         )
-    nodes = {label: _node(files[label.partition("@")[0]][0]) for label in labels}
+    nodes = {label: defaults.read(files[label.partition("@")[0]][0]) for label in labels}
     for word in words:
         if "=" in word:
             _set(nodes, word)
@@ -87,19 +86,6 @@ def chosen(words: Sequence[str]) -> dict[str, Schedule]:
     if lines:
         raise UserError("\n".join(lines))
     return {label: _made(node) for label, node in nodes.items()}
-
-
-def _node(path: Path) -> dict[str, Any]:
-    import yaml
-
-    return {key: _value(value) for key, value in yaml.safe_load(path.read_text(encoding="utf-8")).items()}
-
-
-def _value(found: Any) -> Any:
-    """YAML as Hydra reads it: 1e-3 is a number too."""
-    if isinstance(found, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", found):
-        return float(found)
-    return found
 
 
 def _set(nodes: dict[str, dict[str, Any]], word: str) -> None:
@@ -117,7 +103,7 @@ def _set(nodes: dict[str, dict[str, Any]], word: str) -> None:
             f"'{word}': no option '{option}'{nearest(option, known)} (one of: {', '.join(sorted(known)) or 'none'})"
         )
     try:
-        value = _value(yaml.safe_load(text))
+        value = defaults.numbers(yaml.safe_load(text))
     except yaml.YAMLError:
         raise UserError(f"'{word}': {text} is no value") from None
     for node in hit:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from clbench.config import registry
+from clbench.config import defaults, registry
 from clbench.config.moved import current
 from clbench.config.signatures import signature
 from clbench.interfaces import UserError
@@ -190,7 +190,7 @@ def _yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = defaults.read(path)
     except (OSError, yaml.YAMLError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

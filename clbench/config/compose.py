@@ -132,18 +132,10 @@ def behaviour() -> dict[str, str]:
 
 
 def register() -> None:
-    """Put the plug-ins' folders on Hydra's search path."""
-    from hydra.core.config_search_path import ConfigSearchPath
-    from hydra.core.plugins import Plugins
-    from hydra.plugins.search_path_plugin import SearchPathPlugin
+    """Have Hydra find the plug-ins' folders, and read all files with their targets' defaults filled in."""
+    from clbench import search_path
 
-    class ClbenchPlugins(SearchPathPlugin):
-        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-            for package, folder in plugin_dirs().items():
-                search_path.append(package, f"file://{folder}")
-
-    if not any(p.__name__ == "ClbenchPlugins" for p in Plugins.instance().discover(SearchPathPlugin)):
-        Plugins.instance().register(ClbenchPlugins)
+    search_path.register()
 
 
 def _loose_targets(words: list[str]) -> list[str]:

@@ -19,9 +19,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from clbench.config.definitions import Definition, definition, find_module, module, nearest, split_target
 from clbench.config.moved import current
 from clbench.config.run_options import wrong_options
-from clbench.config.signatures import find_module, nearest, problems, signature, split_target
+from clbench.config.signatures import problems, signature
 from clbench.interfaces import UserError
 from clbench.streams.operators import registry
 
@@ -134,38 +135,32 @@ def details(path: Path) -> tuple[str, str]:
 
     Read from the source text, nothing is imported; empty where the source does not say.
     """
+    found = _defined(path)
+    if found is None:
+        return "", ""
+    paper = textwrap.shorten((ast.get_docstring(module(found.path)) or "").partition("\n")[0], 99, placeholder=" ...")
+    return paper, _capabilities(found.node) if isinstance(found.node, ast.ClassDef) else ""
+
+
+def _defined(path: Path) -> Definition | None:
+    """What the target of a configuration file is in its source text; None where that does not say."""
     import yaml
 
     try:
-        source, name = split_target(str(yaml.safe_load(path.read_text(encoding="utf-8"))["_target_"]))
-        module = ast.parse(source.read_text(encoding="utf-8")) if source else None
-    except (UserError, OSError, yaml.YAMLError, SyntaxError, ValueError, TypeError, KeyError):
-        return "", ""
-    if module is None:
-        return "", ""
-    paper = textwrap.shorten((ast.get_docstring(module) or "").partition("\n")[0], 99, placeholder=" ...")
-    found = next((node for node in module.body if isinstance(node, ast.ClassDef) and node.name == name), None)
-    return paper, _capabilities(found) if found else ""
+        return definition(str(yaml.safe_load(path.read_text(encoding="utf-8"))["_target_"]))
+    except (UserError, OSError, yaml.YAMLError, ValueError, TypeError, KeyError):  # `check` says so, where the file is chosen
+        return None
 
 
 def asks(group: str, name: str) -> str:
     """What a choice of group "learner" answers or of group "scenario" asks: "loss" or "predict". From the source text."""
-    import yaml
-
     path = choices(group)[name][0]
     if group == "learner":
         return "loss" if "asks='loss'" in details(path)[1].split() else "predict"
-    try:
-        source, function = split_target(str(yaml.safe_load(path.read_text(encoding="utf-8"))["_target_"]))
-        module = ast.parse(source.read_text(encoding="utf-8")) if source else ast.Module([], [])
-    except (UserError, OSError, yaml.YAMLError, SyntaxError, ValueError, TypeError, KeyError):
-        return "predict"
-    made = (node.returns for node in module.body if isinstance(node, ast.FunctionDef) and node.name == function)
-    return "loss" if any(returns is not None and _is_loss(ast.unparse(returns)) for returns in made) else "predict"
-
-
-def _is_loss(returns: str) -> bool:
-    return "TokenScenario" in returns or "ImageScenario" in returns
+    found = _defined(path)
+    returns = found.node.returns if found is not None and isinstance(found.node, ast.FunctionDef) else None
+    makes = ast.unparse(returns) if returns is not None else ""
+    return "loss" if "TokenScenario" in makes or "ImageScenario" in makes else "predict"
 
 
 def answering(learners: Sequence[str], scenario: str | None) -> list[str]:

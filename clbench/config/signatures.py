@@ -1,196 +1,155 @@
-"""Compares configuration values with the signature of their `_target_`, read from the source text: nothing is imported.
+"""Signatures of configuration targets, as `inspect` describes them, read from the source text: nothing is imported.
 
 So a wrong argument is answered before torch is loaded, and the class stays the only place where its arguments are listed.
 What the source does not say plainly (an annotation that is not understood, `**kwargs`, a compiled module) is let through.
+Tests hold every signature here to `inspect.signature` and `typing.get_type_hints` of the imported object.
 """
 
 from __future__ import annotations
 
 import ast
-import difflib
-import functools
-import importlib.util
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from importlib.machinery import ModuleSpec, PathFinder
-from pathlib import Path
-from typing import Any
+from contextlib import suppress
+from inspect import Parameter
+from types import NoneType
+from typing import Any, Literal, Union, get_args, get_origin
 
-from clbench.config.moved import current
+from clbench.config.definitions import Definition, definition, find_module, nearest, split_target
 from clbench.interfaces import UserError
 
+__all__ = ["SPECIAL", "UNKNOWN", "find_module", "nearest", "problems", "signature", "split_target"]
+
 SPECIAL = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
-Kinds = frozenset[str]
-_PLAIN = {"int": "int", "float": "float", "bool": "bool", "str": "str", "None": "null", "Path": "str", "PathLike": "str"}
-_LISTS = ("list", "tuple", "Sequence", "Iterable", "set", "frozenset")
-_DICTS = ("dict", "Mapping")
+UNKNOWN = object()  # a default that the source does not say plainly
+_TYPES = {"int": int, "float": float, "bool": bool, "str": str, "None": NoneType, "Path": str, "PathLike": str}
+_TYPES |= dict.fromkeys(("list", "tuple", "Sequence", "Iterable", "set", "frozenset"), list)
+_TYPES |= dict.fromkeys(("dict", "Mapping"), dict)
+_WORDS = {NoneType: "null", list: "list", dict: "mapping"}
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """One argument: its annotation as source (None without one), and whether it may be left out."""
+def signature(target: str) -> inspect.Signature | None:
+    """A target's signature without `self`; None where the source does not tell. Unknown names raise `UserError`.
 
-    name: str
-    annotation: ast.expr | None
-    required: bool
-
-
-@dataclass(frozen=True)
-class Signature:
-    """Arguments of a target by name, without `self`; `open` when it takes any keyword."""
-
-    name: str
-    parameters: dict[str, Parameter]
-    open: bool
-    module: ast.Module
+    Defaults are as a configuration says them: lists for tuples, nodes for functions and objects, else `UNKNOWN`. Annotations
+    are the types of a configuration (`Path` is str, sequences are lists, mappings dicts); empty where anything may come.
+    """
+    found = definition(target)
+    return _signature(found) if found is not None else None
 
 
-def nearest(word: str, names: Iterable[str]) -> str:
-    """'; did you mean X?' for a mistyped word, or nothing where no name is near."""
-    close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
-
-
-def find_module(name: str) -> ModuleSpec | None:
-    """The spec of a module by dotted name. Unlike `importlib.util.find_spec` it imports no parent package."""
-    first, *rest = name.split(".")
-    try:
-        spec = importlib.util.find_spec(first)
-    except (ImportError, ValueError):
+def _signature(found: Definition, depth: int = 0) -> inspect.Signature | None:
+    node = found.node
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return _made(_parameters(node.args, found))
+    if not isinstance(node, ast.ClassDef) or depth > 8:
         return None
-    for i, part in enumerate(rest):
-        if spec is None or spec.submodule_search_locations is None:
-            return None
-        spec = PathFinder.find_spec(".".join([first, *rest[: i + 1]]), list(spec.submodule_search_locations)) if part else None
-    return spec
-
-
-def split_target(target: str) -> tuple[Path | None, str]:
-    """A target as (source file, name in it): `pkg.module.Class` or `path/to/file.py:Class`. `UserError` if nothing is there."""
-    if ".py:" in target:
-        path, name = target.rsplit(":", 1)
-        file = Path(path).expanduser()
-        if not file.is_file():
-            raise UserError(f"no file {path} (from _target_={target})")
-        return file, name
-    parts = current(target).split(".")
-    for n in range(len(parts) - 1, 0, -1):
-        spec = find_module(".".join(parts[:n]))
-        if spec is not None:
-            source = spec.origin if spec.origin and spec.origin.endswith(".py") else None
-            return (Path(source) if source else None), ".".join(parts[n:])
-    if len(parts) < 2:
-        raise UserError(f"_target_={target} names no module: write module.Class or path/to/file.py:Class")
-    raise UserError(f"no module {'.'.join(parts[:-1])} (from _target_={target}); it must be installed or lie in this folder")
-
-
-@functools.cache
-def _parse(path: Path) -> ast.Module:
-    try:
-        return ast.parse(path.read_text(encoding="utf-8"))
-    except SyntaxError as error:
-        raise UserError(f"{path}, line {error.lineno}: {error.msg}") from None
-
-
-def signature(target: str, depth: int = 0) -> Signature | None:
-    """Read a target's signature from its source; None where the source does not tell. Unknown names raise `UserError`."""
-    path, name = split_target(target)
-    if path is None or depth > 8:
-        return None
-    module = _parse(path.resolve())
-    head = name.split(".")[0]
-    for node in _statements(module):
-        if isinstance(node, ast.ClassDef) and node.name == head and head == name:
-            return _of_class(node, module, target, depth)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == head == name:
-            return _of_function(node, module, name, skip=0)
-        if isinstance(node, ast.ImportFrom) and head in (alias.asname or alias.name for alias in node.names):
-            found = _imported(node, head, target)
-            return signature(found, depth + 1) if found else None
-    names = sorted(_names(module))
-    if path.name == "__init__.py" and "." in name:
-        raise UserError(f"no module {target.rsplit('.', 1)[0]} (from _target_={target})")
-    if head not in names and not any(isinstance(n, ast.ImportFrom) and n.names[0].name == "*" for n in module.body):
-        raise UserError(f"{path.name} has no '{head}'{nearest(head, names)} (from _target_={target})")
-    return None
-
-
-def _statements(module: ast.Module) -> Iterator[ast.stmt]:
-    """Statements of a module, those under `if` and `try` included."""
-    todo: list[ast.stmt] = list(module.body)
-    while todo:
-        node = todo.pop(0)
-        yield node
-        if isinstance(node, ast.If | ast.Try):
-            todo = [*node.body, *node.orelse, *todo]
-
-
-def _names(module: ast.Module) -> Iterator[str]:
-    for node in _statements(module):
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield node.name
-        elif isinstance(node, ast.Assign):
-            yield from (t.id for t in node.targets if isinstance(t, ast.Name))
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            yield node.target.id
-        elif isinstance(node, ast.Import):
-            yield from (alias.asname or alias.name.split(".")[0] for alias in node.names)
-
-
-def _imported(node: ast.ImportFrom, head: str, target: str) -> str | None:
-    """The target that an imported name stands for, or None where that cannot be told."""
-    name = next(alias.name for alias in node.names if (alias.asname or alias.name) == head)
-    if node.level == 0:
-        return f"{node.module}.{name}"
-    if ".py:" in target:
-        return None
-    module = target[: -len(head) - 1]
-    spec = find_module(module)
-    is_package = spec is not None and spec.submodule_search_locations is not None
-    parts = module.split(".")
-    base = parts[: len(parts) - node.level + (1 if is_package else 0)]
-    return ".".join([*base, *([node.module] if node.module else []), name])
-
-
-def _of_class(node: ast.ClassDef, module: ast.Module, target: str, depth: int) -> Signature | None:
-    """The signature of `__init__`, of a dataclass, or of the nearest base class that has one."""
     for item in node.body:
         if isinstance(item, ast.FunctionDef) and item.name == "__init__":
-            return _of_function(item, module, node.name, skip=1)
+            return _made(list(_parameters(item.args, found))[1:])
     inherited: dict[str, Parameter] = {}
+    is_dataclass = any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
     for base in node.bases:
-        if not isinstance(base, ast.Name) or depth > 8:
-            return None
-        known = base.id in _names(module) or any(
-            isinstance(n, ast.ImportFrom) and base.id in (a.asname or a.name for a in n.names) for n in _statements(module)
-        )
-        prefix = target[: target.rindex(":") + 1] if ".py:" in target else target[: target.rindex(".") + 1]
-        found = signature(prefix + base.id, depth + 1) if known else None
-        if found is None:
-            return None
-        if not _is_dataclass(node):
-            return Signature(node.name, found.parameters, found.open, found.module)
-        inherited |= found.parameters
-    if not _is_dataclass(node):
-        return Signature(node.name, {}, False, module)
-    fields = [i for i in node.body if isinstance(i, ast.AnnAssign) and isinstance(i.target, ast.Name)]
-    own = {i.target.id: Parameter(i.target.id, i.annotation, i.value is None) for i in fields if isinstance(i.target, ast.Name)}
-    own = {name: p for name, p in own.items() if "ClassVar" not in ast.unparse(p.annotation or ast.Constant(0))}
-    return Signature(node.name, inherited | own, False, module)
+        parent = found.beside(base.id) if isinstance(base, ast.Name) else None
+        above = _signature(parent, depth + 1) if parent is not None else None
+        if above is None or not is_dataclass:
+            return above
+        inherited |= above.parameters
+    return _made((inherited | {p.name: p for p in _fields(found)}).values() if is_dataclass else ())
 
 
-def _is_dataclass(node: ast.ClassDef) -> bool:
-    return any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
+def _made(parameters: Iterable[Parameter]) -> inspect.Signature:
+    return inspect.Signature(list(parameters), __validate_parameters__=False)  # `field` may put those with a default first
 
 
-def _of_function(node: ast.FunctionDef | ast.AsyncFunctionDef, module: ast.Module, name: str, skip: int) -> Signature:
-    args = node.args
+def _fields(found: Definition) -> Iterator[Parameter]:
+    """The parameters that a dataclass adds to those of its bases."""
+    for item in found.node.body:
+        own = isinstance(item, ast.AnnAssign) and "ClassVar" not in ast.unparse(item.annotation)
+        if own and isinstance(item.target, ast.Name):
+            yield _parameter(item.target.id, Parameter.POSITIONAL_OR_KEYWORD, item.annotation, item.value, found)
+
+
+def _parameters(args: ast.arguments, found: Definition) -> Iterator[Parameter]:
+    """All but `*args`, which a configuration cannot give."""
     positional = [*args.posonlyargs, *args.args]
-    without = len(positional) - len(args.defaults)
-    found = {a.arg: Parameter(a.arg, a.annotation, i < without) for i, a in enumerate(positional) if i >= skip}
+    defaults = [None] * (len(positional) - len(args.defaults)) + args.defaults
+    for a, default in zip(positional, defaults, strict=True):
+        kind = Parameter.POSITIONAL_ONLY if a in args.posonlyargs else Parameter.POSITIONAL_OR_KEYWORD
+        yield _parameter(a.arg, kind, a.annotation, default, found)
     for a, default in zip(args.kwonlyargs, args.kw_defaults, strict=True):
-        found[a.arg] = Parameter(a.arg, a.annotation, default is None)
-    return Signature(name, found, args.kwarg is not None, module)
+        yield _parameter(a.arg, Parameter.KEYWORD_ONLY, a.annotation, default, found)
+    if args.kwarg:
+        yield Parameter(args.kwarg.arg, Parameter.VAR_KEYWORD)
+
+
+def _parameter(name: str, kind: Any, annotation: ast.expr | None, default: ast.expr | None, found: Definition) -> Parameter:
+    value = Parameter.empty if default is None else _default(default, found)
+    return Parameter(name, kind, default=value, annotation=Parameter.empty if annotation is None else _hint(annotation, found))
+
+
+def _default(node: ast.expr, found: Definition, depth: int = 0) -> Any:
+    """A default as a configuration says it.
+
+    A function or class by its name is a partial node without options; a call of one, or of `partial`, a node with those given.
+    """
+    with suppress(ValueError):
+        return _plain(ast.literal_eval(node))
+    if isinstance(node, ast.Name):
+        named = found.beside(node.id, own=True) if depth < 5 else None
+        if named is None:
+            return UNKNOWN
+        if isinstance(named.node, ast.Assign | ast.AnnAssign):
+            return _default(named.node.value, named, depth + 1) if named.node.value else UNKNOWN
+        return {"_target_": named.target, "_partial_": True}
+    if not isinstance(node, ast.Call) or any(k.arg is None for k in node.keywords):
+        return UNKNOWN
+    is_partial = ast.unparse(node.func) in ("partial", "functools.partial") and len(node.args) == 1
+    made = _default(node.args[0] if is_partial else node.func, found, depth)
+    options = {str(k.arg): _default(k.value, found, depth) for k in node.keywords}
+    if not isinstance(made, dict) or "_target_" not in made or UNKNOWN in options.values() or (node.args and not is_partial):
+        return UNKNOWN
+    return (made if is_partial else {"_target_": made["_target_"]}) | options
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return UNKNOWN if UNKNOWN in (items := [_plain(item) for item in value]) else items
+    return value if value is None or isinstance(value, bool | int | float | str) else UNKNOWN
+
+
+def _hint(node: ast.expr, found: Definition, depth: int = 0) -> Any:
+    """An annotation as a type of configurations; `Parameter.empty` where anything may come."""
+    match node:
+        case ast.Constant(value=None):
+            return NoneType
+        case ast.Constant(value=str(text)):
+            return _hint(ast.parse(text, mode="eval").body, found, depth)
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return _either([left, right], found, depth)
+        case ast.Subscript(value=outer, slice=inner):
+            items = inner.elts if isinstance(inner, ast.Tuple) else [inner]
+            name = _last(outer)
+            if name == "Literal":
+                return Literal[tuple(ast.literal_eval(item) for item in items)]
+            if name in ("Optional", "Union"):
+                return _either([*items, *([ast.Constant(None)] if name == "Optional" else [])], found, depth)
+            return _hint(outer, found, depth)
+    name = _last(node)
+    if name in _TYPES or depth > 4:
+        return _TYPES.get(name, Parameter.empty)
+    alias = found.beside(name, own=True)
+    known = alias is not None and isinstance(alias.node, ast.Assign)
+    return _hint(alias.node.value, alias, depth + 1) if alias is not None and known else Parameter.empty
+
+
+def _either(items: list[ast.expr], found: Definition, depth: int) -> Any:
+    every = tuple(_hint(item, found, depth) for item in items)
+    return Parameter.empty if Parameter.empty in every else Union[every]  # noqa: UP007 their number is not known
+
+
+def _last(node: ast.expr) -> str:
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
 
 
 def problems(node: Mapping[str, Any], where: str, supplied: Iterable[str] = ()) -> list[str]:
@@ -199,86 +158,53 @@ def problems(node: Mapping[str, Any], where: str, supplied: Iterable[str] = ()) 
     if not isinstance(target, str):
         return [f"{where}._target_ must be a name, got {target!r}"]
     try:
-        found = signature(target)
+        found = definition(target)
     except UserError as error:
         return [f"{where}: {error}"]
-    if found is None:
+    told = _signature(found) if found is not None else None
+    if found is None or told is None:
         return []
+    named = {name: p for name, p in told.parameters.items() if p.kind is not p.VAR_KEYWORD}
     given = {key: value for key, value in node.items() if key not in SPECIAL}
     lines = []
     for key, value in given.items():
         if key in supplied:
             lines.append(f"{where}.{key} is given by clbench and cannot be set")
-        elif key in found.parameters:
-            lines += _mismatch(found.parameters[key], value, f"{where}.{key}", found.module)
-        elif not found.open:
-            names = [name for name in found.parameters if name not in supplied]
-            lines.append(f"{where}.{key}: {found.name} has no argument '{key}'{nearest(key, names)}")
+        elif key in named:
+            lines += _mismatch(named[key].annotation, value, f"{where}.{key}")
+        elif named.keys() == told.parameters.keys():
+            names = [name for name in named if name not in supplied]
+            lines.append(f"{where}.{key}: {found.node.name} has no argument '{key}'{nearest(key, names)}")
     if not node.get("_partial_"):
-        missing = [p.name for p in found.parameters.values() if p.required and p.name not in given and p.name not in supplied]
-        lines += [f"{where}.{name} is missing: {found.name} needs it" for name in missing]
+        missing = [name for name, p in named.items() if p.default is p.empty and name not in given and name not in supplied]
+        lines += [f"{where}.{name} is missing: {found.node.name} needs it" for name in missing]
     return lines
 
 
-def _mismatch(parameter: Parameter, value: Any, where: str, module: ast.Module) -> list[str]:
-    """One line if a value is none of the kinds that the annotation names."""
-    if parameter.annotation is None:
+def _mismatch(hint: Any, value: Any, where: str) -> list[str]:
+    """One line if a value is of none of the types that an annotation names."""
+    kinds = _kinds(hint)
+    if hint is Parameter.empty or any(_fits(value, kind) for kind in kinds):
         return []
-    allowed = _allowed(parameter.annotation, module)
-    if allowed is None or _fits(value, allowed):
-        return []
-    words = [kind[1:] for kind in allowed if kind.startswith("=")]
-    hint = nearest(str(value), words) if words else ""
-    shown = " or ".join(sorted(kind.lstrip("=") for kind in allowed))
-    return [f"{where} must be {shown}, got {value!r}{hint}"]
+    words = [str(kind) for kind in kinds if not isinstance(kind, type)]
+    shown = " or ".join(sorted({_WORDS.get(kind, kind.__name__) if isinstance(kind, type) else str(kind) for kind in kinds}))
+    return [f"{where} must be {shown}, got {value!r}{nearest(str(value), words) if words else ''}"]
 
 
-def _fits(value: Any, allowed: Kinds) -> bool:
-    if value is None:
-        return "null" in allowed
-    if isinstance(value, bool):
-        return "bool" in allowed or f"={value}" in allowed
-    if isinstance(value, Mapping):
-        return "mapping" in allowed
-    if isinstance(value, list | tuple):
-        return "list" in allowed
-    if isinstance(value, int) and "float" in allowed:
-        return True
-    return type(value).__name__ in allowed or f"={value}" in allowed
+def _kinds(hint: Any) -> list[Any]:
+    """The alternatives of a type: types, and the values of a `Literal` (None as its type)."""
+    if get_origin(hint) is Union:
+        return [kind for part in get_args(hint) for kind in _kinds(part)]
+    if get_origin(hint) is Literal:
+        return [NoneType if value is None else value for value in get_args(hint)]
+    return [hint]
 
 
-def _allowed(node: ast.expr, module: ast.Module, depth: int = 0) -> Kinds | None:
-    """The kinds that an annotation allows; None where it may be anything."""
-    if isinstance(node, ast.Constant):
-        if node.value is None:
-            return frozenset(["null"])
-        return _allowed(ast.parse(node.value, mode="eval").body, module, depth) if isinstance(node.value, str) else None
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        return _either([node.left, node.right], module, depth)
-    if isinstance(node, ast.Subscript):
-        name = _last(node.value)
-        items = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-        if name == "Literal":
-            return frozenset("null" if ast.literal_eval(item) is None else f"={ast.literal_eval(item)}" for item in items)
-        if name in ("Optional", "Union"):
-            found = _either(items, module, depth)
-            return found if found is None or name == "Union" else found | {"null"}
-        return _allowed(node.value, module, depth)
-    name = _last(node)
-    if name in _PLAIN:
-        return frozenset([_PLAIN[name]])
-    if name in _LISTS or name in _DICTS:
-        return frozenset(["list" if name in _LISTS else "mapping"])
-    for item in _statements(module):
-        if depth < 5 and isinstance(item, ast.Assign) and name in (t.id for t in item.targets if isinstance(t, ast.Name)):
-            return _allowed(item.value, module, depth + 1)
-    return None
-
-
-def _either(items: list[ast.expr], module: ast.Module, depth: int) -> Kinds | None:
-    every = [_allowed(item, module, depth) for item in items]
-    return None if any(kinds is None for kinds in every) else frozenset().union(*(kinds for kinds in every if kinds))
-
-
-def _last(node: ast.expr) -> str:
-    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+def _fits(value: Any, kind: Any) -> bool:
+    if not isinstance(kind, type):
+        return str(value) == str(kind)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind in (list, dict):
+        return isinstance(value, list | tuple if kind is list else Mapping)
+    return type(value) is kind

@@ -13,7 +13,6 @@ What other libraries compute under these names is in `compat` (`metrics.compat`)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,7 +204,9 @@ def worst(a: Array, first_seen: Any) -> float:
 
 
 def summary(record: Mapping[str, Any]) -> dict[str, float]:
-    """Every number of one record that its counts allow, by name. Optional parts that are absent or malformed add nothing."""
+    """Every number of one record that its counts allow, by name. Optional parts that are absent add nothing; malformed ones
+    are no record (`faults.fault`) and raise here.
+    """
     if not isinstance(record.get("correct"), list):
         return row_metrics.summary(record)
     n, first = np.asarray(record["n"], np.float64), np.asarray(record["first_seen"])
@@ -222,7 +223,7 @@ def summary(record: Mapping[str, Any]) -> dict[str, float]:
     if isinstance(record.get("correct_top5"), list):
         values["last_top5_micro"] = last_micro(accuracy(record["correct_top5"], n), n, first)
     for part in (calibration, confusion, stability, row_metrics.summary):
-        with np.errstate(all="ignore"), suppress(LookupError, TypeError, ValueError, ArithmeticError, AttributeError):
+        with np.errstate(all="ignore"):
             values |= part(record)
     return values
 
@@ -260,7 +261,8 @@ def confusion(record: Mapping[str, Any]) -> dict[str, float]:
     tables, first = record.get("task_confusion") or (), np.asarray(record["first_seen"])
     steps = (record.get("scenario") or {}).get("experiences") or [{"classes": row} for row in record.get("eval_classes") or ()]
     brought = {c: i for i, step in reversed(list(enumerate(steps))) for c in step["classes"]}
-    if not tables or any(brought[c] != i for i, row in zip(first, record["eval_classes"], strict=True) for c in row):
+    sets = record.get("eval_classes") or ()
+    if not tables or not sets or any(brought.get(c) != i for i, row in zip(first, sets, strict=True) for c in row):
         return {}
     size, each = len(tables), np.arange(len(tables))
     empty, at = [0] * size, each[:, None]

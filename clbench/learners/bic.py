@@ -84,11 +84,11 @@ class Bic:
         model: Backbone,
         runtime: Runtime,
         *,
-        memory: int | None = None,
-        held_out: float = 0.1,
+        memory: int | None = None,  # samples; null: what the scenario's budget allows
+        held_out: float = 0.1,  # share of the memory per class that stage 2 is trained on
         temperature: float = 2.0,
-        double_softmax: bool = False,
-        lr: float = 0.01,
+        double_softmax: bool = False,  # as released: a softmax before the cross-entropy of stage 2
+        lr: float = 0.01,  # head
         backbone_lr: float = 0.001,
         bias_lr: float = 0.01,
         epochs: int | None = None,

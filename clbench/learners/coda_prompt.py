@@ -55,14 +55,14 @@ class CodaPrompt:
         runtime: Runtime,
         *,
         components_per_experience: int = 10,
-        length: int = 8,
+        length: int = 8,  # 4 keys and 4 values
         blocks: Sequence[int] | str = "0:5",
-        ortho: float = 0.0,
+        ortho: float = 0.0,  # paper 0.1, released scripts 0
         lr: float = 0.001,
         epochs: int | None = None,
         batch_size: int = 128,
         weight_decay: float = 0.0,
-        schedule: Schedule | None = None,
+        schedule: Schedule | None = None,  # null: the paper's quarter cosine, moved once an epoch
     ):
         if not 1 <= components_per_experience <= model.num_features:
             raise UserError(

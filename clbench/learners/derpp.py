@@ -87,11 +87,11 @@ class DerPP:
         model: Backbone,
         runtime: Runtime,
         *,
-        alpha: float = 0.3,
-        beta: float = 0.5,
-        memory: int | None = None,
-        replay: int | None = None,
-        lr: float = 0.01,
+        alpha: float = 0.3,  # logits
+        beta: float = 0.5,  # labels
+        memory: int | None = None,  # samples; null: what the scenario's budget allows
+        replay: int | None = None,  # size of each draw; null: as many as new ones
+        lr: float = 0.01,  # head
         backbone_lr: float = 0.001,
         epochs: int | None = None,
         batch_size: int = 32,

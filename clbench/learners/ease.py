@@ -67,7 +67,7 @@ class Ease:
         *,
         pet: Factory = adapter,
         alpha: float = 0.1,
-        pretrained_weight: float = 0.0,
+        pretrained_weight: float = 0.0,  # above 0: the bare network is one more subspace (CUB, OmniBenchmark: 1)
         lr: float = 0.025,
         epochs: int | None = None,
         batch_size: int = 48,

@@ -54,11 +54,11 @@ class Ewc(Regularised):
         runtime: Runtime,
         *,
         strength: float = 100.0,
-        fisher: Literal["per_sample", "batch"] = "per_sample",
-        clip_fisher: float = 1e-4,
-        decay: float = 1.0,
+        fisher: Literal["per_sample", "batch"] = "per_sample",  # per_sample | batch (PyCIL's; its strength is 1000)
+        clip_fisher: float = 1e-4,  # of fisher=batch
+        decay: float = 1.0,  # below 1: online EWC
         trainable: Part = "qkv",
-        lr: float = 5e-5,
+        lr: float = 5e-5,  # head
         backbone_lr: float = 5e-5,
         epochs: int | None = None,
         batch_size: int = 128,

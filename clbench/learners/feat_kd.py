@@ -31,7 +31,7 @@ class FeatKd(Regularised):
         *,
         strength: float = 1.0,
         trainable: Part = "qkv",
-        lr: float = 5e-5,
+        lr: float = 5e-5,  # head
         backbone_lr: float = 5e-5,
         epochs: int | None = None,
         batch_size: int = 128,

@@ -115,13 +115,13 @@ class Fecam:
         model: Backbone,
         runtime: Runtime,
         *,
-        variant: Literal["official", "pilot"] = "official",
-        form: Literal["vit", "cnn"] = "vit",
-        gamma1: float | None = None,
-        gamma2: float | None = None,
+        variant: Literal["official", "pilot"] = "official",  # official | pilot (LAMDA-PILOT's, another method)
+        form: Literal["vit", "cnn"] = "vit",  # vit | cnn (square roots of the features, shrunk twice)
+        gamma1: float | None = None,  # null: 1; pilot: 100, absolute
+        gamma2: float | None = None,  # null: 0 (vit), 1 (cnn)
         batch_size: int = 128,
-        train_first: bool = False,
-        epochs: int | None = None,
+        train_first: bool = False,  # true: train the network in experience 0, then freeze it (networks from scratch)
+        epochs: int | None = None,  # of that training
         lr: float = 0.1,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,

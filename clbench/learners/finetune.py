@@ -39,16 +39,16 @@ class Finetune:
         runtime: Runtime,
         *,
         lr: float = 0.01,
-        backbone_lr: float = 0.001,
+        backbone_lr: float = 0.001,  # 0.01 destroys pre-trained ViTs
         masking: Literal["local", "seen", "batch"] = "seen",
-        epochs: int | None = None,
+        epochs: int | None = None,  # null: all that the scenario's budget allows
         batch_size: int = 128,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
         clip: float | None = None,
         accumulate: int = 1,
         schedule: Schedule = constant,
-        pet: Factory = none,
+        pet: Factory = none,  # none: all weights; pet=adapter, lora, ... trains that module alone, at backbone_lr
         head_init: Literal["normal", "kaiming_uniform"] = "normal",
     ):
         self.model, self.runtime, self.masking = model, runtime, masking

@@ -60,11 +60,11 @@ class Icarl:
         model: Backbone,
         runtime: Runtime,
         *,
-        answer: Literal["nme", "linear"] = "nme",
-        memory: int | None = None,
+        answer: Literal["nme", "linear"] = "nme",  # nme | linear; the other is recorded beside it
+        memory: int | None = None,  # samples; null: what the scenario's budget allows
         strength: float = 1.0,
         temperature: float = 2.0,
-        lr: float = 0.01,
+        lr: float = 0.01,  # head
         backbone_lr: float = 0.001,
         epochs: int | None = None,
         batch_size: int = 128,

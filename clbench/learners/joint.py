@@ -39,9 +39,9 @@ class Joint:
         model: Backbone,
         runtime: Runtime,
         *,
-        mode: Literal["full", "probe"] = "full",
+        mode: Literal["full", "probe"] = "full",  # full | probe (frozen backbone)
         lr: float = 0.01,
-        backbone_lr: float = 1e-3,
+        backbone_lr: float = 1e-3,  # 0.01 destroys pre-trained ViTs; a nano ViT on digits wants it
         epochs: int | None = None,
         batch_size: int = 32,
         momentum: float = 0.9,

@@ -37,7 +37,7 @@ class L2Reg(Regularised):
         strength: float = 1.0,
         reference: Literal["previous", "pretrained"] = "previous",
         trainable: Part = "qkv",
-        lr: float = 5e-5,
+        lr: float = 5e-5,  # head
         backbone_lr: float = 5e-5,
         epochs: int | None = None,
         batch_size: int = 128,

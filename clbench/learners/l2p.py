@@ -59,19 +59,19 @@ class L2p:
         model: Backbone,
         runtime: Runtime,
         *,
-        variant: Literal["l2p", "l2p_pp"] = "l2p",
+        variant: Literal["l2p", "l2p_pp"] = "l2p",  # l2p | l2p_pp, see l2p_pp.yaml
         pool: int = 10,
-        length: int = 5,
+        length: int = 5,  # tokens of a prompt
         top_k: int = 5,
-        blocks: Sequence[int] | str | None = None,
+        blocks: Sequence[int] | str | None = None,  # of the prefixes of l2p_pp
         pull: float = 0.1,
-        batchwise_prompt: bool = False,
-        lr: float = 0.001875,
+        batchwise_prompt: bool = False,  # true: the vote of each batch, at test time too; marks the record
+        lr: float = 0.001875,  # 0.03 x batch / 256
         epochs: int | None = None,
         batch_size: int = 16,
         clip: float | None = 1.0,
         weight_decay: float = 0.0,
-        schedule: Schedule | None = constant,
+        schedule: Schedule | None = constant,  # null: the paper's quarter cosine, moved once an epoch
     ):
         if not 1 <= top_k <= pool:
             raise UserError(f"learner.top_k must lie between 1 and learner.pool={pool}, got {top_k}")

@@ -47,10 +47,10 @@ class Lae:
         runtime: Runtime,
         *,
         pet: Factory = adapter,
-        lr: float = 0.0028125,
+        lr: float = 0.0028125,  # 0.03 x batch / 256
         epochs: int | None = None,
         batch_size: int = 24,
-        freeze: float = 0.6,
+        freeze: float = 0.6,  # share of the training, from the second experience on, in which the module stands still
         decay: float = 0.9999,
         weight_decay: float = 0.0,
         schedule: Schedule = constant,

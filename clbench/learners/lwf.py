@@ -28,7 +28,7 @@ class Lwf(Regularised):
         *,
         strength: float = 3.0,
         temperature: float = 2.0,
-        lr: float = 0.01,
+        lr: float = 0.01,  # head
         backbone_lr: float = 0.001,
         epochs: int | None = None,
         batch_size: int = 128,

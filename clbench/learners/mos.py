@@ -88,7 +88,7 @@ class Mos:
         pet: Factory = adapter,
         variant: Literal["paper", "official_effective", "official_raw"] = "official_effective",
         lr: float = 0.03,
-        head_lr: float = 0.1,
+        head_lr: float = 0.1,  # classifier's rate / adapter's rate
         epochs: int | None = None,
         batch_size: int = 48,
         momentum: float = 0.9,
@@ -97,11 +97,11 @@ class Mos:
         merge: float = 0.1,
         orth: float = 0.1,
         ensemble: bool = True,
-        covariance: Literal["full", "diagonal", "multi-centroid"] = "full",
+        covariance: Literal["full", "diagonal", "multi-centroid"] = "full",  # full | diagonal (ImageNet-A) | multi-centroid
         ridge: float = 1e-4,
         align_epochs: int = 30,
         align_lr: float = 0.005,
-        align_samples: int | None = None,
+        align_samples: int | None = None,  # per class and epoch; null: 5 x batch_size
     ):
         tuned = pet(model, runtime)
         if tuned is None or tuned.kind != "adapter":

@@ -68,20 +68,20 @@ class Ovor:
         late_length: int = 20,
         early_blocks: Sequence[int] | str = "0:2",
         late_blocks: Sequence[int] | str = "2:5",
-        outlier_epochs: int = 4,
+        outlier_epochs: int = 4,  # on stored features, beyond `epochs`; 0: OnePrompt alone
         outlier_weight: float = 0.1,
         id_score: float = 15.0,
         outlier_score: float = 3.0,
         neighbours: int = 50,
         boundary: int = 50,
-        candidates: int = 600,
+        candidates: int = 600,  # around each boundary point
         per_class: int = 40,
         noise: float = 0.1,
         lr: float = 0.001,
         epochs: int | None = None,
         batch_size: int = 128,
         weight_decay: float = 0.0,
-        schedule: Schedule | None = None,
+        schedule: Schedule | None = None,  # null: the paper's quarter cosine over both stages, moved once an epoch
     ):
         counts = {"neighbours": neighbours, "boundary": boundary, "candidates": candidates, "per_class": per_class}
         for name, value in counts.items():

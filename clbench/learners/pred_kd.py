@@ -30,7 +30,7 @@ class PredKd(Regularised):
         strength: float = 1.0,
         temperature: float = 2.0,
         trainable: Part = "qkv",
-        lr: float = 5e-5,
+        lr: float = 5e-5,  # head
         backbone_lr: float = 5e-5,
         epochs: int | None = None,
         batch_size: int = 128,

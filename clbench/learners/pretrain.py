@@ -41,7 +41,8 @@ from clbench.training.pretraining.weight_averaging import Average, Averager
 from clbench.training.schedules import constant
 from clbench.training.state import collect, detached, restore
 
-NO_REPLAY, NO_AVERAGE = Replay(), Average()
+NO_REPLAY = Replay()
+NO_AVERAGE = Average()
 PARTS = ("model", "optimizer", "average", "trunk", "places")
 Shares = Callable[[Segment], np.ndarray]
 

@@ -59,8 +59,8 @@ class RanPac:
         runtime: Runtime,
         *,
         pet: Factory = adapter,
-        projection: int = 10_000,
-        ridge: float | None = None,
+        projection: int = 10_000,  # M; 0: none
+        ridge: float | None = None,  # null: chosen in each experience from 1e-8 .. 1e8
         lr: float = 0.01,
         epochs: int | None = None,
         batch_size: int = 48,

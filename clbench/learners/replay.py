@@ -40,11 +40,11 @@ class Replay:
         runtime: Runtime,
         *,
         policy: Literal["reservoir", "balanced", "herding"] = "reservoir",
-        memory: int | None = None,
+        memory: int | None = None,  # samples; null: what the scenario's budget allows
         memory_bytes: int | None = None,
-        replay: int | None = None,
+        replay: int | None = None,  # replayed samples in a batch; null: as many as new ones
         lr: float = 0.01,
-        backbone_lr: float = 0.001,
+        backbone_lr: float = 0.001,  # 0.01 destroys pre-trained ViTs
         epochs: int | None = None,
         batch_size: int = 64,
         momentum: float = 0.9,

@@ -102,12 +102,12 @@ class SeedEnsemble:
         experts: int = 5,
         lr: float = 0.05,
         epochs: int | None = None,
-        finetune_epochs: int | None = None,
+        finetune_epochs: int | None = None,  # null: half of epochs
         batch_size: int = 128,
         momentum: float = 0.9,
-        weight_decay: float = 5e-4,
+        weight_decay: float = 5e-4,  # fine-tuning: 0
         clip: float | None = 1.0,
-        alpha: float = 0.99,
+        alpha: float = 0.99,  # share of the feature distillation
         temperature: float = 3.0,
         schedule: Schedule = DROPS,
     ):

@@ -39,10 +39,10 @@ class SkillIt:
         lr: float = 3e-3,
         schedule: Schedule = constant,
         boundary: Literal["keep", "reset", "reset_moments"] = "reset",
-        updates: int = 10,
-        eta: float = 0.5,
-        window: int = 3,
-        spread: float = 0.0,
+        updates: int = 10,  # of the shares in an experience
+        eta: float = 0.5,  # how strongly the losses move them
+        window: int = 3,  # updates whose losses are summed
+        spread: float = 0.0,  # of the graph: how much the loss of one domain counts for another
         betas: Sequence[float] = (0.9, 0.95),
         weight_decay: float = 0.1,
         clip: float | None = 1.0,

@@ -49,8 +49,8 @@ class Slca:
         model: Backbone,
         runtime: Runtime,
         *,
-        lr: float = 0.01,
-        slow: float = 0.01,
+        lr: float = 0.01,  # head
+        slow: float = 0.01,  # backbone rate / head rate
         epochs: int | None = None,
         batch_size: int = 128,
         momentum: float = 0.9,

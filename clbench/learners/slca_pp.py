@@ -79,16 +79,16 @@ class SlcaPP:
         model: Backbone,
         runtime: Runtime,
         *,
-        lr: float = 0.01,
-        slow: float = 0.1,
-        first_slow: float = 0.5,
-        floor: float = 0.01,
+        lr: float = 0.01,  # head
+        slow: float = 0.1,  # rate of all else / head rate
+        first_slow: float = 0.5,  # the same for the low-rank terms in experience 0
+        floor: float = 0.01,  # rate of all at the end of the cosine / head rate
         epochs: int | None = None,
         batch_size: int = 128,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
-        sce_a: float = 1.0,
-        sce_b: float = 0.1,
+        sce_a: float = 1.0,  # weight of cross-entropy (ImageNet-R and Cars: 0.5)
+        sce_b: float = 0.1,  # and of reverse cross-entropy (0.5)
         rank: int = 4,
         scale: float = 0.8,
         align_epochs: int = 5,

@@ -57,9 +57,9 @@ class WeightAligning:
         model: Backbone,
         runtime: Runtime,
         *,
-        memory: int | None = None,
+        memory: int | None = None,  # samples; null: what the scenario's budget allows
         temperature: float = 2.0,
-        lr: float = 0.01,
+        lr: float = 0.01,  # head
         backbone_lr: float = 0.001,
         epochs: int | None = None,
         batch_size: int = 128,

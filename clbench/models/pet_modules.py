@@ -56,7 +56,7 @@ def adapter(
     learn_scale: bool = False,
     activation: Literal["relu", "gelu"] = "relu",
     dropout: float = 0.1,
-    blocks: Sequence[int] | str | None = None,
+    blocks: Sequence[int] | str | None = None,  # null: all; a list, counted from 0; or a range like "0:5"
 ) -> Pet:
     """Bottleneck x -> s (W_up drop(act(W_down x + b)) + b'), W_down Kaiming, the rest 0: the identity at the start.
 
@@ -91,7 +91,7 @@ def lora(
     runtime: Any,
     *,
     rank: int = 5,
-    targets: Sequence[str] = ("k", "v"),
+    targets: Sequence[str] = ("k", "v"),  # of q, k, v, qkv, proj, fc1, fc2
     scale: float = 1.0,
     learn_scale: bool = False,
     blocks: Sequence[int] | str | None = None,
@@ -124,7 +124,7 @@ def prefix(
     model: Backbone,
     runtime: Any,
     *,
-    length: int | Sequence[int] = 10,
+    length: int | Sequence[int] = 10,  # or one length a block
     blocks: Sequence[int] | str | None = None,
     low: float = 0.0,
     high: float = 0.01,

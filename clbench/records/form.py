@@ -198,7 +198,6 @@ class Record(BaseModel):
     visits: dict[str, Count] = {}
     parameters: dict[str, Count] = {}
     steps: Count | None = None
-    flops: Any = None
     peak_memory_bytes: float | None = None
     stored_bytes: float | None = None
     exemplars: float | None = None

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeGuard
 
 ACCURACY, PROBE = "accuracy", "linear_probe"
 TOKEN_LOSS, IMAGE_LOSS = "token_loss", "reconstruction"
@@ -89,11 +89,11 @@ def _sets(made: dict[str, Any], given: Any) -> list[Row] | None:
     return sets
 
 
-def _is_list(value: Any, size: int) -> bool:
+def _is_list(value: Any, size: int) -> TypeGuard[list[Any]]:
     return isinstance(value, list) and len(value) == size
 
 
-def is_table(value: Any, width: int) -> bool:
+def is_table(value: Any, width: int) -> TypeGuard[list[list[Any]]]:
     """Whether a value is a list of rows with a cell for each of `width` sets."""
     return isinstance(value, list) and all(isinstance(row, list) and len(row) == width for row in value)
 

@@ -14,6 +14,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from clbench.config import defaults
 from clbench.config.signatures import nearest
 from clbench.interfaces import UserError
 from clbench.records import record
@@ -226,7 +227,8 @@ def _changes(node: Mapping[str, Any], conf: pathlib.Path, part: str, name: str) 
 @functools.lru_cache(maxsize=512)
 def _defaults(path: pathlib.Path, stamp: int) -> Mapping[str, Any]:
     """A configuration file as dotted keys, read once for each `stamp`, the time of its last change."""
-    return flat(_read_yaml(path))
+    node = _read_yaml(path)
+    return flat(defaults.filled(node) if path.parent.name in defaults.GROUPS else node)
 
 
 def _alike(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> bool:

@@ -45,7 +45,8 @@ ABOUT: dict[str, str] = {
     "last_macro_high": "its upper end",
     "vs_best": (
         "`last_macro` against the best row of the same scenario and manifest that is neither `reference` nor `legacy`: `best`, "
-        "`worse`, `not distinguishable` (p >= 0.05), `too few seeds` (fewer than 2 shared); empty: not compared"
+        "`worse`, `not distinguishable` (p >= 0.05), `too few seeds` (fewer than 2 shared), "
+        "`no spread` (the same difference on every shared seed: identical runs count once); empty: not compared"
     ),
     "vs_best_p": "p of the paired t-test on shared seeds, adjusted by Holm over the rows that were compared",
     **costs.COLUMNS,

@@ -187,7 +187,8 @@ def _row(match: Match, metric: str, test: str) -> dict[str, Any]:
     chance = {"p_b_better": statistics.improvement(y, x), "p_b_better_low": low, "p_b_better_high": high}
     ratios = {"seconds_ratio": _ratio(runs, ("seconds",)), "bytes_ratio": _ratio(runs, ("stored_bytes", "exemplar_bytes"))}
     known = {"scenario": one.first.scenario, "model": one.first.model, "metric": metric, "differs": "; ".join(differs)}
-    marks = {"lower": lower, "level": pair.level, "seeds": f"A has {_seeds(one)}, B has {_seeds(two)}"}
+    same = all(len(set(group)) == 1 for side in values for group in side)
+    marks = {"lower": lower, "level": pair.level, "identical": same, "seeds": f"A has {_seeds(one)}, B has {_seeds(two)}"}
     return known | names | counted | tested | chance | ratios | marks
 
 
@@ -230,10 +231,10 @@ def _verdict(row: Mapping[str, Any], names: tuple[str, str]) -> str:
     if row["level"] and row["difference"] == 0:
         return "identical"
     gain = -row["difference"] if row["lower"] else row["difference"]
-    what = statistics.verdict(gain, row["p_holm"])
-    if what == "not distinguishable":
-        return what
-    return f"{names[1] if what == 'better' else names[0]} better" + (" (no spread over seeds)" if row["level"] else "")
+    what = statistics.verdict(gain, row["p_holm"], row["level"])
+    if what == "no spread":
+        return "no test: each side's runs are identical" if row["identical"] else "no test: the same difference on every seed"
+    return what if what == "not distinguishable" else f"{names[1] if what == 'better' else names[0]} better"
 
 
 def _tables(full: Sequence[Mapping[str, Any]], title: str, notes: Sequence[str], test: str) -> list[Table]:

@@ -20,7 +20,6 @@ COLUMNS: dict[str, str] = {
     "visits_new_mean": "training visits to samples of the current experience",
     "visits_replayed_mean": "training visits to kept samples",
     "steps_mean": "optimiser steps",
-    "flops_mean": "floating-point operations, where the records have them",
 }
 _LARGEST = ("stored_bytes", "exemplars", "exemplar_bytes", "parameters_trained", "parameters_total")
 
@@ -28,7 +27,7 @@ _LARGEST = ("stored_bytes", "exemplars", "exemplar_bytes", "parameters_trained",
 def of(entry: Mapping[str, Any]) -> dict[str, float]:
     """The costs of a finished record by name; what it does not say is left out."""
     seconds = entry.get("seconds") or {}
-    found: dict[str, Any] = {"seconds": seconds.get("total"), "steps": entry.get("steps"), "flops": _total(entry.get("flops"))}
+    found: dict[str, Any] = {"seconds": seconds.get("total"), "steps": entry.get("steps")}
     found |= {f"seconds_{phase}": seconds.get(phase) for phase in PHASES}
     fits = [v for k, v in seconds.items() if k.split(":")[0] == "fit"]
     found["seconds_fit"] = math.fsum(fits) if fits else None
@@ -40,12 +39,6 @@ def of(entry: Mapping[str, Any]) -> dict[str, float]:
         if isinstance(part, Mapping):
             found |= {f"{group}_{name}": part.get(name) for name in names}
     return {k: v for k, v in found.items() if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)}
-
-
-def _total(flops: Any) -> Any:
-    if isinstance(flops, Mapping):
-        return sum(v for v in flops.values() if isinstance(v, int | float)) if flops else None
-    return flops
 
 
 def columns(runs: Sequence[Mapping[str, float]]) -> dict[str, float | None]:

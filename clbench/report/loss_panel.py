@@ -31,9 +31,9 @@ def panels(runs: Sequence[Run]) -> dict[str, Table]:
     for row in board(runs):
         key = (row["scenario"], row["learner"], row["model"], row["variant"], "legacy" in row["marks"].split())
         line: dict[str, Any] = {name: row[name] for name in KNOWN}
-        for name in NAMES:
-            values = [run.values[name] for run in groups[key] if name in run.values]
-            low, high = statistics.bootstrap([values]) or (None, None)
+        every = [[run.values[name] for run in groups[key] if name in run.values] for name in NAMES]
+        for name, values, interval in zip(NAMES, every, statistics.bootstraps([[values] for values in every]), strict=True):
+            low, high = interval or (None, None)
             numbers = zip(("mean", "low", "high"), (mean_std(values)[0], low, high), strict=True)
             line |= {f"{name}_{part}": v for part, v in numbers}
         if row["n_seeds"]:

@@ -75,6 +75,8 @@ def board(runs: Sequence[Run], dead: Sequence[str] = ()) -> list[Row]:
             groups.setdefault((run.scenario, run.learner, run.model, run.variant, run.legacy), []).append(run)
     lost = set(dead)
     made = [(_row(group, lost), group) for group in (sorted(g, key=lambda r: (r.seed, r.run_id)) for g in groups.values())]
+    for (row, _), interval in zip(made, statistics.bootstraps([[_finals(group)] for _, group in made]), strict=True):
+        row["final_loss_low"], row["final_loss_high"] = interval or (None, None)
 
     def order(pair: tuple[Row, list[Run]]) -> tuple:
         row, value = pair[0], pair[0]["final_loss_mean"]
@@ -92,6 +94,11 @@ def board(runs: Sequence[Run], dead: Sequence[str] = ()) -> list[Row]:
     return [row for row, _ in made]
 
 
+def _finals(group: Sequence[Run]) -> list[float]:
+    usable = (run for run in group if run.loss is not None and run.loss["usable"])
+    return [run.values["final_loss"] for run in usable if "final_loss" in run.values]
+
+
 def _row(group: Sequence[Run], dead: set[str]) -> Row:
     first, facts = group[0], group[0].loss or {}
     done = [run for run in group if run.loss is not None and run.loss["usable"]]
@@ -103,9 +110,6 @@ def _row(group: Sequence[Run], dead: set[str]) -> Row:
         row[f"{name}_mean"], row[f"{name}_std"] = mean_std([run.values[name] for run in done if name in run.values])
     for name in numbers_of(name for run in done for name in run.values):
         row[f"{name}_mean"], row[f"{name}_std"] = mean_std([run.values[name] for run in done if name in run.values])
-    final = [run.values["final_loss"] for run in done if "final_loss" in run.values]
-    if final:
-        row["final_loss_low"], row["final_loss_high"] = statistics.bootstrap([final]) or (None, None)
     ledgers = [run.loss["ledger"] for run in done if run.loss is not None]
     for name in (*LEDGER, "flops"):
         column = name if name in ("replay_bytes", "flops") else f"tokens_{name}"

@@ -16,6 +16,7 @@ ROWS = ("scenario", "model", "learner", "variants", "orders", "runs", "mean", "s
 SPLIT = ("order_std", "noise_std", "order_share", "split")
 PAIRS = ("scenario", "model", "a", "b", "pairs", "difference", "low", "high", "p", "p_holm", "p_a_better", "verdict")
 MOST = 2000
+WORDS = {"too few seeds": "not distinguishable: 1 shared seed", "no spread": "no test: the same difference on every seed"}
 THRESHOLDS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 
 
@@ -25,7 +26,7 @@ def tables(runs: Sequence[Run], metric: str | None = None) -> list[Table]:
     `metric` None: `last_macro`, and `final_loss` of pre-training runs.
     """
     groups = [(name, key, side) for name, held in sorted(sides(runs).items()) for key, side in sorted(held.items())]
-    made = [_row(name, side, metric or numbers.headline(side.first)) for name, _, side in groups]
+    made = _rows([(name, side, metric or numbers.headline(side.first)) for name, _, side in groups])
     title = numbers.said(metric, [side.first for _, _, side in groups])
     note = "variance: one-way random effects, class orders are the groups; a negative share of the order is given as 0 and said"
     return [
@@ -50,11 +51,16 @@ def strata(side: Side, metric: str) -> list[list[float]]:
     return [made[stream] for stream in sorted(made)]
 
 
-def _row(name: tuple[str, str, str], side: Side, metric: str) -> dict[str, Any]:
-    groups = strata(side, metric)
+def _rows(sides: Sequence[tuple[tuple[str, str, str], Side, str]]) -> list[dict[str, Any]]:
+    groups = [strata(side, metric) for _, side, metric in sides]
+    intervals = statistics.bootstraps(groups)
+    return [_row(name, side, held, interval) for (name, side, _), held, interval in zip(sides, groups, intervals, strict=True)]
+
+
+def _row(name: tuple[str, str, str], side: Side, groups: list[list[float]], interval: statistics.Interval) -> dict[str, Any]:
     flat = [v for group in groups for v in group]
     mean, std = statistics.mean_std(flat)
-    low, high = statistics.bootstrap(groups) or (None, None)
+    low, high = interval or (None, None)
     split = statistics.variance_split(groups)
     known = {"scenario": name[0], "learner": name[1], "model": name[2], "variants": len({r.variant for r in side.runs})}
     known["learner"] += " (legacy)" if side.first.legacy else ""
@@ -70,6 +76,7 @@ def _pairs(groups: Sequence[tuple[tuple[str, str, str], tuple[str, bool], Side]]
     """All pairs of settings on one scenario and model; Holm over all of them."""
     several = {name for name, count in Counter(name for name, _, _ in groups).items() if count > 1}
     made: list[dict[str, Any]] = []
+    held: list[list[list[float]]] = []
     sizes = Counter((name[0], name[2]) for name, _, _ in groups)
     if sum(n * (n - 1) // 2 for n in sizes.values()) > MOST:
         why = f"more than {MOST} pairs: choose with --scenario, --learner, --where"
@@ -85,17 +92,20 @@ def _pairs(groups: Sequence[tuple[tuple[str, str, str], tuple[str, bool], Side]]
             continue
         streams = sorted({stream for stream, _ in shared})
         x, y = ([[side[k] for k in shared if k[0] == s] for s in streams] for side in have)
-        pair = statistics.paired([[a - b for a, b in zip(*both, strict=True)] for both in zip(x, y, strict=True)])
-        row = {"scenario": name[0], "model": name[2], "pairs": pair.n, "difference": pair.mean, "p": pair.p_t}
-        row |= {"low": pair.low, "high": pair.high, "p_a_better": statistics.improvement(*((y, x) if less else (x, y)))}
-        row["gain"] = None if pair.mean is None else -pair.mean if less else pair.mean
+        held.append([[a - b for a, b in zip(*both, strict=True)] for both in zip(x, y, strict=True)])
+        row = {"scenario": name[0], "model": name[2], "less": less}
+        row |= {"p_a_better": statistics.improvement(*((y, x) if less else (x, y)))}
         labels = (f"{n[1]}@{s.first.variant}" if n in several else n[1] for n, s in ((name, one), (other, two)))
         made.append(row | dict(zip("ab", labels, strict=True)))
+    for row, pair in zip(made, statistics.pairs(held), strict=True):
+        row |= {"pairs": pair.n, "difference": pair.mean, "low": pair.low, "high": pair.high}
+        row |= {"p": pair.p_t, "level": pair.level}
     for row, p in zip(made, statistics.holm([row["p"] for row in made]), strict=True):
-        word = statistics.verdict(row["gain"], p)
+        gain = None if row["difference"] is None else -row["difference"] if row["less"] else row["difference"]
+        word = statistics.verdict(gain, p, row["level"])
         row["p_holm"] = p
         row["verdict"] = {"better": f"{plain(row['a'])} better", "worse": f"{plain(row['b'])} better"}.get(word, word)
-        row["verdict"] = "not distinguishable: 1 shared seed" if word == "too few seeds" else row["verdict"]
+        row["verdict"] = WORDS.get(word, row["verdict"])
     note = f"paired t-test on shared streams and seeds, Holm over {len(made)} pairs; p_a_better = P(A > B) + P(A = B) / 2"
     return Table("pairs", f"{title}: pairs of learners", PAIRS, made, (note,), {"p": 6, "p_holm": 6})
 

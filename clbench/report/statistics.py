@@ -1,14 +1,14 @@
-"""Statistics over runs: pure functions on numbers, with a generator of their own. Nothing here reads a record.
+"""Statistics over runs, by `scipy.stats`: pure functions on numbers. Nothing here reads a record or a global random state.
 
 A *stratum* holds the runs of one class order (one manifest); within it runs differ by training seed. Intervals resample runs
 within their stratum (stratified bootstrap, percentiles), so they speak of the orders at hand and of no others.
+Functions with a plural name answer many questions in one call, as fast as one: those of equal sizes share their resamples.
 Sources: Agarwal et al. 2021 (rliable: interquartile mean, profiles, probability of improvement), Holm 1979, Searle 1971.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +18,10 @@ import numpy as np
 
 Array = np.ndarray
 Strata = Sequence[Sequence[float]]
+Interval = tuple[float, float] | None
 LEVEL = 0.95
 RESAMPLES = 2000
+_BATCH = 200  # resamples in memory at once; a constant, because the draws depend on it
 _EXACT = 14  # up to 2**14 sign patterns are counted one by one
 
 
@@ -35,18 +37,32 @@ def mean_std(values: Sequence[float]) -> tuple[float | None, float | None]:
 
 
 def iqm(values: Any) -> Any:
-    """Interquartile mean along the last axis [..., n] -> [...]: the floor(n / 4) lowest and highest are left out.
+    """Interquartile mean along the last axis [..., n] -> [...]: the floor(n / 4) lowest and highest are left out."""
+    from scipy import stats  # loaded where it is used: it takes as long as the rest of a report of a hundred records
 
-    Whole runs only, as rliable and `scipy.stats.trim_mean(., 0.25)` do it: with fewer than four runs it is the mean.
-    """
-    ordered = np.sort(np.asarray(values, np.float64), axis=-1)
-    cut = ordered.shape[-1] // 4
-    return ordered[..., cut : ordered.shape[-1] - cut].mean(-1)
+    return stats.trim_mean(np.asarray(values, np.float64), 0.25, axis=-1)
+
+
+def iqms(rows: Sequence[Sequence[float]]) -> list[float]:
+    """`iqm` of every row; rows have one value at least."""
+    return _by_shape(rows, len, lambda group, _: iqm(group).tolist())
 
 
 def mean(values: Any) -> Any:
     """Mean along the last axis [..., n] -> [...]."""
     return np.asarray(values, np.float64).mean(-1)
+
+
+def _by_shape(rows: Sequence[Any], shape: Callable[[Any], Any], answer: Callable[[list[Any], Any], Sequence[Any]]) -> list[Any]:
+    """The answers for all rows in their order: `answer(rows of one shape, the shape)` is called once for each shape."""
+    groups: dict[Any, list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(shape(row), []).append(i)
+    out: list[Any] = [None] * len(rows)
+    for key, group in groups.items():
+        for i, found in zip(group, answer([rows[i] for i in group], key), strict=True):
+            out[i] = found
+    return out
 
 
 def merged(strata: Strata) -> list[list[float]]:
@@ -55,107 +71,142 @@ def merged(strata: Strata) -> list[list[float]]:
     return [list(s) for s in strata if len(s) > 1] + ([single] if single else [])
 
 
-def generator(seed: int) -> np.random.Generator:
-    """The own generator: no global state is read or changed."""
-    return np.random.Generator(np.random.PCG64(seed))
+def bootstrap(strata: Strata, statistic: Callable[[Any], Any] = mean, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """95 % percentile interval of a statistic by stratified resampling -> (low, high), or None with fewer than two runs.
 
-
-@functools.lru_cache(maxsize=64)
-def _draws(sizes: tuple[int, ...], resamples: int, seed: int) -> Array:
-    """Indices [R, n] into the runs of all strata one after another: each stratum is drawn from itself, with its own size."""
-    random, start, parts = generator(seed), 0, []
-    for size in sizes:
-        parts.append(start + random.integers(0, size, (resamples, size)))
-        start += size
-    drawn = np.concatenate(parts, axis=1)
-    drawn.setflags(write=False)
-    return drawn
-
-
-def bootstrap(
-    strata: Strata,
-    statistic: Callable[[Any], Any] = mean,
-    *,
-    level: float = LEVEL,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> tuple[float, float] | None:
-    """Percentile interval of a statistic by stratified resampling -> (low, high), or None with fewer than two runs.
-
-    `statistic` maps runs [R, n] to [R]. Values that are not finite must be left out before. The order of the runs is no matter.
+    `statistic` maps runs [..., n] to [...]. Values that are not finite must be left out before. Invariant to the order of runs.
     """
-    kept = merged(strata)
-    values = np.concatenate([np.sort(np.asarray(s, np.float64)) for s in kept]) if kept else np.zeros(0)
-    if len(values) < 2:
-        return None
-    made = statistic(values[_draws(tuple(len(s) for s in kept), resamples, seed)])
-    low, high = np.quantile(made, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return bootstraps([strata], statistic, resamples=resamples, seed=seed)[0]
+
+
+def bootstraps(
+    rows: Sequence[Strata], statistic: Callable[[Any], Any] = mean, *, resamples: int = RESAMPLES, seed: int = 0
+) -> list[Interval]:
+    """`bootstrap` of every row of strata. A row's interval does not depend on the rows beside it."""
+
+    def answer(group: list[list[list[float]]], sizes: tuple[int, ...]) -> Sequence[Interval]:
+        if sum(sizes) < 2:
+            return [None] * len(group)
+        samples = [np.sort(np.array([row[k] for row in group], np.float64), axis=-1) for k in range(len(sizes))]
+        return _intervals(samples, lambda *drawn: statistic(np.concatenate(drawn, axis=-1)), resamples, seed)
+
+    return _by_shape([merged(row) for row in rows], lambda row: tuple(map(len, row)), answer)
+
+
+def _intervals(samples: Sequence[Array], statistic: Callable[..., Any], resamples: int, seed: int) -> list[Interval]:
+    """Percentile intervals of `statistic(*samples)` for samples [G, n_k], each resampled by itself; n_k = 1 stays as it is."""
+    from scipy import stats
+
+    drawn = [k for k, s in enumerate(samples) if s.shape[-1] > 1]
+
+    def of(*parts: Array, axis: int) -> Any:  # [G, R, n_k] each
+        assert axis == -1
+        every = {k: np.broadcast_to(s[:, None], (*parts[0].shape[:-1], 1)) for k, s in enumerate(samples) if k not in drawn}
+        every |= zip(drawn, parts, strict=True)
+        return statistic(*(every[k] for k in range(len(samples))))
+
+    found = stats.bootstrap(
+        [samples[k] for k in drawn],
+        of,
+        n_resamples=resamples,
+        batch=_BATCH,
+        vectorized=True,
+        axis=-1,
+        confidence_level=LEVEL,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return list(zip(np.atleast_1d(found.low).tolist(), np.atleast_1d(found.high).tolist(), strict=True))
 
 
 @dataclass(frozen=True)
 class Paired:
     """Differences of paired runs: number, mean, bootstrap interval, p of the paired t-test and of the sign-flip test.
 
-    `p_t` and `p_flip` are None with fewer than two pairs; `p_least` is the smallest p that flipping that many signs can give.
-    `level` is True where all differences are one and the same number, so that there is no spread to test with.
+    `level`: all differences are one and the same number, as identical runs of deterministic learners give it. They are a single
+    observation then: there is no interval, and no p unless all are zero. Nor is there with fewer than two pairs.
+    `p_least` is the smallest p that flipping so many signs can give.
     """
 
+    differences: tuple[float, ...]
     n: int
     mean: float | None
     low: float | None
     high: float | None
     p_t: float | None
-    p_flip: float | None
     p_least: float | None
     level: bool
 
+    @functools.cached_property
+    def p_flip(self) -> float | None:
+        """The p of the sign-flip test, computed when it is asked for."""
+        return None if self.p_t is None else sign_flip(self.differences)
 
-def paired(strata: Strata, *, seed: int = 0) -> Paired:
-    """Two-sided tests of differences (one list per stratum) against zero; all pairs weigh the same.
 
-    The t-test is that of `scipy.stats.ttest_1samp`. Without any spread it has no answer: then p is 1 for differences of zero
-    and 0 otherwise, and `level` says so. The sign-flip test is exact up to 14 pairs, and drawn 20,000 times from there on.
-    """
-    flat = np.array([v for s in strata for v in s], np.float64)
-    n = len(flat)
-    if n == 0:
-        return Paired(0, None, None, None, None, None, None, False)
-    centre, p = t_test(flat.tolist())
-    if n == 1:
-        return Paired(1, centre, None, None, None, None, None, False)
-    low, high = bootstrap(strata, seed=seed) or (None, None)
-    level = bool(np.ptp(flat) <= 1e-12 * max(1.0, float(np.abs(flat).max())))
-    return Paired(n, centre, low, high, p, sign_flip(flat, seed=seed), min(1.0, 2.0 ** (1 - n)), level)
+def paired(strata: Strata) -> Paired:
+    """Two-sided tests of differences (one list per stratum) against zero; all pairs weigh the same."""
+    return pairs([strata])[0]
+
+
+def pairs(rows: Sequence[Strata]) -> list[Paired]:
+    """`paired` of every row of strata."""
+    flat = [tuple(float(v) for s in strata for v in s) for strata in rows]
+    made = []
+    for d, (centre, p), interval in zip(flat, t_tests(flat), bootstraps(rows), strict=True):
+        level = len(d) > 1 and is_level(d)
+        low, high = (None, None) if interval is None or level else interval
+        made.append(Paired(d, len(d), centre, low, high, p, min(1.0, 2.0 ** (1 - len(d))) if len(d) > 1 else None, level))
+    return made
+
+
+def is_level(differences: Sequence[float]) -> bool:
+    """Whether all differences are one and the same number, up to rounding."""
+    return max(differences) - min(differences) <= 1e-12 * max(1.0, *map(abs, differences))
 
 
 def t_test(differences: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean of paired differences and two-sided p of the paired t-test -> (mean, p); p is None with fewer than two.
+    """Mean of paired differences and two-sided p of the paired t-test -> (mean, p).
 
-    Without any spread p is 1 for differences of zero and 0 otherwise.
+    p is None with fewer than two differences, and where they are all the same, which is no spread to test with, however many
+    they are; but 1 where all are zero.
     """
-    mean, std = mean_std(differences)
-    if mean is None or std is None:
-        return mean, None
-    if std <= 1e-12 * max(1.0, abs(mean)):
-        return mean, 1.0 if abs(mean) <= 1e-12 else 0.0
-    from scipy import special  # `scipy.stats` gives the same number after a second of imports
-
-    return mean, float(2 * special.stdtr(len(differences) - 1, -abs(mean) / (std / math.sqrt(len(differences)))))
+    return t_tests([differences])[0]
 
 
-def verdict(mean: float | None, p: float | None, alpha: float = 0.05) -> str:
-    """What a difference with an (adjusted) p says: `better`, `worse`, `not distinguishable` or `too few seeds`."""
+def t_tests(rows: Sequence[Sequence[float]]) -> list[tuple[float | None, float | None]]:
+    """`t_test` of every row."""
+
+    def kind(row: Sequence[float]) -> tuple[int, bool]:
+        return len(row), len(row) > 1 and not is_level(row)
+
+    def answer(group: list[Sequence[float]], shape: tuple[int, bool]) -> Sequence[float | None]:
+        n, spread = shape
+        if not spread:
+            return [1.0 if n > 1 and max(map(abs, row)) <= 1e-12 else None for row in group]
+        from scipy import stats
+
+        _, p = stats.ttest_1samp(np.array(group, np.float64), 0.0, axis=-1)
+        return np.asarray(p).tolist()
+
+    return list(zip((mean_std(row)[0] for row in rows), _by_shape(rows, kind, answer), strict=True))
+
+
+def verdict(mean: float | None, p: float | None, level: bool = False, alpha: float = 0.05) -> str:
+    """What a difference with an (adjusted) p says: `better`, `worse`, `not distinguishable`, `too few seeds` or `no spread`.
+
+    The last where the difference is the same on every shared seed (`level`) and not zero: nothing can be tested.
+    """
     if mean is None or p is None:
-        return "too few seeds"
+        return "no spread" if level else "too few seeds"
     return "not distinguishable" if p >= alpha else "better" if mean > 0 else "worse"
 
 
-LETTERS = {"best": "*", "not distinguishable": "=", "too few seeds": "?", "better": "+"}
+LETTERS = {"best": "*", "not distinguishable": "=", "too few seeds": "?", "no spread": "!", "better": "+"}
 LEGEND = {
     "best": "best mean on its stream among contenders",
     "not distinguishable": "not distinguishable from it on shared seeds (paired t-test, Holm-adjusted p >= 0.05)",
     "too few seeds": "cannot be told: fewer than two seeds shared with it",
+    "no spread": "cannot be told: the same difference on every shared seed; identical runs (deterministic learners) count once",
 }
 
 
@@ -174,28 +225,35 @@ def against_best(field: Sequence[tuple[dict[str, Any], Sequence[Any]]], metric: 
     best, best_runs = max(field, key=lambda pair: sign * pair[0][f"{metric}_mean"])
     others = [(row, runs) for row, runs in field if row is not best]
     base = {run.seed: run.values[metric] for run in best_runs if metric in run.values}
-    tests = []
-    for _, runs in others:
-        tests.append(t_test([sign * (r.values[metric] - base[r.seed]) for r in runs if r.seed in base and metric in r.values]))
+    found = [
+        [sign * (r.values[metric] - base[r.seed]) for r in runs if r.seed in base and metric in r.values] for _, runs in others
+    ]
+    tests = t_tests(found)
     best["vs_best"] = "best"
-    for (row, _), (mean, _), p in zip(others, tests, holm([p for _, p in tests]), strict=True):
+    for (row, _), d, (mean, _), p in zip(others, found, tests, holm([p for _, p in tests]), strict=True):
         row["vs_best_p"] = p
-        row["vs_best"] = verdict(mean, p)
+        row["vs_best"] = verdict(mean, p, len(d) > 1 and is_level(d))
 
 
-def sign_flip(differences: Any, *, seed: int = 0, draws: int = 20_000) -> float:
+def sign_flip(differences: Sequence[float], *, seed: int = 0, draws: int = 20_000) -> float:
     """Two-sided p of a sign-flip permutation test of the mean [n]: the share of sign patterns with a mean as far from zero.
 
-    Exact (every pattern) up to 14 differences; beyond, `draws` random patterns with the observed one counted in.
+    Exact (every pattern) up to 14 differences; beyond, `draws` random patterns with the observed one counted in. Means that are
+    equal up to rounding (12 digits of the largest difference) count as equal.
     """
+    from scipy import stats
+
     d = np.asarray(differences, np.float64)
-    n = len(d)
-    seen = abs(d.sum()) * (1 - 1e-12) - 1e-15
-    if n <= _EXACT:
-        signs = np.array(list(itertools.product((1.0, -1.0), repeat=n)))
-        return float((np.abs(signs @ d) >= seen).mean())
-    signs = generator(seed).choice((-1.0, 1.0), (draws, n))
-    return float(((np.abs(signs @ d) >= seen).sum() + 1) / (draws + 1))
+    largest = np.abs(d).max()
+    if largest == 0:
+        return 1.0
+
+    def statistic(x: Array, axis: int) -> Any:
+        return np.abs(x.mean(axis=axis)).round(12)
+
+    count, rng = np.inf if len(d) <= _EXACT else draws, np.random.default_rng(seed)
+    options: dict[str, Any] = {"permutation_type": "samples", "alternative": "greater", "n_resamples": count, "rng": rng}
+    return float(stats.permutation_test((d / largest,), statistic, vectorized=True, batch=4096, **options).pvalue)
 
 
 def holm(ps: Sequence[float | None]) -> list[float | None]:
@@ -223,22 +281,19 @@ def _above(a: Array, b: Array) -> Any:
     return ((gap > 0) + 0.5 * (gap == 0)).mean((-1, -2))
 
 
-def improvement_interval(
-    x: Strata, y: Strata, *, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[float, float] | None:
-    """Bootstrap percentile interval of `improvement`: runs of both sides are drawn anew within each stratum.
+def improvement_interval(x: Strata, y: Strata, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """95 % bootstrap percentile interval of `improvement`: runs of both sides are drawn anew within each stratum.
 
     None where no stratum has two runs on a side: there is nothing to draw from.
     """
-    random, parts = generator(seed), []
-    pairs = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in zip(x, y, strict=True) if len(a) and len(b)]
-    if not any(max(len(a), len(b)) > 1 for a, b in pairs):
+    sides = [side for both in zip(x, y, strict=True) if all(map(len, both)) for side in both]
+    if not any(len(side) > 1 for side in sides):
         return None
-    for a, b in pairs:
-        drawn = [v[random.integers(0, len(v), (resamples, len(v)))] for v in (a, b)]
-        parts.append(_above(*drawn))
-    low, high = np.quantile(np.mean(parts, axis=0), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+
+    def statistic(*drawn: Array) -> Any:
+        return np.mean([_above(a, b) for a, b in zip(drawn[::2], drawn[1::2], strict=True)], axis=0)
+
+    return _intervals([np.array([side], np.float64) for side in sides], statistic, resamples, seed)[0]
 
 
 def profile(scores: Mapping[str, Sequence[float]], thresholds: Sequence[float]) -> list[float]:

@@ -36,6 +36,7 @@ def board(runs: Sequence[Run], dead: Sequence[str] = ()) -> list[Row]:
     lost = set(dead)
     groups = {key: sorted(group, key=lambda r: (r.seed, r.run_id)) for key, group in groups.items()}
     made = [(_row(group, lost), group) for group in groups.values()]
+    _spread([row for row, _ in made], [_finals(group) for _, group in made])
 
     def order(pair: tuple[Row, list[Run]]) -> tuple:
         row = pair[0]
@@ -66,10 +67,6 @@ def _row(group: Sequence[Run], dead: set[str]) -> Row:
         row |= {f"{name}_mean": mean} | ({f"{name}_std": std} if name in SHOWN else {})
     row |= costs.columns([run.costs for run in done])
     row |= others(done)
-    last = [run.values["last_macro"] for run in done if "last_macro" in run.values]
-    if last:
-        row["last_macro_iqm"] = float(statistics.iqm(last))
-        row["last_macro_low"], row["last_macro_high"] = statistics.bootstrap([last]) or (None, None)
     row["failed"] = sum(run.status == "failed" for run in group)
     row["dead"] = sum(run.run_id in dead for run in group)
     row["running"] = sum(run.status == "running" for run in group) - row["dead"]
@@ -82,6 +79,19 @@ def others(done: Sequence[Run]) -> Row:
     for name in numbers_of(name for run in done for name in run.values):
         row[f"{name}_mean"], row[f"{name}_std"] = mean_std([run.values[name] for run in done if name in run.values])
     return row
+
+
+def _finals(group: Sequence[Run]) -> list[float]:
+    return [run.values["last_macro"] for run in group if run.status == "ok" and "last_macro" in run.values]
+
+
+def _spread(made: Sequence[Row], finals: Sequence[list[float]]) -> None:
+    """Interquartile mean and interval of `last_macro` of every row that has a result."""
+    known = [(row, values) for row, values in zip(made, finals, strict=True) if values]
+    middles, intervals = statistics.iqms([v for _, v in known]), statistics.bootstraps([[v] for _, v in known])
+    for (row, _), middle, interval in zip(known, middles, intervals, strict=True):
+        row["last_macro_iqm"] = middle
+        row["last_macro_low"], row["last_macro_high"] = interval or (None, None)
 
 
 def _fronts(field: Sequence[Row]) -> None:

@@ -121,9 +121,9 @@ def rex(place: Place, *, warmup: float = 0.0, beta: float = 0.5) -> float:
 def power(
     place: Place,
     *,
-    batch: int,
-    context: int,
-    peak: float = 0.02,
+    batch: int,  # sequences in a step
+    context: int,  # tokens in a sequence
+    peak: float = 0.02,  # the learner's base rate
     a: float = 4.0,
     b: float = -0.51,
     warmup: float = 0.01,

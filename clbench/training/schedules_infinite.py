@@ -46,11 +46,11 @@ def wsd(
     place: Place,
     *,
     warmup: float = 0.01,
-    anneal: float = 0.2,
+    anneal: float = 0.2,  # what is annealed; the branch
     shape: Anneal = "sqrt",
     end: float = 0.0,
-    rewarm: bool = False,
-    periods: int = 1,
+    rewarm: bool = False,  # warm up in later experiences too
+    periods: int = 1,  # anneals in each experience
 ) -> float:
     """Warm-up, stable, decay (Hu et al. 2024, arXiv 2404.06395): 1, then in the last `anneal` share of a period down to `end`.
 
@@ -87,12 +87,12 @@ def infinite(
     place: Place,
     *,
     warmup: float = 0.01,
-    cooldown: float = 0.6,
+    cooldown: float = 0.6,  # share at which the cool-down of the first experience ends
     constant: float = 0.55,
-    anneal: float = 0.15,
+    anneal: float = 0.15,  # what is annealed; the branch
     end: float = 0.1,
-    shape: CoolDown = "cosine",
-    scale: float = 10.0,
+    shape: CoolDown = "cosine",  # of the cool-down: cosine | inverse_sqrt | linear
+    scale: float = 10.0,  # of inverse_sqrt
 ) -> float:
     """Infinite schedule (Ibrahim et al. 2024, arXiv 2403.08763): warm-up, cool-down, constant phase, exponential anneal.
 

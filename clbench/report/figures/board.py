@@ -68,7 +68,8 @@ def _ink(line: Line) -> str:
 
 
 def _fill(line: Line) -> str:
-    return "white" if line.reference or line.row["vs_best"] in ("not distinguishable", "too few seeds") else _ink(line)
+    hollow = ("not distinguishable", "too few seeds", "no spread")
+    return "white" if line.reference or line.row["vs_best"] in hollow else _ink(line)
 
 
 def _key(axes: Axes, lines: Sequence[Line]) -> None:
@@ -79,6 +80,7 @@ def _key(axes: Axes, lines: Sequence[Line]) -> None:
         ("not distinguishable", COLOURS[1], "o", "white", "not distinguishable from it (paired t, Holm)"),
         ("worse", COLOURS[0], "o", COLOURS[0], "worse"),
         ("too few seeds", COLOURS[0], "o", "white", "too few shared seeds to tell"),
+        ("no spread", COLOURS[0], "o", "white", "same difference on every seed: cannot be told"),
         ("reference", INK, "s", "white", "reference"),
     )
     for name, ink, mark, fill, label in words:

@@ -26,6 +26,7 @@ function judge(a, b) {
   if (D.stream[a.i] !== D.stream[b.i]) return { ...out, kind: 'unknown', pairs: [], verdict: 'Not comparable: the rows come from different streams (other samples, classes or order), so no difference is tested.' };
   if (a.legacy || b.legacy) return { ...out, kind: 'unknown', verdict: 'No verdict: a legacy row holds numbers of other code.' };
   if (pairs.length < 2) return { ...out, kind: 'unknown', verdict: `Cannot be told: ${pairs.length ? 'one seed is' : 'no seeds are'} shared, two are the least.` };
+  if (!has(test.p)) return { ...out, kind: 'unknown', verdict: 'Cannot be told: the difference is the same on every shared seed, and identical runs count once.' };
   if (test.p >= 0.05) return { ...out, kind: 'same', verdict: test.level ? 'Identical on all shared seeds.' : 'Not distinguishable on shared seeds.' };
   const winner = test.mean > 0 ? b : a;
   const strict = adjusted(a, b);

@@ -9,7 +9,7 @@ const PRECOLUMNS = [
   { name: 'Learner', of: (r) => r.learner.toLowerCase(), word: true, show: (r) => preLink(r, briefly(r.learner, 32)) },
   { name: 'Replay', of: (r) => r.replay, show: (r) => (has(r.replay) ? `${general(100 * r.replay)}\u2009%` : NONE) },
   { name: 'Final loss', hint: 'final_loss', of: (r) => r.of('final_loss'), show: (r) => [el('b', {}, nats(r.of('final_loss'))), has(r.low) ? el('small', { class: 'std' }, ` ${nats(r.low, 3)}\u2013${nats(r.high, 3)}`) : null] },
-  { name: 'Against best', of: (r) => ({ best: 0, 'not distinguishable': 1, 'too few seeds': 2, worse: 3 }[r.vs] ?? null), show: (r) => verdictCell(r) },
+  { name: 'Against best', of: (r) => ({ best: 0, 'not distinguishable': 1, 'too few seeds': 2, 'no spread': 2, worse: 3 }[r.vs] ?? null), show: (r) => verdictCell(r) },
   ...[['Old sets', 'retained_loss'], ['Newest set', 'newest_loss'], ['Forgetting', 'forgetting_after'], ['Regret', 'regret'], ['Gap depth', 'gap_depth'], ['Recovery', 'recovery_ratio'], ['Anneal gain', 'anneal_gain_new'], ['Bits per byte', 'final_bpb']].map(([name, key]) => ({ name, hint: key, of: (r) => r.of(key), show: (r) => [nats(r.of(key), 3), has(r.std(key)) ? el('small', { class: 'std' }, `\u00a0\u00b1\u00a0${nats(r.std(key), 3)}`) : null] })),
   { name: 'Tokens', of: (r) => trained(r), show: (r) => amount(trained(r)) },
   { name: 'Time', of: (r) => r.seconds, show: (r) => duration(r.seconds) },
@@ -26,13 +26,13 @@ function preBoard() {
     const rows = PRE.filter((r) => r.place === place);
     const top = rows.find((r) => r.vs === 'best');
     const same = rows.filter((r) => r.vs === 'not distinguishable');
-    const unknown = rows.filter((r) => r.vs === 'too few seeds');
+    const unknown = rows.filter((r) => r.vs === 'too few seeds' || r.vs === 'no spread');
     const floor = stream.floors.every(has) ? ` Floor (exact entropy): ${nats(average(stream.floors))}.` : '';
     byId('pre-streams').append(
       el('article', {},
         el('div', { class: 'headline' }, el('h3', {}, el('bdi', {}, briefly(preName(stream), 60))), el('button', { type: 'button', class: 'small', onclick: () => download(`${fileName('losses', stream.scenario)}.csv`, 'text/csv', preCsv(rows)) }, 'CSV')),
         el('p', { class: 'quiet' }, `${plural(stream.sets.length, 'set')}, ${whole(stream.n.reduce((a, b) => a + b, 0))} ${stream.unit} evaluated before and after each experience.${floor}`),
-        top ? el('p', {}, 'Lowest final loss: ', preLink(top), ` ${nats(top.of('final_loss'))}.`, same.length ? [' Not distinguishable from it on shared seeds: ', same.slice(0, 6).flatMap((r, k) => [k ? ', ' : '', preLink(r)]), same.length > 6 ? ` and ${same.length - 6} more` : '', '.'] : null, unknown.length ? ` Too few shared seeds to tell: ${plural(unknown.length, 'row')}.` : null) : null,
+        top ? el('p', {}, 'Lowest final loss: ', preLink(top), ` ${nats(top.of('final_loss'))}.`, same.length ? [' Not distinguishable from it on shared seeds: ', same.slice(0, 6).flatMap((r, k) => [k ? ', ' : '', preLink(r)]), same.length > 6 ? ` and ${same.length - 6} more` : '', '.'] : null, unknown.length ? ` Too few shared seeds, or no spread over them, to tell: ${plural(unknown.length, 'row')}.` : null) : null,
         preTable(rows, stream),
         el('div', { class: 'figures' }, tradeFigure(rows, stream))));
   });

@@ -22,13 +22,13 @@ function spread(values) {
   const mean = average(known);
   return Math.sqrt(known.reduce((sum, v) => sum + (v - mean) ** 2, 0) / (known.length - 1));
 }
-// Differences -> mean, 95 % t interval, two-sided p; without any spread p is 1 for zero and 0 otherwise.
+// Differences -> mean, 95 % t interval, two-sided p; without any spread nothing can be tested: p is 1 for zero and null otherwise.
 function paired(differences) {
   const n = differences.length;
   const mean = average(differences);
   if (n < 2) return { n, mean, low: null, high: null, p: null };
   const std = spread(differences);
-  if (std <= 1e-12 * Math.max(1, Math.abs(mean))) return { n, mean, low: mean, high: mean, p: Math.abs(mean) <= 1e-12 ? 1 : 0, level: true };
+  if (std <= 1e-12 * Math.max(1, Math.abs(mean))) return { n, mean, low: null, high: null, p: Math.abs(mean) <= 1e-12 ? 1 : null, level: true };
   const error = std / Math.sqrt(n);
   const half = tQuantile(n - 1) * error;
   return { n, mean, low: mean - half, high: mean + half, p: tTail(mean / error, n - 1) };

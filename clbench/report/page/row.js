@@ -12,6 +12,7 @@ function showRow(row) {
     'not distinguishable': ['Not distinguishable from the best, ', top ? link(top, label(top)) : '', `, on shared seeds (p = ${pvalue(row.p)}, paired t-test, Holm).`],
     worse: ['Worse than the best, ', top ? link(top, label(top)) : '', `, on shared seeds (p = ${pvalue(row.p)}, paired t-test, Holm).`],
     'too few seeds': ['Cannot be told from the best, ', top ? link(top, label(top)) : '', ': fewer than two seeds are shared.'],
+    'no spread': ['Cannot be told from the best, ', top ? link(top, label(top)) : '', ': the difference is the same on every shared seed, and identical runs count once.'],
   }[row.vs] || 'No result to compare.';
   main.replaceChildren(
     el('p', { class: 'back' }, el('a', { href: '#' }, '\u2190 All rows')),

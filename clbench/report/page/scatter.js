@@ -4,7 +4,6 @@ const COSTS_SHOWN = [
   { id: 'held', name: 'bytes held at the end', of: (r) => r.held, show: bytes },
   { id: 'memory', name: 'peak memory', of: (r) => (has(r.memory) ? r.memory * 1e6 : null), show: bytes },
   { id: 'trained', name: 'parameters trained', of: (r) => column('parameters_trained', r.i), show: amount },
-  { id: 'flops', name: 'floating-point operations', of: (r) => column('flops_mean', r.i), show: amount },
 ];
 // Rows that no other row beats: none is as cheap and as good, and better in one of them.
 function front(rows, cost) {

@@ -1,10 +1,10 @@
 // The leaderboard: sorting by several columns, filters, a choice of columns, CSV.
 const PAGE = 200;
-const VERDICTS = { best: ['best', 'best'], 'not distinguishable': ['not distinguishable', 'same'], 'too few seeds': ['too few seeds', 'unknown'], worse: ['worse', 'worse'] };
+const VERDICTS = { best: ['best', 'best'], 'not distinguishable': ['not distinguishable', 'same'], 'too few seeds': ['too few seeds', 'unknown'], 'no spread': ['no spread', 'unknown'], worse: ['worse', 'worse'] };
 const COLUMNS = [
   { id: 'learner', name: 'Learner', of: (r) => r.learner.toLowerCase(), word: true, fixed: true },
   { id: 'last', name: 'Last accuracy', hint: 'last_macro_mean', of: (r) => r.mean, show: (r) => accuracyCell(r), down: true },
-  { id: 'vs', name: 'Against best', hint: 'vs_best', of: (r) => ({ best: 0, 'not distinguishable': 1, 'too few seeds': 2, worse: 3 }[r.vs] ?? null), show: (r) => verdictCell(r) },
+  { id: 'vs', name: 'Against best', hint: 'vs_best', of: (r) => ({ best: 0, 'not distinguishable': 1, 'too few seeds': 2, 'no spread': 2, worse: 3 }[r.vs] ?? null), show: (r) => verdictCell(r) },
   { id: 'step', name: 'Average', hint: 'step_macro_mean', of: (r) => column('step_macro_mean', r.i), show: (r) => pair(r, 'step_macro'), down: true },
   { id: 'forgetting', name: 'Forgetting', hint: 'forgetting_mean', of: (r) => column('forgetting_mean', r.i), show: (r) => pair(r, 'forgetting') },
   { id: 'seeds', name: 'Seeds', hint: 'n_seeds', of: (r) => r.n, show: (r) => seedCell(r), down: true },
@@ -15,7 +15,7 @@ const COLUMNS = [
   { id: 'scenario', name: 'Scenario', of: (r) => r.scenario.toLowerCase(), word: true, show: (r) => el('bdi', { class: 'clip', title: r.scenario }, streamName(r.stream)) },
 ];
 const LISTED = new Set(['last_macro_mean', 'step_macro_mean', 'forgetting_mean', 'n_seeds', 'seconds_mean', 'stored_bytes', 'peak_memory_mb_mean', 'last_macro_low', 'last_macro_high', 'last_macro_std', 'step_macro_std', 'forgetting_std', 'vs_best', 'vs_best_p', 'pareto_bytes', 'pareto_seconds', 'failed', 'dead', 'running']);
-const COSTS = /^(seconds|peak|stored|exemplar|parameters|passes|visits|steps|flops)/;
+const COSTS = /^(seconds|peak|stored|exemplar|parameters|passes|visits|steps)/;
 const EXTRA = Object.keys(D.columns).filter((name) => !LISTED.has(name) && !name.endsWith('_std')).map((name) => ({
   id: name, name: name.replace(/_mean$/, ''), hint: name, extra: true, of: (r) => column(name, r.i),
   show: (r) => { const v = column(name, r.i); return !has(v) ? NONE : name.startsWith('seconds') ? duration(v) : name.endsWith('bytes') ? bytes(v) : COSTS.test(name) ? amount(v) : /nll|brier/.test(name) ? fixed(v, 3) : per(v); },
