@@ -133,7 +133,7 @@ def behaviour() -> dict[str, str]:
 
 def register() -> None:
     """Have Hydra find the plug-ins' folders, and read all files with their targets' defaults filled in."""
-    from clbench import search_path
+    from clbench.config import search_path
 
     search_path.register()
 
