@@ -80,7 +80,7 @@ class DarkBatches:
 class DerPP:
     """State: backbone, head, memory, the logits of its samples [M, K] (NaN where a class was not known)."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(stores_exemplars=True, needs_random_access=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(stores_exemplars=True, needs_random_access=True, anytime=True)
 
     def __init__(
         self,

@@ -46,7 +46,7 @@ from clbench.training.state import collect
 class Ewc(Regularised):
     """State: backbone, head, the Fisher information so far (empty before the first experience)."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(needs_random_access=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(needs_random_access=True, anytime=True)
 
     def __init__(
         self,

@@ -31,7 +31,7 @@ from clbench.training.state import collect, groups_of, restore
 class Finetune:
     """Train everything on the newest experience. State: backbone and head."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities()
+    capabilities: ClassVar[Capabilities] = Capabilities(anytime=True)
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ from clbench.training.state import collect, detached, groups_of, restore
 class Joint:
     """Train on everything seen, from the start, after each experience. State: backbone and head."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(stores_all_data=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(stores_all_data=True, anytime=True)
 
     def __init__(
         self,

@@ -33,7 +33,7 @@ Penalty = Callable[[Batch, Tensor, Tensor], Tensor]  # batch, features [B, D], l
 class Regularised(ABC):
     """A learner but for its penalty. State: backbone and head (what the penalty compares with is made of them)."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities()
+    capabilities: ClassVar[Capabilities] = Capabilities(anytime=True)
 
     def __init__(
         self,

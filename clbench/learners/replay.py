@@ -32,7 +32,7 @@ from clbench.training.state import collect, groups_of, restore
 class Replay:
     """Train everything on new and remembered samples. State: backbone, head, memory."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(stores_exemplars=True, needs_random_access=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(stores_exemplars=True, needs_random_access=True, anytime=True)
 
     def __init__(
         self,
