@@ -268,6 +268,8 @@ def test_stability_by_hand():
         {"stability": 5},
         {"eval_classes": [[0]]},
         {"scenario": {"name": "s", "experiences": [{"classes": 3}]}},
+        {"scenario": {"name": "s", "experiences": [5, {"classes": [0]}]}},
+        {"scenario": {"name": "s", "experiences": "no"}},
     ],
 )
 def test_a_record_with_damaged_optional_parts_is_none(damage):

@@ -145,7 +145,7 @@ def _words(error: ValidationError, found: Any) -> str:
     if top in _SENTENCES:
         return _SENTENCES[top]
     if place == "status" and isinstance(value, str):
-        return f"status {value[:40]!r} is none of {first['ctx']['expected']}"
+        return f"status {value[:40]!r} is none of {first['ctx']['expected']}"  # type: ignore[typeddict-item]
     if place == "run_id" and isinstance(value, str):
         return f"run_id {value[:40]!r} is not 16 hex digits"
     context = first.get("ctx", {})
