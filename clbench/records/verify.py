@@ -17,6 +17,8 @@ from typing import Any
 from clbench.evaluation import metrics
 from clbench.interfaces import UserError
 from clbench.records import loss_facts, record, verify_artifacts, verify_losses, verify_rows
+from clbench.records.safe_text import plain
+from clbench.records.variant import variant
 from clbench.records.verify_artifacts import Place
 
 SURE = 87.4  # -log of the least probability that counts: the largest nll of a sample
@@ -49,8 +51,6 @@ def verify(
 
 def line(v: Verdict) -> str:
     """A verdict as one line."""
-    from clbench.report.formats import plain
-
     why = "; ".join([*v.reasons, *(f"note: {note}" for note in v.notes)])
     return f"{v.verdict:<13}  {plain(v.name)}" + (f"  {plain(why)}" if why else "")
 
@@ -283,8 +283,6 @@ class _Groups:
         self.seeds: dict[str, list[int]] = {}
 
     def add(self, entry: Mapping[str, Any]) -> None:
-        from clbench.report.runs import variant
-
         name = f"{entry['scenario']['name']} {entry['learner']['name']} {entry['model']['name']} {variant(entry)}"
         self.seeds.setdefault(name, []).append(entry["seed"])
 

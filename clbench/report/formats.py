@@ -18,10 +18,10 @@ from typing import Any
 
 from clbench.config.signatures import nearest
 from clbench.interfaces import UserError
+from clbench.records.safe_text import plain
 
 FORMS = ("text", "csv", "md", "latex", "html", "json")
 SUFFIXES = {".txt": "text", ".csv": "csv", ".md": "md", ".tex": "latex", ".html": "html", ".htm": "html", ".json": "json"}
-_BIDI = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _ACCENTS = {
     "\u0300": "`",
     "\u0301": "'",
@@ -59,14 +59,6 @@ class Table:
     rows: Sequence[Mapping[str, Any]]
     notes: tuple[str, ...] = ()
     digits: Mapping[str, int] = field(default_factory=dict)
-
-
-def plain(text: Any) -> str:
-    """One line without control characters, broken surrogates and text-direction marks: nothing that a terminal obeys."""
-    word = " ".join(str(text).split())
-    if word.isascii() and word.isprintable():
-        return word
-    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") or c in _BIDI else c for c in word)
 
 
 def safe(text: Any) -> str:

@@ -16,10 +16,9 @@ from clbench.config.signatures import nearest
 from clbench.evaluation import metrics
 from clbench.interfaces import UserError
 from clbench.records import loss_facts, record
+from clbench.records.variant import family, variant, weights_of
 from clbench.report import costs
 from clbench.report.formats import plain
-
-_ORDER = ("order", "order_seed")  # of a scenario's configuration: what makes another class order of the same settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,29 +43,6 @@ class Run:
     loss: Mapping[str, Any] | None = None  # of a pre-training run: `loss_facts.facts_of`
 
 
-def variant(entry: Mapping[str, Any]) -> str:
-    """Short hash of everything but the seed: rows with other settings, streams or weights never mix.
-
-    Random weights (`source` "none") are drawn from the seed, so they do not count: their seeds are one row.
-    """
-    config = {key: value for key, value in entry["config"].items() if key != "seed"}
-    parts = [config, entry["scenario"].get("manifest_sha256"), _weights(entry), entry["numbers_version"]]
-    return record.digest([*parts, entry["learner"].get("plugin")])[:8]
-
-
-def family(entry: Mapping[str, Any]) -> str:
-    """`variant` over all class orders: neither the seed nor `scenario.order` nor the manifest count."""
-    config = {key: value for key, value in entry["config"].items() if key != "seed"}
-    if isinstance(config.get("scenario"), Mapping):
-        config["scenario"] = {key: value for key, value in config["scenario"].items() if key not in _ORDER}
-    return record.digest([config, _weights(entry), entry["numbers_version"], entry["learner"].get("plugin"), "family"])[:8]
-
-
-def _weights(entry: Mapping[str, Any]) -> Any:
-    model = entry["model"]
-    return None if model.get("source") == "none" else model.get("state_sha256")
-
-
 def is_legacy(entry: Mapping[str, Any]) -> bool:
     """Whether other code than this made the numbers: another `numbers_version`, or a record that says so itself."""
     return entry["numbers_version"] != record.numbers_version(entry["config"]) or "legacy" in entry.get("marks", ())
@@ -78,7 +54,7 @@ def boil(entry: Mapping[str, Any], known: dict[str, Any] | None = None) -> Run:
     known = {} if known is None else known
     if name not in known:
         settings = {key: value for key, value in flat(entry["config"]).items() if key != "seed"}
-        settings |= {"numbers_version": entry["numbers_version"], "weights": str(_weights(entry))[:8]}
+        settings |= {"numbers_version": entry["numbers_version"], "weights": str(weights_of(entry))[:8]}
         known[name] = (settings | {"plug-in": entry["learner"].get("plugin")}, family(entry))
     settings, kin = known[name]
     losses = loss_facts.is_loss(entry)
