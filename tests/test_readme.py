@@ -15,8 +15,6 @@ BLOCKS = [
     (m[1].strip().splitlines(), (m[2] or "").split())
     for m in re.finditer(r"```bash\n(.*?)```\n(?:<!-- (.*?) -->)?", TEXT, re.S)
 ]
-
-
 FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```\n", TEXT, re.S))
 
 
