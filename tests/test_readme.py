@@ -1,4 +1,4 @@
-"""Every command that the README shows is run: in one folder, in order, as it stands there."""
+"""Every command that the README shows is run: in one folder, in order, beside the files that it shows, as it stands there."""
 
 import os
 import pathlib
@@ -15,6 +15,7 @@ BLOCKS = [
     (m[1].strip().splitlines(), (m[2] or "").split())
     for m in re.finditer(r"```bash\n(.*?)```\n(?:<!-- (.*?) -->)?", TEXT, re.S)
 ]
+FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```\n", TEXT, re.S))
 
 
 def shell(line, folder, env):
@@ -38,6 +39,8 @@ def test_readme_opens_with_the_two_commands():
 
 def test_commands_run(tmp_path):
     example(tmp_path)
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
     ran = 0
     for lines, needs in BLOCKS:
         if needs:
