@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clbench.config.compose import build, load_target
-from clbench.evaluation import metrics
+from clbench.evaluation import evaluators, metrics
 from clbench.interfaces import Capabilities, UserError, declared, mismatch
 from clbench.models import feature_store
 from clbench.models.precision import set_precision
@@ -134,7 +134,10 @@ def _assemble(config: dict[str, Any], kind: str, device: Any, flags: dict[str, A
     plugin = provenance.plugin_version(config["learner"]["_target_"])
     identity = provenance.identity(config, capabilities)
     run_id = record.run_id(identity, scenario.manifest.sha256, model.identity["state_sha256"], plugin)
-    pipeline = Pipeline(model.profile, device, scenario.augment) if isinstance(scenario, Scenario) else None
+    pipeline = None
+    if isinstance(scenario, Scenario):
+        evaluators.load(scenario.manifest.evaluators, config["scenario"])  # refused before anything is trained
+        pipeline = Pipeline(model.profile, device, scenario.augment)
     return Job(config, run_id, scenario, model, capabilities, pipeline, results, results / "runs" / run_id, flags, device)
 
 
