@@ -180,7 +180,13 @@ class ImageLooks:
         return took
 
     def taken(self) -> tuple[list[Row], float]:
-        """Rows of this experience, and the seconds they took."""
+        """Rows of this experience, and the seconds they took; `UserError` where there should be some and are none."""
+        if self.due_at and not self.rows:
+            runtime, kind = self.stream.runtime, type(self.stream.learner).__name__
+            raise UserError(
+                f"experience {runtime.experience}: no look took place: {kind} trains on {runtime.used_new} "
+                f"samples through fit, the first look is after {self.due_at[0]}"
+            )
         return self.rows, self.spent
 
     def due(self, segment: Any, step: int) -> bool:

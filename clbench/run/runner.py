@@ -24,6 +24,7 @@ from clbench.models import feature_store
 from clbench.models.precision import set_precision
 from clbench.records import record
 from clbench.records.liveness import Heartbeat, this_process
+from clbench.records.tables import rows_of, tables
 from clbench.run import image_stream, provenance, token_stream, tracking
 from clbench.run.build_model import build_model
 from clbench.run.image_stream import ImageStream
@@ -312,7 +313,7 @@ def repeat(job: Job, flags: dict[str, Any], stop_after: int) -> dict[str, Any]:
     kept = {key: flags[key] for key in KEPT_FLAGS if key in flags}
     if "matmul" in kept:
         _keep(job, int(flags.get("num_threads", 1)), kept)
-    return _run(job, Journal(), provenance.describe(job, []), False, stop_after)
+    return tables(rows_of(_run(job, Journal(), provenance.describe(job, []), False, stop_after)))
 
 
 def _keep(job: Job, threads: int, flags: dict[str, Any]) -> None:
