@@ -13,9 +13,11 @@ from typing import Any
 from clbench.config import defaults, registry
 from clbench.config.moved import current
 from clbench.config.signatures import signature
+from clbench.evaluation import evaluators
 from clbench.interfaces import UserError
 from clbench.records import loss_facts, record, rerun, rerun_losses
 from clbench.records.verify import Verdict, line, verdicts, verify
+from clbench.streams.operators import registry as operators
 
 STEPS = 2  # experiences that are repeated
 
@@ -138,7 +140,8 @@ def restored(entry: Mapping[str, Any], data_root: str | None) -> dict[str, Any]:
     """The configuration of a record, whole enough to run: machine options as they were, weights from their source.
 
     A record is foreign input: every `_target_` must be one that a configuration file of clbench or of an installed plug-in
-    names, and nothing in it is resolved. `UserError` says what is not.
+    names, every operator and evaluator one of clbench or of an installed package, and nothing in it is resolved. `UserError`
+    says what is not.
     """
     made = copy.deepcopy(dict(entry["config"]))
     known = set(_known_targets())
@@ -151,6 +154,8 @@ def restored(entry: Mapping[str, Any], data_root: str | None) -> dict[str, Any]:
             raise UserError(f"{where} holds an interpolation")
     if any(not isinstance(made.get(part), dict) or "_target_" not in made[part] for part in ("scenario", "learner", "model")):
         raise UserError("its configuration does not name scenario, learner and model")
+    for kind, name in _unregistered(made["scenario"]):
+        raise UserError(f"{kind} {name} is of no installed package: it is not run")
     from clbench.config.compose import compose
 
     options = {key: value for key, value in compose([])[0].items() if key not in ("scenario", "learner", "model", "names")}
@@ -167,6 +172,17 @@ def restored(entry: Mapping[str, Any], data_root: str | None) -> dict[str, Any]:
         given = {"data_root": data_root, "download": False}
         made[part] |= {key: value for key, value in given.items() if found is not None and key in found.parameters}
     return made
+
+
+def _unregistered(scenario: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Dotted paths among a scenario's operators and evaluators that no installed package registers."""
+    registered = operators.targets()
+    for one in scenario.get("operators") or ():
+        name, _ = operators.parsed(one)
+        if name not in registered and name not in registered.values():
+            yield "operator", name
+    known = evaluators.registered_paths()
+    yield from (("evaluator", name) for name in evaluators.asked_for(scenario) if "." in str(name) and name not in known)
 
 
 def _nodes(node: Any, where: str) -> Iterator[tuple[str, str, Any]]:

@@ -23,6 +23,7 @@ from clbench.config.definitions import Definition, definition, find_module, modu
 from clbench.config.moved import current
 from clbench.config.run_options import wrong_options
 from clbench.config.signatures import problems, signature
+from clbench.evaluation import evaluators
 from clbench.interfaces import UserError
 from clbench.streams.operators import registry
 
@@ -217,6 +218,8 @@ def _check_operators(config: Mapping[str, Any]) -> Iterator[str]:
         except UserError as error:
             yield str(error)
             continue
+        if name == "evaluators":
+            yield from evaluators.unknown(options.get("names"))
         found = problems({**options, "_target_": target}, f"operator {name}", registry.SUPPLIED)
         yield from (line.replace(f"(from _target_={target})", f"(from scenario.operators={name})") for line in found)
 

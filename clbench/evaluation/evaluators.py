@@ -13,11 +13,13 @@ import importlib
 import importlib.metadata
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from clbench.interfaces import Evaluator, UserError
+from clbench.streams.operators.registry import parsed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GROUP = "clbench.evaluators"
 BUILT_IN = ("accuracy", "token_loss", "reconstruction", "linear_probe")  # names that a plug-in cannot have
@@ -32,28 +34,30 @@ class Answered:
         self.name, self.classes, self.num_seen, self.task = name, classes, num_seen, task
         self._parts = parts
 
+    def __len__(self) -> int:
+        return sum(len(labels) for _, labels in self._parts)
+
     def answers(self, learner: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """Scores [B, num_seen] float32 and labels [B] int64 of a batch each, on the CPU."""
         yield from self._parts
 
 
 def load(names: Sequence[str], scenario: Mapping[str, Any]) -> list[Evaluator]:
-    """The evaluators that a manifest names. A dotted path is imported only where the configuration of the scenario names it."""
-    registered = {entry.name: entry for entry in importlib.metadata.entry_points(group=GROUP)}
+    """The evaluators that a manifest names. A dotted path is imported only where the scenario's operators name it."""
+    registered = {entry.name: entry for entry in importlib.metadata.entry_points(group=GROUP)} if names else {}
+    written = list(asked_for(scenario))
     found = []
     for name in names:
         if name in registered:
             made = registered[name].load()
-        elif "." in name and name in _written(scenario):
+        elif "." in name.strip(".") and name in written:
             module, _, attribute = name.rpartition(".")
             try:
                 made = getattr(importlib.import_module(module), attribute)
             except (ModuleNotFoundError, AttributeError) as error:
                 raise UserError(f"evaluator {name} cannot be imported: {error}") from None
         else:
-            near = difflib.get_close_matches(name, registered, 1, 0.5)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise UserError(f"no evaluator '{name}' is installed{hint} (write module.Class, or register it under {GROUP})")
+            raise UserError(_unknown(name, list(registered)))
         made = made() if isinstance(made, type) else made
         label = getattr(made, "name", None)
         if not callable(made) or not isinstance(label, str) or not label or label in BUILT_IN or "/" in label:
@@ -65,26 +69,49 @@ def load(names: Sequence[str], scenario: Mapping[str, Any]) -> list[Evaluator]:
     return found
 
 
-def _written(scenario: Any) -> set[str]:
-    """Every text in the configuration of a scenario."""
-    if isinstance(scenario, str):
-        return {scenario}
-    inner = scenario.values() if isinstance(scenario, Mapping) else scenario if isinstance(scenario, list | tuple) else ()
-    return {text for value in inner for text in _written(value)}
+def _unknown(name: str, registered: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, registered, 1, 0.5)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return f"no evaluator '{name}' is installed{hint} (write module.Class, or register it under {GROUP})"
+
+
+def unknown(names: Any) -> Iterator[str]:
+    """A line for each name that is neither registered nor a dotted path; imports nothing."""
+    registered = [entry.name for entry in importlib.metadata.entry_points(group=GROUP)]
+    for name in names if isinstance(names, list | tuple) else ():
+        if isinstance(name, str) and name not in registered and "." not in name.strip("."):
+            yield _unknown(name, registered)
+
+
+def asked_for(scenario: Mapping[str, Any]) -> Iterator[str]:
+    """The names of evaluators in the configuration of a scenario: those of its operators `evaluators`."""
+    for one in scenario.get("operators") or ():
+        name, options = parsed(one)
+        if name == "evaluators" and isinstance(options.get("names"), list | tuple):
+            yield from options["names"]
+
+
+def registered_paths() -> set[str]:
+    """module.Class of every evaluator of an installed package."""
+    return {entry.value.replace(":", ".") for entry in importlib.metadata.entry_points(group=GROUP)}
 
 
 def row_of(evaluator: Evaluator, learner: Any, sets: Sequence[Any]) -> dict[str, Any]:
     """{evaluator, sums} of one row: every sum has a value for each set, null where the set was not asked (None in `sets`)."""
-    found = [None if data is None else _checked(evaluator, evaluator(learner, data)) for data in sets]
+    found = [None if data is None else _checked(evaluator, evaluator(learner, data), data) for data in sets]
     names = list(dict.fromkeys(name for sums in found if sums is not None for name in sums))
     return {"evaluator": evaluator.name, "sums": {n: [None if s is None else s.get(n) for s in found] for n in names}}
 
 
-def _checked(evaluator: Evaluator, sums: Any) -> dict[str, int | float]:
+def _checked(evaluator: Evaluator, sums: Any, data: Any) -> dict[str, int | float]:
     """Sums as plain numbers, or `UserError`."""
     if not isinstance(sums, Mapping) or type(sums.get("n")) is not int or sums["n"] < 1:
         raise UserError(f"evaluator {evaluator.name} must return a mapping of numbers with 'n', the number of samples")
+    if sums["n"] > len(data):
+        raise UserError(f"evaluator {evaluator.name}: n is {sums['n']}, set {data.name} has {len(data)} samples")
     for name, value in sums.items():
+        if not isinstance(name, str) or not name:
+            raise UserError(f"evaluator {evaluator.name}: a sum must have a name, got {name!r}")
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise UserError(f"evaluator {evaluator.name}: {name} must be a finite number, got {value!r}")
     return dict(sums)

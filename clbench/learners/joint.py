@@ -34,6 +34,11 @@ class Joint:
 
     capabilities: ClassVar[Capabilities] = Capabilities(stores_all_data=True, anytime=True)
 
+    @staticmethod
+    def capabilities_of(mode: str = "full", **options: Any) -> Capabilities:
+        """What the mode does: a probe is trained on features, whose visits are not counted, so that looks have no place."""
+        return Capabilities(stores_all_data=True, anytime=mode == "full")
+
     def __init__(
         self,
         model: Backbone,

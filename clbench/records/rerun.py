@@ -100,26 +100,35 @@ def _cells(entry: Entry, again: Entry, steps: int) -> Iterator[Difference]:
                     yield _difference(f"class_correct[{i}][{j}][{k}]", said, found, size)
 
 
+def _rows(entry: Entry) -> Iterator[Mapping[str, Any]]:
+    """Rows that no table shows, and looks inside experiences."""
+    yield from entry.get("rows") or ()
+    for look in (entry.get("stability") or {}).get("trace") or ():
+        sums = {name: look[name] for name in ("correct", "n") if name in look}
+        yield {"evaluator": "accuracy", "experience": look["experience"], "step": look.get("step"), "sums": sums}
+
+
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row.get(key) for key in ("evaluator", "experience", "step", "role"))
 
 
 def missing_rows(entry: Entry, again: Entry, steps: int) -> str | None:
-    """What a repeat of the first `steps` experiences should have and does not have of the rows that no table shows."""
-    have = {_key(row): row["sums"] for row in again.get("rows") or ()}
-    for row in entry.get("rows") or ():
+    """What a repeat of the first `steps` experiences should have and does not have of other evaluators' rows and of looks."""
+    have = {_key(row): row["sums"] for row in _rows(again)}
+    for row in _rows(entry):
         if row["experience"] < steps and (lost := row["sums"].keys() - have.get(_key(row), {}).keys() - {"n"}):
             return f"a repeat has no {min(lost)} of {row['evaluator']} for experience {row['experience']}"
     return None
 
 
 def row_cells(entry: Entry, again: Entry, steps: int) -> Iterator[Difference]:
-    """Every sum of the rows that no table shows: whole numbers as counts, others relative to themselves."""
-    have = {_key(row): row["sums"] for row in again.get("rows") or ()}
-    for row in entry.get("rows") or ():
+    """Every sum of other evaluators' rows and of looks: whole numbers as counts, others relative to themselves."""
+    have = {_key(row): row["sums"] for row in _rows(again)}
+    for row in _rows(entry):
         if row["experience"] >= steps:
             continue
-        place, n = f"{row['evaluator']}[{row['experience']}]", row["sums"].get("n", entry["n"])
+        step = "" if row.get("step") is None else f" step {row['step']}"
+        place, n = f"{row['evaluator']}[{row['experience']}]{step}", row["sums"].get("n", entry["n"])
         for name, column in row["sums"].items():
             for j, (said, found) in enumerate(zip(column, have[_key(row)].get(name, column), strict=True)):
                 yield from _sums(f"{place}.{name}[{j}]", said, found, n[j] or 0)

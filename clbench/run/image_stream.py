@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from clbench.evaluation import metrics
@@ -17,6 +16,7 @@ from clbench.interfaces import Experience, UserError
 from clbench.run.loop import Row
 from clbench.streams.eval_sets import open_eval
 from clbench.streams.images.data import open_experience
+from clbench.training import looks
 from clbench.training.runtime import Runtime
 from clbench.training.state import num_bytes
 
@@ -94,7 +94,7 @@ class ImageStream:
             self.sets,
             num_seen,
             int(self.job.config["eval_batch_size"]),
-            self.runtime.check_stop,
+            self.runtime.check_stop if step is None else _go_on,
             self.origin,
             joined=not (can.transductive or can.adapts_at_test),
             kept=kept,
@@ -147,7 +147,8 @@ class ImageStream:
 class ImageLooks:
     """Evaluates a learner inside an experience, after the numbers of its samples that the manifest names.
 
-    A look changes nothing of the training: modules get their modes back, passes and seconds are not counted as training.
+    A look changes nothing of the training: modules get their modes back, passes and seconds are not counted as training. It is
+    finished when the user asks to stop: the snapshot that `fit` writes then knows of it.
     """
 
     def __init__(self, stream: ImageStream):
@@ -168,20 +169,24 @@ class ImageLooks:
         self.due_at = [number for number in self.due_at if number > visits]
         start = time.perf_counter()
         stream, model = self.stream, self.stream.job.model
-        modes = {module: module.training for module in _modules(model, stream.learner)}
-        passes = dict(model.passes)
-        for row in stream._rows(stream.runtime.experience, step):
-            self.rows.append(row | {"trained": visits})
-        model.passes.update(passes)
-        for module, mode in modes.items():
-            module.training = mode
+        passes, remembered = dict(model.passes), len(model.memory)
+        with looks.modes_kept(model, stream.learner):
+            self.rows += [row | {"trained": visits} for row in stream._rows(stream.runtime.experience, step)]
+        stored, fresh = model.passes["stored"], len(model.memory) - remembered  # what the end of the experience is spared
+        model.passes.update(passes | {"eval": passes["eval"] + max(0, fresh - (stored - passes["stored"])), "stored": stored})
         took = time.perf_counter() - start
         self.spent += took
         stream.runtime.meter.add_seconds("looks", took)
         return took
 
     def taken(self) -> tuple[list[Row], float]:
-        """Rows of this experience, and the seconds they took."""
+        """Rows of this experience, and the seconds they took; `UserError` where there should be some and are none."""
+        if self.due_at and not self.rows:
+            runtime, kind = self.stream.runtime, type(self.stream.learner).__name__
+            raise UserError(
+                f"experience {runtime.experience}: no look took place: {kind} trains on {runtime.used_new} "
+                f"samples through fit, the first look is after {self.due_at[0]}"
+            )
         return self.rows, self.spent
 
     def due(self, segment: Any, step: int) -> bool:
@@ -196,14 +201,12 @@ class ImageLooks:
 
     def state_dict(self) -> dict[str, Any]:
         """Rows made inside this experience, and what is still to come."""
-        return {"rows": list(self.rows), "due_at": list(self.due_at), "spent": self.spent}
+        return {"rows": list(self.rows), "due_at": list(self.due_at)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
-        self.rows, self.due_at, self.spent = list(state["rows"]), list(state["due_at"]), state["spent"]
+        """Go on from there; `spent` stays that of this process, whose `learn` it is taken from."""
+        self.rows, self.due_at = list(state["rows"]), list(state["due_at"])
 
 
-def _modules(model: nn.Module, learner: Any) -> list[nn.Module]:
-    """Every module of the network and of the learner's attributes."""
-    parts: Sequence[Any] = [model, *vars(learner).values()] if hasattr(learner, "__dict__") else [model]
-    return list(dict.fromkeys(m for part in parts if isinstance(part, torch.nn.Module) for m in part.modules()))
+def _go_on() -> None:
+    """Of looks: whoever asks to stop is heard after the step."""

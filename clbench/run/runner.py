@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from clbench.config.compose import build, load_target
-from clbench.evaluation import metrics
+from clbench.evaluation import evaluators, metrics
 from clbench.interfaces import Capabilities, UserError, declared, mismatch
 from clbench.models import feature_store
 from clbench.models.precision import set_precision
 from clbench.records import record
 from clbench.records.liveness import Heartbeat, this_process
+from clbench.records.tables import rows_of, tables
 from clbench.run import image_stream, provenance, token_stream, tracking
 from clbench.run.build_model import build_model
 from clbench.run.image_stream import ImageStream
@@ -134,7 +135,10 @@ def _assemble(config: dict[str, Any], kind: str, device: Any, flags: dict[str, A
     plugin = provenance.plugin_version(config["learner"]["_target_"])
     identity = provenance.identity(config, capabilities)
     run_id = record.run_id(identity, scenario.manifest.sha256, model.identity["state_sha256"], plugin)
-    pipeline = Pipeline(model.profile, device, scenario.augment) if isinstance(scenario, Scenario) else None
+    pipeline = None
+    if isinstance(scenario, Scenario):
+        evaluators.load(scenario.manifest.evaluators, config["scenario"])  # refused before anything is trained
+        pipeline = Pipeline(model.profile, device, scenario.augment)
     return Job(config, run_id, scenario, model, capabilities, pipeline, results, results / "runs" / run_id, flags, device)
 
 
@@ -309,7 +313,7 @@ def repeat(job: Job, flags: dict[str, Any], stop_after: int) -> dict[str, Any]:
     kept = {key: flags[key] for key in KEPT_FLAGS if key in flags}
     if "matmul" in kept:
         _keep(job, int(flags.get("num_threads", 1)), kept)
-    return _run(job, Journal(), provenance.describe(job, []), False, stop_after)
+    return tables(rows_of(_run(job, Journal(), provenance.describe(job, []), False, stop_after)))
 
 
 def _keep(job: Job, threads: int, flags: dict[str, Any]) -> None:

@@ -234,8 +234,8 @@ class TokenLooks:
 
     def state_dict(self) -> dict[str, Any]:
         """Rows made inside this experience."""
-        return {"rows": list(self.rows), "spent": self.spent}
+        return {"rows": list(self.rows)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
-        self.rows, self.spent = list(state["rows"]), state["spent"]
+        """Go on from there; `spent` stays that of this process, whose `learn` it is taken from."""
+        self.rows = list(state["rows"])

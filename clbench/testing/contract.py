@@ -27,7 +27,7 @@ from clbench.streams.eval_sets import open_eval
 from clbench.streams.images.data import open_experience
 from clbench.streams.images.pixels import Pipeline
 from clbench.streams.scenario import Scenario
-from clbench.testing import data_reach, loss_contract
+from clbench.testing import anytime, data_reach, loss_contract
 from clbench.training import arithmetic
 from clbench.training.checkpoint import Journal
 from clbench.training.runtime import Interrupted, Runtime
@@ -316,6 +316,7 @@ LEARNER_CHECKS: tuple[Callable[[Trial], None], ...] = (
     check_state_round_trip,
     check_resume_in_mid_learn,
     check_budget,
+    anytime.check_anytime,
     check_no_hold_on_old_data,
     data_reach.check_only_own_data_is_reachable,
     data_reach.check_adversary,

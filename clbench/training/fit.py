@@ -82,7 +82,8 @@ class _Call:
         """Moments of parameters that an earlier experience trained under the same name; others start without."""
         for p in self.params:
             if (state := kept.get(self.names[id(p)])) is not None and list(state["shape"]) == list(p.shape):
-                self.optimizer.state[p] = detached(state["state"], p.device)
+                moments = state["state"].items()  # Adam counts its steps on the CPU
+                self.optimizer.state[p] = {k: detached(value, None if k == "step" else p.device) for k, value in moments}
 
     def keep(self) -> None:
         """Keep the moments for the next experience."""

@@ -6,7 +6,7 @@ observer, which has the evaluation data: it stands in a context variable, behind
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
@@ -58,6 +58,29 @@ def observed_by(observer: Observer) -> Iterator[None]:
         yield
     finally:
         _CURRENT.reset(token)
+
+
+@contextmanager
+def modes_kept(*owners: Any) -> Iterator[None]:
+    """Around a look: the modules of `owners` (modules, and objects that hold some) are in their modes again afterwards."""
+    modes = {module: module.training for owner in owners for module in _modules(owner)}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _modules(value: Any, inside: bool = False) -> Iterator[nn.Module]:
+    """Modules of a module, of an object's attributes, and of lists and mappings among these."""
+    if isinstance(value, nn.Module):
+        yield from value.modules()
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _modules(item, True)
+    elif not inside and hasattr(value, "__dict__"):
+        for item in vars(value).values():
+            yield from _modules(item, True)
 
 
 def _observer() -> Observer | None:

@@ -32,4 +32,7 @@ def looks(stream: Scenario, number: int | None = None, every: int | None = None)
         else:
             found = set(range(every, visits, every))
         places.append(tuple(sorted(place for place in found if 0 < place < visits)))
+    if not any(places):
+        most = max(len(entry.train) * stream.budget_of(i).epochs for i, entry in enumerate(stream.manifest.experiences))
+        raise UserError(f"looks has no effect: no experience has more than {most} visits to its samples")
     return replace(stream, manifest=replace(stream.manifest, looks=tuple(places)))
