@@ -275,7 +275,8 @@ def test_stability_by_hand():
 def test_a_record_with_damaged_optional_parts_is_none(damage):
     parts = {"scenario": {"name": "s"}, "learner": {"name": "l"}, "model": {"name": "m"}, "config": {}, "seconds": {}}
     counts = {"correct": [[8, None], [6, 9]], "n": [10, 10], "first_seen": [0, 1], "eval_classes": [[0], [1]], "error": None}
-    entry = parts | counts | {"schema": 1, "run_id": "0" * 16, "status": "ok", "numbers_version": 1, "seed": 0}
+    more = {"task_confusion": [None, None], "schema": 1, "run_id": "0" * 16, "status": "ok", "numbers_version": 1, "seed": 0}
+    entry = parts | counts | more
     assert fault(entry) is None and "last_macro" in metrics.summary(entry)
     assert next(iter(damage)) in fault(entry | damage)
 

@@ -178,7 +178,7 @@ def test_curves_and_traces_are_drawn_where_records_have_them(tmp_path, entry):
     "curves", [7, {}, {"step": [1]}, {"step": [1], "loss": ["x"]}, {"tokens": [], "loss": []}, {"step": [1, 2], "loss": [1]}]
 )
 def test_malformed_curves_are_no_curves(tmp_path, entry, curves):
-    results = folder(tmp_path, entry, ("a",), (0,), curves=curves, stability={"trace": [{"experience": 0}]})
+    results = folder(tmp_path, entry, ("a",), (0,), curves=curves)
     plots.write(results, tmp_path / "out", (), "svg")
     with pytest.raises(UserError, match="nothing to draw for loss"):
         plots.write(results, tmp_path / "out", ("loss",), "svg")

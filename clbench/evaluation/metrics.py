@@ -203,9 +203,7 @@ def worst(a: Array, first_seen: Any) -> float:
 
 
 def summary(record: Mapping[str, Any]) -> dict[str, float]:
-    """Every number of one record that its counts allow, by name. Optional parts that are absent add nothing; malformed ones
-    are no record (`faults.fault`) and raise here.
-    """
+    """Every number of one record that its counts allow, by name. Parts that are absent add nothing; malformed ones raise."""
     if not isinstance(record.get("correct"), list):
         return row_metrics.summary(record)
     n, first = np.asarray(record["n"], np.float64), np.asarray(record["first_seen"])
@@ -258,10 +256,12 @@ def confusion(record: Mapping[str, Any]) -> dict[str, float]:
     Only where all classes of a set were brought by its own experience: elsewhere a prediction does not say which it means.
     """
     tables, first = record.get("task_confusion") or (), np.asarray(record["first_seen"])
-    steps = (record.get("scenario") or {}).get("experiences") or [{"classes": row} for row in record.get("eval_classes") or ()]
-    brought = {c: i for i, step in reversed(list(enumerate(steps))) for c in step["classes"]}
     sets = record.get("eval_classes") or ()
-    if not tables or not sets or any(brought.get(c) != i for i, row in zip(first, sets, strict=True) for c in row):
+    if not tables or not sets:
+        return {}
+    steps = (record.get("scenario") or {}).get("experiences") or [{"classes": row} for row in sets]
+    brought = {c: i for i, step in reversed(list(enumerate(steps))) for c in step["classes"]}
+    if any(brought.get(c) != i for i, row in zip(first, sets, strict=True) for c in row):
         return {}
     size, each = len(tables), np.arange(len(tables))
     empty, at = [0] * size, each[:, None]
