@@ -147,8 +147,8 @@ def changed(entry, path, value):
         (("curves", "boundaries"), [0], "1 boundaries for 3 experiences"),
         (("scenario", "context"), 17, "differs from the manifest"),
         (("floor", 0), 0.1, "floor differs from the manifest"),
-        (("curves",), None, "0 boundaries for 3 experiences"),
-        (("curves", "loss", "markov0", 2), float("nan"), "losses that are no finite numbers from 0"),
+        (("curves",), None, "a part is missing or of the wrong kind"),
+        (("curves", "loss", "language_0", 2), float("nan"), "losses that are no finite numbers from 0"),
     ],
 )
 def test_records_that_contradict_themselves_are_refused(finished, tmp_path, path, value, words):

@@ -84,7 +84,7 @@ def _end(experience: int, evaluator: str, sums: Row, **more: Any) -> Row:
 
 def _accuracy_rows(made: dict[str, Any], width: int) -> list[Row]:
     """The rows of evaluator `accuracy` after each experience."""
-    correct = made.get("correct")
+    correct: Any = made.get("correct")
     if correct is None:
         made.pop("correct", None)
     if not is_table(correct, width):
@@ -95,7 +95,7 @@ def _accuracy_rows(made: dict[str, Any], width: int) -> list[Row]:
     if isinstance(heads, dict) and all(is_table(table, width) and len(table) == steps for table in heads.values()):
         tables |= {f"heads/{name}": table for name, table in made.pop("heads").items()}
     rows = [_end(i, ACCURACY, {key: table[i] for key, table in tables.items()}) for i in range(steps)]
-    confusion = made.get("task_confusion")
+    confusion: Any = made.get("task_confusion")
     if _is_list(confusion, steps) and all(table is None or _is_list(table, width) for table in confusion):
         for row, table in zip(rows, made.pop("task_confusion"), strict=True):
             row["sums"] |= {} if table is None else {"task_confusion": table}
@@ -135,7 +135,7 @@ def _are_whole(values: Sequence[Any], rising: bool = False) -> bool:
 
 def _loss_rows(made: dict[str, Any], evaluator: str, width: int) -> list[Row]:
     """Summed losses before the first experience, of trunks that are not the answer, and after each experience."""
-    table = made.get("sum_loss")
+    table: Any = made.get("sum_loss")
     if not is_table(table, width):
         return []
     rows = [_end(i, evaluator, {"loss": row}) for i, row in enumerate(made.pop("sum_loss"))]
