@@ -14,7 +14,7 @@ from clbench.evaluation import loss_metrics
 from clbench.records import loss_facts
 from clbench.report import losses
 from clbench.report.formats import plain
-from clbench.report.runs import Filter, Run, boil, entries
+from clbench.report.runs import Filter, Run, entries, summarize
 
 SERIES = ("tokens", "lr", "experience", "step")
 Key = tuple[str, str, str, str, bool]
@@ -112,7 +112,7 @@ def read(results: pathlib.Path, wanted: Filter | None = None) -> list[Field]:
     for entry in entries(results / "records", []):
         if not loss_facts.is_loss(entry) or not loss_facts.usable(entry):
             continue
-        runs.append(boil(entry, known))
+        runs.append(summarize(entry, known))
         if keep(entry):
             traces[entry["run_id"]] = trace_of(entry, runs[-1])
             streams.setdefault((runs[-1].scenario, runs[-1].stream), {name: entry[name] for name in ("scenario", "floor")})
