@@ -28,7 +28,7 @@ GO_ON = "clbench: stopped; the same command goes on where it was"
 def run(args: Namespace, command: list[str], launch: Launch) -> int:
     """Compose and check every job, then run: one in this process, a sweep through Hydra's launchers."""
     composed = compose.read(args.words, args.multirun)
-    torchrun.refuse("run", composed.multirun)
+    torchrun.check_single_run("run", composed.multirun)
     if args.cfg:
         print("---\n".join(compose.to_yaml(job) for job in composed.jobs), end="")
         return 0

@@ -173,7 +173,7 @@ def dispatch(argv: Sequence[str]) -> int:
 
         page, rest = split(rest)
     args = parser_of(name, page).parse_intermixed_args(rest)
-    torchrun.refuse(name, getattr(args, "multirun", False))
+    torchrun.check_single_run(name, getattr(args, "multirun", False))
     from clbench.cli import commands
 
     if name == "run":
@@ -211,7 +211,7 @@ def answer(argv: Sequence[str]) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        torchrun.wait_for_the_first()
+        torchrun.delay_nonzero_ranks()
         for line in str(error).splitlines():
             print(f"clbench: {line}", file=sys.stderr)
         return 2

@@ -55,7 +55,7 @@ def save(folder: pathlib.Path, key: str, state: dict[str, Any], group: Group) ->
     """Write the spread tensors of a state, all processes together -> the state with notes in their place, for the file."""
     found: dict[str, Tensor] = {}
     plain = take_out(state, found)
-    name = group.say(f"{key}.{secrets.token_hex(4)}.shards")
+    name = group.broadcast_object(f"{key}.{secrets.token_hex(4)}.shards")
     checkpoint = _library()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its own insides
