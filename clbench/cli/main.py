@@ -223,13 +223,13 @@ def answer(argv: Sequence[str]) -> int:
         return 0
 
 
-def patience(argv: Sequence[str], said: Mapping[str, str]) -> dict[str, str]:
-    """How long OpenMP's threads wait awake for the next product; read when torch loads OpenMP. A user's own words win.
+def openmp_environment(argv: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
+    """OpenMP spin count or wait policy, as environment variables for torch to load OpenMP with; the user's own win.
 
-    Between two layers of a network lie microseconds: threads that fall asleep there cost a pass a third of its speed. Threads
-    that never do take the cores from jobs beside them, ten times slower then: so they sleep at once where jobs share a machine.
+    Between two layers of a network lie microseconds: threads that sleep there cost a forward pass a third of its speed. Threads
+    that spin take the cores from jobs on the same machine, which are ten times slower then: there the policy is passive.
     """
-    if "OMP_WAIT_POLICY" in said or "GOMP_SPINCOUNT" in said:
+    if "OMP_WAIT_POLICY" in environment or "GOMP_SPINCOUNT" in environment:
         return {}
     where = [word.partition("=")[2] for word in argv if word.lstrip("+").startswith(("machine=", "hydra/launcher="))]
     alone = all(name in ("local", "basic", "slurm", "slurm_parallel") for name in where)
@@ -238,5 +238,5 @@ def patience(argv: Sequence[str], said: Mapping[str, str]) -> dict[str, str]:
 
 def main() -> NoReturn:
     """Entry point of the `clbench` command."""
-    os.environ |= patience(sys.argv[1:], os.environ)
+    os.environ |= openmp_environment(sys.argv[1:], os.environ)
     sys.exit(answer(sys.argv[1:]))

@@ -131,7 +131,7 @@ class Group:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Around the work: an error here is reported to the others; another process's error is raised here in its words."""
+        """Around the work: reports an error of this rank to the others; raises the error of another rank as `RankFailed`."""
         try:
             yield
         except Exception as error:
