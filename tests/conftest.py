@@ -139,8 +139,10 @@ class CommandLine:
         return [(code, *text) for code, text in zip(codes, texts, strict=True)]
 
     def records(self, results: str = "results") -> list[dict]:
-        """All records, sorted by file name."""
-        return [json.loads(p.read_text()) for p in sorted((self.folder / results / "records").glob("*.json"))]
+        """All records as `record.read` gives them, sorted by file name."""
+        from clbench.records import record
+
+        return [record.read(p) for p in sorted((self.folder / results / "records").glob("*.json"))]
 
 
 @pytest.fixture

@@ -133,7 +133,7 @@ def changed(entry, path, value):
     ("path", "value", "words"),
     [
         (("sum_loss", 0, 0), -1.0, "not 3 finite numbers"),
-        (("sum_loss", 0, 0), float("nan"), "not 3 finite numbers"),
+        (("sum_loss", 0, 0), float("nan"), "sums.loss must be a list of numbers"),
         (("sum_loss", 2, 1), 1.0, "is below the exact floor"),
         (("sum_loss_start",), [1.0], "not 3 finite numbers"),
         (("tokens", 0), 319, "'tokens' and 'n' differ"),
@@ -147,7 +147,8 @@ def changed(entry, path, value):
         (("curves", "boundaries"), [0], "1 boundaries for 3 experiences"),
         (("scenario", "context"), 17, "differs from the manifest"),
         (("floor", 0), 0.1, "floor differs from the manifest"),
-        (("curves",), None, "a part is missing or of the wrong kind"),
+        (("curves",), None, "0 boundaries for 3 experiences"),
+        (("curves", "loss", "markov0", 2), float("nan"), "losses that are no finite numbers from 0"),
     ],
 )
 def test_records_that_contradict_themselves_are_refused(finished, tmp_path, path, value, words):

@@ -153,7 +153,7 @@ def test_optional_parts_of_any_shape(tmp_path):
         {"curves": 5, "stability": {"trace": [1]}, "sum_loss": "x"},
         {"curves": {"step": [0, 1], "loss": ["<b>", None]}, "stability": {"trace": [{"experience": "x"}]}},
         {"curves": {"step": [], "loss": []}, "stability": {"trace": [{"experience": 0, "correct": [1], "n": [1]}]}},
-        {"curves": {"step": [0, 1], "loss": [float("nan"), 1e999], "lr": [1]}, "experiences": "no", "git": 3},
+        {"curves": {"step": [0, 1], "loss": [float("nan"), 1e999], "lr": [1]}},
         {},
     ]
     made = [entry(f"l{i}", **part) for i, part in enumerate(parts)]

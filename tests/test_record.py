@@ -42,12 +42,18 @@ def changed(entry, path, value):
     return entry
 
 
-@pytest.mark.parametrize("value", [None, math.nan, 10**400, "\ud800", [], [None], "DELETE"], ids=repr)
-def test_no_record_however_malformed_stops_a_report(tmp_path, value, monkeypatch):
+OF_1 = [(1, value) for value in (None, [], "DELETE")]
+OF_2 = [(2, value) for value in (None, math.nan, 10**400, "\ud800", -1, [], [None], {}, True, "DELETE")]
+
+
+@pytest.mark.parametrize(("schema", "value"), OF_1 + OF_2, ids=repr)
+def test_no_record_however_malformed_stops_a_report(tmp_path, schema, value, monkeypatch):
     """One value replaced at a time, everywhere: read or refused in one line, never an exception."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)
-    entry = made()
+    entry = made(rows=[{"experience": 1, "step": None, "evaluator": "edits", "sums": {"done": [1.5, 2], "n": [9, 10]}}])
     path = record.write(entry, tmp_path / "records")
+    if schema == 2:
+        entry = json.loads(path.read_text())
     for place in places(entry):
         bad = changed(entry, place, value)
         bad["checksum"] = record.checksum(bad)
@@ -58,7 +64,7 @@ def test_no_record_however_malformed_stops_a_report(tmp_path, value, monkeypatch
 
 @pytest.mark.parametrize("value", [None, math.nan, "\ud800", -1, []], ids=repr)
 def test_malformed_details_stop_no_report(tmp_path, value, monkeypatch):
-    """The same for calibration and confusion; what is refused is refused by `fault` or by `verify`, never raised."""
+    """The same for calibration and confusion in files of schema 1; what is refused, `fault` or `verify` refuse."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)
     entry = whole()
     path = record.write(entry, tmp_path / "records")
@@ -83,6 +89,19 @@ def test_counts_that_were_changed_and_sealed_again_are_refused(tmp_path, key):
                 assert verify(record.write(bad, tmp_path / "records"))[1] == 1, (place, value)
 
 
+@pytest.mark.parametrize("key", ["sets", "rows"])
+def test_sums_that_were_changed_on_disk_and_sealed_again_are_refused(tmp_path, key):
+    path = record.write(made(), tmp_path / "records")
+    entry = record.load(path)
+    for place in places({key: entry[key]}):
+        for value in (-1, 3, 10.0, None, True, "DELETE"):
+            bad = changed(entry, place, value)
+            if json.dumps(bad) == json.dumps(entry) or (place[-1] == "name" and value in (None, "DELETE")):
+                continue
+            path.write_text(json.dumps(bad | {"checksum": record.checksum(bad)}))
+            assert verify(tmp_path)[1] == 1, (place, value)
+
+
 def test_identity_is_the_content_and_not_the_order_of_keys():
     one = record.run_id({"a": 1, "b": {"c": 2.5}}, "m", "w", None)
     assert one == record.run_id({"b": {"c": 2.5}, "a": 1}, "m", "w", None) and len(one) == 16 and int(one, 16) >= 0
@@ -93,23 +112,34 @@ def test_identity_is_the_content_and_not_the_order_of_keys():
 
 def test_unknown_keys_and_nan_survive(tmp_path):
     entry = made(future={"key": [1, None, "ü🙂"]}, experiences=[{"loss": math.nan}])
-    back = record.read(record.write(entry, tmp_path))
+    path = record.write(entry, tmp_path)
+    back, lies = record.read(path), record.load(path)
     assert back["future"] == entry["future"] and math.isnan(back["experiences"][0]["loss"])
-    assert back["checksum"] == record.checksum(back)
+    assert lies["schema"] == record.SCHEMA and back["checksum"] == lies["checksum"] == record.checksum(lies)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"status": "done"}, "status 'done' is none of"),
+        ({"status": "done"}, "status 'done' is none of 'running', 'ok' or 'failed'"),
         ({"run_id": "../../evil"}, "not 16 hex digits"),
         ({"schema": 99}, "newer than this clbench knows"),
-        ({"seed": True}, "key 'seed' has the wrong type bool"),
-        ({"n": [10, 0]}, "positive whole numbers"),
-        ({"first_seen": [0, 5]}, "first_seen names experience 5"),
-        ({"correct": [[8], [6]]}, "a column for each of the 2 evaluation sets"),
-        ({"correct": None}, "key 'correct' must be a table"),
-        ({"correct_top5": [[10, None]]}, "differ in length"),
+        ({"seed": True}, "key 'seed' must be a whole number, got True"),
+        ({"n": [10, 0]}, "sets[1].n must be at least 1, got 0"),
+        ({"n": [10]}, "keys 'n' and 'first_seen' must be lists of one length"),
+        ({"first_seen": [0, 5]}, "first_seen names experience 5, the rows of accuracy end with experience 1"),
+        (
+            {"correct": [[8], [6]]},
+            "key 'correct' must be a table of counts with a row for each experience and a column for each",
+        ),
+        ({"correct": [[8, None], [6, 9.5]]}, "rows[1].sums.correct[1] must be a whole number, got 9.5"),
+        ({"correct": None}, "key 'correct_masked' must be a table"),
+        ({"correct": None, "correct_masked": None, "correct_top5": None}, "status ok, but no evaluator has a row"),
+        ({"correct_top5": [[10, None]]}, "key 'correct_top5' must be a table of counts with a row for each experience"),
+        ({"heads": {"top5": [[8, None], ["x", 9]]}}, "rows[1].sums.heads/top5 must be a list of numbers"),
+        ({"error": "boom"}, "key 'error' must be an object, got 'boom'"),
+        ({"model": {}}, "model.name is missing"),
+        ({"experiences": "no"}, "key 'experiences' must be a list, got 'no'"),
         ({"seconds": {"total": "long"}}, "key 'seconds' must hold numbers"),
         ({"stored_bytes": "1 MB"}, "key 'stored_bytes' must be a number, got '1 MB'"),
         ({"marks": "reference"}, "key 'marks' must be a list"),
@@ -263,6 +293,8 @@ def test_two_reports_at_once(tmp_path):
 
 
 def test_a_record_is_readable_line_by_line(tmp_path):
-    entry = made() | {"calibration": {"bins": 15, "table": [{"n": 1}, None]}, "task_confusion": [[[1, 0], None], None]}
-    lines = record.write(entry, tmp_path).read_text().splitlines()
-    assert '   {"n": 1},' in lines and "  [[1, 0], null]," in lines and '  "class_order": [0, 1],' in lines
+    lines = record.write(made(), tmp_path).read_text().splitlines()
+    sums = '{"correct": [8, null], "correct_masked": [10, null], "correct_top5": [10, null], "class_correct": [[8], null]}'
+    assert f'  {{"experience": 0, "step": null, "evaluator": "accuracy", "sums": {sums}}},' in lines
+    assert '  {"name": "a", "n": 10, "first_seen": 0, "classes": [0], "class_n": [10]},' in lines
+    assert '  "class_order": [0, 1],' in lines

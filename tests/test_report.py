@@ -93,8 +93,8 @@ def test_verified_and_unchanged_text(folder):
 
 
 TAMPER = {
-    "a count": lambda e: e["correct"][1].__setitem__(0, 9),
-    "a size": lambda e: e["n"].__setitem__(0, 11),
+    "a count": lambda e: e["rows"][1]["sums"]["correct"].__setitem__(0, 9),
+    "a size": lambda e: e["sets"][0].__setitem__("n", 11),
     "the seed": lambda e: e.__setitem__("seed", 5),
     "the learner's settings": lambda e: e["config"]["learner"].__setitem__("lr", 1),
     "the time": lambda e: e["seconds"].__setitem__("total", 0.1),
@@ -121,7 +121,7 @@ def test_budget_and_bounds_are_checked(folder):
         ({"exemplars": 6}, "exemplars = 6"),
         ({"visits": {"new": 41, "replayed": 0}}, "41 visits"),
         ({"correct_masked": [[7, None], [10, 10]]}, "correct_masked"),
-        ({"correct": [[8, None]]}, "key 'correct' has 1 rows"),
+        ({"correct": [[8, None]]}, "first_seen names experience 1, the rows of accuracy end with experience 0"),
     ):
         text, code = verify(folder(made(**changes)))
         assert code == 1 and words in text

@@ -250,7 +250,7 @@ def test_a_repeat_from_the_command_line(clbench, small):
     assert "all 15 counts are equal" in clbench("verify", "results", "--rerun", "1").stdout
     path = next((clbench.folder / "results" / "records").glob("*.json"))
     assert "1 repeated: 1 verified" in clbench("verify", "--rerun", str(path)).stdout
-    entry = json.loads(path.read_text())
+    entry = record.read(path)
     for key in ("calibration", "task_confusion"):
         del entry[key]
     worse = entry["class_correct"][0][0]

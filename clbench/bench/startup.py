@@ -21,7 +21,7 @@ from clbench.bench import machine
 from clbench.bench.table import aligned, machine_text, number
 from clbench.config import compose
 from clbench.records import record
-from clbench.records.tables import rows_of
+from clbench.records.rows import rows_of
 from clbench.run import runner
 
 TIMES = 5

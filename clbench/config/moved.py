@@ -18,7 +18,7 @@ MOVED = {
     "compat": "evaluation.peer_metrics",
     "record": "records.record",
     "schema": "records.form",
-    "faults": "records.form",
+    "faults": "records.fault",
     "migrations": "records.migrations",
     "report.verify": "records.verify",
     "report.verify_losses": "records.verify_losses",

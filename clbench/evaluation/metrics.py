@@ -21,7 +21,6 @@ import numpy as np
 from clbench.evaluation import peer_metrics, row_metrics
 
 __all__ = ["peer_metrics"]
-
 Array = np.ndarray
 
 
@@ -212,11 +211,11 @@ def summary(record: Mapping[str, Any]) -> dict[str, float]:
     n, first = np.asarray(record["n"], np.float64), np.asarray(record["first_seen"])
     a = accuracy(record["correct"], n)
     given = {"n": n, "first_seen": first}
-    each, all_samples = macro(a, first), micro(a, n, first)  # shared by two formulas each
-    values = {"last_macro": float(each[-1]), "last_micro": float(all_samples[-1])}
-    values |= {"step_macro": _mean(each), "step_micro": _mean(all_samples)}
-    others = [name for name in FORMULAS if name not in values and name not in ("fwt_init", "intransigence")]
-    values |= {name: _call(FORMULAS[name].function, a, given) for name in others}
+    each, sample = macro(a, first), micro(a, n, first)  # shared by two formulas each
+    values = {"last_macro": float(each[-1]), "last_micro": float(sample[-1])}
+    values |= {"step_macro": _mean(each), "step_micro": _mean(sample)}
+    known = {*values, "fwt_init", "intransigence"}
+    values |= {name: _call(FORMULAS[name].function, a, given) for name in FORMULAS if name not in known}
     if isinstance(record.get("correct_masked"), list):
         masked = accuracy(record["correct_masked"], n)
         values["last_masked_macro"] = last_macro(masked, first)

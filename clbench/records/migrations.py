@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from clbench.records.tables import rows_of
+from clbench.records.rows import rows_of
 
 SCHEMA = 2
 OTHER_NUMBERS = (0,)

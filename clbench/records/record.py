@@ -21,7 +21,8 @@ from clbench.config.moved import first_edition
 from clbench.interfaces import UserError
 from clbench.records import liveness, migrations
 from clbench.records.migrations import SCHEMA
-from clbench.records.tables import rows_of, tables
+from clbench.records.rows import rows_of
+from clbench.records.tables import tables
 
 __all__ = ["SCHEMA"]
 
@@ -145,19 +146,13 @@ def load(path: pathlib.Path) -> Any:
 
 def checked(found: Any, path: pathlib.Path, details: bool = True) -> dict[str, Any]:
     """The view of what `load` gave, or `UserError`. A seal is looked at before the numbers of another version are marked."""
+    old = migrations.is_old(found, SCHEMA)
+    if old and found.get("schema", 0) in migrations.OTHER_NUMBERS and found.get("checksum") not in (None, checksum(found)):
+        raise UserError(f"{path} is not a record: its checksum does not fit its content, so it is not migrated")
     try:
-        if migrations.is_old(found, SCHEMA):
-            if (
-                found.get("schema", 0) in migrations.OTHER_NUMBERS
-                and "checksum" in found
-                and found["checksum"] != checksum(found)
-            ):
-                raise UserError(f"{path} is not a record: its checksum does not fit its content, so it is not migrated")
-            found = migrations.migrate(found, SCHEMA)
+        found = migrations.migrate(found, SCHEMA) if old else found
         why = fault(found)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{path} is not a record: {type(error).__name__}: {error}") from None
     if why:
         raise UserError(f"{path} is not a record: {why}")
@@ -166,7 +161,7 @@ def checked(found: Any, path: pathlib.Path, details: bool = True) -> dict[str, A
 
 def fault(found: Any) -> str | None:
     """Why a value is no record as it lies on disk, in one line, or None; one of an older schema is migrated first."""
-    from clbench.records.form import fault  # here: pydantic is not imported by commands that read no record
+    from clbench.records.fault import fault  # here: pydantic is not imported by commands that read no record
 
     return fault(migrations.migrate(found, SCHEMA) if migrations.is_old(found, SCHEMA) else found)
 

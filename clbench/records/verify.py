@@ -16,7 +16,7 @@ from typing import Any
 
 from clbench.evaluation import metrics
 from clbench.interfaces import UserError
-from clbench.records import loss_facts, record, verify_artifacts, verify_losses
+from clbench.records import loss_facts, record, verify_artifacts, verify_losses, verify_rows
 from clbench.records.verify_artifacts import Place
 
 SURE = 87.4  # -log of the least probability that counts: the largest nll of a sample
@@ -106,7 +106,7 @@ def _one(file: pathlib.Path, found: dict[str, Any], entry: dict[str, Any], place
         if entry["status"] == "ok":
             if entry["error"] is not None:
                 reasons.append("status ok with an error")
-            reasons += _rows(entry)
+            reasons += verify_rows.check(entry)
             if loss_facts.is_loss(entry):
                 reasons += verify_losses.check(entry)
             elif isinstance(entry.get("correct"), list):
@@ -175,30 +175,6 @@ def _counts(entry: Mapping[str, Any]) -> Iterator[str]:
     bounded = {name: v for name, v in values.items() if name not in metrics.UNBOUNDED and "/" not in name}
     if any(abs(v) > 1 + 1e-9 for v in bounded.values() if v == v):
         yield "a derived number is outside -1..1"
-
-
-def _rows(entry: Mapping[str, Any]) -> Iterator[str]:
-    """Rows that no table shows, and looks inside experiences: of experiences that there are, on samples that there are."""
-    steps, sizes = entry["scenario"].get("num_experiences"), entry["n"]
-    looks = [{"evaluator": "accuracy", "experience": look["experience"], "sums": look} for look in _trace(entry)]
-    for row in [*entry.get("rows", ()), *looks]:
-        where, sums = f"{row['evaluator']} of experience {row['experience']}", row["sums"]
-        if steps is not None and row["experience"] >= steps:
-            yield f"{where}: there are {steps} experiences"
-        n = sums.get("n", sizes)
-        if any(size is not None and not 0 <= size <= whole for size, whole in zip(n, sizes, strict=True)):
-            yield f"{where}: n is {n}, the sets have {sizes} samples"
-        for name, column in sums.items():
-            counts = zip(column, n, strict=True) if name.startswith("correct") else ()
-            if any(type(count) is int and (size is None or not 0 <= count <= size) for count, size in counts):
-                yield f"{where}: {name} is {column}, of {n} samples"
-
-
-def _trace(entry: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """Evaluations inside experiences, where they have the form of looks."""
-    stability = entry.get("stability")
-    trace = stability.get("trace") if isinstance(stability, Mapping) and len(stability) == 1 else None
-    return trace if isinstance(trace, list) and all(isinstance(look, Mapping) and "step" in look for look in trace) else ()
 
 
 def _cell(entry: Mapping[str, Any], i: int, j: int) -> Iterator[str]:
