@@ -269,4 +269,5 @@ def test_openmp_spins_where_a_job_has_the_machine_to_itself(words, wanted):
     from clbench.cli.main import openmp_environment
 
     assert list(openmp_environment(words.split(), {})) == [wanted]
-    assert openmp_environment(words.split(), {"OMP_WAIT_POLICY": "ACTIVE"}) == openmp_environment(words.split(), {"GOMP_SPINCOUNT": "0"}) == {}
+    for own in ({"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "0"}):
+        assert openmp_environment(words.split(), own) == {}

@@ -107,7 +107,7 @@ def test_the_branch_is_evaluated_and_the_trunk_goes_on():
     trunk = made.trunk.kept
     alone = learn(learner(schedule=stable_then_anneal), some[:1])  # the same steps without a branch
     assert weights(made) == weights(alone) != fingerprint(trunk["model"])
-    assert made.places.new == 48 and trunk["places"]["new"] == trunk["places"]["seen"][0] == 36
+    assert made.cursor.new == 48 and trunk["places"]["new"] == trunk["places"]["seen"][0] == 36
     plan = made.plan(some[1])
     assert [(s.role, s.first, s.last, s.start_from, s.optimizer) for s in plan] == [
         ("trunk", 0, 9, "trunk", "restore"),
@@ -117,7 +117,7 @@ def test_the_branch_is_evaluated_and_the_trunk_goes_on():
     made.trunk.begin(plan[0])
     assert weights(made) == fingerprint(trunk["model"]) and fingerprint(trunk) == before
     assert fingerprint(made.optimizer.state_dict()["state"]) == fingerprint(trunk["optimizer"]["state"])
-    assert made.places.seen == [36] and made.places.trained == [36]
+    assert made.cursor.seen == [36] and made.cursor.trained == [36]
 
 
 def moments(optimizer):
@@ -215,7 +215,7 @@ def test_frozen_scratch_union_and_passes():
 
 def test_allocation_counts_replayed_tokens_too():
     made = learn(learner(replay=Replay(share=0.25)), experiences(3))
-    assert made.places.trained == [48 + 12 + 8, 36 + 4, 36] and made.places.seen == [48, 36, 36]  # 60 : 36 of 12, 7.5 and 4.5
+    assert made.cursor.trained == [48 + 12 + 8, 36 + 4, 36] and made.cursor.seen == [48, 36, 36]  # 60 : 36 of 12, 7.5 and 4.5
     ledger = made.runtime.ledger
     assert ledger.trunk_replay == 24 * 6 and ledger.replay_bytes == (48 + 36) * 6
 

@@ -4,11 +4,11 @@ import math
 
 import numpy as np
 import pytest
-from clbench.records.validate import fault
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clbench.evaluation import metrics, peer_metrics
+from clbench.records.fault import fault
 
 A = np.array([[80, 90, 10, 5], [85, 70, 15, 8], [75, 72, 60, 20], [60, 65, 75, 80]], float)
 N = np.array([400, 100, 100, 100])

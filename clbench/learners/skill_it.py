@@ -96,7 +96,7 @@ class SkillIt:
         return self.inner.loss(tokens)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, optimiser, places; shares and losses."""
+        """Weights, optimiser, data cursor; shares and losses."""
         own = {"shares": self.shares, "losses": self.losses, "sums": self.sums}
         return {"inner": self.inner.state_dict(), **detached(own)}
 

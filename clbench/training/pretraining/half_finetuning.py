@@ -1,4 +1,4 @@
-"""Half fine-tuning (Hui et al. 2024, arXiv 2404.18466): in every stage a random half of the matrices rests."""
+"""Half fine-tuning (Hui et al. 2024, arXiv 2404.18466): in every stage a random half of the matrices is frozen."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def categories(model: nn.Module) -> dict[str, list[str]]:
 
 
 def rest_half(model: nn.Module, key: int | None) -> list[str]:
-    """Freeze a random half of each category, chosen by `key`; None frees everything -> the names that rest.
+    """Freeze a random half of each category, chosen by `key`; None unfreezes everything -> the frozen names.
 
-    Of an odd number the larger half rests in every other category, so that over all it is half.
+    Of an odd number the larger half is frozen in every other category, so that over all it is half.
     """
     model.requires_grad_(True)
     resting: list[str] = []
