@@ -15,7 +15,7 @@ from clbench.run.token_stream import experience_of
 from clbench.streams.tokens.scenario import Domain, content_sha256, scenario
 from clbench.training.checkpoint import Journal, unpack
 from clbench.training.pretraining.data_mixture import Mixture, Replay
-from clbench.training.pretraining.half_finetuning import categories, rest_half
+from clbench.training.pretraining.half_finetuning import categories, freeze_random_half
 from clbench.training.pretraining.progress import differences
 from clbench.training.pretraining.segments import PretrainRuntime, Segment, check_plan
 from clbench.training.pretraining.weight_averaging import Average, Averager
@@ -263,9 +263,9 @@ def test_a_random_half_rests():
     assert {k: len(v) for k, v in categories(model).items()} == {
         "0 attention": 1, "0 feed-forward": 1, "1 attention": 1, "1 feed-forward": 1,
     }  # fmt: skip
-    resting = rest_half(model, 5)
-    assert len(resting) == 2 and [n for n, p in model.named_parameters() if not p.requires_grad] == resting
-    assert rest_half(model, None) == [] and all(p.requires_grad for p in model.parameters())
+    frozen = freeze_random_half(model, 5)
+    assert len(frozen) == 2 and [n for n, p in model.named_parameters() if not p.requires_grad] == frozen
+    assert freeze_random_half(model, None) == [] and all(p.requires_grad for p in model.parameters())
     some = experiences(2)
     made = learn(learner(trainable="half"), some[:1])
     before = {name: value.clone() for name, value in made.model.state_dict().items()}

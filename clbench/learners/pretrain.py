@@ -33,7 +33,7 @@ from clbench.interfaces import Capabilities, Experience, Schedule, UserError
 from clbench.training import looks
 from clbench.training.pretraining.data_cursor import DataCursor
 from clbench.training.pretraining.data_mixture import Mixture, Replay
-from clbench.training.pretraining.half_finetuning import rest_half
+from clbench.training.pretraining.half_finetuning import freeze_random_half
 from clbench.training.pretraining.progress import Progress
 from clbench.training.pretraining.segments import Adam, AfterStep, PretrainRuntime, Segment, check_plan, train
 from clbench.training.pretraining.trunk_and_branch import Trunk
@@ -127,7 +127,7 @@ class Pretrain:
         text, runtime = _text(experience.train), self.runtime
         check_plan(plan, runtime.processed_limit, text.batch * text.context)
         progress = Progress(runtime, plan)
-        rest_half(self.model, runtime.key("rest") if self.trainable == "half" and experience.index else None)
+        freeze_random_half(self.model, runtime.key("rest") if self.trainable == "half" and experience.index else None)
         if progress.saved is not None:
             owner.load_state_dict(progress.saved)
         elif plan:
