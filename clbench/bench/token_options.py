@@ -1,4 +1,4 @@
-"""What `clbench bench tokens` can be told. Imports no torch."""
+"""Options of `clbench bench tokens`. Imports no torch."""
 
 from __future__ import annotations
 

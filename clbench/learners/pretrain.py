@@ -15,7 +15,7 @@ data, start   "union" with start "scratch": joint training on everything so far,
 until         experiences that are learned at all, then the model is frozen; null for all
 passes        several passes over the first part of an experience instead of one over all of it (Guo et al. 2024)
 average       weights averaged along the trunk are evaluated instead of annealed ones
-trainable     "half": in every later experience a random half of the matrices of each kind in each block rests (HFT, Hui et al.)
+trainable     "half": in each later experience a random half of the matrices by kind and block is frozen (HFT, Hui et al.)
 
 No published number is at this scale; what is to be expected is listed in the sweeps `conf/sweep/cpt_*.yaml`.
 """

@@ -61,8 +61,8 @@ class Losses:
                 key = line.row["variant"] + (f"-{number}" if number > 1 else "")
                 runs = [trace.run for trace in line.traces]
                 lost = Counter(r.status for r in self.runs if r.status != "ok" and r.variant == line.row["variant"])
-                told = {"command": command(self.first[line.row["variant"]], runs), "lost": dict(sorted(lost.items()))}
-                rows.append(_row(line, place, key) | told)
+                extra = {"command": command(self.first[line.row["variant"]], runs), "lost": dict(sorted(lost.items()))}
+                rows.append(_row(line, place, key) | extra)
                 details.append(_levels(line))
         others = extra_numbers(line.row for field in fields for line in field.lines)
         about = loss_metrics.ABOUT | dict.fromkeys(others, row_metrics.ABOUT)

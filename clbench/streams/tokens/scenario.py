@@ -161,7 +161,7 @@ class Probing:
         return sorted({*geometric, *even, total})
 
 
-def told(name: str, m: TokenManifest, probing: Probing) -> dict[str, Any]:
+def described(name: str, m: TokenManifest, probing: Probing) -> dict[str, Any]:
     """What a record says about a stream of tokens or images and its evaluation sets."""
     about = {
         "name": name,
@@ -222,7 +222,7 @@ class TokenScenario:
 
     def describe(self) -> dict[str, Any]:
         """What a record says about the stream and its evaluation sets."""
-        return told(self.name, self.manifest, self.probing)
+        return described(self.name, self.manifest, self.probing)
 
 
 def scenario(
