@@ -18,7 +18,7 @@ from clbench.config import compose, registry
 from clbench.interfaces import UserError, declared
 from clbench.records import record
 from clbench.run import provenance
-from clbench.run.subprocess_job import Job, show_log
+from clbench.run.subprocess_job import SubprocessJob, show_log
 from clbench.training import torchrun
 
 Launch = Callable[[Sequence[str], Any], None]
@@ -70,7 +70,7 @@ def sweep(composed: compose.Composed, command: list[str], launch: Launch) -> int
     log = runs / f".sweep-{os.getpid()}-{time.time_ns()}.jsonl"
     log.touch()
     one_by_one = composed.launcher.endswith("BasicLauncher")
-    job = Job(str(log), command, list(sys.path), composed.varying, one_by_one and sys.stderr.isatty())
+    job = SubprocessJob(str(log), command, list(sys.path), composed.varying, one_by_one and sys.stderr.isatty())
     tail = Tail(log, len(composed.jobs))
     tail.start()
     code = 0

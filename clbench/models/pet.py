@@ -30,7 +30,7 @@ State = dict[str, Tensor]
 Init = Callable[[Tensor, torch.Generator], Any]
 
 
-class Clock(Protocol):
+class PetRuntime(Protocol):
     """What a pet needs of the runtime: device, generators by name, and where training stands (for dropout)."""
 
     seed: int
@@ -52,7 +52,7 @@ class Pet(nn.Module):
     tokens  where a layer is run for the first of its tokens alone: of how many. Dropout then draws what it would for all.
     """
 
-    def __init__(self, model: Backbone, runtime: Clock, kind: str, spec: Mapping[str, tuple[Sequence[int], Init]]):
+    def __init__(self, model: Backbone, runtime: PetRuntime, kind: str, spec: Mapping[str, tuple[Sequence[int], Init]]):
         super().__init__()
         self.kind, self._runtime = kind, runtime
         self.inits = {name: init for name, (_, init) in spec.items()}

@@ -26,7 +26,7 @@ from clbench.models.backbone import Backbone
 from clbench.models.pet import Init, Pet, kaiming, normal, ones, uniform, zeros
 from clbench.models.pet_sites import (
     Adapter,
-    LowRank,
+    LoraTerm,
     PrefixAttention,
     ScaleShift,
     Tokens,
@@ -115,7 +115,7 @@ def lora(
             sites.append((f"{i}/{target}", layer, part))
     pet = Pet(model, runtime, "lora", spec)
     for name, layer, part in sites:
-        layer.register_forward_hook(LowRank(pet, name, part, None if learn_scale else scale).add)
+        layer.register_forward_hook(LoraTerm(pet, name, part, None if learn_scale else scale).add)
         pet.merges.append(fold_low_rank(pet, name, layer, part, None if learn_scale else scale))
     return pet
 

@@ -137,7 +137,7 @@ class Adapter:
 
 
 @dataclass(eq=False)
-class LowRank:
+class LoraTerm:
     """Adds s B A x to a linear layer's output, or to a third of it."""
 
     pet: Pet

@@ -29,7 +29,7 @@ GRACE = 60.0  # seconds that a stopped child has to write its snapshot
 
 
 @dataclass(frozen=True)
-class Job:
+class SubprocessJob:
     """What Hydra's launchers call with each configuration. Pickled to workers, so it holds plain values only.
 
     log       the sweep's log: one JSON line for each finished job
