@@ -98,7 +98,7 @@ def _add_arguments(parser: Parser, name: str, page: str) -> None:
     if name == "run":
         parser.add_argument("--cfg", choices=("job",), help="print the resolved configuration instead of running it")
     if name in ("run", "plan", "check", "tune"):
-        parser.add_argument("words", nargs="*", metavar="NAME=VALUE", help="choices and options (Hydra overrides)")
+        parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="choices and options (Hydra overrides)")
     if name == "check":
         parser.add_argument(
             "--measure", action="store_true", help="print what learners hold a class and an experience, as JSON"
@@ -131,11 +131,13 @@ def _add_arguments(parser: Parser, name: str, page: str) -> None:
         parser.add_argument("--to", default=".", metavar="DIR", help="the folder to write the package into (here)")
     if name == "manifest":
         parser.add_argument("action", choices=("write", "check", "show"))
-        parser.add_argument("words", nargs="*", metavar="NAME=VALUE | FILE", help="for check: the file; else choices, options")
+        parser.add_argument(
+            "overrides", nargs="*", metavar="NAME=VALUE | FILE", help="for check: the file; else choices, options"
+        )
         parser.add_argument("--out", metavar="FILE", help="for write: the file to write")
 
 
-def launch(words: Sequence[str], job: Any) -> None:
+def launch(overrides: Sequence[str], job: Any) -> None:
     """Give a sweep to Hydra's sweeper and launcher, which call `job(config)` for each of its runs."""
     import hydra
 
@@ -143,7 +145,7 @@ def launch(words: Sequence[str], job: Any) -> None:
 
     register()
     old = sys.argv
-    sys.argv = ["clbench", "-m", *words]
+    sys.argv = ["clbench", "-m", *overrides]
     try:
         hydra.main(config_path=str(conf_dir()), config_name="run", **behaviour())(job)()
     finally:

@@ -31,7 +31,7 @@ _FIRST_ONLY = ("last_macro", "last_micro", "step_macro", "step_micro", "triangle
 
 def run(args: Namespace, command: list[str]) -> int:
     """Do what `clbench tune` was asked for -> exit code: 1 if no trial or no run of the choice succeeded."""
-    study = prepare(read(args.words), command)
+    study = prepare(read(args.overrides), command)
     print(f"study {study.name}: {study.options.protocol}, {study.trials} trials on {study.on['scenario']}", flush=True)
     made = sealed(study)
     if made is None:
