@@ -101,7 +101,6 @@ class Clock:
         self.restart()
 
     def restart(self) -> None:
-        """Begin anew."""
         self._wall, self._cpu = time.perf_counter(), _processor_seconds()
 
     def read(self) -> dict[str, float]:

@@ -196,7 +196,6 @@ def _size(count: float | None) -> str:
 
 
 def show_choices(args: Namespace) -> int:
-    """What can be chosen."""
     print(registry.listing(args.groups))
     return 0
 
@@ -258,7 +257,6 @@ def report(args: Namespace) -> int:
 
 
 def verify(args: Namespace) -> int:
-    """Check records."""
     from clbench.cli import verify_command
 
     text, code = verify_command.run(args)

@@ -92,7 +92,6 @@ def parser_of(name: str, page: str = "") -> Parser:
 
 
 def _add_arguments(parser: Parser, name: str, page: str) -> None:
-    """What a command takes."""
     if name in ("run", "plan"):
         parser.add_argument("-m", "--multirun", action="store_true", help="several runs: NAME=A,B,C; range(a,b); glob(*)")
     if name == "run":

@@ -138,9 +138,7 @@ class L2p:
         return self.head(self.prompted(batch)[0])
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything listed in the class docstring."""
         return collect(self, "prompts", "keys", "head")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
         restore(self, state)

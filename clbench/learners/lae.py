@@ -110,9 +110,7 @@ class Lae:
         return {"ensemble": torch.maximum(online, offline), "online": online, "offline": offline}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything listed in the class docstring."""
         return collect(self, "pet", "offline", "head", "learned")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
         restore(self, state)

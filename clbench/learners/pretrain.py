@@ -194,7 +194,6 @@ class Pretrain:
         return {**collect(self, *PARTS), "places": self.cursor.state_dict()}  # a key of every fingerprint so far
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
         restore(self, {name: state[name] for name in PARTS})
         self.cursor.load_state_dict(state["places"])
 

@@ -116,9 +116,7 @@ class RanPac:
             return self.expand(self.model.features(batch)) @ self.readout_MK
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything listed in the class docstring."""
         return collect(self, *(["pet", "first_head"] if self.pet else []), "sums", "readout_MK")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
         restore(self, state)

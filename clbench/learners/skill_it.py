@@ -101,6 +101,5 @@ class SkillIt:
         return {"inner": self.inner.state_dict(), **detached(own)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
         self.inner.load_state_dict(state["inner"])
         self.shares, self.losses, self.sums = (detached(state[name]) for name in ("shares", "losses", "sums"))

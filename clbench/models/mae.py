@@ -67,7 +67,6 @@ class Shape:
 
     @property
     def patches(self) -> int:
-        """P."""
         return (self.image // self.patch) ** 2
 
     @property

@@ -193,7 +193,6 @@ class Pet(nn.Module):
         self._fold(1.0)
 
     def unmerge(self) -> None:
-        """Undo `merge`."""
         self._fold(-1.0)
 
     def _fold(self, sign: float) -> None:
@@ -251,12 +250,10 @@ def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> tuple[float, f
 
 
 def zeros(x: Tensor, generator: torch.Generator) -> None:
-    """All 0."""
     x.zero_()
 
 
 def ones(x: Tensor, generator: torch.Generator) -> None:
-    """All 1."""
     x.fill_(1.0)
 
 
@@ -266,7 +263,6 @@ def kaiming(x: Tensor, generator: torch.Generator) -> None:
 
 
 def uniform(low: float, high: float) -> Init:
-    """U(low, high)."""
     return lambda x, generator: x.uniform_(low, high, generator=generator)
 
 

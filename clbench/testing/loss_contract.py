@@ -48,7 +48,6 @@ class LossTrial:
     scenario: TokenScenario
 
     def start(self, folder: pathlib.Path | None = None) -> Any:
-        """A fresh learner."""
         model: nn.Module = build({**MODEL})
         runtime = PretrainRuntime(seed=0, device=torch.device("cpu"), journal=Journal(folder, 0.0))
         runtime.flops_per_token = flops_per_token(model, self.scenario.manifest.context)

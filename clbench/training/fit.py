@@ -27,9 +27,7 @@ class Batches(Protocol):
 
     steps: int
 
-    def __call__(self, step: int) -> Any:
-        """The batch."""
-        ...
+    def __call__(self, step: int) -> Any: ...
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,6 @@ class ImageData:
         return self.stored.take(np.asarray(rows, np.int64)).raw()
 
     def subset(self, rows: Sequence[int] | np.ndarray) -> ImageData:
-        """Some of the samples."""
         rows = np.asarray(rows, np.int64)
         stored = self.stored.take(rows)
         stored.check()
@@ -186,7 +185,6 @@ class ListImages:
         return len(self.images)
 
     def raw(self, ids: np.ndarray) -> list[np.ndarray]:
-        """By position."""
         return [self.images[int(i)] for i in ids]
 
 

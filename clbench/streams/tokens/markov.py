@@ -97,7 +97,6 @@ class Markov:
         return _fixed_point(lambda p: np.einsum("ar,arv->rv", p.reshape(vocab, -1), steps).ravel(), states)
 
     def nats(self, tokens: np.ndarray) -> np.ndarray:
-        """See `Source.nats`."""
         rows = _rows(tokens, self.vocab)
         out = np.empty(rows.shape)
         state = np.zeros(len(rows), np.int64)
@@ -114,11 +113,9 @@ class Markov:
         return out.reshape(np.shape(tokens))
 
     def bayes_loss(self, tokens: np.ndarray) -> float:
-        """See `Source.bayes_loss`."""
         return _rounded(np.mean(self.nats(tokens)))
 
     def sample(self, count: int, key: int) -> np.ndarray:
-        """See `Source.sample`."""
         states, vocab = self.balls.shape
         size = int(self.balls[0].sum())
         urns = _urns(self.balls)
@@ -191,11 +188,9 @@ class Hmm:
             return -np.log(seen).reshape(np.shape(tokens))
 
     def bayes_loss(self, tokens: np.ndarray) -> float:
-        """See `Source.bayes_loss`."""
         return _rounded(np.mean(self.nats(tokens)))
 
     def sample(self, count: int, key: int) -> np.ndarray:
-        """See `Source.sample`."""
         move_size, word_size = int(self.moves[0].sum()), int(self.words[0].sum())
         moves, words = _urns(self.moves), _urns(self.words)
         state = _start(self.stationary, key)

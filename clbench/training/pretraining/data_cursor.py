@@ -57,6 +57,5 @@ class DataCursor:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a copy."""
         for name, value in state.items():
             setattr(self, name, list(value) if isinstance(value, list) else value)

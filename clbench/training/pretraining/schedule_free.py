@@ -60,7 +60,6 @@ class ScheduleFree:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a copy."""
         for own, saved in ((self.average, state["average"]), (self.moving, state["moving"])):
             for mine, other in zip(own, saved, strict=True):
                 mine.copy_(placed_like(other, mine))

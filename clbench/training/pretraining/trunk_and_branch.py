@@ -50,5 +50,4 @@ class Trunk:
         return {"kept": self.kept}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device | None = None) -> None:
-        """Take over a copy."""
         self.kept = detached(state["kept"], device or next(self.model.parameters()).device)

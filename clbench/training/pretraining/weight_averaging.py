@@ -95,7 +95,6 @@ class Averager:
         return {"weights": self.weights, "number": self.number, "free": free}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a copy."""
         own = self.model.state_dict()
         self.weights = {name: placed_like(value, own[name]) for name, value in state["weights"].items()}
         self.number = state["number"]
