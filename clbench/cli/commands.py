@@ -1,4 +1,4 @@
-"""What each command does. Everything that loads torch is imported inside the command that needs it."""
+"""The commands. Everything that loads torch is imported inside the command that needs it."""
 
 from __future__ import annotations
 

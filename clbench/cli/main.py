@@ -1,4 +1,4 @@
-"""The command line: what each command is called, what it takes, what it says when asked. The work is in `commands`.
+"""The command line: parsers, dispatch, exit codes. The work is in `commands`.
 
 Nothing here loads torch, so a mistyped word is answered at once.
 """

@@ -1,4 +1,4 @@
-"""Pools of prompts on a frozen network: what L2P, DualPrompt and CODA-Prompt share.
+"""Prompt pools on a frozen network: what L2P, DualPrompt and CODA-Prompt share.
 
 A *query* is the bare network's feature of an image; a prompt is chosen, or weighted, by the cosine of the query and its key.
 Matching is in fp32, outside the network's passes: a rounded cosine could choose another prompt.

@@ -1,4 +1,4 @@
-"""What tables need of a record, and no more: ten thousand of these fit where a few hundred records would.
+"""Summaries of records for tables: ten thousand of these fit where a few hundred records would.
 
 `scan` reads a folder one file at a time; a filter sees the whole record before it is summarized.
 """

@@ -1,4 +1,4 @@
-"""A job of a sweep in a process of its own: whatever ends it (an exception, `sys.exit`, a signal, no memory), ends it alone.
+"""Runs a job of a sweep in a child process: an exception, `sys.exit`, a signal or an out-of-memory kill ends that job alone.
 
 The process that launches (the terminal's, a joblib worker, a submitit task) starts one child for each job, hands it a plain
 dictionary and waits. How a job ended is one line in the sweep's log; the terminal's process shows the lines as they come.

@@ -1,4 +1,4 @@
-"""Snapshots of a run whose tensors are spread over processes: each writes its parts, any number of processes reads them.
+"""Checkpoints of sharded tensors: each rank writes its shards, any number of ranks can read them.
 
 A snapshot is a plain file with everything that is not spread, and a folder beside it (torch.distributed.checkpoint) with what
 is. The folder is complete before the file names it, so a run that is killed while it writes has its last snapshot.

@@ -1,4 +1,4 @@
-"""Which arithmetic is fastest here without being less accurate: measured once a machine, remembered in the cache folder.
+"""Chooses the fastest arithmetic that keeps the accuracy: timed once per machine, cached on disk.
 
 A path is a mode of fp32 matrix products, a way to compute attention, and whether a ViT's last block is run for the class token
 alone ("+tail"). Which one is fast differs more than one would think:

@@ -1,4 +1,4 @@
-"""What a learner remembers: collecting it, restoring it in place, hashing it, weighing it."""
+"""State-dict functions: collect, restore in place, copy, size in bytes, SHA-256 fingerprint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What figures are drawn from: the rows of the leaderboard, each with the accuracies of its runs. No drawing here."""
+"""Data of the figures: rows of the leaderboard, each with the accuracies of its runs. No drawing here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What pictures of pre-training are drawn from: rows of the loss leaderboard with matrices and curves of their runs."""
+"""Data of the pre-training figures: rows of the loss leaderboard with the matrices and curves of their runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Families of synthetic languages with a known entropy, and the size of the shift between them as a dial. Imports no torch."""
+"""Families of synthetic languages with a known entropy and an adjustable shift between them. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Continual pre-training: a model reads domain after domain, and is asked for its loss on all of them. Imports no torch.
+"""Continual pre-training on tokens: domains one after another, evaluated by the loss on all of them. Imports no torch.
 
 A *domain* is a training text and a validation text as token ids. An experience is a budget of tokens of one domain, cut into
 steps of `batch` sequences with `context` predictions each. Experiences of the same domain read disjoint parts of it, so a

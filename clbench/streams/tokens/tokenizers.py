@@ -1,4 +1,4 @@
-"""From text to token ids: bytes, or a tokenizer file of the `tokenizers` package (extra: text). Imports no torch."""
+"""Tokenizers: bytes, or a tokenizer file of the `tokenizers` package (extra: text). Imports no torch."""
 
 from __future__ import annotations
 

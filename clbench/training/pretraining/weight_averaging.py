@@ -1,4 +1,4 @@
-"""Weights averaged along the way, evaluated in place of an anneal: no change of the rate, no further tokens."""
+"""Weight averages along the trajectory, evaluated in place of an anneal: no change of the rate, no further tokens."""
 
 from __future__ import annotations
 
