@@ -1,4 +1,4 @@
-"""The kinds of parameter-efficient tuning: where each hangs in a block, what it computes, how it starts.
+"""Kinds of parameter-efficient tuning: site in the block, formula, initialisation.
 
     adapter   a bottleneck beside the MLP (AdaptFormer) or beside the attention (LAE)
     lora      low-rank terms of q, k, v, qkv, proj, fc1, fc2 (Hu et al. 2022)

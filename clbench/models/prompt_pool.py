@@ -92,7 +92,7 @@ def attended(queries: Tensor, attention: Tensor, keys: Tensor) -> Tensor:
 def most_similar(similarity: Tensor, count: int, batchwise: bool = False) -> Tensor:
     """The `count` best columns of every row of similarity [B, M] -> [B, count] int64.
 
-    `batchwise`: the columns that most rows of the batch chose (ties: the lowest number) replace everybody's choice.
+    `batchwise`: batch-majority selection, the columns chosen by most rows (ties: the lowest index) for every row.
     """
     chosen = similarity.topk(count, dim=1).indices
     if batchwise:

@@ -156,7 +156,7 @@ def run_job(
 
 
 def _follow(job: Job) -> Outcome:
-    """A process that trains along: it writes nothing and says nothing, the first one does."""
+    """A non-zero rank: trains along, writes and prints nothing."""
     status = job.group.broadcast_object()
     if status != "running":
         return Outcome(job.run_id, status, "")

@@ -1,4 +1,4 @@
-"""What the page shows, as plain values: rows of the leaderboard by column, their streams, runs, settings and details.
+"""Content of the page as plain values: rows of the leaderboard by column, their streams, runs, settings and details.
 
 Texts are `plain` (one line, nothing that turns text around) and cut at `LONGEST` characters; numbers are finite or None.
 """
