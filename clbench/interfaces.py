@@ -141,9 +141,7 @@ class Batch(Protocol):
     task: int | None
 
     @property
-    def x(self) -> Tensor:
-        """The images."""
-        ...
+    def x(self) -> Tensor: ...
 
     def __len__(self) -> int: ...
 

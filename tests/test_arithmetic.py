@@ -69,8 +69,8 @@ def test_the_gate_refuses_and_the_margin_holds(monkeypatch):
     errors = dict.fromkeys(kernel_timing.PATHS, 9.0)  # refused, but for these
     errors |= {"highest+fused": 1.0, "highest+explicit+tail": 1.0, "medium+fused": 2.1, "medium+explicit+tail": 2.0}
     times = {"highest+fused": 4.0, "highest+explicit+tail": 0.97, "medium+fused": 0.1, "medium+explicit+tail": 1.0}
-    monkeypatch.setattr(kernel_timing.Probe, "error", lambda self, name: errors[name])
-    monkeypatch.setattr(kernel_timing.Probe, "seconds", lambda self, name: times[name])
+    monkeypatch.setattr(kernel_timing.KernelTimer, "error", lambda self, name: errors[name])
+    monkeypatch.setattr(kernel_timing.KernelTimer, "seconds", lambda self, name: times[name])
     wanted = "medium+explicit+tail"
     assert kernel_timing.measure(CPU, "fp32")["choice"] == wanted, "a twentieth is not enough to leave the expected"
     times["highest+explicit+tail"] = 0.9
@@ -91,7 +91,7 @@ def test_measuring_leaves_flags_and_generators_alone():
 def test_the_probe_is_timms_block():
     from timm.models.vision_transformer import Block
 
-    probe, x = kernel_timing.Probe(CPU, "fp32"), torch.randn(2, 5, kernel_timing.WIDTH)
+    probe, x = kernel_timing.KernelTimer(CPU, "fp32"), torch.randn(2, 5, kernel_timing.WIDTH)
     blocks = []
     for w in probe.weights:
         block = Block(kernel_timing.WIDTH, kernel_timing.HEADS, qkv_bias=True).eval()

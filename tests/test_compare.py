@@ -12,14 +12,13 @@ from scipy import stats
 from test_report import made
 
 from clbench.cli import main
-from clbench.evaluation import metrics
-from clbench.evaluation.metrics import compat
+from clbench.evaluation import metrics, peer_metrics
 from clbench.interfaces import UserError
 from clbench.records import record
 from clbench.report import explain, overview, table
 from clbench.report.compare import compare
 from clbench.report.formats import render
-from clbench.report.runs import Filter, boil
+from clbench.report.runs import Filter, summarize
 
 
 def run(seed=0, learner="ncm", last=(6, 9), order=0, lr=None, **changes):
@@ -111,7 +110,7 @@ def test_orders_are_strata(tmp_path):
     where = save(tmp_path / "r", *entries)
     (row,) = full("a", "b", where, Filter())
     assert (row["pairs"], row["orders"]) == (6, 3) and row["difference"] == pytest.approx(0.05)
-    rows, pairs, profiles = overview.tables([boil(e) for e in entries], "last_macro")
+    rows, pairs, profiles = overview.tables([summarize(e) for e in entries], "last_macro")
     a = next(r for r in rows.rows if r["learner"] == "a")
     assert (a["orders"], a["runs"], a["variants"]) == (3, 6, 3) and a["noise_std"] == 0
     assert a["order_std"] == pytest.approx(0.05) and a["order_share"] == 1 and a["low"] == a["high"] == pytest.approx(0.7)
@@ -141,7 +140,7 @@ def test_holm_runs_over_the_rows(tmp_path):
 
 
 def test_statistics_of_learners(both):
-    runs = [boil(e) for e in record.read_all(pathlib.Path(both) / "records")[0]]
+    runs = [summarize(e) for e in record.read_all(pathlib.Path(both) / "records")[0]]
     rows, pairs, _ = overview.tables(runs, "last_macro")
     assert [r["split"] for r in rows.rows] == ["one class order: its share cannot be told from training noise"] * 2
     (pair,) = pairs.rows
@@ -222,11 +221,13 @@ def test_the_registry_is_the_code():
     assert averages == {*metrics.FORMULAS, "macro", "micro", "own"}
     assert all(entry.text and entry.also for entry in metrics.FORMULAS.values())
     peers = {
-        n for n, f in inspect.getmembers(compat, inspect.isfunction) if list(inspect.signature(f).parameters)[:2] == ["a", "n"]
+        n
+        for n, f in inspect.getmembers(peer_metrics, inspect.isfunction)
+        if list(inspect.signature(f).parameters)[:2] == ["a", "n"]
     }
-    assert {name for name in peers if not name.startswith("_")} == set(compat.PEERS)
+    assert {name for name in peers if not name.startswith("_")} == set(peer_metrics.PEERS)
     a, n = np.array(explain.EXAMPLE, float), explain.SIZES
-    for name, peer in compat.PEERS.items():
+    for name, peer in peer_metrics.PEERS.items():
         assert set(peer.function(a, n)) == set(peer.values), name
     values = metrics.summary({"correct": [[5, None], [4, 9]], "n": [10, 10], "first_seen": [0, 1]})
     assert set(values) == set(metrics.FORMULAS) - {"fwt_init", "intransigence"}
@@ -240,6 +241,6 @@ def test_twins_are_found_by_trying():
 
 def test_explain_where_sets_and_experiences_differ():
     entry = {"correct": [[8, 6, None], [7, 6, 9]], "n": [10, 10, 10], "first_seen": [0, 0, 1]}
-    case = explain.Case("t", compat.percent(entry["correct"], entry["n"]), entry["n"], entry["first_seen"], None, entry)
+    case = explain.Case("t", peer_metrics.percent(entry["correct"], entry["n"]), entry["n"], entry["first_seen"], None, entry)
     peers = explain.tables(case)[2]
     assert all(row["value"] is None for row in peers.rows) and any("no values" in note for note in peers.notes)

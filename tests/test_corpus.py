@@ -22,11 +22,11 @@ from clbench.cli.main import answer
 from clbench.interfaces import UserError
 from clbench.streams.tokens import corpus_build, documents
 from clbench.streams.tokens.corpus import MANIFEST, Shards
-from clbench.streams.tokens.corpus_build import Recipe, build
+from clbench.streams.tokens.corpus_build import CorpusRecipe, build
 from clbench.streams.tokens.tokenizers import Bytes, TokenizerFile
 
 TEXT = "<|doc|>one\nFirst line.\n\nLast line.\n<|doc|>two\nzwei drüben\n<|doc|>empty\n<|doc|>three\nx\n"
-HALF = Recipe(validation=0.5)
+HALF = CorpusRecipe(validation=0.5)
 
 
 def write(path: Path, text: str = TEXT) -> Path:
@@ -43,16 +43,16 @@ def texts(shards: Shards, split: str) -> dict[str, bytes]:
 
 
 def test_documents_and_splits_by_hand(tmp_path):
-    shards, there = build([write(tmp_path / "a.txt")], tmp_path / "out", Bytes(), Recipe(validation=0.3))
+    shards, there = build([write(tmp_path / "a.txt")], tmp_path / "out", Bytes(), CorpusRecipe(validation=0.3))
     assert not there and shards.vocab == 256 and shards.end == 0
     held, rest = texts(shards, "validation"), texts(shards, "train")
     assert len(held) == 1 and len(rest) == 2
     assert held | rest == {"one": b"First line.\n\nLast line.", "two": "zwei drüben".encode(), "three": b"x"}
-    assert list(held) == [min(("one", "two", "three"), key=Recipe().place)]
+    assert list(held) == [min(("one", "two", "three"), key=CorpusRecipe().place)]
     assert shards.split("train").dtype == np.uint8 and isinstance(shards.split("train"), np.memmap)
     assert shards.bytes_per_token("train") == 1
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
-    again, there = build([tmp_path / "a.txt"], tmp_path / "out", Bytes(), Recipe(validation=0.3))
+    again, there = build([tmp_path / "a.txt"], tmp_path / "out", Bytes(), CorpusRecipe(validation=0.3))
     assert there and again.sha256 == shards.sha256
 
 
@@ -87,12 +87,12 @@ def test_share_and_seed_of_the_split(tmp_path):
     file = write(tmp_path / "a.txt", "".join(f"<|doc|>{i}\ntext {i}\n" for i in range(200)))
     held = []
     for seed in (0, 1):
-        shards, _ = build([file], tmp_path / f"{seed}", Bytes(), Recipe(validation=0.1, seed=seed))
+        shards, _ = build([file], tmp_path / f"{seed}", Bytes(), CorpusRecipe(validation=0.1, seed=seed))
         held.append(set(shards.names("validation")))
         assert len(held[-1]) == 20 and held[-1].isdisjoint(shards.names("train"))
     assert len(held[0] & held[1]) < 10
     backwards = write(tmp_path / "b.txt", "".join(f"<|doc|>{i}\nother {i}\n" for i in reversed(range(200))))
-    shards, _ = build([backwards], tmp_path / "b", Bytes(), Recipe(validation=0.1))
+    shards, _ = build([backwards], tmp_path / "b", Bytes(), CorpusRecipe(validation=0.1))
     assert set(shards.names("validation")) == held[0]  # the name decides, not place or content
 
 
@@ -107,11 +107,11 @@ def test_compressed_files_and_jsonl(tmp_path):
     for name, opener in (("a.jsonl.gz", gzip.open), ("b.jsonl.xz", lzma.open)):
         with opener(tmp_path / name, "wt") as file:
             file.write("\n".join([lines[0], "", *lines[1:]]))
-    one, _ = build([tmp_path / "a.jsonl.gz"], tmp_path / "1", Bytes(), Recipe(0.5, field="body", name_field="id"))
-    two, _ = build([tmp_path / "b.jsonl.xz"], tmp_path / "2", Bytes(), Recipe(0.5, field="body", name_field="id"))
+    one, _ = build([tmp_path / "a.jsonl.gz"], tmp_path / "1", Bytes(), CorpusRecipe(0.5, field="body", name_field="id"))
+    two, _ = build([tmp_path / "b.jsonl.xz"], tmp_path / "2", Bytes(), CorpusRecipe(0.5, field="body", name_field="id"))
     assert texts(one, "train") | texts(one, "validation") == {f"d{i}": f"text\n{i}".encode() for i in range(4)}
     assert one.sha256 == two.sha256
-    plain, _ = build([tmp_path / "a.jsonl.gz"], tmp_path / "3", Bytes(), Recipe(0.5, field="body"))
+    plain, _ = build([tmp_path / "a.jsonl.gz"], tmp_path / "3", Bytes(), CorpusRecipe(0.5, field="body"))
     assert sorted(plain.names("train") + plain.names("validation")) == [f"a.jsonl.gz:{n}" for n in (1, 3, 4, 5)]
 
 
@@ -215,7 +215,7 @@ def test_places_that_are_none(tmp_path):
         build([file], tmp_path / "full", Bytes(), HALF)
     for share in (0, 1, math.nan):
         with pytest.raises(UserError, match="--validation must lie between 0 and 1"):
-            Recipe(validation=share)
+            CorpusRecipe(validation=share)
 
 
 def damage(out: Path, what: str) -> None:
@@ -298,7 +298,7 @@ def test_memory_is_bounded(tmp_path):
     assert file.stat().st_size > 39e6
     build([write(tmp_path / "warm.txt")], tmp_path / "warm", Bytes(), HALF)
     tracemalloc.start()
-    shards, _ = build([file], tmp_path / "out", Bytes(), Recipe(validation=0.1))
+    shards, _ = build([file], tmp_path / "out", Bytes(), CorpusRecipe(validation=0.1))
     total = sum(len(shards.split(split)) for split in ("train", "validation"))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

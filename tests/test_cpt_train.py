@@ -15,7 +15,7 @@ from clbench.run.token_stream import experience_of
 from clbench.streams.tokens.scenario import Domain, content_sha256, scenario
 from clbench.training.checkpoint import Journal, unpack
 from clbench.training.pretraining.data_mixture import Mixture, Replay
-from clbench.training.pretraining.half_finetuning import categories, rest_half
+from clbench.training.pretraining.half_finetuning import categories, freeze_random_half
 from clbench.training.pretraining.progress import differences
 from clbench.training.pretraining.segments import PretrainRuntime, Segment, check_plan
 from clbench.training.pretraining.weight_averaging import Average, Averager
@@ -107,7 +107,7 @@ def test_the_branch_is_evaluated_and_the_trunk_goes_on():
     trunk = made.trunk.kept
     alone = learn(learner(schedule=stable_then_anneal), some[:1])  # the same steps without a branch
     assert weights(made) == weights(alone) != fingerprint(trunk["model"])
-    assert made.places.new == 48 and trunk["places"]["new"] == trunk["places"]["seen"][0] == 36
+    assert made.cursor.new == 48 and trunk["places"]["new"] == trunk["places"]["seen"][0] == 36
     plan = made.plan(some[1])
     assert [(s.role, s.first, s.last, s.start_from, s.optimizer) for s in plan] == [
         ("trunk", 0, 9, "trunk", "restore"),
@@ -117,7 +117,7 @@ def test_the_branch_is_evaluated_and_the_trunk_goes_on():
     made.trunk.begin(plan[0])
     assert weights(made) == fingerprint(trunk["model"]) and fingerprint(trunk) == before
     assert fingerprint(made.optimizer.state_dict()["state"]) == fingerprint(trunk["optimizer"]["state"])
-    assert made.places.seen == [36] and made.places.trained == [36]
+    assert made.cursor.seen == [36] and made.cursor.trained == [36]
 
 
 def moments(optimizer):
@@ -215,7 +215,7 @@ def test_frozen_scratch_union_and_passes():
 
 def test_allocation_counts_replayed_tokens_too():
     made = learn(learner(replay=Replay(share=0.25)), experiences(3))
-    assert made.places.trained == [48 + 12 + 8, 36 + 4, 36] and made.places.seen == [48, 36, 36]  # 60 : 36 of 12, 7.5 and 4.5
+    assert made.cursor.trained == [48 + 12 + 8, 36 + 4, 36] and made.cursor.seen == [48, 36, 36]  # 60 : 36 of 12, 7.5 and 4.5
     ledger = made.runtime.ledger
     assert ledger.trunk_replay == 24 * 6 and ledger.replay_bytes == (48 + 36) * 6
 
@@ -263,9 +263,9 @@ def test_a_random_half_rests():
     assert {k: len(v) for k, v in categories(model).items()} == {
         "0 attention": 1, "0 feed-forward": 1, "1 attention": 1, "1 feed-forward": 1,
     }  # fmt: skip
-    resting = rest_half(model, 5)
-    assert len(resting) == 2 and [n for n, p in model.named_parameters() if not p.requires_grad] == resting
-    assert rest_half(model, None) == [] and all(p.requires_grad for p in model.parameters())
+    frozen = freeze_random_half(model, 5)
+    assert len(frozen) == 2 and [n for n, p in model.named_parameters() if not p.requires_grad] == frozen
+    assert freeze_random_half(model, None) == [] and all(p.requires_grad for p in model.parameters())
     some = experiences(2)
     made = learn(learner(trainable="half"), some[:1])
     before = {name: value.clone() for name, value in made.model.state_dict().items()}

@@ -55,9 +55,9 @@ def look(sets, seen, size=128, learner=None, **options):
 def test_three_samples_by_hand():
     """p = softmax(log p): sample 1 right at 0.77, sample 2 wrong at 0.5 (true 0.3), sample 3 right at 0.57."""
     p = torch.tensor([[0.77, 0.13, 0.1], [0.5, 0.3, 0.2], [0.22, 0.21, 0.57]], dtype=torch.float64)
-    (found,) = look([Set(p.log().float(), torch.tensor([0, 1, 2]), (0, 1, 2))], 3, origin=[0, 0, 1])
+    (found,) = look([Set(p.log().float(), torch.tensor([0, 1, 2]), (0, 1, 2))], 3, class_to_experience=[0, 0, 1])
     c = found.calibration
-    assert (found.correct, found.n, found.into, c["n"]) == (2, 3, [2, 1], 3)
+    assert (found.correct, found.n, found.by_experience, c["n"]) == (2, 3, [2, 1], 3)
     assert math.isclose(c["nll"], -math.log(0.77) - math.log(0.3) - math.log(0.57), rel_tol=1e-6)
     by_hand = (0.23**2 + 0.13**2 + 0.1**2) + (0.5**2 + 0.7**2 + 0.2**2) + (0.22**2 + 0.21**2 + 0.43**2)
     assert math.isclose(c["brier"], by_hand, rel_tol=1e-6)
@@ -82,11 +82,14 @@ def test_a_hopeless_answer_is_finite():
 def test_batches_and_order_do_not_matter(seed, n, size):
     rng = np.random.default_rng(seed)
     z, y = torch.tensor(rng.normal(0, 3, (n, 4)), dtype=torch.float32), torch.tensor(rng.integers(0, 4, n))
-    (whole,) = look([Set(z, y, (0, 1, 2, 3))], 4, origin=[0, 1, 1, 2])
+    (whole,) = look([Set(z, y, (0, 1, 2, 3))], 4, class_to_experience=[0, 1, 1, 2])
     mixed = torch.tensor(rng.permutation(n))
-    (parts,) = look([Set(z[mixed], y[mixed], (0, 1, 2, 3))], 4, size, origin=[0, 1, 1, 2])
+    (parts,) = look([Set(z[mixed], y[mixed], (0, 1, 2, 3))], 4, size, class_to_experience=[0, 1, 1, 2])
     assert parts == whole
-    assert sum(whole.into) == n == sum(whole.calibration["bin_n"]) and sum(whole.calibration["bin_correct"]) == whole.correct
+    assert (
+        sum(whole.by_experience) == n == sum(whole.calibration["bin_n"])
+        and sum(whole.calibration["bin_correct"]) == whole.correct
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -100,9 +103,9 @@ def test_sets_that_share_a_batch_count_as_if_alone(seed, lengths, size, tasks):
         y, z = torch.tensor(rng.choice(own, n)), torch.tensor(rng.normal(0, 3, (n, 7)), dtype=torch.float32)
         sets.append(Set(z.round(), y, own, task=int(rng.integers(0, 2)) if tasks else None))
     alone, shared = Echo(*sets), Echo(*sets)
-    origin = [0, 0, 1, 1, 2, 2, 3]
-    expected = look(sets, 7, size, alone, origin=origin, joined=False)
-    assert look(sets, 7, size, shared, origin=origin) == expected
+    class_to_experience = [0, 0, 1, 1, 2, 2, 3]
+    expected = look(sets, 7, size, alone, class_to_experience=class_to_experience, joined=False)
+    assert look(sets, 7, size, shared, class_to_experience=class_to_experience) == expected
     pieces = [(one.task, min(size, len(one.y) - first)) for one in sets for first in range(0, len(one.y), size)]
     by_hand, task = [], -1
     for its_task, n in pieces:
@@ -120,7 +123,7 @@ def test_sets_that_share_a_batch_count_as_if_alone(seed, lengths, size, tasks):
         assert (found.n, found.correct, found.masked) == (len(one.y), int(hit.sum()), int((inside.argmax(1) == one.y).sum()))
         assert found.class_n == [int((one.y == c).sum()) for c in one.classes]
         assert found.class_correct == [int(hit[one.y == c].sum()) for c in one.classes]
-        assert found.into == [int(sum(origin[g] == t for g in given.tolist())) for t in range(4)]
+        assert found.by_experience == [int(sum(class_to_experience[g] == t for g in given.tolist())) for t in range(4)]
         # a score that fewer than 5 others beat is among the best 5; ties may fall either way
         mine = one.z[torch.arange(len(one.y)), one.y][:, None]
         assert int(((one.z >= mine).sum(1) <= 5).sum()) <= found.top5 <= int(((one.z > mine).sum(1) < 5).sum())
@@ -147,9 +150,9 @@ def test_against_plain_formulas():
 
 def test_a_disclosed_task_asks_among_its_own_classes():
     z = torch.tensor([[9.0, 0.0, 1.0, 0.5], [9.0, 0.0, 0.5, 1.0]])
-    (found,) = look([Set(z, torch.tensor([2, 2]), (2, 3), task=1)], 4, origin=[0, 0, 1, 1])
+    (found,) = look([Set(z, torch.tensor([2, 2]), (2, 3), task=1)], 4, class_to_experience=[0, 0, 1, 1])
     right = 1 / (1 + math.exp(-0.5))
-    assert found.correct == 1 and found.into == [0, 2]
+    assert found.correct == 1 and found.by_experience == [0, 2]
     assert math.isclose(found.calibration["nll"], -math.log(right) - math.log(1 - right), rel_tol=1e-9)
     assert math.isclose(sum(found.calibration["bin_conf"]), 2 * right, rel_tol=1e-9)
 
@@ -160,15 +163,17 @@ def test_only_the_first_head_is_the_answer():
             return {"a": self.z[batch.ids], "b": -self.z[batch.ids]}
 
     z = torch.tensor([[3.0, 0.0], [0.0, 3.0]])
-    (found,) = look([Set(z, torch.tensor([0, 1]), (0, 1))], 2, learner=Two, origin=[0, 0])
-    assert found.heads == {"a": 2, "b": 0} and found.calibration["n"] == 2 and found.into == [2]
+    (found,) = look([Set(z, torch.tensor([0, 1]), (0, 1))], 2, learner=Two, class_to_experience=[0, 0])
+    assert found.heads == {"a": 2, "b": 0} and found.calibration["n"] == 2 and found.by_experience == [2]
 
 
 def test_unseen_sets_are_not_asked():
     z = torch.zeros(2, 2)
-    first, second = look([Set(z, torch.tensor([0, 1]), (0, 1)), Set(z, torch.tensor([2, 2]), (2,))], 2, origin=[0, 0, 1])
-    assert second is None and first.into == [2, 0] and confusion([first, second], 4) == [[2, 0, 0, 0], None]
-    first.into = None  # of a snapshot that an earlier version wrote
+    first, second = look(
+        [Set(z, torch.tensor([0, 1]), (0, 1)), Set(z, torch.tensor([2, 2]), (2,))], 2, class_to_experience=[0, 0, 1]
+    )
+    assert second is None and first.by_experience == [2, 0] and confusion([first, second], 4) == [[2, 0, 0, 0], None]
+    first.by_experience = None  # of a snapshot that an earlier version wrote
     assert confusion([first, second], 4) is None
     assert together([first.calibration, None]) is None and together([]) is None
 

@@ -66,7 +66,7 @@ def test_forward_algorithm_against_all_hidden_paths(data):
     states, vocab, length = (data.draw(st.integers(a, b)) for a, b in ((2, 3), (2, 3), (1, 5)))
     source = synthetic(states, vocab, "hmm", 1.0, data.draw(st.integers(0, 3)), data.draw(st.integers(0, 99)))
     text = data.draw(st.lists(st.integers(0, vocab - 1), min_size=length, max_size=length))
-    move, word = source.moves / source.moves[0].sum(), source.words / source.words[0].sum()
+    move, word = source.transitions / source.transitions[0].sum(), source.emissions / source.emissions[0].sum()
     direct = 0.0
     for path in itertools.product(range(states), repeat=length):
         p = source.stationary[path[0]]
@@ -137,11 +137,11 @@ def test_shift_is_a_dial():
     assert found[0] == 0 and found[1] > 0
     assert all(a <= b for a, b in itertools.pairwise(found)) and found[-1] > 0.5
     at_half = [synthetic(64, 8, "markov", 0.5, i, 1) for i in range(3)]
-    assert (at_half[1].balls == at_half[0].balls).all(1).sum() >= 32
+    assert (at_half[1].counts == at_half[0].counts).all(1).sum() >= 32
     assert at_half[1].divergence(at_half[2]) > 0
-    assert (synthetic(64, 8, "markov", 0.0, 5, 1).balls == zero.balls).all()
+    assert (synthetic(64, 8, "markov", 0.0, 5, 1).counts == zero.counts).all()
     same = synthetic(64, 8, "markov", 0.001, 1, 1)  # rounded up: a shift above 0 is never without effect
-    assert (same.balls != zero.balls).any(1).sum() == 1
+    assert (same.counts != zero.counts).any(1).sum() == 1
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -150,7 +150,7 @@ def test_shift_of_a_hidden_chain(seed):
     found = [zero.divergence(synthetic(8, 16, "hmm", shift, 1, seed)) for shift in (0.0, 0.1, 0.3, 0.6, 1.0)]
     assert found[0] == 0 and all(a < b for a, b in itertools.pairwise(found)) and found[-1] > 0.5
     with pytest.raises(AssertionError):  # a table whose rows are of different sizes is no source
-        Hmm(zero.moves + np.arange(8)[:, None], zero.words)  # type: ignore[attr-defined]
+        Hmm(zero.transitions + np.arange(8)[:, None], zero.emissions)  # type: ignore[attr-defined]
 
 
 def test_what_cannot_be_costs_infinitely_much():
@@ -160,9 +160,9 @@ def test_what_cannot_be_costs_infinitely_much():
 
 def test_seeds_and_words():
     one, two = (synthetic(8, 8, "markov", 0.0, 0, seed) for seed in (0, 1))
-    assert (one.balls != two.balls).any()
-    assert (one.balls > 0).all()  # every divergence is finite
-    assert len({int(row.sum()) for row in one.balls}) == 1
+    assert (one.counts != two.counts).any()
+    assert (one.counts > 0).all()  # every divergence is finite
+    assert len({int(row.sum()) for row in one.counts}) == 1
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,11 @@ import math
 
 import numpy as np
 import pytest
-from clbench.records.validate import fault
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clbench.evaluation import metrics
-from clbench.evaluation.metrics import compat
+from clbench.evaluation import metrics, peer_metrics
+from clbench.records.fault import fault
 
 A = np.array([[80, 90, 10, 5], [85, 70, 15, 8], [75, 72, 60, 20], [60, 65, 75, 80]], float)
 N = np.array([400, 100, 100, 100])
@@ -37,12 +36,12 @@ FIRST = np.arange(4)
     ],
 )
 def test_what_each_library_prints(library, name, value):
-    assert getattr(compat, library)(A, N)[name] == pytest.approx(value, abs=0.005)
+    assert getattr(peer_metrics, library)(A, N)[name] == pytest.approx(value, abs=0.005)
 
 
 def test_renate_subtracts_the_baseline():
-    assert compat.renate(A, N, init=[10] * 4)["fwt"] == pytest.approx(31.67, abs=0.005)
-    assert compat.avalanche(A, N, init=[10] * 4)["fwt"] == pytest.approx(31.67, abs=0.005)
+    assert peer_metrics.renate(A, N, init=[10] * 4)["fwt"] == pytest.approx(31.67, abs=0.005)
+    assert peer_metrics.avalanche(A, N, init=[10] * 4)["fwt"] == pytest.approx(31.67, abs=0.005)
 
 
 def test_by_hand():
@@ -106,9 +105,9 @@ def test_properties(case):
     assert metrics.step_micro(a, same, first) == pytest.approx(metrics.step_macro(a, first))
     rising = np.sort(a, axis=0)
     assert metrics.forgetting(rising, first) <= 1e-12
-    assert metrics.forgetting(a, first) == pytest.approx(compat.continuum(a, n)["forgetting"])
-    assert 100 * metrics.forgetting(a, first) <= compat.pilot(100 * a, n)["forgetting"] + 0.01
-    assert compat.renate(a, n)["forgetting"] >= compat.continuum(a, n)["forgetting"] - 1e-12
+    assert metrics.forgetting(a, first) == pytest.approx(peer_metrics.continuum(a, n)["forgetting"])
+    assert 100 * metrics.forgetting(a, first) <= peer_metrics.pilot(100 * a, n)["forgetting"] + 0.01
+    assert peer_metrics.renate(a, n)["forgetting"] >= peer_metrics.continuum(a, n)["forgetting"] - 1e-12
 
 
 @settings(max_examples=40, deadline=None)
@@ -130,18 +129,18 @@ def test_what_never_falls_is_not_forgotten():
     assert metrics.forgetting(level, [0, 1]) == 0.0 and metrics.bwt(level, [0, 1]) == 0.0
 
 
-@pytest.mark.parametrize("library", [name for name in compat.PEERS if name != "gmvandeven"])
+@pytest.mark.parametrize("library", [name for name in peer_metrics.PEERS if name != "gmvandeven"])
 def test_libraries_on_one_experience_and_without_zero_shot_cells(library):
-    values = getattr(compat, library)(compat.percent([[5]], [10]), [10])
+    values = getattr(peer_metrics, library)(peer_metrics.percent([[5]], [10]), [10])
     assert values.get("last", 50.0) == 50.0 and math.isnan(values["forgetting"])
     counts = [[8, None, None], [6, 9, None], [5, 9, 7]]
-    values = getattr(compat, library)(compat.percent(counts, [10] * 3), [10] * 3)
+    values = getattr(peer_metrics, library)(peer_metrics.percent(counts, [10] * 3), [10] * 3)
     needs_zero_shot = library in ("mammoth", "renate")
     assert math.isnan(values["forgetting"]) == needs_zero_shot and math.isnan(values.get("fwt", math.nan))
 
 
 def test_pilot_rounds_percent_before_averaging():
-    values = compat.pilot(compat.percent([[1, None], [0, 2]], [3, 3]), [3, 3])
+    values = peer_metrics.pilot(peer_metrics.percent([[1, None], [0, 2]], [3, 3]), [3, 3])
     assert values["average"] == pytest.approx((33.33 + 33.33) / 2) and values["forgetting"] == pytest.approx(33.33)
 
 
@@ -286,6 +285,8 @@ def test_a_record_with_damaged_optional_parts_is_none(damage):
 def test_prompt_ports_and_facil(case):
     a, n = case
     low = np.tril(a)
-    assert compat.prompt_pytorch(a, n)["forgetting"] == pytest.approx(compat.pilot(100 * a, n)["forgetting"] / 100, abs=2e-4)
-    assert compat.facil(a, n)["forgetting"] >= compat.continuum(a, n)["forgetting"] - 1e-12
-    assert compat.facil(a, n)["last"] == compat.gmvandeven(a, n)["last"] == pytest.approx(low[-1].mean())
+    assert peer_metrics.prompt_pytorch(a, n)["forgetting"] == pytest.approx(
+        peer_metrics.pilot(100 * a, n)["forgetting"] / 100, abs=2e-4
+    )
+    assert peer_metrics.facil(a, n)["forgetting"] >= peer_metrics.continuum(a, n)["forgetting"] - 1e-12
+    assert peer_metrics.facil(a, n)["last"] == peer_metrics.gmvandeven(a, n)["last"] == pytest.approx(low[-1].mean())

@@ -43,10 +43,10 @@ def trial(learner="ncm"):
 def text_trial(learner="infinite"):
     (config,) = compose(["scenario=cpt_synthetic", f"learner={learner}"])
     target = contract.load_target(config["learner"]["_target_"])
-    return loss_contract.Trial(config, contract.declared(target, config["learner"]), loss_contract.small_stream())
+    return loss_contract.LossTrial(config, contract.declared(target, config["learner"]), loss_contract.small_stream())
 
 
-class MaeTrial(loss_contract.Trial):
+class MaeTrial(loss_contract.LossTrial):
     """Groups of digits for a masked autoencoder."""
 
     def start(self, folder=None):
@@ -484,7 +484,7 @@ def test_the_adversary_finds_a_way_that_works(monkeypatch):
 def test_the_check_finds_a_runtime_or_a_text_that_leads_elsewhere(kind):
     made = text_trial()
 
-    class Leaking(loss_contract.Trial):
+    class Leaking(loss_contract.LossTrial):
         def start(self, folder=None):
             learner = super().start(folder)
             if kind == "observer":

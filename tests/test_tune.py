@@ -54,7 +54,7 @@ def direct(monkeypatch):
 
 
 def tune(results, *words: str) -> int:
-    return tuning_study.run(Namespace(words=[*TINY, *words, f"results_dir={results}"]), ["clbench", "tune", *words])
+    return tuning_study.run(Namespace(overrides=[*TINY, *words, f"results_dir={results}"]), ["clbench", "tune", *words])
 
 
 def study_of(results) -> dict:

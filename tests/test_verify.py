@@ -14,7 +14,7 @@ from clbench.interfaces import UserError
 from clbench.records import migrations, record, rerun, verify_artifacts
 from clbench.records.verify import verdicts, verify
 from clbench.report import report
-from clbench.report.runs import boil, is_legacy
+from clbench.report.runs import is_legacy, summarize
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from test_report import made
@@ -335,13 +335,15 @@ def test_a_change_that_moves_bf16_alone_leaves_the_other_records_their_standing(
     assert record.numbers_version({"precision": "bf16"}) == 2
     assert record.numbers_version({"precision": "fp32"}) == record.numbers_version({}) == record.NUMBERS_VERSION == 1
     for entry, legacy in ((whole(), False), (lowered(2), False), (lowered(1), True)):
-        assert is_legacy(entry) == legacy and boil(entry).legacy == legacy and ("legacy" in boil(entry).marks) == legacy
+        assert (
+            is_legacy(entry) == legacy and summarize(entry).legacy == legacy and ("legacy" in summarize(entry).marks) == legacy
+        )
         parts = (entry["scenario"]["manifest_sha256"], entry["model"]["state_sha256"], entry["learner"]["plugin"])
         assert (record.run_id(entry["config"], *parts) == entry["run_id"]) == (not legacy)
     verdict = one(folder(lowered(1)))
     assert verdict.verdict == "self-reported"
     assert verdict.reasons == ("other code made its numbers (numbers_version 1, here 2)",)
-    assert boil(lowered(1)).values == boil(lowered(2)).values == boil(whole()).values
+    assert summarize(lowered(1)).values == summarize(lowered(2)).values == summarize(whole()).values
 
 
 def test_a_record_of_other_code_is_not_repeated(folder, monkeypatch):

@@ -1,1 +1,1 @@
-"""How fast clbench is here: rates of the machine, seconds of the learners, and what code that does not care would take."""
+"""Benchmarks: rates of the machine, seconds of the learners, and seconds of naive implementations."""

@@ -1,4 +1,4 @@
-"""What a measurement was made on, and how much memory a piece of work took. No host name, no user, no path."""
+"""Description of the machine, and peak memory and time of a piece of work. No host name, no user, no path."""
 
 from __future__ import annotations
 
@@ -101,7 +101,6 @@ class Clock:
         self.restart()
 
     def restart(self) -> None:
-        """Begin anew."""
         self._wall, self._cpu = time.perf_counter(), _processor_seconds()
 
     def read(self) -> dict[str, float]:

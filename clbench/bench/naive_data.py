@@ -1,4 +1,4 @@
-"""The data path of published code: PIL for each image, torchvision's transforms, a new loader wherever one is wanted."""
+"""The data path of published code: PIL for each image, torchvision's transforms, a new loader in every pass."""
 
 from __future__ import annotations
 

@@ -43,7 +43,6 @@ class Stream:
 
     @property
     def tested(self) -> int:
-        """S."""
         return sum(accumulate(self.test))
 
 

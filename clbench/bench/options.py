@@ -1,4 +1,4 @@
-"""What `clbench bench` can be told. Imports no torch."""
+"""Options of `clbench bench`. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `clbench bench` measures when it is told no more than a name. Imports no torch."""
+"""Presets of `clbench bench`: what a name measures. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the machine can do at best: matrix products, and images per second of bare networks under every accurate arithmetic.
+"""Peak rates of the machine: matrix products, and images per second of bare networks under every accurate arithmetic.
 
 No data pipeline, no learner, no framework: a network, random images that lie ready, an optimiser. `adapter` trains a
 bottleneck of 16 beside each MLP and a head on a frozen network, `full` everything. The best rate over batch sizes and paths is

@@ -1,4 +1,4 @@
-"""How long a person waits before anything happens: each command as a new process, the shortest of several."""
+"""Start-up latency: each command as a new process, the minimum of several."""
 
 from __future__ import annotations
 

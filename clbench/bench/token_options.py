@@ -1,4 +1,4 @@
-"""What `clbench bench tokens` can be told. Imports no torch."""
+"""Options of `clbench bench tokens`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ ROWS = ("loop", "paths", "memory")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options."""
     add = parser.add_argument
     add("--rows", default=",".join(ROWS), help="which tables: loop,paths,memory")
     add("--model", default="decoder_tiny", help="a decoder of `clbench list models`")

@@ -107,7 +107,6 @@ class Bare:
         self.rng = np.random.default_rng(0)
 
     def __call__(self, steps: int) -> None:
-        """Some steps."""
         args, device = self.args, next(self.model.parameters()).device
         for _ in range(steps):
             starts = self.rng.integers(0, len(self.tokens) - args.context - 1, args.batch)
@@ -258,7 +257,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def text(found: dict[str, Any]) -> str:
-    """The tables."""
     o = found["options"]
     title = f"{o['model']}, batch {o['batch']} x {o['context']}, {o['device']}, {o['precision']}"
     return "\n\n".join([table.machine_text(found), *(f"{name}: {title}\n{table.plain(found[name])}" for name in o["rows"])])

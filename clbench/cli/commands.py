@@ -1,4 +1,4 @@
-"""What each command does. Everything that loads torch is imported inside the command that needs it."""
+"""The commands. Everything that loads torch is imported inside the command that needs it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from clbench.config import compose, registry
 from clbench.interfaces import UserError, declared
 from clbench.records import record
 from clbench.run import provenance
-from clbench.run.subprocess_job import Job, show_log
+from clbench.run.subprocess_job import SubprocessJob, show_log
 from clbench.training import torchrun
 
 Launch = Callable[[Sequence[str], Any], None]
@@ -27,8 +27,8 @@ GO_ON = "clbench: stopped; the same command goes on where it was"
 
 def run(args: Namespace, command: list[str], launch: Launch) -> int:
     """Compose and check every job, then run: one in this process, a sweep through Hydra's launchers."""
-    composed = compose.read(args.words, args.multirun)
-    torchrun.refuse("run", composed.multirun)
+    composed = compose.read(args.overrides, args.multirun)
+    torchrun.check_single_run("run", composed.multirun)
     if args.cfg:
         print("---\n".join(compose.to_yaml(job) for job in composed.jobs), end="")
         return 0
@@ -70,13 +70,13 @@ def sweep(composed: compose.Composed, command: list[str], launch: Launch) -> int
     log = runs / f".sweep-{os.getpid()}-{time.time_ns()}.jsonl"
     log.touch()
     one_by_one = composed.launcher.endswith("BasicLauncher")
-    job = Job(str(log), command, list(sys.path), composed.varying, one_by_one and sys.stderr.isatty())
+    job = SubprocessJob(str(log), command, list(sys.path), composed.varying, one_by_one and sys.stderr.isatty())
     tail = Tail(log, len(composed.jobs))
     tail.start()
     code = 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a terminated sweep stops its jobs as Ctrl-C does
     try:
-        launch(composed.words, job)
+        launch(composed.overrides, job)
     except KeyboardInterrupt:
         code = 130
     except SystemExit as error:
@@ -143,7 +143,7 @@ class Tail(threading.Thread):
 
 def plan(args: Namespace) -> int:
     """A row for each job; all errors together -> 0, or 2 if a job cannot run."""
-    composed = compose.read(args.words, args.multirun)
+    composed = compose.read(args.overrides, args.multirun)
     rows, errors = [], {}
     good = []
     for job in composed.jobs:
@@ -196,18 +196,17 @@ def _size(count: float | None) -> str:
 
 
 def show_choices(args: Namespace) -> int:
-    """What can be chosen."""
     print(registry.listing(args.groups))
     return 0
 
 
 def check(args: Namespace) -> int:
-    """The contract suite on the learner or the scenario that the words name -> 0, or 1 if something failed."""
-    groups = {word.lstrip("+~").split("=")[0].split(".")[0] for word in args.words}
+    """The contract suite on the learner or the scenario that the overrides name -> 0, or 1 if something failed."""
+    groups = {one.lstrip("+~").split("=")[0].split(".")[0] for one in args.overrides}
     wanted = [group for group in ("learner", "scenario") if group in groups]
     if not wanted:
         raise UserError("say what to check: learner=NAME or scenario=NAME")
-    found = compose.compose(args.words)[0]
+    found = compose.compose(args.overrides)[0]
     registry.check(found)
     from clbench.testing import contract
 
@@ -222,7 +221,7 @@ def check(args: Namespace) -> int:
 
 def measure(args: Namespace) -> int:
     """Print `registry.stored` of the learners named: experiences of two classes and of three tell what grows with which."""
-    rows, jobs = {}, compose.compose(args.words, multirun=True)
+    rows, jobs = {}, compose.compose(args.overrides, multirun=True)
     _check_all(jobs)
     for job in jobs:
         small, large = (_held(job, size) for size in (2, 3))
@@ -258,7 +257,6 @@ def report(args: Namespace) -> int:
 
 
 def verify(args: Namespace) -> int:
-    """Check records."""
     from clbench.cli import verify_command
 
     text, code = verify_command.run(args)
@@ -281,12 +279,12 @@ def manifest(args: Namespace) -> int:
     if args.out and args.action != "write":
         raise UserError(f"--out has no effect with manifest {args.action}")
     if args.action == "check":
-        if not args.words:
+        if not args.overrides:
             raise UserError("say which file: clbench manifest check FILE")
-        for path in args.words:
+        for path in args.overrides:
             print(f"{path}: ok, sha256 {load_any(Path(path)).sha256}")
         return 0
-    found = compose.compose(args.words)[0]
+    found = compose.compose(args.overrides)[0]
     registry.check(found)
     scenario = compose.build(found["scenario"])
     made = scenario.manifest

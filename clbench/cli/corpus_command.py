@@ -54,7 +54,7 @@ def _build(args: argparse.Namespace, paths: list[Path]) -> int:
         if getattr(args, name) is not None and not any(map(is_jsonl, paths)):
             raise UserError(f"--{name.replace('_', '-')} has no effect: none of the files is named .jsonl or .ndjson")
     given = {name: getattr(args, name) for name in ("field", "name_field", "validation", "seed")}
-    recipe = corpus_build.Recipe(**{name: value for name, value in given.items() if value is not None})
+    recipe = corpus_build.CorpusRecipe(**{name: value for name, value in given.items() if value is not None})
     encoder = tokenizers.TokenizerFile(Path(args.tokenizer).expanduser(), args.end) if args.tokenizer else tokenizers.Bytes()
     with tqdm(unit="char", unit_scale=True, disable=None, leave=False) as bar:
         shards, there = corpus_build.build(paths, Path(args.out).expanduser(), encoder, recipe, bar.update)

@@ -1,4 +1,4 @@
-"""What clbench says of itself and of its commands when it is asked. Imports nothing."""
+"""Help texts of clbench and its commands. Imports nothing."""
 
 from __future__ import annotations
 

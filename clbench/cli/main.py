@@ -1,4 +1,4 @@
-"""The command line: what each command is called, what it takes, what it says when asked. The work is in `commands`.
+"""The command line: parsers, dispatch, exit codes. The work is in `commands`.
 
 Nothing here loads torch, so a mistyped word is answered at once.
 """
@@ -92,13 +92,12 @@ def parser_of(name: str, page: str = "") -> Parser:
 
 
 def _add_arguments(parser: Parser, name: str, page: str) -> None:
-    """What a command takes."""
     if name in ("run", "plan"):
         parser.add_argument("-m", "--multirun", action="store_true", help="several runs: NAME=A,B,C; range(a,b); glob(*)")
     if name == "run":
         parser.add_argument("--cfg", choices=("job",), help="print the resolved configuration instead of running it")
     if name in ("run", "plan", "check", "tune"):
-        parser.add_argument("words", nargs="*", metavar="NAME=VALUE", help="choices and options (Hydra overrides)")
+        parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="choices and options (Hydra overrides)")
     if name == "check":
         parser.add_argument(
             "--measure", action="store_true", help="print what learners hold a class and an experience, as JSON"
@@ -131,11 +130,13 @@ def _add_arguments(parser: Parser, name: str, page: str) -> None:
         parser.add_argument("--to", default=".", metavar="DIR", help="the folder to write the package into (here)")
     if name == "manifest":
         parser.add_argument("action", choices=("write", "check", "show"))
-        parser.add_argument("words", nargs="*", metavar="NAME=VALUE | FILE", help="for check: the file; else choices, options")
+        parser.add_argument(
+            "overrides", nargs="*", metavar="NAME=VALUE | FILE", help="for check: the file; else choices, options"
+        )
         parser.add_argument("--out", metavar="FILE", help="for write: the file to write")
 
 
-def launch(words: Sequence[str], job: Any) -> None:
+def launch(overrides: Sequence[str], job: Any) -> None:
     """Give a sweep to Hydra's sweeper and launcher, which call `job(config)` for each of its runs."""
     import hydra
 
@@ -143,7 +144,7 @@ def launch(words: Sequence[str], job: Any) -> None:
 
     register()
     old = sys.argv
-    sys.argv = ["clbench", "-m", *words]
+    sys.argv = ["clbench", "-m", *overrides]
     try:
         hydra.main(config_path=str(conf_dir()), config_name="run", **behaviour())(job)()
     finally:
@@ -173,7 +174,7 @@ def dispatch(argv: Sequence[str]) -> int:
 
         page, rest = split(rest)
     args = parser_of(name, page).parse_intermixed_args(rest)
-    torchrun.refuse(name, getattr(args, "multirun", False))
+    torchrun.check_single_run(name, getattr(args, "multirun", False))
     from clbench.cli import commands
 
     if name == "run":
@@ -211,7 +212,7 @@ def answer(argv: Sequence[str]) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        torchrun.wait_for_the_first()
+        torchrun.delay_nonzero_ranks()
         for line in str(error).splitlines():
             print(f"clbench: {line}", file=sys.stderr)
         return 2
@@ -223,13 +224,13 @@ def answer(argv: Sequence[str]) -> int:
         return 0
 
 
-def patience(argv: Sequence[str], said: Mapping[str, str]) -> dict[str, str]:
-    """How long OpenMP's threads wait awake for the next product; read when torch loads OpenMP. A user's own words win.
+def openmp_environment(argv: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
+    """OpenMP spin count or wait policy, as environment variables for torch to load OpenMP with; the user's own win.
 
-    Between two layers of a network lie microseconds: threads that fall asleep there cost a pass a third of its speed. Threads
-    that never do take the cores from jobs beside them, ten times slower then: so they sleep at once where jobs share a machine.
+    Between two layers of a network lie microseconds: threads that sleep there cost a forward pass a third of its speed. Threads
+    that spin take the cores from jobs on the same machine, which are ten times slower then: there the policy is passive.
     """
-    if "OMP_WAIT_POLICY" in said or "GOMP_SPINCOUNT" in said:
+    if "OMP_WAIT_POLICY" in environment or "GOMP_SPINCOUNT" in environment:
         return {}
     where = [word.partition("=")[2] for word in argv if word.lstrip("+").startswith(("machine=", "hydra/launcher="))]
     alone = all(name in ("local", "basic", "slurm", "slurm_parallel") for name in where)
@@ -238,5 +239,5 @@ def patience(argv: Sequence[str], said: Mapping[str, str]) -> dict[str, str]:
 
 def main() -> NoReturn:
     """Entry point of the `clbench` command."""
-    os.environ |= patience(sys.argv[1:], os.environ)
+    os.environ |= openmp_environment(sys.argv[1:], os.environ)
     sys.exit(answer(sys.argv[1:]))

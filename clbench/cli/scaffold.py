@@ -1,4 +1,4 @@
-"""`clbench new`: a package of the user's own, small enough to read at once, that runs as it is."""
+"""`clbench new`: writes a small plug-in package that runs as it is."""
 
 from __future__ import annotations
 

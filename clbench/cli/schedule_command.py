@@ -29,7 +29,6 @@ class Shown:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `clbench schedule` takes."""
     parser.add_argument("action", choices=("show",))
     parser.add_argument(
         "words", nargs="+", metavar="NAME | NAME.OPTION=VALUE", help="schedules, and options of one of them (or OPTION=VALUE)"

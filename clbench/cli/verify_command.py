@@ -23,7 +23,6 @@ STEPS = 2  # experiences that are repeated
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """What `clbench verify` takes."""
     parser.add_argument("path", nargs="?", default="results", metavar="PATH", help="a record or a results folder (results)")
     words = "repeat the first two experiences of a record, or of N drawn from PATH (1), and compare every count"
     parser.add_argument("--rerun", nargs="?", const="1", metavar="N | RECORD", help=words)

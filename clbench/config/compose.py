@@ -1,4 +1,4 @@
-"""From the command line's words to checked plain dictionaries, and from those to objects. Imports no torch.
+"""From command-line overrides to checked plain dictionaries, and from those to objects. Imports no torch.
 
 Hydra composes; this module adds the plug-ins' search path, one-line errors with the nearest name, the check against the
 targets' own signatures, and targets in loose files (`learner._target_=my_file.Mine`, `learner._target_=path/my.py:Mine`).
@@ -35,17 +35,17 @@ _LOOSE = "_file"
 
 @dataclass(frozen=True)
 class Composed:
-    """What the words ask for: one configuration for each job, the words Hydra is given, and how they are to be launched."""
+    """The composed jobs: one configuration each, the overrides that Hydra is given, and how they are launched."""
 
     jobs: list[dict[str, Any]]
-    words: list[str]
+    overrides: list[str]
     multirun: bool
     launcher: str = ""
     varying: tuple[str, ...] = ()
 
 
 def compose(overrides: Sequence[str] = (), multirun: bool = False) -> list[dict[str, Any]]:
-    """The resolved configuration of each job that the words ask for, in order. Raises `UserError` with one line."""
+    """The resolved configuration of each job that the overrides ask for, in order. Raises `UserError` with one line."""
     return read(overrides, multirun).jobs
 
 
@@ -57,36 +57,36 @@ def read(overrides: Sequence[str], multirun: bool = False) -> Composed:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     register()
-    words = _loose_targets(list(overrides))
+    overrides = _loose_targets(list(overrides))
     with initialize_config_dir(str(conf_dir()), job_name="clbench", **behaviour()):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-        words = [_parsable(word, parser) for word in words]
-        parsed = parser.parse_overrides(words)
+        overrides = [_parsable(override, parser) for override in overrides]
+        parsed = parser.parse_overrides(overrides)
         check_groups(parsed)
         late = _late(parsed)
-        words = [late.get(o.get_key_element(), str(o.input_line)) for o in parsed]
-        parsed = parser.parse_overrides(words) if late else parsed
+        overrides = [late.get(o.get_key_element(), str(o.input_line)) for o in parsed]
+        parsed = parser.parse_overrides(overrides) if late else parsed
         sweeping = [o.input_line for o in parsed if o.is_sweep_override()]
-        base = _compose([word for word in words if word not in sweeping])
+        base = _compose([override for override in overrides if override not in sweeping])
         multirun = multirun or str(base.hydra.mode or "").endswith("MULTIRUN")
         if sweeping and not multirun:
             raise UserError(f"{sweeping[0]} asks for several runs: add -m")
         launcher = str(base.hydra.launcher._target_)
         if not multirun:
-            return Composed([resolve(base)], words, False, launcher)
-        words = [_fitting(o, base) for o in parsed]
+            return Composed([resolve(base)], overrides, False, launcher)
+        overrides = [_fitting(o, base) for o in parsed]
         params = [f"{k}={v}" for k, v in (base.hydra.sweeper.get("params") or {}).items()]
-        every = parser.parse_overrides([*params, *words])
+        every = parser.parse_overrides([*params, *overrides])
         last = {o.get_key_element(): o for o in every}
         varying = tuple(key for key, o in last.items() if o.is_sweep_override() and key not in late)
         if any(o.is_sweep_override() and not o.is_discrete_sweep() for o in every):
-            return Composed([resolve(base)], words, True, launcher, varying)  # a search: its sweeper chooses the jobs
+            return Composed([resolve(base)], overrides, True, launcher, varying)  # a search: its sweeper chooses the jobs
         jobs = BasicSweeper.split_arguments(every, None)[0]
-        return Composed([resolve(_compose(job)) for job in jobs], words, True, launcher, varying)
+        return Composed([resolve(_compose(job)) for job in jobs], overrides, True, launcher, varying)
 
 
 def _late(parsed: Sequence[Any]) -> dict[str, str]:
-    """Key -> word for options of what a `sweep` chooses: as sweeps of one value, which Hydra puts into the jobs alone.
+    """Key -> override for options of what a `sweep` chooses: as sweeps of one value, which Hydra puts into the jobs alone.
 
     `sweep=cpt_synthetic scenario.shift=0.3` means an option of the sweep's scenario, not of the default one.
     """
@@ -101,7 +101,7 @@ def _late(parsed: Sequence[Any]) -> dict[str, str]:
 
 
 def _fitting(o: Any, base: Any) -> str:
-    """The word as it was typed; `learner=glob(...)` as the names that answer what the scenario asks."""
+    """The override as typed; `learner=glob(...)` as the names of learners that can answer what the scenario asks."""
     glob: Any = o.value() if o.is_sweep_override() else None
     if o.get_key_element() != "learner" or not hasattr(glob, "filter"):
         return str(o.input_line)
@@ -110,7 +110,7 @@ def _fitting(o: Any, base: Any) -> str:
 
 
 def searched(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Words of a search -> (those that fix an option, key -> its values as words, or start, end and tags of an interval)."""
+    """Overrides of a search -> (those that fix an option, key -> its values as text, or start, end and tags of an interval)."""
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -118,14 +118,14 @@ def searched(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     register()
     with initialize_config_dir(str(conf_dir()), job_name="clbench", **behaviour()):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-        parsed = parser.parse_overrides([_parsable(word, parser) for word in overrides])
+        parsed = parser.parse_overrides([_parsable(override, parser) for override in overrides])
     swept = {o.get_key_element(): o for o in parsed if o.is_sweep_override()}
     found = {k: list(o.sweep_string_iterator()) if o.is_discrete_sweep() else vars(o.value()) for k, o in swept.items()}
     return [str(o.input_line) for o in parsed if not o.is_sweep_override()], found
 
 
 def behaviour() -> dict[str, str]:
-    """Hydra 1.3 is asked for its own defaults by number; later versions have no others and say so aloud."""
+    """`version_base` for Hydra 1.3 only: later versions have no other and warn."""
     import hydra
 
     return {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
@@ -138,55 +138,55 @@ def register() -> None:
     search_path.register()
 
 
-def _loose_targets(words: list[str]) -> list[str]:
+def _loose_targets(overrides: list[str]) -> list[str]:
     """`learner._target_=X` without `learner=`: X replaces the default learner, whose arguments go with it.
 
     It starts from an empty node, which Hydra knows only in this case, so that no list of names and no glob shows it.
     """
     from hydra.core.config_store import ConfigStore
 
-    keys = {key_of(word) for word in words}
+    keys = {key_of(override) for override in overrides}
     for group in ("learner", "scenario", "model"):
         ConfigStore.instance().repo.get(group, {}).pop(f"{_LOOSE}.yaml", None)
         if f"{group}._target_" in keys and group not in keys:
             ConfigStore.instance().store(group=group, name=_LOOSE, node={})
-            words = [f"++{w.lstrip('+')}" if w.lstrip("+").startswith(f"{group}.") else w for w in words]
-            words.insert(0, f"{group}={_LOOSE}")
-    return words
+            overrides = [f"++{w.lstrip('+')}" if w.lstrip("+").startswith(f"{group}.") else w for w in overrides]
+            overrides.insert(0, f"{group}={_LOOSE}")
+    return overrides
 
 
-def _parsable(word: str, parser: Any) -> str:
-    """The word as Hydra's grammar wants it: a value that it cannot read and that has a slash is a path, and is quoted."""
+def _parsable(override: str, parser: Any) -> str:
+    """The override as Hydra's grammar wants it: a value that it cannot read and that has a slash is a path, and is quoted."""
     from hydra.errors import OverrideParseException
 
-    if not key_of(word) or word.startswith("="):
-        raise UserError(f"{word!r}: write NAME=VALUE")
+    if not key_of(override) or override.startswith("="):
+        raise UserError(f"{override!r}: write NAME=VALUE")
     try:
-        parser.parse_overrides([word])
+        parser.parse_overrides([override])
     except OverrideParseException as error:
-        key, equals, value = word.partition("=")
-        if not equals and not word.startswith("~"):
-            known = nearest(word, ("-m", "--multirun", "--cfg")) if word.startswith("-") else ""
-            raise UserError(f"{word!r}: write NAME=VALUE{known}") from None
+        key, equals, value = override.partition("=")
+        if not equals and not override.startswith("~"):
+            known = nearest(override, ("-m", "--multirun", "--cfg")) if override.startswith("-") else ""
+            raise UserError(f"{override!r}: write NAME=VALUE{known}") from None
         if "/" not in value or "'" in value:
             reason = str(error).splitlines()[-1].split(":")[0].strip()
-            raise UserError(f"cannot read {word!r}: {reason}; put a value with special characters in quotes") from None
+            raise UserError(f"cannot read {override!r}: {reason}; put a value with special characters in quotes") from None
         return f"{key}='{value}'"
-    return word
+    return override
 
 
-def _compose(words: Sequence[str]) -> Any:
+def _compose(overrides: Sequence[str]) -> Any:
     """Hydra's composition; its errors become one line."""
     import hydra
     from hydra.errors import HydraException, MissingConfigException
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        return hydra.compose("run", overrides=list(words), return_hydra_config=True)
+        return hydra.compose("run", overrides=list(overrides), return_hydra_config=True)
     except MissingConfigException as error:
         raise UserError(_unknown_choice(error)) from None
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_unknown_key(str(error), words)) from None
+        raise UserError(_unknown_key(str(error), overrides)) from None
     except ValueError as error:  # of Hydra's own checks of group names
         raise UserError(" ".join(str(error).split())) from None
 
@@ -201,13 +201,13 @@ def _unknown_choice(error: Any) -> str:
     return unknown_choice(group, name, names)
 
 
-def _unknown_key(message: str, words: Sequence[str]) -> str:
+def _unknown_key(message: str, overrides: Sequence[str]) -> str:
     found = re.search(r"Could not override '([^']+)'", message) or re.search(r"Key '([^']+)' is not in struct", message)
     if found is None:
         return " ".join(message.split())
-    key = next((k for k in map(key_of, words) if k == found[1] or k.endswith(f".{found[1]}")), found[1])
-    others = [w for w in words if key_of(w) != key and "." not in key_of(w)]
-    known = list(dotted(resolve(_compose(others)))) if others != list(words) else []
+    key = next((k for k in map(key_of, overrides) if k == found[1] or k.endswith(f".{found[1]}")), found[1])
+    others = [w for w in overrides if key_of(w) != key and "." not in key_of(w)]
+    known = list(dotted(resolve(_compose(others)))) if others != list(overrides) else []
     if key in known:
         return f"'{key}' takes no new parts at once: write +{key}.NAME=VALUE for each"
     return f"no key '{key}'{nearest(key, [*known, *GROUPS])}"
@@ -277,11 +277,13 @@ def resolve_job(config: Any) -> dict[str, Any]:
 
 
 def label(varying: Sequence[str]) -> str:
-    """The words in which this job differs from the others of its sweep."""
+    """The overrides that vary in its sweep, for this job."""
     from hydra.core.hydra_config import HydraConfig
 
-    words = list(HydraConfig.get().overrides.task)
-    return " ".join(word for word in words if key_of(word) in [key_of(v) for v in varying]) or " ".join(words)
+    overrides = list(HydraConfig.get().overrides.task)
+    return " ".join(override for override in overrides if key_of(override) in [key_of(v) for v in varying]) or " ".join(
+        overrides
+    )
 
 
 def to_yaml(plain: Mapping[str, Any]) -> str:

@@ -27,10 +27,10 @@ def filled(node: Mapping[str, Any]) -> dict[str, Any]:
     made = {key: filled(value) if _is_node(value) else value for key, value in node.items()}
     try:
         target = node.get("_target_")
-        told = signature(target) if isinstance(target, str) else None
+        signed = signature(target) if isinstance(target, str) else None
     except UserError:  # `check` says so, where the node is used
         return made
-    options = told.parameters.values() if told is not None else ()
+    options = signed.parameters.values() if signed is not None else ()
     found = {p.name: shown(p.default) for p in options if p.default is not Parameter.empty and p.default is not UNKNOWN}
     given = {p.name: made[p.name] for p in options if p.name in made}
     special = {key: made[key] for key in SPECIAL if key in made}

@@ -1,4 +1,4 @@
-"""Words of the command line: their keys, and what is wrong with a choice. Imports neither torch nor Hydra."""
+"""Command-line overrides: their keys, and error messages for a wrong choice. Imports neither torch nor Hydra."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _KEY = re.compile(r"[~+]{0,2}([^=@]+)")
 
 
 def check_groups(overrides: Sequence[Any]) -> None:
-    """A group is chosen by a name: a number or null is answered here, Hydra would raise."""
+    """Raises `UserError` for a group set to a number or null: a group is chosen by a name, and Hydra's error is obscure."""
     for o in overrides:
         group = o.get_key_element()
         if group in GROUPS and not o.is_sweep_override() and not o.is_delete() and not isinstance(o.value(), str | list):
@@ -24,14 +24,14 @@ def check_groups(overrides: Sequence[Any]) -> None:
 
 
 def unknown_choice(group: str, name: str, names: Sequence[str]) -> str:
-    """The line for a name that a group does not have."""
+    """Error message for a name that a group does not have."""
     return f"no {group} '{name}'{nearest(name, names)} (one of: {', '.join(names)})"
 
 
-def key_of(word: str) -> str:
-    """`learner.lr` of `+learner.lr=0.1`; a word without a key is its own."""
-    found = _KEY.match(word)
-    return found[1].strip() if found else word
+def key_of(override: str) -> str:
+    """`learner.lr` of `+learner.lr=0.1`; the override itself where it has no key."""
+    found = _KEY.match(override)
+    return found[1].strip() if found else override
 
 
 def dotted(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -161,10 +161,10 @@ def problems(node: Mapping[str, Any], where: str, supplied: Iterable[str] = ()) 
         found = definition(target)
     except UserError as error:
         return [f"{where}: {error}"]
-    told = _signature(found) if found is not None else None
-    if found is None or told is None:
+    signed = _signature(found) if found is not None else None
+    if found is None or signed is None:
         return []
-    named = {name: p for name, p in told.parameters.items() if p.kind is not p.VAR_KEYWORD}
+    named = {name: p for name, p in signed.parameters.items() if p.kind is not p.VAR_KEYWORD}
     given = {key: value for key, value in node.items() if key not in SPECIAL}
     lines = []
     for key, value in given.items():
@@ -172,7 +172,7 @@ def problems(node: Mapping[str, Any], where: str, supplied: Iterable[str] = ()) 
             lines.append(f"{where}.{key} is given by clbench and cannot be set")
         elif key in named:
             lines += _mismatch(named[key].annotation, value, f"{where}.{key}")
-        elif named.keys() == told.parameters.keys():
+        elif named.keys() == signed.parameters.keys():
             names = [name for name in named if name not in supplied]
             lines.append(f"{where}.{key}: {found.node.name} has no argument '{key}'{nearest(key, names)}")
     if not node.get("_partial_"):

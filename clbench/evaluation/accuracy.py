@@ -20,7 +20,7 @@ from clbench.streams.eval_sets import EvalSet, eval_batches
 
 BINS = 15
 EDGES = np.arange(1, BINS) / BINS  # bin b holds confidences in (b / 15, (b + 1) / 15]
-EACH = ("y", "given", "hit", "confidence", "nll", "brier")  # what is known of every sample
+EACH = ("y", "predicted", "is_correct", "confidence", "nll", "brier")  # what is known of every sample
 LEAST = float(np.finfo(np.float32).tiny)  # probabilities below it count as it: nll stays finite
 
 
@@ -28,8 +28,8 @@ LEAST = float(np.finfo(np.float32).tiny)  # probabilities below it count as it: 
 class SetCounts:
     """Counts on one evaluation set; `class_correct` follows the set's classes.
 
-    into         [T] predictions by the experience that brought the predicted class
-    calibration  n, nll, brier, bin_n, bin_conf, bin_correct (see `calibration`)
+    by_experience  [T] predictions by the experience that brought the predicted class
+    calibration    n, nll, brier, bin_n, bin_conf, bin_correct (see `calibration`)
     Both are None in the snapshot of a run that began before they were counted.
     """
 
@@ -40,7 +40,7 @@ class SetCounts:
     class_correct: list[int] = field(default_factory=list)
     class_n: list[int] = field(default_factory=list)
     heads: dict[str, int] = field(default_factory=dict)
-    into: list[int] | None = None
+    by_experience: list[int] | None = None
     calibration: dict[str, Any] | None = None
 
 
@@ -50,17 +50,17 @@ def evaluate(
     num_seen: int,
     batch_size: int,
     check_stop: Callable[[], None] = lambda: None,
-    origin: Sequence[int] = (),
+    class_to_experience: Sequence[int] = (),
     joined: bool = True,
     kept: dict[int, list[tuple[Tensor, Tensor]]] | None = None,
 ) -> list[SetCounts | None]:
     """Count right answers on every set whose classes have all been seen; None for the others.
 
     `correct` is the arg-max over all seen classes, or over the task's classes where the set discloses its task; `masked`
-    is always over the set's own classes. `origin` names the experience that brought each class. `joined`: small sets may share
-    a batch, which is for learners whose answers do not depend on it. `kept` is filled with the answers and labels of each set
-    by its place in `evals`, for other evaluators. Raises `UserError` when predictions have a wrong shape
-    or are not finite.
+    is always over the set's own classes. `class_to_experience` [K] names the experience that brought each class. `joined`:
+    small sets may share a batch, which is for learners whose answers do not depend on it. `kept` is filled with the answers
+    and labels of each set by its place in `evals`, for other evaluators. Raises `UserError` when predictions have a wrong
+    shape or are not finite.
     """
     asked = [i for i, one in enumerate(evals) if max(one.classes) < num_seen]
     own = [torch.tensor(sorted(evals[i].classes)) for i in asked]
@@ -78,17 +78,17 @@ def evaluate(
                 kept.setdefault(asked[i], []).append((next(iter(mine.values())), y[part]))
     row: list[SetCounts | None] = [None] * len(evals)
     for i, parts in zip(asked, found, strict=True):
-        row[i] = _counts(evals[i].classes, parts, num_seen, np.asarray(origin, np.int64))
+        row[i] = _counts(evals[i].classes, parts, num_seen, np.asarray(class_to_experience, np.int64))
     return row
 
 
 @dataclass(frozen=True)
 class _Answers:
-    """What a batch says of one set: y, given, hit, confidence, nll, brier [B] NumPy; the rest are sums, `heads` by name."""
+    """Results of a batch on one set: the arrays are [B], one value a sample; the rest are sums, `heads` by name."""
 
     y: np.ndarray
-    given: np.ndarray
-    hit: np.ndarray
+    predicted: np.ndarray
+    is_correct: np.ndarray
     confidence: np.ndarray
     nll: np.ndarray
     brier: np.ndarray
@@ -102,14 +102,14 @@ def _answers(scores: Mapping[str, Tensor], y: Tensor, own: Tensor, among_own: bo
     z, *others = scores.values()
     inside = z[:, own]
     within = own[inside.argmax(1)]
-    given = within if among_own else z.argmax(1)
+    predicted = within if among_own else z.argmax(1)
     asked = (inside, torch.searchsorted(own, y)) if among_own else (z, y)
-    hit = given == y
-    hits = [hit, *(((own[o[:, own].argmax(1)] if among_own else o.argmax(1)) == y) for o in others)]
+    is_correct = predicted == y
+    hits = [is_correct, *(((own[o[:, own].argmax(1)] if among_own else o.argmax(1)) == y) for o in others)]
     return _Answers(
         y.numpy(),
-        given.numpy(),
-        hit.numpy(),
+        predicted.numpy(),
+        is_correct.numpy(),
         *of_samples(asked[0].numpy(), asked[1].numpy()),
         masked=int((within == y).sum()),
         top5=int((z.topk(min(5, z.shape[1]), dim=1).indices == y[:, None]).any(1).sum()),
@@ -117,21 +117,23 @@ def _answers(scores: Mapping[str, Tensor], y: Tensor, own: Tensor, among_own: bo
     )
 
 
-def _counts(classes: Sequence[int], parts: Sequence[_Answers], num_seen: int, origin: np.ndarray) -> SetCounts:
+def _counts(classes: Sequence[int], parts: Sequence[_Answers], num_seen: int, class_to_experience: np.ndarray) -> SetCounts:
     """The counts of one set from those of its batches."""
     joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in EACH}
-    y, given, hit = (joined[name] for name in ("y", "given", "hit"))
+    y, predicted, is_correct = (joined[name] for name in ("y", "predicted", "is_correct"))
     order = np.asarray(classes)
     return SetCounts(
         n=len(y),
-        correct=int(hit.sum()),
+        correct=int(is_correct.sum()),
         masked=sum(part.masked for part in parts),
         top5=sum(part.top5 for part in parts),
-        class_correct=np.bincount(y[hit], minlength=num_seen)[order].tolist(),
+        class_correct=np.bincount(y[is_correct], minlength=num_seen)[order].tolist(),
         class_n=np.bincount(y, minlength=num_seen)[order].tolist(),
         heads={name: sum(part.heads[name] for part in parts) for name in parts[0].heads},
-        into=np.bincount(origin[given], minlength=int(origin.max()) + 1).tolist() if len(origin) else None,
-        calibration=calibration(joined["confidence"], joined["nll"], joined["brier"], hit),
+        by_experience=np.bincount(class_to_experience[predicted], minlength=int(class_to_experience.max()) + 1).tolist()
+        if len(class_to_experience)
+        else None,
+        calibration=calibration(joined["confidence"], joined["nll"], joined["brier"], is_correct),
     )
 
 
@@ -147,7 +149,7 @@ def of_samples(z: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np
     return p.max(1), -np.log(np.maximum(true, LEAST)), np.maximum((p * p).sum(1) - 2 * true + 1, 0.0)
 
 
-def calibration(confidence: np.ndarray, nll: np.ndarray, brier: np.ndarray, hit: np.ndarray) -> dict[str, Any]:
+def calibration(confidence: np.ndarray, nll: np.ndarray, brier: np.ndarray, is_correct: np.ndarray) -> dict[str, Any]:
     """Sums over the samples of a set [N], in 15 equal bins of confidence; exactly rounded, so their order does not matter."""
     bins = np.searchsorted(EDGES, confidence)
     bin_n = np.bincount(bins, minlength=BINS).tolist()
@@ -157,7 +159,7 @@ def calibration(confidence: np.ndarray, nll: np.ndarray, brier: np.ndarray, hit:
         "brier": math.fsum(brier),
         "bin_n": bin_n,
         "bin_conf": [math.fsum(confidence[bins == b]) if n else 0.0 for b, n in enumerate(bin_n)],
-        "bin_correct": np.bincount(bins[hit], minlength=BINS).tolist(),
+        "bin_correct": np.bincount(bins[is_correct], minlength=BINS).tolist(),
     }
 
 
@@ -176,8 +178,8 @@ def sums_of(counts: Sequence[SetCounts | None], seen: Sequence[bool], experience
     known = [c for c in counts if c is not None]
     for head in known[-1].heads if known else ():
         sums[f"heads/{head}"] = column(lambda c, head=head: c.heads[head])
-    if all(c.into is not None for c in known):
-        sums["task_confusion"] = column(lambda c: (c.into or []) + [0] * (experiences - len(c.into or [])))
+    if all(c.by_experience is not None for c in known):
+        sums["task_confusion"] = column(lambda c: (c.by_experience or []) + [0] * (experiences - len(c.by_experience or [])))
     total = together([c.calibration for c, one in zip(counts, seen, strict=True) if one and c is not None])
     return {"sums": sums} | ({} if total is None else {"total": total})
 

@@ -7,7 +7,7 @@ a [T, E]        accuracy on evaluation set j after experience i; NaN where it wa
 n [E]           samples of each set
 first_seen [E]  the experience that belongs to each set; a set counts as seen from then on
 
-What other libraries compute under these names is in `compat` (`metrics.compat`).
+What other libraries compute under these names is in `peer_metrics`.
 """
 
 from __future__ import annotations

@@ -96,11 +96,9 @@ class Aper:
         return self.prototypes(self.features(batch))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything listed in the class docstring."""
         return collect(self, "adapted" if self.pet is None else "pet", "trained_head", "prototypes")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
         restore(self, state)
         if self.pet is None:
             self.adapted.freeze() if len(self.prototypes.counts_K) else self.adapted.unfreeze()

@@ -47,7 +47,6 @@ class BiasLayer(nn.Module):
         self.register_buffer("anchor", torch.zeros(0), persistent=False)  # where new rows go
 
     def grow(self) -> None:
-        """One more experience."""
         self.rows.append(nn.Parameter(torch.tensor([1.0, 0.0], device=self.anchor.device)))
 
     def forward(self, z: Tensor, widths: list[int]) -> Tensor:
@@ -133,7 +132,6 @@ class Bic:
         return {**log, "exemplars": float(len(self.memory))}
 
     def _train(self, batches: Rehearsed, share: float, known: int, teacher: tuple[Any, ...] | None) -> dict[str, float]:
-        """Stage 1."""
         self.model.train()
 
         def loss(batch: Batch) -> Tensor:
@@ -176,11 +174,9 @@ class Bic:
         return {"corrected": self.bias(z, self.head.widths), "uncorrected": z}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything listed in the class docstring."""
         return collect(self, "model", "head", "bias", "memory")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
         restore(self, state)
 
 

@@ -135,9 +135,7 @@ class CodaPrompt:
         return self.head(self.features(batch))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything listed in the class docstring."""
         return collect(self, "components", "keys", "attention", "head")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
         restore(self, state)

@@ -47,12 +47,10 @@ class DarkBatch:
 
     @property
     def ids(self) -> Tensor:
-        """Of all samples."""
         return torch.cat([part.ids for part in (self.new, self.dark, self.labelled) if part is not None])
 
     @property
     def replayed(self) -> int:
-        """Samples from the memory."""
         return len(self) - len(self.new)
 
     def __len__(self) -> int:
@@ -67,7 +65,6 @@ class DarkBatches:
         self.steps = new.steps
 
     def __call__(self, step: int) -> DarkBatch:
-        """Batch `step`."""
         new = self.new(step)
         if self.memory is None or self.size == 0:
             return DarkBatch(new)
@@ -152,11 +149,9 @@ class DerPP:
         return self.head(self.model.features(batch))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything listed in the class docstring."""
         return collect(self, "model", "head", "memory", "logits_MK")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
         restore(self, {**state, "logits_MK": state["logits_MK"].to(self.runtime.device)})
 
 

@@ -125,11 +125,9 @@ class DualPrompt:
         return self.head(self.features(batch, as_prefixes(self.expert, self.experts.rows()), chosen))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything listed in the class docstring."""
         return collect(self, "general", "experts", "keys", "head")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
         restore(self, state)
 
 

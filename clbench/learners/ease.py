@@ -145,10 +145,8 @@ class Ease:
         return z
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything listed in the class docstring."""
         return collect(self, "pet", "own_head", "bank", "means_KSD", "bare_KD", "experience_of_class")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
         restore(self, state)
         self._full = None

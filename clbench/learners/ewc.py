@@ -117,9 +117,7 @@ class Ewc(Regularised):
         return {name: (f / batches.steps).clamp_max(self.clip_fisher) for name, f in total.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything listed in the class docstring."""
         return collect(self, "model", "head", "fisher")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
         super().load_state_dict({**state, "fisher": moved(state["fisher"], self.runtime.device)})

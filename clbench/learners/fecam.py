@@ -220,7 +220,6 @@ class Fecam:
         return z.masked_fill(self.counts_K == 0, LOWEST)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything listed in the class docstring."""
         network = ("model",) if self.train_first else ()
         return collect(self, "counts_K", "proto_KD", "mean_KD", "scatter_KDD", *network)
 

@@ -82,5 +82,4 @@ class Finetune:
         return collect(self, "pet" if self.pet else "model", "head")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore both."""
         restore(self, state)

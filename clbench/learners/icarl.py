@@ -123,9 +123,7 @@ class Icarl:
         return {self.answer: both[self.answer], **both}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything listed in the class docstring."""
         return collect(self, "model", "head", "memory", "means_KD")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
         restore(self, {**state, "means_KD": state["means_KD"].to(self.runtime.device)})

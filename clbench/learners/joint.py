@@ -98,5 +98,4 @@ class Joint:
         return collect(self, "model", "head")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore both."""
         restore(self, state)

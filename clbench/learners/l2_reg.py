@@ -57,9 +57,7 @@ class L2Reg(Regularised):
         return lambda batch, features, z: quadratic_penalty(self.model, reference)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything listed in the class docstring."""
         return collect(self, "model", "head", "pretrained")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
         super().load_state_dict({**state, "pretrained": moved(state["pretrained"], self.runtime.device)})

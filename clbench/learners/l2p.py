@@ -1,7 +1,7 @@
 """L2P: Learning to Prompt for Continual Learning (Wang, Zhang, Lee, Zhang, Sun, Ren, Su, Perot, Dy & Pfister, CVPR 2022,
 arXiv 2112.08654), and L2P++, the form in which the CODA-Prompt paper compares it.
 
-A pool of M prompts P_i with keys k_i, all U(-1, 1), and a linear head are trained; the ViT stands still. Its class token on
+A pool of M prompts P_i with keys k_i, all U(-1, 1), and a linear head are trained; the ViT is frozen. Its class token on
 the bare image is the query q. The top k prompts by cos(q, k_i) of each image become tokens between class token and patches,
 [CLS, k L prompt tokens, patches], with the position of the class token; the head reads the mean of their outputs.
   loss = CE over the experience's classes - pull mean over the batch of sum over the chosen of cos(q, k_i)
@@ -10,8 +10,8 @@ variant  "l2p": as above. "l2p_pp": prefixes instead of tokens, on `blocks` (the
          U(0, 1); the head reads the class token; the pull is the sum over batch and chosen prompts of 1 - cos(q, k_i). Keys
          get their gradient from the pull alone, so under Adam without clipping neither its weight nor its scale matters.
          An epoch's last incomplete batch is left out, as in that release; an experience smaller than a batch is one batch.
-batchwise_prompt  the k prompts that most images of a batch chose replace everybody's choice, in training and at test time:
-         what the published numbers were made with. Test batches were sorted by task, so the vote tells it; this marks the
+batchwise_prompt  batch-majority selection: the k prompts chosen most often in a batch serve all its images, at test time too:
+         what the published numbers were made with. Test batches were sorted by task, so the vote discloses it; this marks the
          record as transductive. The default is instance-wise.
 
 Deviations: ties of the vote go to the lower number. For several `blocks` L2P++ has one key a prompt (the release: one a block),
@@ -138,9 +138,7 @@ class L2p:
         return self.head(self.prompted(batch)[0])
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything listed in the class docstring."""
         return collect(self, "prompts", "keys", "head")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
         restore(self, state)

@@ -2,7 +2,7 @@
 
 One PET module (adapter, LoRA or prefix) on a frozen ViT, never reset: the online one.
   learning      local cross-entropy: the softmax runs over the experience's classes. From the second experience on the online
-                module stands still for the first part of the training, while the new classifier finds its place.
+                module is frozen for the first part of the training, in which only the classifier is trained.
   accumulation  an offline copy, made at the end of the first experience, follows by theta_off <- a theta_off + (1 - a)
                 theta_on after every step, frozen ones included (a = 0.9999).
   ensemble      p = max(softmax(z_on), softmax(z_off)), element by element over all seen classes.
@@ -50,7 +50,7 @@ class Lae:
         lr: float = 0.0028125,  # 0.03 x batch / 256
         epochs: int | None = None,
         batch_size: int = 24,
-        freeze: float = 0.6,  # share of the training, from the second experience on, in which the module stands still
+        freeze: float = 0.6,  # share of the training, from the second experience on, in which the module is frozen
         decay: float = 0.9999,
         weight_decay: float = 0.0,
         schedule: Schedule = constant,
@@ -110,9 +110,7 @@ class Lae:
         return {"ensemble": torch.maximum(online, offline), "online": online, "offline": offline}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything listed in the class docstring."""
         return collect(self, "pet", "offline", "head", "learned")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
         restore(self, state)

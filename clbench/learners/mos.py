@@ -122,7 +122,6 @@ class Mos:
 
     @property
     def blocks(self) -> int:
-        """Adapted blocks."""
         return len({name.split("/")[0] for name in self.pet.values})
 
     def mean(self, j: int) -> State:
@@ -256,11 +255,9 @@ class Mos:
         return z
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything listed in the class docstring."""
         parts = ("pet", "bank", "head", "prototypes", "gaussians", "experience_of_class", "evaluated")
         return collect(self, *parts)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
         restore(self, state)
         self._stacked, self._means = None, {}

@@ -56,5 +56,4 @@ class NearestClassMean:
         return collect(self, "head")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
         restore(self, state)

@@ -122,7 +122,6 @@ class Ovor:
         return Recipe("adam", weight_decay=self.weight_decay, schedule=part_of(self.schedule, first, total))
 
     def _regularise(self, experience: Experience, recipe: Recipe) -> dict[str, float]:
-        """Stage 2."""
         features, y = extract(self.runtime, self.model, experience.train, self.batch_size)
 
         def make(epoch: int) -> Tensor:
@@ -145,11 +144,9 @@ class Ovor:
         return self.head(self.model.features(batch))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything listed in the class docstring."""
         return collect(self, "early", "late", "head")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
         restore(self, state)
 
 

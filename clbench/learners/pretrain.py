@@ -15,7 +15,7 @@ data, start   "union" with start "scratch": joint training on everything so far,
 until         experiences that are learned at all, then the model is frozen; null for all
 passes        several passes over the first part of an experience instead of one over all of it (Guo et al. 2024)
 average       weights averaged along the trunk are evaluated instead of annealed ones
-trainable     "half": in every later experience a random half of the matrices of each kind in each block rests (HFT, Hui et al.)
+trainable     "half": in each later experience a random half of the matrices by kind and block is frozen (HFT, Hui et al.)
 
 No published number is at this scale; what is to be expected is listed in the sweeps `conf/sweep/cpt_*.yaml`.
 """
@@ -31,9 +31,9 @@ from torch import Tensor, nn
 
 from clbench.interfaces import Capabilities, Experience, Schedule, UserError
 from clbench.training import looks
-from clbench.training.pretraining.data_cursor import Places
+from clbench.training.pretraining.data_cursor import DataCursor
 from clbench.training.pretraining.data_mixture import Mixture, Replay
-from clbench.training.pretraining.half_finetuning import rest_half
+from clbench.training.pretraining.half_finetuning import freeze_random_half
 from clbench.training.pretraining.progress import Progress
 from clbench.training.pretraining.segments import Adam, AfterStep, PretrainRuntime, Segment, check_plan, train
 from clbench.training.pretraining.trunk_and_branch import Trunk
@@ -43,12 +43,12 @@ from clbench.training.state import collect, detached, restore
 
 NO_REPLAY = Replay()
 NO_AVERAGE = Average()
-PARTS = ("model", "optimizer", "average", "trunk", "places")
+PARTS = ("model", "optimizer", "average", "trunk")
 Shares = Callable[[Segment], np.ndarray]
 
 
 class Pretrain:
-    """Trains segment after segment. State: weights, optimiser, the trunk while a branch is evaluated, places in the texts."""
+    """Trains segment after segment. State: weights, optimiser, the trunk while a branch is evaluated, data cursor."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(asks="loss", supports_parallel=True)
 
@@ -76,10 +76,10 @@ class Pretrain:
         self.model, self.runtime, self.lr, self.schedule = model, runtime, lr, schedule
         self.branch, self.accounting, self.boundary, self.replay = branch, accounting, boundary, replay
         self.start, self.data, self.until, self.passes, self.trainable = start, data, until, passes, trainable
-        self.optimizer, self.places = Adam(model, betas, weight_decay, clip), Places()
+        self.optimizer, self.cursor = Adam(model, betas, weight_decay, clip), DataCursor()
         self.average = Averager(model, average)
         initial = detached(model.state_dict()) if start == "scratch" else {}
-        self.trunk = Trunk(model, self.optimizer, self.places, initial)
+        self.trunk = Trunk(model, self.optimizer, self.cursor, initial)
         _check(self)
 
     @staticmethod
@@ -127,7 +127,7 @@ class Pretrain:
         text, runtime = _text(experience.train), self.runtime
         check_plan(plan, runtime.processed_limit, text.batch * text.context)
         progress = Progress(runtime, plan)
-        rest_half(self.model, runtime.key("rest") if self.trainable == "half" and experience.index else None)
+        freeze_random_half(self.model, runtime.key("rest") if self.trainable == "half" and experience.index else None)
         if progress.saved is not None:
             owner.load_state_dict(progress.saved)
         elif plan:
@@ -149,8 +149,8 @@ class Pretrain:
 
     def _begin(self, segment: Segment, experience: Experience) -> None:
         self.trunk.begin(segment)
-        self.places.begin(experience.index, replays_start_anew=self.data == "union")
-        held = self.replay.held_bytes([_text(old) for old in experience.past], self.places.seen[: len(experience.past)])
+        self.cursor.begin(experience.index, replays_start_anew=self.data == "union")
+        held = self.replay.held_bytes([_text(old) for old in experience.past], self.cursor.seen[: len(experience.past)])
         self.runtime.ledger.replay_bytes = max(self.runtime.ledger.replay_bytes, held)
 
     def _shares(self, segment: Segment, experience: Experience) -> np.ndarray:
@@ -158,26 +158,26 @@ class Pretrain:
         if self.data == "union":
             sizes = np.array([len(text) for text in (*experience.past, experience.train)], np.float64)
             return np.repeat((sizes / sizes.sum())[None], segment.last - segment.first, 0)
-        trained = self.places.trained[: len(experience.past)]
+        trained = self.cursor.trained[: len(experience.past)]
         return self.replay.table(segment.steps, trained)[segment.first : segment.last]
 
     def _mixture(self, segment: Segment, experience: Experience, shares_SK: np.ndarray) -> Mixture:
-        new, old, places = _text(experience.train), [_text(past) for past in experience.past], self.places
+        new, old, cursor = _text(experience.train), [_text(past) for past in experience.past], self.cursor
         return Mixture(
             new,
             old,
             self.replay,
             shares_SK,
             first=segment.first,
-            seen=[len(text) for text in old] if self.data == "union" else places.seen[: len(old)],
-            starts=places.starts(len(old)),
-            carry=places.carry[-shares_SK.shape[1] :],
+            seen=[len(text) for text in old] if self.data == "union" else cursor.seen[: len(old)],
+            starts=cursor.starts(len(old)),
+            carry=cursor.carry[-shares_SK.shape[1] :],
             size=max(new.batch, len(new) // self.passes),
         )
 
     def _advance(self, segment: Segment, mixture: Mixture, trunk_ends: bool) -> None:
-        """Move the places on; at the trunk's last step keep it, if something else is evaluated."""
-        self.places.advance(mixture.used(segment.first, segment.last), mixture, segment.experience)
+        """Advance the data cursor; at the trunk's last step keep a copy of it, if something else is evaluated."""
+        self.cursor.advance(mixture.used(segment.first, segment.last), mixture, segment.experience)
         if trunk_ends and (self.branch > 0 or self.average):
             looks.trunk_ended(self.model)
             self.trunk.keep()
@@ -191,11 +191,11 @@ class Pretrain:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that goes on, and what is evaluated."""
-        return collect(self, *PARTS)
+        return {**collect(self, *PARTS), "places": self.cursor.state_dict()}  # a key of every fingerprint so far
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
-        restore(self, state)
+        restore(self, {name: state[name] for name in PARTS})
+        self.cursor.load_state_dict(state["places"])
 
 
 def _steps(learner: Pretrain, k: int, given: int) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """RanPAC: random projections and second-order prototypes (McDonnell, Gong, Parvaneh, Abbasnejad & van den Hengel,
 NeurIPS 2023, arXiv 2307.02251).
 
-First experience: a PET (`pet=adapter | ssf | vpt`) is trained with a cosine classifier, then stands still for ever
+First experience: a PET (`pet=adapter | ssf | vpt`) is trained with a cosine classifier, then frozen
 (`pet=none`: no such phase). Features pass a fixed random layer, h(x) = ReLU(f(x) W), W [D, M] with N(0, 1) entries and
 M = 10 000 (`projection: 0`: h = f); the classifier is the ridge regression of one-hot targets on all h seen so far,
 W_o = (G + lambda I)^-1 Q with G = sum h h^T, Q = sum h y^T, scores h(x) W_o over the seen classes. lambda is chosen anew in
@@ -116,9 +116,7 @@ class RanPac:
             return self.expand(self.model.features(batch)) @ self.readout_MK
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything listed in the class docstring."""
         return collect(self, *(["pet", "first_head"] if self.pet else []), "sums", "readout_MK")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
         restore(self, state)

@@ -84,7 +84,6 @@ class Regularised(ABC):
         return collect(self, "model", "head")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
         restore(self, state)
 
 

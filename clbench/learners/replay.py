@@ -90,5 +90,4 @@ class Replay:
         return collect(self, "model", "head", "memory")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
         restore(self, state)

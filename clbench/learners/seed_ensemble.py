@@ -209,7 +209,6 @@ class SeedEnsemble:
         return vote(votes, len(self.means[0]), self.temperature).float()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything listed in the class docstring."""
         return {"experts": [expert.state_dict() for expert in self.experts]} | collect(self, "means", "factors")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

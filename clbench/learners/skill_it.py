@@ -96,11 +96,10 @@ class SkillIt:
         return self.inner.loss(tokens)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, optimiser, places; shares and losses."""
+        """Weights, optimiser, data cursor; shares and losses."""
         own = {"shares": self.shares, "losses": self.losses, "sums": self.sums}
         return {"inner": self.inner.state_dict(), **detached(own)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
         self.inner.load_state_dict(state["inner"])
         self.shares, self.losses, self.sums = (detached(state[name]) for name in ("shares", "losses", "sums"))

@@ -137,9 +137,7 @@ class Slca:
         return self.aligned(self.model.features(batch))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything listed in the class docstring."""
         return collect(self, "model", "head", "aligned", "gaussians", "experience_of_class")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
         restore(self, state)

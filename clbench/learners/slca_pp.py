@@ -184,9 +184,7 @@ class SlcaPP:
         return torch.cat(parts, dim=1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything listed in the class docstring."""
         return collect(self, "tuned", "head", "aligned", "gaussians", "experience_of_class")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
         restore(self, state)

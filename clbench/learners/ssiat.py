@@ -140,9 +140,7 @@ class Ssiat:
         return self.head(self.model.features(batch))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything listed in the class docstring."""
         return collect(self, "pet", "head", "gaussians", "experience_of_class")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
         restore(self, state)

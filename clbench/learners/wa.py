@@ -113,5 +113,4 @@ class WeightAligning:
         return collect(self, "model", "head", "memory")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
         restore(self, state)

@@ -107,7 +107,7 @@ class Backbone(MixedPrecision, nn.Module):
         return net.forward_head(tokens, pre_logits=True)
 
     def _of_some(self, batch: ImageBatch, rows: list[int]) -> Tensor:
-        """Features of some samples [R, D]. No image goes alone: kernels for single images round differently from others."""
+        """Features of some samples [R, D]. Never runs batch size 1, whose kernels round differently."""
         x = batch.select(torch.tensor(rows)).x
         passing = rows * 2 if len(rows) == 1 else rows
         with contextlib.ExitStack() as stack:

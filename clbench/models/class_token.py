@@ -1,4 +1,4 @@
-"""The last block of a ViT for the class token alone, where features are that token's output and the others end unread.
+"""The last block of a ViT for the class token only, where features are that token's output and the others are not used.
 
 Equal in real arithmetic to the whole block, and a fifteenth of a ViT's work less, forward and backward: the block needs keys
 and values of all tokens, but one query, one row of the projection and one of the MLP. Part of the arithmetic of a run ("+tail",

@@ -1,4 +1,4 @@
-"""Features that were computed already, in memory and, where the run has a store, on disk. What `Backbone.features` looks into.
+"""Cache of computed features, in memory and, where the run has a store, on disk. Used by `Backbone.features`.
 
 A sample's *name* is the number of its source, its id, whether autocast was on, and the tags of the modules at work:
 (origin, id, lower, tag, ...). Names that differ in the id only share a group of the store. Values are float32 on the CPU; the

@@ -97,7 +97,7 @@ class FeatureStore:
             self._write(group)
 
     def flush(self) -> None:
-        """Write what waits and keep the size bound. A full disk is told and harms nothing."""
+        """Write what waits and keep the size bound. A full disk is reported and harms nothing."""
         wrote = [self._write(group) for group in list(self._new)]
         if any(wrote):
             self._evict()

@@ -52,7 +52,6 @@ class LinearHead(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """K."""
         return sum(self.widths)
 
     def _block(self, count: int) -> nn.Linear:
@@ -119,7 +118,6 @@ class CosineHead(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """K."""
         return self.linear.num_classes
 
     @property

@@ -1,4 +1,4 @@
-"""Masked autoencoder (He et al. 2022, arXiv 2111.06377): an encoder sees some patches of an image, a decoder draws the rest.
+"""Masked autoencoder (He et al. 2022, arXiv 2111.06377): an encoder of visible patches, a decoder of the masked ones.
 
 Rows of a batch [B, S * S * 3 + 8] uint8 hold the pixels of an image (height, width, colour) and, in the last 8 bytes, the key
 that its mask is drawn from (little endian). So the mask of an image is a pure function of its row: it depends on no other row,
@@ -67,7 +67,6 @@ class Shape:
 
     @property
     def patches(self) -> int:
-        """P."""
         return (self.image // self.patch) ** 2
 
     @property

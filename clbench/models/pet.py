@@ -30,7 +30,7 @@ State = dict[str, Tensor]
 Init = Callable[[Tensor, torch.Generator], Any]
 
 
-class Clock(Protocol):
+class PetRuntime(Protocol):
     """What a pet needs of the runtime: device, generators by name, and where training stands (for dropout)."""
 
     seed: int
@@ -52,7 +52,7 @@ class Pet(nn.Module):
     tokens  where a layer is run for the first of its tokens alone: of how many. Dropout then draws what it would for all.
     """
 
-    def __init__(self, model: Backbone, runtime: Clock, kind: str, spec: Mapping[str, tuple[Sequence[int], Init]]):
+    def __init__(self, model: Backbone, runtime: PetRuntime, kind: str, spec: Mapping[str, tuple[Sequence[int], Init]]):
         super().__init__()
         self.kind, self._runtime = kind, runtime
         self.inits = {name: init for name, (_, init) in spec.items()}
@@ -193,7 +193,6 @@ class Pet(nn.Module):
         self._fold(1.0)
 
     def unmerge(self) -> None:
-        """Undo `merge`."""
         self._fold(-1.0)
 
     def _fold(self, sign: float) -> None:
@@ -251,12 +250,10 @@ def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> tuple[float, f
 
 
 def zeros(x: Tensor, generator: torch.Generator) -> None:
-    """All 0."""
     x.zero_()
 
 
 def ones(x: Tensor, generator: torch.Generator) -> None:
-    """All 1."""
     x.fill_(1.0)
 
 
@@ -266,7 +263,6 @@ def kaiming(x: Tensor, generator: torch.Generator) -> None:
 
 
 def uniform(low: float, high: float) -> Init:
-    """U(low, high)."""
     return lambda x, generator: x.uniform_(low, high, generator=generator)
 
 

@@ -1,4 +1,4 @@
-"""The kinds of parameter-efficient tuning: where each hangs in a block, what it computes, how it starts.
+"""Kinds of parameter-efficient tuning: site in the block, formula, initialisation.
 
     adapter   a bottleneck beside the MLP (AdaptFormer) or beside the attention (LAE)
     lora      low-rank terms of q, k, v, qkv, proj, fc1, fc2 (Hu et al. 2022)
@@ -26,7 +26,7 @@ from clbench.models.backbone import Backbone
 from clbench.models.pet import Init, Pet, kaiming, normal, ones, uniform, zeros
 from clbench.models.pet_sites import (
     Adapter,
-    LowRank,
+    LoraTerm,
     PrefixAttention,
     ScaleShift,
     Tokens,
@@ -115,7 +115,7 @@ def lora(
             sites.append((f"{i}/{target}", layer, part))
     pet = Pet(model, runtime, "lora", spec)
     for name, layer, part in sites:
-        layer.register_forward_hook(LowRank(pet, name, part, None if learn_scale else scale).add)
+        layer.register_forward_hook(LoraTerm(pet, name, part, None if learn_scale else scale).add)
         pet.merges.append(fold_low_rank(pet, name, layer, part, None if learn_scale else scale))
     return pet
 

@@ -137,7 +137,7 @@ class Adapter:
 
 
 @dataclass(eq=False)
-class LowRank:
+class LoraTerm:
     """Adds s B A x to a linear layer's output, or to a third of it."""
 
     pet: Pet
@@ -147,7 +147,6 @@ class LowRank:
     per_token: ClassVar[bool] = True
 
     def add(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        """Hook behind the layer."""
         if not self.pet.active:
             return out
         x = args[0]
@@ -182,7 +181,6 @@ class ScaleShift:
     per_token: ClassVar[bool] = True
 
     def apply(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        """Hook behind the layer."""
         if not self.pet.active:
             return out
         scale, shift = (broadcast(self.pet.get(f"{self.name}/{part}", len(out)), out) for part in ("scale", "shift"))
@@ -216,7 +214,6 @@ class Tokens:
     count: int = 0
 
     def insert(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Hook before a block."""
         self.count = 0
         if not self.pet.active:
             return None

@@ -1,4 +1,4 @@
-"""Pools of prompts on a frozen network: what L2P, DualPrompt and CODA-Prompt share.
+"""Prompt pools on a frozen network: what L2P, DualPrompt and CODA-Prompt share.
 
 A *query* is the bare network's feature of an image; a prompt is chosen, or weighted, by the cosine of the query and its key.
 Matching is in fp32, outside the network's passes: a rounded cosine could choose another prompt.
@@ -92,7 +92,7 @@ def attended(queries: Tensor, attention: Tensor, keys: Tensor) -> Tensor:
 def most_similar(similarity: Tensor, count: int, batchwise: bool = False) -> Tensor:
     """The `count` best columns of every row of similarity [B, M] -> [B, count] int64.
 
-    `batchwise`: the columns that most rows of the batch chose (ties: the lowest number) replace everybody's choice.
+    `batchwise`: batch-majority selection, the columns chosen by most rows (ties: the lowest index) for every row.
     """
     chosen = similarity.topk(count, dim=1).indices
     if batchwise:

@@ -1,4 +1,4 @@
-"""Weights of a model: where they lie, whether they are the right ones, and how they are filled in. Nothing is guessed."""
+"""Loads the weights of a model: finds the file, checks it, fills it in. Nothing is guessed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tables need of a pre-training record, boiled down: its numbers, its ledger, and what pairs it with other runs."""
+"""What tables need of a pre-training record: its numbers, its ledger, and what pairs it with other runs."""
 
 from __future__ import annotations
 

@@ -76,7 +76,6 @@ def to_markdown(cards: Mapping[str, Any], made: Sequence[Line]) -> str:
 
 
 def _card(learner: str, card: Mapping[str, Any], made: Sequence[Line]) -> Iterator[str]:
-    """One section."""
     source = ", ".join(_plain(word) for word in (card["paper"], card["year"]) if word)
     link = f" [{card['link']}]({card['link']})" if card["link"] else ""
     yield f"## {learner}\n\n**{_plain(card['title'])}**" + (f" ({source})" if source else "") + link + "\n"

@@ -1,4 +1,4 @@
-"""Two sides, one question: which is better, by how much, how sure, at what cost. Old results against new, or two learners.
+"""Compares two sides: paired difference, its test, costs. Old results against new, or two learners.
 
 Runs are paired where they share the stream and the seed. Intervals are stratified by class order; p values are adjusted by Holm
 over the rows of the answer. Too few pairs are never called a difference, and never called equality either.

@@ -1,4 +1,4 @@
-"""What a result cost, from records; and which results nobody beats at their cost."""
+"""Costs of a result, from records, and the Pareto front of result against cost."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from clbench.records.loss_facts import LEDGER, OPTIONS
 from clbench.report import statistics
 from clbench.report.columns import extra, extra_numbers, numbers_of
 from clbench.report.formats import Table, csv_text, fraction, plain, safe
-from clbench.report.runs import Run, boil
+from clbench.report.runs import Run, summarize
 from clbench.report.statistics import mean_std
 
 SHOWN = tuple(loss_metrics.ABOUT)
@@ -64,11 +64,11 @@ Row = dict[str, Any]
 def rows(records: Sequence[Mapping[str, Any]], dead: Sequence[str] = ()) -> list[Row]:
     """One row for each (scenario, learner, model, variant) of pre-training records, lowest final loss first."""
     known: dict[str, Mapping[str, Any]] = {}
-    return board(loss_facts.join([boil(entry, known) for entry in records]), dead)
+    return board(loss_facts.join([summarize(entry, known) for entry in records]), dead)
 
 
 def board(runs: Sequence[Run], dead: Sequence[str] = ()) -> list[Row]:
-    """`rows` of runs that are boiled down and joined already; runs of accuracies are left out."""
+    """`rows` of runs that are summarized and joined already; runs of accuracies are left out."""
     groups: dict[tuple[str, str, str, str, bool], list[Run]] = {}
     for run in runs:
         if run.loss is not None:

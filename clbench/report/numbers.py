@@ -1,4 +1,4 @@
-"""The numbers that tables can be asked for: which there are, in which of them less is better, which one stands for a run."""
+"""Registry of the numbers in tables: names, whether lower is better, and the main one of a run."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What tables need of a record, and no more: ten thousand of these fit where a few hundred records would.
+"""Summaries of records for tables: ten thousand of these fit where a few hundred records would.
 
-`scan` reads a folder one file at a time; a filter sees the whole record before it is boiled down.
+`scan` reads a folder one file at a time; a filter sees the whole record before it is summarized.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from clbench.report.formats import plain
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One record, boiled down. `family` is `variant` without the class order; `stream` the manifest's hash."""
+    """One record, summarized. `family` is `variant` without the class order; `stream` the manifest's hash."""
 
     run_id: str
     status: str
@@ -48,7 +48,7 @@ def is_legacy(entry: Mapping[str, Any]) -> bool:
     return entry["numbers_version"] != record.numbers_version(entry["config"]) or "legacy" in entry.get("marks", ())
 
 
-def boil(entry: Mapping[str, Any], known: dict[str, Any] | None = None) -> Run:
+def summarize(entry: Mapping[str, Any], known: dict[str, Any] | None = None) -> Run:
     """A record -> a run. `known` shares what the runs of one variant have in common."""
     name, legacy, done = variant(entry), is_legacy(entry), entry["status"] == "ok"
     known = {} if known is None else known
@@ -208,7 +208,7 @@ def scan(results: pathlib.Path, wanted: Filter | None = None) -> Scan:
             shown = keep(entry)
             if not shown and not loss_facts.is_loss(entry):  # one that is not shown may be what another is compared with
                 continue
-            found.runs.append(boil(entry, known))
+            found.runs.append(summarize(entry, known))
             if not shown:
                 continue
             chosen.add(entry["run_id"])

@@ -88,7 +88,6 @@ def overview() -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser, page: str) -> None:
-    """What a page takes."""
     parser.set_defaults(page=page)
     parser.add_argument("--results-dir", default="results", metavar="DIR", help="where the records lie (results)")
     if page == "":

@@ -15,7 +15,7 @@ from clbench.records import record
 from clbench.report import costs, losses, statistics
 from clbench.report.columns import ABOUT, COLUMNS, DETAILS, SHOWN, extra, extra_numbers, numbers_of
 from clbench.report.formats import csv_text, fraction, plain, safe
-from clbench.report.runs import Filter, Run, Scan, boil, scan, variant
+from clbench.report.runs import Filter, Run, Scan, scan, summarize, variant
 from clbench.report.statistics import mean_std
 
 __all__ = ["ABOUT", "COLUMNS", "SHOWN", "mean_std", "plain", "report", "rows", "safe", "to_csv", "variant"]
@@ -25,11 +25,11 @@ Row = dict[str, Any]
 def rows(records: Sequence[Mapping[str, Any]], dead: Sequence[str] = ()) -> list[Row]:
     """One row for each (scenario, learner, model, variant); runs without a result count, and are never missing."""
     known: dict[str, Mapping[str, Any]] = {}
-    return board([boil(entry, known) for entry in records], dead)
+    return board([summarize(entry, known) for entry in records], dead)
 
 
 def board(runs: Sequence[Run], dead: Sequence[str] = ()) -> list[Row]:
-    """`rows` of runs that are boiled down already; those of pre-training have a table of their own (`losses`)."""
+    """`rows` of runs that are summarized already; those of pre-training have a table of their own (`losses`)."""
     groups: dict[tuple[str, str, str, str, bool], list[Run]] = {}
     for run in (run for run in runs if run.loss is None):
         groups.setdefault((run.scenario, run.learner, run.model, run.variant, run.legacy), []).append(run)

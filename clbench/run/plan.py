@@ -1,4 +1,4 @@
-"""What a run would do, before it does it: state, time, disk. Nothing is trained, written, or set for later."""
+"""Estimates a run without running it: state, time, disk. Nothing is trained, written, or set for later."""
 
 from __future__ import annotations
 

@@ -82,8 +82,8 @@ def prepare(config: dict[str, Any]) -> Job:
     wanted = config.get("arithmetic", "auto")
     flags = arithmetic.apply(device, threads, config["seed"], wanted=wanted, precision=config["precision"])
     job = _assemble(config, kind, device, flags)
-    job.group = distributed.join(kind, device)
-    job.group.share(job.model)
+    job.group = distributed.init_group(kind, device)
+    job.group.shard(job.model)
     if not isinstance(job.scenario, Scenario):
         _build_learner(job)
         token_stream.check_plans(job)
@@ -160,12 +160,12 @@ def run_job(
 
 
 def _follow(job: Job) -> Outcome:
-    """A process that trains along: it writes nothing and says nothing, the first one does."""
-    status = job.group.say()
+    """A non-zero rank: trains along, writes and prints nothing."""
+    status = job.group.broadcast_object()
     if status != "running":
         return Outcome(job.run_id, status, "")
     journal = Journal(job.folder / "journal", group=job.group, data=job.scenario.manifest.sha256)
-    job.flags = job.group.say()
+    job.flags = job.group.broadcast_object()
     arithmetic.apply(job.device, job.flags["num_threads"], job.config["seed"], job.flags)
     try:
         with job.group.watching():
@@ -191,7 +191,7 @@ def _lead(job: Job, command: list[str] | None, progress: bool, tuning: dict[str,
     try:
         held = FileLock(str(job.folder / "lock")).acquire(timeout=0)
     except Timeout:
-        job.group.say("busy")
+        job.group.broadcast_object("busy")
         return Outcome(job.run_id, "busy", f"{job.run_id} is being run by another process", job.record_path)
     with held, Heartbeat(job.folder), logging_to(job.folder / "run.log"):
         old = _old(job)
@@ -206,8 +206,8 @@ def _lead(job: Job, command: list[str] | None, progress: bool, tuning: dict[str,
             entry |= {"tuning": told, "marks": [*entry["marks"], *told.get("marks", ())]}
         record.write(entry | {"process": this_process()}, job.results / "records")
         job.scenario.manifest.save(job.results / "manifests" / f"{job.scenario.manifest.sha256}.json")
-        job.group.say("running")
-        job.group.say(job.flags)
+        job.group.broadcast_object("running")
+        job.group.broadcast_object(job.flags)
         try:
             with job.group.watching():
                 finished = _run(job, journal, entry, progress)
@@ -235,7 +235,7 @@ def _done(job: Job, old: dict[str, Any] | None) -> Outcome | None:
     """That nothing is to be done, where it is so."""
     if old is None or old["status"] != "ok" or job.config["force"]:
         return None
-    job.group.say("skipped")
+    job.group.broadcast_object("skipped")
     text = f"{job.run_id} is done already (force=true repeats it)\n\n{closing_text(old, job.record_path)}"
     return Outcome(job.run_id, "skipped", text, job.record_path)
 

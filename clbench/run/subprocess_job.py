@@ -1,4 +1,4 @@
-"""A job of a sweep in a process of its own: whatever ends it (an exception, `sys.exit`, a signal, no memory), ends it alone.
+"""Runs a job of a sweep in a child process: an exception, `sys.exit`, a signal or an out-of-memory kill ends that job alone.
 
 The process that launches (the terminal's, a joblib worker, a submitit task) starts one child for each job, hands it a plain
 dictionary and waits. How a job ended is one line in the sweep's log; the terminal's process shows the lines as they come.
@@ -29,7 +29,7 @@ GRACE = 60.0  # seconds that a stopped child has to write its snapshot
 
 
 @dataclass(frozen=True)
-class Job:
+class SubprocessJob:
     """What Hydra's launchers call with each configuration. Pickled to workers, so it holds plain values only.
 
     log       the sweep's log: one JSON line for each finished job

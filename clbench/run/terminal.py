@@ -1,4 +1,4 @@
-"""What a run does to its process and its terminal while it lasts: signals, a progress bar, a log file of its own."""
+"""Signals, progress bar and log file of a run."""
 
 from __future__ import annotations
 

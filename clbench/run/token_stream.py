@@ -88,7 +88,7 @@ def total_loss(loss: Any, windows: np.ndarray, runtime: PretrainRuntime, batch: 
             raise UserError(f"loss must return one number for each of {(len(tokens), length)} tokens, got {shape}")
         parts.append(found.double().sum() * bool(len(own)))
         runtime.check_stop()
-    (value,) = runtime.group.total(float(torch.stack(parts).sum()))
+    (value,) = runtime.group.all_reduce_sum(float(torch.stack(parts).sum()))
     if not math.isfinite(value):
         raise UserError("the loss on an evaluation set is NaN or infinite")
     return value

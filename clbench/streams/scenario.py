@@ -104,7 +104,6 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
-        """K."""
         return len(self.class_names)
 
 

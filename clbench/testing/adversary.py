@@ -19,7 +19,7 @@ import torch
 
 from clbench.interfaces import Experience
 from clbench.streams.handles import Handle
-from clbench.streams.images.data import Batches, ImageBatch, ImageData, shuffled
+from clbench.streams.images.data import ImageBatch, ImageData, ShuffledBatches, shuffled
 from clbench.streams.scenario import ArrayImages
 from clbench.streams.stored import Stored
 
@@ -69,7 +69,7 @@ def _everything_of(held: Any) -> Any:
         return held.raw(np.arange(len(held)))
     if isinstance(held, ImageBatch):
         return held.x
-    return held(0).x if isinstance(held, Batches) else [batch.x for batch in held]
+    return held(0).x if isinstance(held, ShuffledBatches) else [batch.x for batch in held]
 
 
 def _by_hand(ids: np.ndarray, model: Any) -> ImageBatch:

@@ -40,7 +40,7 @@ MODEL = {
 
 
 @dataclass
-class Trial:
+class LossTrial:
     """One learner on three small languages: everything that is needed to run it again."""
 
     config: dict[str, Any]
@@ -48,7 +48,6 @@ class Trial:
     scenario: TokenScenario
 
     def start(self, folder: pathlib.Path | None = None) -> Any:
-        """A fresh learner."""
         model: nn.Module = build({**MODEL})
         runtime = PretrainRuntime(seed=0, device=torch.device("cpu"), journal=Journal(folder, 0.0))
         runtime.flops_per_token = flops_per_token(model, self.scenario.manifest.context)
@@ -83,11 +82,11 @@ def small_stream() -> TokenScenario:
 
 def check_learner(config: dict[str, Any], capabilities: Capabilities, run: Callable[..., Any]) -> list[Any]:
     """Run every check on the learner of a resolved configuration -> (name, passed, message) each."""
-    trial = Trial(config, capabilities, small_stream())
+    trial = LossTrial(config, capabilities, small_stream())
     return [run(check.__name__.removeprefix("check_"), check, trial) for check in LEARNER_CHECKS]
 
 
-def check_shapes(trial: Trial) -> None:
+def check_shapes(trial: LossTrial) -> None:
     """One finite loss from 0 for every token after the first, before and after learning."""
     learner = trial.start()
     for index in range(3):
@@ -98,7 +97,7 @@ def check_shapes(trial: Trial) -> None:
         trial.learn(learner, index)
 
 
-def check_future_is_not_seen(trial: Trial) -> None:
+def check_future_is_not_seen(trial: LossTrial) -> None:
     """The loss of a token does not depend on later ones."""
     learner = trial.learn(trial.start(), 0)
     tokens = torch.from_numpy(trial.scenario.evaluation(1)[:4])
@@ -109,13 +108,13 @@ def check_future_is_not_seen(trial: Trial) -> None:
     assert same, "the loss of a token depends on tokens after it"
 
 
-def check_determinism(trial: Trial) -> None:
+def check_determinism(trial: LossTrial) -> None:
     """The same seed ends in the same state."""
     ends = [fingerprint(trial.learn(trial.start(), 0, 1).state_dict()) for _ in range(2)]
     assert ends[0] == ends[1], "two runs with the same seed end in different states"
 
 
-def check_evaluation_changes_nothing(trial: Trial) -> None:
+def check_evaluation_changes_nothing(trial: LossTrial) -> None:
     """`loss` leaves the state as it was, and batch mates do not matter."""
     learner = trial.learn(trial.start(), 0)
     before = fingerprint(learner.state_dict())
@@ -124,7 +123,7 @@ def check_evaluation_changes_nothing(trial: Trial) -> None:
     assert fingerprint(learner.state_dict()) == before, "loss changed the learner's state"
 
 
-def check_state_round_trip(trial: Trial) -> None:
+def check_state_round_trip(trial: LossTrial) -> None:
     """Saved after an experience and loaded into a fresh learner, it goes on to the same end."""
     learner = trial.learn(trial.start(), 0)
     file = io.BytesIO()
@@ -137,7 +136,7 @@ def check_state_round_trip(trial: Trial) -> None:
     assert ends[0] == ends[1], "a loaded learner ends elsewhere: something that matters is not in state_dict()"
 
 
-def check_resume_in_mid_learn(trial: Trial) -> None:
+def check_resume_in_mid_learn(trial: LossTrial) -> None:
     """Stopped in the middle of the second experience, it goes on to the same state and the same count of tokens."""
     straight = trial.learn(trial.start(), 0, 1)
     with tempfile.TemporaryDirectory() as folder:
@@ -161,13 +160,13 @@ def check_resume_in_mid_learn(trial: Trial) -> None:
     assert again.runtime.ledger == straight.runtime.ledger, "a resumed run counts other tokens"
 
 
-def check_ledger(trial: Trial) -> None:
+def check_ledger(trial: LossTrial) -> None:
     """What was trained on adds up."""
     ledger = trial.learn(trial.start(), 0, 1, 2).runtime.ledger
     assert ledger.trained == ledger.unique + ledger.repeated, f"the ledger does not add up: {ledger}"
 
 
-LEARNER_CHECKS: tuple[Callable[[Trial], None], ...] = (
+LEARNER_CHECKS: tuple[Callable[[LossTrial], None], ...] = (
     check_shapes,
     check_future_is_not_seen,
     check_determinism,

@@ -1,4 +1,4 @@
-"""How this process computes: threads, determinism, matrix-multiplication mode, attention path. Set for every job anew.
+"""Process-wide arithmetic: threads, determinism, matmul precision, attention kernel. Set for every job anew.
 
 The option `arithmetic` of a run says who chooses:
   auto              what `calibration.py` measured once on this machine: the fastest path that keeps the accuracy

@@ -1,4 +1,4 @@
-"""Where a run writes down how far it is, so that a killed run goes on bit-identically.
+"""Checkpoints of a run, from which a killed run is resumed bit-identically.
 
 Files in the run's own folder, each written to a temporary name and moved with `os.replace`:
 `experience.pt` (the state after the last finished experience) and `fit-<k>.pt` (the k-th `fit` call of the current one:

@@ -1,4 +1,4 @@
-"""Terms that hold a network near an earlier one. Shapes: logits z [B, K], features f [B, D]; targets carry no gradient."""
+"""Distillation losses towards an earlier network. Shapes: logits z [B, K], features f [B, D]; targets carry no gradient."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Several processes that train one model: who has which rows of a batch, what they agree on, how an error in one ends all.
+"""The process group of a distributed run: rows of a batch by rank, collectives, DDP and FSDP wrapping, error propagation.
 
-Every process composes the same run and holds the same plan; batches are pure functions of the step, so nothing is sent but
-gradients, sums of losses, and the wish to stop. Process 0 alone writes and prints. `torchrun`, or a cluster's launcher with
-the same variables in the environment, starts them.
+Every rank composes the same run and holds the same plan; batches are pure functions of the step, so only gradients, sums of
+losses and the stop flag are communicated. Rank 0 alone writes and prints. `torchrun`, or a cluster's launcher with the same
+variables in the environment, starts the processes.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from torch import Tensor, nn
 from clbench.interfaces import UserError
 from clbench.training import torchrun
 
-PATIENCE = 30.0  # seconds that a process which failed waits for process 0 to write that down
+GRACE = 30.0  # seconds that a rank which failed waits for rank 0 to write the record
 
 
 class Lost(KeyboardInterrupt):
-    """Another process is gone, and did not say why: it was killed. The run can go on from its last snapshot."""
+    """Another rank was killed without reporting an error. The run can be resumed from its last snapshot."""
 
 
 class RankFailed(RuntimeError):
-    """Another process failed; the note holds its traceback."""
+    """Another rank failed; the note holds its traceback."""
 
 
 @dataclass(eq=False)
 class Group:
-    """The processes of a run. `Group()` is one process alone: everything below then does nothing.
+    """The process group of a run. `Group()` is a single process: every collective is then the identity.
 
-    kind  "none"; "ddp": every process holds all weights; "fsdp": each holds a part of every tensor
+    kind  "none"; "ddp": every rank holds all weights; "fsdp": each holds a shard of every tensor
     """
 
     rank: int = 0
@@ -51,11 +51,11 @@ class Group:
     lost: bool = False
 
     def rows(self, batch: int) -> slice:
-        """The rows of a batch that are this process's: those of all processes, in their order, are the batch."""
+        """This rank's rows of a batch; those of all ranks in order are the batch."""
         return slice(self.rank * batch // self.size, (self.rank + 1) * batch // self.size)
 
     def check_batch(self, batch: int, micro: int | None) -> None:
-        """Every process needs a row; with `fsdp` all need the same number of pieces, because weights come from all."""
+        """Every rank needs a row; with `fsdp` all need the same number of micro-batches, because each gathers weights."""
         if batch < self.size:
             raise UserError(f"scenario.batch={batch} is too small for {self.size} processes: each needs a sequence")
         most, least = -(-batch // self.size), batch // self.size
@@ -64,20 +64,20 @@ class Group:
                 f"scenario.batch={batch} over {self.size} processes with micro_batch={micro} gives some more pieces"
             )
 
-    def total(self, *values: float) -> list[float]:
-        """Sums over all processes, in float64."""
+    def all_reduce_sum(self, *values: float) -> list[float]:
+        """Sums over all ranks, in float64."""
         if self.size == 1:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64)
         torch.distributed.all_reduce(sums)
         return sums.tolist()
 
-    def any(self, *wishes: bool) -> list[bool]:
-        """Whether any process wishes it: all get the same answer."""
-        return [bool(wish) for wish in wishes] if self.size == 1 else [n > 0 for n in self.total(*map(float, wishes))]
+    def all_any(self, *flags: bool) -> list[bool]:
+        """Logical or of each flag over all ranks."""
+        return [bool(flag) for flag in flags] if self.size == 1 else [n > 0 for n in self.all_reduce_sum(*map(float, flags))]
 
-    def gathered(self, values: Tensor, batch: int) -> Tensor:
-        """Rows of all processes: values [b, ...] -> [batch, ...]."""
+    def all_gather_rows(self, values: Tensor, batch: int) -> Tensor:
+        """Rows of all ranks: values [b, ...] -> [batch, ...]."""
         if self.size == 1:
             return values
         whole = values.new_zeros(batch, *values.shape[1:])
@@ -85,11 +85,11 @@ class Group:
         torch.distributed.all_reduce(whole)
         return whole
 
-    def say(self, value: Any = None) -> Any:
-        """What process 0 says, at every process: plain values."""
+    def broadcast_object(self, value: Any = None) -> Any:
+        """The `value` of rank 0, at every rank; JSON types only."""
         if self.size == 1:
             return value
-        name = self._name("say")
+        name = self._name("broadcast")
         if self.rank == 0:
             self.store.set(name, json.dumps(value))
             return value
@@ -99,8 +99,8 @@ class Group:
         self.calls[kind] = self.calls.get(kind, 0) + 1
         return f"clbench/{kind}/{self.calls[kind]}"
 
-    def share(self, model: nn.Module) -> nn.Module:
-        """With `fsdp`, spread each parameter over the processes, block by block; in place."""
+    def shard(self, model: nn.Module) -> nn.Module:
+        """With `fsdp`, shard each parameter over the ranks, block by block; in place."""
         if self.kind == "fsdp":
             from torch.distributed.fsdp import fully_shard
 
@@ -109,44 +109,44 @@ class Group:
                     if type(block).forward is not nn.Module.forward:
                         fully_shard(block, mesh=self.mesh)
             fully_shard(model, mesh=self.mesh, reshard_after_forward=True)  # else a look leaves whole tensors behind
-            model.register_load_state_dict_pre_hook(_lay_out)
+            model.register_load_state_dict_pre_hook(_distribute)
         return model
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Around a run: afterwards the processes part."""
+        """Around a run: destroys the process group afterwards."""
         try:
             yield
         finally:
             if self.size > 1:
-                self._part()
+                self._destroy()
 
-    def _part(self) -> None:
-        with suppress(RuntimeError):  # the store is gone with the process that kept it
+    def _destroy(self) -> None:
+        with suppress(RuntimeError):  # the store is gone with the process that hosted it
             self.store.set("clbench/over" if self.rank == 0 else f"clbench/left/{self.rank}", "1")
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # wakes those that wait for this one
         for rank in range(1, self.size) if self.rank == 0 and not self.lost else ():
-            _wait(self.store, f"clbench/left/{rank}", PATIENCE / self.size)
+            _wait(self.store, f"clbench/left/{rank}", GRACE / self.size)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Around the work: an error here is told to the others; another process's error is raised here in its words."""
+        """Around the work: reports an error of this rank to the others; raises the error of another rank as `RankFailed`."""
         try:
             yield
         except Exception as error:
             if self.size == 1:
                 raise
-            raise self._blamed(error) from error
+            raise self._attribute(error) from error
 
-    def _blamed(self, error: Exception) -> BaseException:
-        told = self._told(2.0) if _of_communication(error) else None
-        if told is None and _of_communication(error):
+    def _attribute(self, error: Exception) -> BaseException:
+        reported = self._reported_error(2.0) if _of_communication(error) else None
+        if reported is None and _of_communication(error):
             self.lost = True
             return Lost("another process was lost")
-        if told is not None:
-            failed = RankFailed(f"rank {told['rank']}: {told['type']}: {told['message']}")
-            failed.add_note(told["traceback"])
+        if reported is not None:
+            failed = RankFailed(f"rank {reported['rank']}: {reported['type']}: {reported['message']}")
+            failed.add_note(reported["traceback"])
             return failed
         text = "".join(traceback.format_exception(error))
         report = {"rank": self.rank, "type": type(error).__name__, "message": str(error), "traceback": text}
@@ -155,19 +155,19 @@ class Group:
         gc.collect()
         if self.rank:
             torch.distributed.destroy_process_group()
-            _wait(self.store, "clbench/over", PATIENCE)
+            _wait(self.store, "clbench/over", GRACE)
         return error
 
-    def _told(self, seconds: float) -> dict[str, Any] | None:
-        """What a process that failed has said."""
+    def _reported_error(self, seconds: float) -> dict[str, Any] | None:
+        """The report of the rank that failed first; None if none came within `seconds`."""
         return json.loads(self.store.get("clbench/error")) if _wait(self.store, "clbench/error", seconds) else None
 
 
 ALONE = Group()
 
 
-def join(kind: str, device: torch.device) -> Group:
-    """Meet the other processes. kind as `torchrun.choose` gives it; waits for all, at most five minutes."""
+def init_group(kind: str, device: torch.device) -> Group:
+    """Initialise the process group. kind as `torchrun.choose` gives it; waits for all ranks, at most five minutes."""
     if kind == "none":
         return ALONE
     distributed: Any = torch.distributed
@@ -184,7 +184,7 @@ def join(kind: str, device: torch.device) -> Group:
 
 
 class Replica:
-    """A model's loss as training calls it: tokens [b, L + 1] -> [b, L]; backward passes exchange gradients."""
+    """A model's loss as training calls it: tokens [b, L + 1] -> [b, L]; backward passes all-reduce gradients."""
 
     def __init__(self, group: Group, model: nn.Module, compiled: bool = False):
         self.model, self.kind = model, group.kind
@@ -201,7 +201,7 @@ class Replica:
             self.loss = torch.compile(self.loss)
 
     def piece(self, last: bool) -> AbstractContextManager:
-        """Around forward and backward of a piece of a batch: gradients are exchanged after the last one only."""
+        """Around forward and backward of a micro-batch: gradients are synchronised after the last one only."""
         if self.kind == "fsdp":
             self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
         return nullcontext() if last or self.kind != "ddp" else self.wrapped.no_sync()
@@ -219,8 +219,8 @@ class _Loss(nn.Module):
         return self.model.loss(tokens)  # type: ignore[operator]
 
 
-def like(value: Tensor, own: Tensor) -> Tensor:
-    """A copy of a tensor as `own` lies: on its device and, where that is spread over processes, this process's part."""
+def placed_like(value: Tensor, own: Tensor) -> Tensor:
+    """A copy of a tensor placed like `own`: on its device and, where that is sharded, this rank's shard."""
     if not hasattr(own, "full_tensor") or hasattr(value, "full_tensor"):
         return value.detach().to(own.device, copy=True)
     from torch.distributed.tensor import distribute_tensor
@@ -230,33 +230,33 @@ def like(value: Tensor, own: Tensor) -> Tensor:
     return distribute_tensor(whole, placed.device_mesh, placed.placements, src_data_rank=None)
 
 
-def _lay_out(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Whole tensors of a state (saved by one process) become parts of the model's kind."""
+def _distribute(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Shard full tensors of a state (saved by one process) like the model's own; a load_state_dict pre-hook."""
     for name, own in module.state_dict().items():
         if prefix + name in state:
-            state[prefix + name] = like(state[prefix + name], own)
+            state[prefix + name] = placed_like(state[prefix + name], own)
 
 
-def whole(value: Tensor) -> Tensor:
-    """The whole of a tensor that may be spread over processes, which then all must ask."""
+def full_tensor(value: Tensor) -> Tensor:
+    """The full tensor of one that may be sharded; then a collective, which all ranks must call."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value  # type: ignore[operator]
 
 
 def _of_communication(error: BaseException) -> bool:
-    """Whether an error says that another process did not answer."""
+    """Whether an error comes from communication with another rank."""
     words = ("gloo", "nccl", "connection", "peer", "process group", "store")
     known = isinstance(error, torch.distributed.DistError)
     return known or (isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words))
 
 
 def _wait(store: Any, name: str, seconds: float) -> bool:
-    """Wait for a key -> whether it came."""
+    """Wait for a key of the store -> whether it was set in time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
             if store.check([name]):
                 return True
         except (RuntimeError, torch.distributed.DistError):
-            return False  # its keeper is gone
+            return False  # the process that hosts the store is gone
         time.sleep(0.05)
     return False

@@ -1,4 +1,4 @@
-"""Snapshots of a run whose tensors are spread over processes: each writes its parts, any number of processes reads them.
+"""Checkpoints of sharded tensors: each rank writes its shards, any number of ranks can read them.
 
 A snapshot is a plain file with everything that is not spread, and a folder beside it (torch.distributed.checkpoint) with what
 is. The folder is complete before the file names it, so a run that is killed while it writes has its last snapshot.
@@ -55,7 +55,7 @@ def save(folder: pathlib.Path, key: str, state: dict[str, Any], group: Group) ->
     """Write the spread tensors of a state, all processes together -> the state with notes in their place, for the file."""
     found: dict[str, Tensor] = {}
     plain = take_out(state, found)
-    name = group.say(f"{key}.{secrets.token_hex(4)}.shards")
+    name = group.broadcast_object(f"{key}.{secrets.token_hex(4)}.shards")
     checkpoint = _library()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its own insides

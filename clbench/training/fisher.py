@@ -1,4 +1,4 @@
-"""How much each weight mattered (diagonal Fisher information) and the penalties that hold weights where they were.
+"""Diagonal Fisher information, and quadratic penalties towards earlier weights.
 
 Legend: a *weights* mapping is {parameter name: tensor}, in the order of the network.
 """

@@ -27,9 +27,7 @@ class Batches(Protocol):
 
     steps: int
 
-    def __call__(self, step: int) -> Any:
-        """The batch."""
-        ...
+    def __call__(self, step: int) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class _Call:
         self.rates = [float(group["lr"]) for group in self.groups]
         self.optimizer = recipe.build(self.groups)
         self.step, self.loss_sum, self.loss_last = 0, 0.0, math.nan
-        self.unseen: list[tuple[Tensor, Place, float]] = []
+        self.unchecked: list[tuple[Tensor, Place, float]] = []
         self.key = runtime.journal.next_call(name)
         if runtime.optimizer_state == "keep":
             self.names = _names(learner, self.params, name)
@@ -94,9 +92,9 @@ class _Call:
 
     def look(self, least: int = 1) -> None:
         """Add up the losses since the last look, if there are `least`; FloatingPointError names the first bad one."""
-        if len(self.unseen) < least:
+        if len(self.unchecked) < least:
             return
-        seen, self.unseen = self.unseen, []
+        seen, self.unchecked = self.unchecked, []
         for value, (_, place, multiplier) in zip(torch.stack([loss for loss, _, _ in seen]).tolist(), seen, strict=True):
             if not math.isfinite(value):
                 rates = ", ".join(f"{rate * multiplier:g}" for rate in self.rates)
@@ -180,7 +178,7 @@ def fit(
         multiplier = recipe.schedule(place)
         for options, rate in zip(call.optimizer.param_groups, call.rates, strict=True):
             options["lr"] = rate * multiplier
-        call.unseen.append((_gradients(call, group, loss_fn), place, multiplier))
+        call.unchecked.append((_gradients(call, group, loss_fn), place, multiplier))
         call.look(lag)
         if recipe.clip is not None:
             torch.nn.utils.clip_grad_norm_(call.params, recipe.clip)

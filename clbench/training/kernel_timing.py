@@ -1,4 +1,4 @@
-"""Which arithmetic is fastest here without being less accurate: measured once a machine, remembered in the cache folder.
+"""Chooses the fastest arithmetic that keeps the accuracy: timed once per machine, cached on disk.
 
 A path is a mode of fp32 matrix products, a way to compute attention, and whether a ViT's last block is run for the class token
 alone ("+tail"). Which one is fast differs more than one would think:
@@ -121,7 +121,7 @@ def measure(device: torch.device, precision: str) -> dict[str, Any]:
     names = [name for name in PATHS if name.startswith(kinds)]
     expected = ["medium+explicit+tail", "highest+explicit+tail"] if device.type == "cpu" else ["highest+fused+tail"]
     before = torch.get_float32_matmul_precision()
-    probe = Probe(device, precision)
+    probe = KernelTimer(device, precision)
     try:
         errors = {name: probe.error(name) for name in names}
         accurate = [n for n in names if errors[n] <= TOLERANCE * errors["highest+fused"]]
@@ -141,7 +141,7 @@ def fastest(seconds: dict[str, float], expected: list[str]) -> str:
     return home if home is not None and seconds[best] > (1 - MARGIN) * seconds[home] else best
 
 
-class Probe:
+class KernelTimer:
     """Two blocks of a ViT-Tiny at 224 px on a few random images, and what they give in float64."""
 
     def __init__(self, device: torch.device, precision: str):

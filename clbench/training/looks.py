@@ -1,4 +1,4 @@
-"""Looks at a model while it trains: the optimisation loop asks, and whoever runs the learner answers.
+"""Evaluation inside training: callbacks from the optimisation loop to an observer that the runner sets.
 
 The runner sets an observer around `learn`; training code calls the functions below. Nothing that a learner holds leads to the
 observer, which has the evaluation data: it stands in a context variable, behind a handle. Without an observer nobody looks.

@@ -179,7 +179,6 @@ class Rehearsed:
         self.steps = self._batches.steps
 
     def __call__(self, step: int) -> ImageBatch:
-        """Batch `step`."""
         batch = self._batches(step)
         batch.replayed = int((self._batches.rows(step) >= self.first_stored).sum())
         return batch

@@ -1,4 +1,4 @@
-"""The learning-rate rule that CODA-Prompt's code base gave to L2P++, CODA-Prompt and OVOR."""
+"""The learning-rate schedule of CODA-Prompt's code base, for L2P++, CODA-Prompt and OVOR."""
 
 from __future__ import annotations
 

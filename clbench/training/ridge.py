@@ -62,7 +62,6 @@ class RidgeSums:
         return {"gram_MM": self.gram_MM, "cross_MK": self.cross_MK}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replace them."""
         self.gram_MM, self.cross_MK = (state[name].to(self.gram_MM).clone() for name in ("gram_MM", "cross_MK"))
 
 
@@ -109,7 +108,6 @@ class RidgeRoot:
         return {"root_RM": self.root_RM, "cross_RK": self.cross_RK, "sums": held}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replace them."""
         self.root_RM, self.cross_RK = (state[name].to(self.root_RM).clone() for name in ("root_RM", "cross_RK"))
         self.sums = None
         if state["sums"] is not None:

@@ -1,4 +1,4 @@
-"""What a running learner is given besides its model: seed, device, precision, budget, counters and the journal."""
+"""The runtime of a learner: seed, device, precision, budget, counters and the journal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Schedules that need not know how long a run is: a constant phase that goes on, and anneals that can be branches.
+"""Infinite schedules: a constant phase of open length, and anneals that can be branches.
 
 Pure functions `Place -> multiplier`. Update n uses the value at n with a warm-up of n / warm, as in the papers and in gpt-neox:
 the first update of a run has rate 0. With `learner.branch` equal to `anneal` the anneal is thrown away after its evaluation;

@@ -1,4 +1,4 @@
-"""What a learner remembers: collecting it, restoring it in place, hashing it, weighing it."""
+"""State-dict functions: collect, restore in place, copy, size in bytes, SHA-256 fingerprint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clbench.training.distributed import whole
+from clbench.training.distributed import full_tensor
 
 NUMBER = 8  # bytes that a number of Python counts as
 
@@ -101,7 +101,7 @@ def fingerprint(state: Any) -> str:
 
 def _absorb(digest: Any, value: Any) -> None:
     if isinstance(value, Tensor):
-        array = whole(value.detach()).cpu().contiguous()
+        array = full_tensor(value.detach()).cpu().contiguous()
         digest.update(f"tensor {array.dtype} {tuple(array.shape)}".encode())
         digest.update(array.reshape(-1).view(torch.uint8).numpy().tobytes() if array.numel() else b"")
     elif isinstance(value, dict):

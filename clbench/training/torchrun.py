@@ -1,4 +1,4 @@
-"""Whether this process is one of several that train one model, as `torchrun` says in the environment. Imports no torch."""
+"""Rank and world size as `torchrun` sets them in the environment, and checks of distributed runs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def size() -> int:
-    """How many processes train together; 1 for a process that is alone."""
+    """World size; 1 for a single process."""
     return _number("WORLD_SIZE", 1) if all(name in os.environ for name in _NEEDED) else 1
 
 
 def rank() -> int:
-    """Which of them this one is, from 0."""
+    """Rank of this process, from 0."""
     return _number("RANK", 0) if size() > 1 else 0
 
 
 def local() -> tuple[int, int]:
-    """Which of the processes on this machine this one is, and how many they are."""
+    """(local rank, local world size)."""
     return (_number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", size())) if size() > 1 else (0, 1)
 
 
 def choose(wanted: str) -> str:
-    """How they train together: "auto" is ddp for several and none for one. `UserError` where the two do not fit."""
+    """The kind of parallelism: "auto" is ddp for several processes, none for one. `UserError` where the two do not fit."""
     if wanted == "auto":
         return "ddp" if size() > 1 else "none"
     if wanted == "none" and size() > 1:
@@ -39,7 +39,7 @@ def choose(wanted: str) -> str:
 
 
 def check(kind: str, scenario: str, asks: str, learner: str, can: Capabilities) -> None:
-    """Several processes train one model only where scenario and learner are made for it."""
+    """Raises `UserError` unless scenario and learner support distributed training."""
     if kind == "none":
         return
     if asks != "loss":
@@ -48,15 +48,15 @@ def check(kind: str, scenario: str, asks: str, learner: str, can: Capabilities) 
         raise UserError(f"learner {learner} does not declare supports_parallel: it trains in one process, without torchrun")
 
 
-def refuse(command: str, multirun: bool) -> None:
-    """Only a single run is for several processes; everything else would be done several times."""
+def check_single_run(command: str, multirun: bool) -> None:
+    """Raises `UserError` for a command that several processes would only repeat: everything but a single run."""
     if size() > 1 and (command != "run" or multirun):
         what = "a sweep is launched by machine=..." if multirun else f"clbench {command} is for one process"
         raise UserError(f"{what}, not by torchrun, which starts {size()} of them")
 
 
 def from_launcher() -> None:
-    """Where submitit started several tasks for one job, say so in the environment as torchrun would."""
+    """Where submitit started several tasks for one job, set the environment variables of torchrun."""
     submitit = sys.modules.get("submitit")
     if submitit is None or size() > 1:
         return
@@ -70,8 +70,8 @@ def from_launcher() -> None:
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
 
 
-def wait_for_the_first(seconds: float = 20.0) -> None:
-    """Before another process than the first one says what is wrong: mostly the first says the same, and all are ended."""
+def delay_nonzero_ranks(seconds: float = 20.0) -> None:
+    """Sleep on ranks other than 0 before they print an error: mostly rank 0 prints the same, and all are ended."""
     if rank():
         time.sleep(seconds)
 

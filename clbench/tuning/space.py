@@ -171,7 +171,6 @@ class _Optuna:
         return {v.key: given[v.key] if v.values else v.number(given[v.key]) for v in self.space}
 
     def tell(self, value: float | None) -> None:
-        """Hand it to optuna."""
         assert self.trial is not None
         if value is None:
             self.study.tell(self.trial, state=self.failed)

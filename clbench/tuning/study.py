@@ -31,7 +31,7 @@ _FIRST_ONLY = ("last_macro", "last_micro", "step_macro", "step_micro", "triangle
 
 def run(args: Namespace, command: list[str]) -> int:
     """Do what `clbench tune` was asked for -> exit code: 1 if no trial or no run of the choice succeeded."""
-    study = prepare(read(args.words), command)
+    study = prepare(read(args.overrides), command)
     print(f"study {study.name}: {study.options.protocol}, {study.trials} trials on {study.on['scenario']}", flush=True)
     made = sealed(study)
     if made is None:
@@ -125,18 +125,18 @@ def provenance_of(study: Study, made: Mapping[str, Any]) -> dict[str, Any]:
     marks = ["test_tuned"] if study.options.protocol == "test" else []
     marks += ["classes_tuned"] if study.options.protocol == "two_phase" and study.on["shared_classes"] else []
     kept = ("study", "protocol", "metric", "sampler", "seed", "seeds", "space", "on", "runs", "failed", "seconds")
-    told = {key: made[key] for key in kept} | {"trials": len(made["trials"]), "chosen": dict(made["chosen"])}
-    return told | {"best_value": made["best_value"], "command": made["command"], "marks": marks}
+    tuning = {key: made[key] for key in kept} | {"trials": len(made["trials"]), "chosen": dict(made["chosen"])}
+    return tuning | {"best_value": made["best_value"], "command": made["command"], "marks": marks}
 
 
 def evaluate(study: Study, made: Mapping[str, Any]) -> int:
     """Run the choice once on each seed of the evaluation stream, with its origin in the record -> exit code."""
     code = 0
     words = [*study.fixed, *(f"{key}={word}" for key, word in made["chosen"].items())]
-    told = provenance_of(study, made)
+    tuning = provenance_of(study, made)
     for seed in study.seeds:
         job = compose.compose([*words, f"seed={seed}"])[0]
-        ended = run_alone(work, job, ["clbench", "run", *words, f"seed={seed}"], told)
+        ended = run_alone(work, job, ["clbench", "run", *words, f"seed={seed}"], tuning)
         if ended["stopped"]:
             raise KeyboardInterrupt
         entry = finished(study.results, ended)
@@ -156,8 +156,8 @@ def _numbers(entry: Mapping[str, Any]) -> str:
 
 
 def _study_of(entry: Mapping[str, Any]) -> Any:
-    told = entry.get("tuning")
-    return told.get("study") if isinstance(told, Mapping) else None
+    tuning = entry.get("tuning")
+    return tuning.get("study") if isinstance(tuning, Mapping) else None
 
 
 def _met(study: Study, entry: Mapping[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""What figures are drawn from: the rows of the leaderboard, each with the accuracies of its runs. No drawing here."""
+"""Data of the figures: rows of the leaderboard, each with the accuracies of its runs. No drawing here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from clbench.evaluation import metrics
 from clbench.report import table
 from clbench.report.formats import plain
-from clbench.report.runs import Filter, Run, boil, entries
+from clbench.report.runs import Filter, Run, entries, summarize
 
 LONGEST = 30  # characters of a label
 SAID = {"legacy": "legacy", "test_tuned": "test-tuned"}  # marks that a label repeats
@@ -88,7 +88,7 @@ def read(results: pathlib.Path, wanted: Filter | None = None) -> list[Field]:
     for entry in entries(results / "records", []):
         if not keep(entry) or entry["status"] != "ok" or not isinstance(entry.get("correct"), list):
             continue
-        run = boil(entry, known)
+        run = summarize(entry, known)
         key = (run.scenario, run.learner, run.model, run.variant, run.legacy)
         accuracy = metrics.accuracy(entry["correct"], entry["n"]).astype(np.float32)
         extra = {name: entry[name] for name in ("curves", "stability") if isinstance(entry.get(name), Mapping)}

@@ -1,4 +1,4 @@
-"""What pictures of pre-training are drawn from: rows of the loss leaderboard with matrices and curves of their runs."""
+"""Data of the pre-training figures: rows of the loss leaderboard with the matrices and curves of their runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from clbench.evaluation import loss_metrics
 from clbench.records import loss_facts
 from clbench.report import losses
 from clbench.report.formats import plain
-from clbench.report.runs import Filter, Run, boil, entries
+from clbench.report.runs import Filter, Run, entries, summarize
 
 SERIES = ("tokens", "lr", "experience", "step")
 Key = tuple[str, str, str, str, bool]
@@ -33,7 +33,7 @@ class Course:
 
 
 @dataclass(frozen=True, eq=False)
-class Trace:
+class LossTrace:
     """One finished run: nats per token before the first and after each experience [T + 1, E], and its looks, if any."""
 
     run: Run
@@ -42,12 +42,12 @@ class Trace:
 
 
 @dataclass(frozen=True, eq=False)
-class Line:
+class LossLine:
     """One row of the leaderboard with its runs by seed; `label` tells it from the other rows of its stream."""
 
     row: Mapping[str, Any]
     label: str
-    traces: tuple[Trace, ...]
+    traces: tuple[LossTrace, ...]
 
     @property
     def reference(self) -> bool:
@@ -65,7 +65,7 @@ class Line:
 
 
 @dataclass(frozen=True, eq=False)
-class Field:
+class LossField:
     """All rows on one stream, lowest final loss first: names, own experience and exact floor (or None) of its sets.
 
     measure  what the losses are; unit: what is counted, tokens or images
@@ -76,15 +76,15 @@ class Field:
     sets: tuple[str, ...]
     first_seen: tuple[int, ...]
     floors: tuple[float | None, ...]
-    lines: tuple[Line, ...]
+    lines: tuple[LossLine, ...]
     measure: str
     unit: str
 
 
-def trace_of(entry: Mapping[str, Any], run: Run) -> Trace:
+def trace_of(entry: Mapping[str, Any], run: Run) -> LossTrace:
     """A usable record as arrays."""
     rows = [entry["sum_loss_start"], *entry["sum_loss"]]
-    return Trace(run, loss_metrics.loss_matrix(rows, entry["tokens"]), course_of(entry))
+    return LossTrace(run, loss_metrics.loss_matrix(rows, entry["tokens"]), course_of(entry))
 
 
 def course_of(entry: Mapping[str, Any]) -> Course | None:
@@ -103,16 +103,16 @@ def course_of(entry: Mapping[str, Any]) -> Course | None:
     return Course(**parts, loss=loss, boundaries=edges)
 
 
-def read(results: pathlib.Path, wanted: Filter | None = None) -> list[Field]:
+def read(results: pathlib.Path, wanted: Filter | None = None) -> list[LossField]:
     """The fields of a results folder, by scenario and stream; [] without a finished run of pre-training."""
     keep, known = wanted or Filter(), {}
     runs: list[Run] = []
-    traces: dict[str, Trace] = {}
+    traces: dict[str, LossTrace] = {}
     streams: dict[tuple[str, str], Mapping[str, Any]] = {}
     for entry in entries(results / "records", []):
         if not loss_facts.is_loss(entry) or not loss_facts.usable(entry):
             continue
-        runs.append(boil(entry, known))
+        runs.append(summarize(entry, known))
         if keep(entry):
             traces[entry["run_id"]] = trace_of(entry, runs[-1])
             streams.setdefault((runs[-1].scenario, runs[-1].stream), {name: entry[name] for name in ("scenario", "floor")})
@@ -121,7 +121,7 @@ def read(results: pathlib.Path, wanted: Filter | None = None) -> list[Field]:
     return fields(shown, traces, streams)
 
 
-def fields(runs: Sequence[Run], traces: Mapping[str, Trace], streams: Mapping[tuple[str, str], Any]) -> list[Field]:
+def fields(runs: Sequence[Run], traces: Mapping[str, LossTrace], streams: Mapping[tuple[str, str], Any]) -> list[LossField]:
     """Runs that are joined, their traces, and {scenario, floor, first_seen} of each (scenario, stream)."""
     groups: dict[Key, list[Run]] = {}
     for run in runs:
@@ -136,11 +136,11 @@ def fields(runs: Sequence[Run], traces: Mapping[str, Trace], streams: Mapping[tu
         lines = []
         for row, label in zip(rows, labels, strict=True):
             group = sorted(_group(row, groups), key=lambda r: (r.seed, r.run_id))
-            lines.append(Line(row, label, tuple(traces[run.run_id] for run in group)))
+            lines.append(LossLine(row, label, tuple(traces[run.run_id] for run in group)))
         names = tuple(plain(name) for name in about["scenario"]["eval_names"])
         levels = tuple(about["first_seen"]), tuple(about["floor"])
         kind = loss_facts.measure_of(about), loss_facts.unit_of(about)
-        found.append(Field(scenario, stream[:8], names, *levels, tuple(lines), *kind))
+        found.append(LossField(scenario, stream[:8], names, *levels, tuple(lines), *kind))
     return found
 
 

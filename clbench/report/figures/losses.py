@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter
 from clbench.report import statistics, table
 from clbench.report.figures import style
 from clbench.report.figures.data import short
-from clbench.report.figures.loss_data import Field, Line
+from clbench.report.figures.loss_data import LossField, LossLine
 from clbench.report.figures.style import COLOURS, DOUBLE, GREY, INK, SINGLE
 
 Made = Iterator[tuple[str, Figure]]
@@ -22,13 +22,13 @@ DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.5, 1, 1.
 COLUMNS, PANELS = 4, 24
 
 
-def _file(field: Field, line: Line | None = None) -> str:
+def _file(field: LossField, line: LossLine | None = None) -> str:
     words = [table.file_name(field.scenario), field.manifest]
     words += [table.file_name(line.row["learner"]), line.row["variant"]] if line is not None else []
     return "-".join(word for word in words if word)
 
 
-def _title(field: Field, line: Line | None = None) -> str:
+def _title(field: LossField, line: LossLine | None = None) -> str:
     return f"{short(field.scenario)} ({field.manifest})" + (f": {line.label}" if line is not None else "")
 
 
@@ -37,7 +37,7 @@ def _millions(axes: Axes, unit: str) -> None:
     axes.set_xlabel(f"{unit} trained on")
 
 
-def losses(fields: Sequence[Field]) -> Made:
+def losses(fields: Sequence[LossField]) -> Made:
     """Loss on every set over tokens, mean over seeds with their range; boundaries dotted, floors dashed, the rate below."""
     for field in fields:
         for line in field.lines:
@@ -70,7 +70,7 @@ def losses(fields: Sequence[Field]) -> Made:
             yield _file(field, line), style.titled(figure, _title(field, line))
 
 
-def loss_matrix(fields: Sequence[Field]) -> Made:
+def loss_matrix(fields: Sequence[LossField]) -> Made:
     """Loss on each set (columns) before and after each experience (rows), mean over seeds, a panel for each row."""
     for field in fields:
         for start in range(0, len(field.lines), PANELS):
@@ -116,10 +116,10 @@ def _matrix(axes: Axes, r: np.ndarray, low: float, high: float) -> Any:
     return image
 
 
-def replay(fields: Sequence[Field]) -> Made:
+def replay(fields: Sequence[LossField]) -> Made:
     """Final loss on old sets and on the newest one against the share of replay: mean and 95 % interval, a line a learner."""
     for field in fields:
-        groups: dict[tuple[str, str], list[Line]] = {}
+        groups: dict[tuple[str, str], list[LossLine]] = {}
         for line in field.lines:
             if isinstance(line.row["replay"], int | float) and not line.reference:
                 groups.setdefault((line.row["learner"], line.row["model"]), []).append(line)
@@ -143,7 +143,7 @@ def replay(fields: Sequence[Field]) -> Made:
 
 
 def _against_share(
-    axes: Axes, held: Sequence[Line], name: str, shares: Sequence[float], i: int, number: int, label: str
+    axes: Axes, held: Sequence[LossLine], name: str, shares: Sequence[float], i: int, number: int, label: str
 ) -> None:
     """One learner: points beside each other at the same share, their intervals, and a thin line through them."""
     ink, points = COLOURS[i % len(COLOURS)], []
@@ -159,7 +159,7 @@ def _against_share(
         axes.vlines(x, low, high, color=ink, linewidth=1.0)
 
 
-def gaps(fields: Sequence[Field]) -> Made:
+def gaps(fields: Sequence[LossField]) -> Made:
     """The stability gap: rise of the loss on old sets above that at the boundary, over the steps of later experiences."""
     for field in fields:
         drawn = [(line, found) for line in field.lines if (found := _rise(field, line)) is not None]
@@ -182,7 +182,7 @@ def gaps(fields: Sequence[Field]) -> Made:
             yield f"{_file(field)}{f'-{start // 6 + 1}' if start else ''}", style.titled(figure, _title(field))
 
 
-def _rise(field: Field, line: Line) -> tuple[np.ndarray, ...] | None:
+def _rise(field: LossField, line: LossLine) -> tuple[np.ndarray, ...] | None:
     """Steps [S], and mean, lowest and highest over seeds [S] of the rise, over later experiences and the sets old in them."""
     seeds: list[np.ndarray] = []
     steps: np.ndarray | None = None

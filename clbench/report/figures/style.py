@@ -1,4 +1,4 @@
-"""Ink and paper: sizes, colours, and the few pieces that every figure is made of. Colours: Okabe & Ito 2008; cividis.
+"""Plot style: sizes, colours, and the elements that every figure shares. Colours: Okabe & Ito 2008; cividis.
 
 Figures are drawn on `Figure` objects of their own: no display, no global state, no mark-up in labels.
 """

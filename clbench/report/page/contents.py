@@ -1,4 +1,4 @@
-"""What the page shows, as plain values: rows of the leaderboard by column, their streams, runs, settings and details.
+"""Content of the page as plain values: rows of the leaderboard by column, their streams, runs, settings and details.
 
 Texts are `plain` (one line, nothing that turns text around) and cut at `LONGEST` characters; numbers are finite or None.
 """
@@ -19,7 +19,7 @@ from clbench.report import cards, table
 from clbench.report.columns import ABOUT, about, extra
 from clbench.report.formats import plain
 from clbench.report.page import detail, loss_contents
-from clbench.report.runs import Run, boil, entries
+from clbench.report.runs import Run, entries, summarize
 
 LONGEST = 300
 LONGEST_DIFFERENCE = 160
@@ -35,7 +35,7 @@ Key = tuple[str, str, str, str, bool]
 
 
 class _Folder:
-    """The records of a folder, read one at a time and boiled down to what the page needs."""
+    """The records of a folder, read one at a time and summarized to what the page needs."""
 
     def __init__(self, results: pathlib.Path):
         self.runs: list[Run] = []
@@ -49,7 +49,7 @@ class _Folder:
         self.losses, self.others = loss_contents.Losses(), []
         known: dict[str, Mapping[str, Any]] = {}
         for entry in entries(results / "records", self.problems):
-            run = boil(entry, known)
+            run = summarize(entry, known)
             if run.loss is not None:
                 self._loss(entry, run, results)
                 continue

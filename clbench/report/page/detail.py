@@ -1,4 +1,4 @@
-"""The details of a row, poorer and poorer, and how rich each may be so that the page stays under its size.
+"""Levels of detail of a row, and the level of each row that keeps the page within its size.
 
 Level 0: every run's counts, curves of loss and learning rate, evaluations inside experiences. 1: the mean matrix, and the
 curves of the first run that has them, with fewer points. 2: the mean matrix. 3: the mean curve over experiences. 4: nothing.

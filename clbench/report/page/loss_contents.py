@@ -13,7 +13,7 @@ from clbench.evaluation import loss_metrics, row_metrics
 from clbench.records import loss_facts
 from clbench.report.columns import extra_numbers
 from clbench.report.figures import loss_data
-from clbench.report.figures.loss_data import Course, Line, Trace
+from clbench.report.figures.loss_data import Course, LossLine, LossTrace
 from clbench.report.formats import plain
 from clbench.report.runs import Run
 
@@ -28,7 +28,7 @@ class Losses:
 
     def __init__(self) -> None:
         self.runs: list[Run] = []
-        self.traces: dict[str, Trace] = {}
+        self.traces: dict[str, LossTrace] = {}
         self.streams: dict[tuple[str, str], dict[str, Any]] = {}
         self.first: dict[str, Mapping[str, Any]] = {}  # variant -> what a command is made of
 
@@ -61,15 +61,15 @@ class Losses:
                 key = line.row["variant"] + (f"-{number}" if number > 1 else "")
                 runs = [trace.run for trace in line.traces]
                 lost = Counter(r.status for r in self.runs if r.status != "ok" and r.variant == line.row["variant"])
-                told = {"command": command(self.first[line.row["variant"]], runs), "lost": dict(sorted(lost.items()))}
-                rows.append(_row(line, place, key) | told)
+                extra = {"command": command(self.first[line.row["variant"]], runs), "lost": dict(sorted(lost.items()))}
+                rows.append(_row(line, place, key) | extra)
                 details.append(_levels(line))
         others = extra_numbers(line.row for field in fields for line in field.lines)
         about = loss_metrics.ABOUT | dict.fromkeys(others, row_metrics.ABOUT)
         return {"streams": streams, "rows": rows, "about": about, "details": _fit(details)}
 
 
-def _row(line: Line, stream: int, key: str) -> dict[str, Any]:
+def _row(line: LossLine, stream: int, key: str) -> dict[str, Any]:
     row = line.row
     words = {name: _cut(row[name]) for name in ("learner", "model", "variant", "marks")}
     names = [n for n in (*loss_metrics.ABOUT, *extra_numbers([row])) if row[f"{n}_mean"] is not None]
@@ -86,7 +86,7 @@ def _row(line: Line, stream: int, key: str) -> dict[str, Any]:
     return words | known | {"runs": runs}
 
 
-def _levels(line: Line) -> list[str]:
+def _levels(line: LossLine) -> list[str]:
     """A row's details as JSON: every run; the mean matrix and the course of the first run; the mean matrix; nothing."""
     mean, courses = _grid(line.matrix()), [_course(trace.course) for trace in line.traces]
     every = {"m": mean, "r": [[_grid(t.matrix), course] for t, course in zip(line.traces, courses, strict=True)]}

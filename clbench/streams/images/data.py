@@ -138,7 +138,6 @@ class ImageData:
         return self.stored.take(np.asarray(rows, np.int64)).raw()
 
     def subset(self, rows: Sequence[int] | np.ndarray) -> ImageData:
-        """Some of the samples."""
         rows = np.asarray(rows, np.int64)
         stored = self.stored.take(rows)
         stored.check()
@@ -186,11 +185,10 @@ class ListImages:
         return len(self.images)
 
     def raw(self, ids: np.ndarray) -> list[np.ndarray]:
-        """By position."""
         return [self.images[int(i)] for i in ids]
 
 
-class Batches:
+class ShuffledBatches:
     """Shuffled batches over some epochs; a pure function of the step, so a run can go on from any of them."""
 
     def __init__(self, data: ImageData, batch_size: int, epochs: int, key: int, augment: bool, drop_last: bool):
@@ -216,7 +214,7 @@ class Batches:
         return self._order[1][i * self.batch_size : (i + 1) * self.batch_size]
 
 
-class Streamed(Batches):
+class Streamed(ShuffledBatches):
     """Batches of one pass in the order of the data; a pure function of the step."""
 
     def __init__(self, data: Any, batch_size: int, key: int, augment: bool, drop_last: bool):
@@ -227,7 +225,9 @@ class Streamed(Batches):
         return np.arange(step * self.batch_size, min((step + 1) * self.batch_size, len(self.data)))
 
 
-def shuffled(data: Any, batch_size: int, epochs: int, key: int, augment: bool = True, drop_last: bool = False) -> Batches:
+def shuffled(
+    data: Any, batch_size: int, epochs: int, key: int, augment: bool = True, drop_last: bool = False
+) -> ShuffledBatches:
     """Batches of `data` in an order of `key` and the epoch; the last partial batch is kept unless `drop_last`.
 
     Samples that come once, in stream order (budget `in_order`), keep that order: the stream has been shuffled by whoever made
@@ -237,10 +237,10 @@ def shuffled(data: Any, batch_size: int, epochs: int, key: int, augment: bool = 
         if epochs != 1:
             raise UserError(f"samples of {data.name} come once: {epochs} epochs of them cannot be had")
         return Streamed(data, batch_size, key, augment, drop_last)
-    return Batches(data, batch_size, epochs, key, augment, drop_last)
+    return ShuffledBatches(data, batch_size, epochs, key, augment, drop_last)
 
 
-def streamed(data: Any, batch_size: int, key: int, augment: bool = True, drop_last: bool = False) -> Batches:
+def streamed(data: Any, batch_size: int, key: int, augment: bool = True, drop_last: bool = False) -> ShuffledBatches:
     """One pass over `data` in its own order, whatever the budget allows; `key` is for the augmentation."""
     return Streamed(data, batch_size, key, augment, drop_last)
 

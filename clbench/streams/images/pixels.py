@@ -38,7 +38,7 @@ Fetch = Callable[[], np.ndarray]
 
 @dataclass(frozen=True)
 class Profile:
-    """One way to look at images.
+    """A preprocessing profile: train and test transforms.
 
     test   the shorter side is resized to `resize`, the centre `size` x `size` is kept (resize = size: no margin);
            `squash` resizes both sides to `resize`

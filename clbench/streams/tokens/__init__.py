@@ -1,1 +1,1 @@
-"""Streams that are answered with a loss: texts, synthetic languages, images for autoencoders."""
+"""Streams evaluated by a loss: texts, synthetic languages, images for autoencoders."""

@@ -1,4 +1,4 @@
-"""Texts as token ids on disk, mapped into memory: a folder with two splits, their documents, and a manifest with checksums.
+"""A corpus of token ids on disk, memory-mapped: a folder with two splits, their documents, and a manifest with checksums.
 
     manifest.json          what this is: vocabulary, tokenizer, counts, SHA-256 of every file
     SPLIT.tokens           ids, little-endian unsigned integers of 1, 2 or 4 bytes, an end mark after each document

@@ -28,7 +28,7 @@ BATCH = 1 << 21  # characters that wait to be encoded together
 
 
 @dataclass(frozen=True)
-class Recipe:
+class CorpusRecipe:
     """What a corpus is made from besides its files and its tokenizer.
 
     validation  this share of the documents (rounded, at least one) is set aside: those whose names, with `seed`, hash lowest
@@ -89,7 +89,7 @@ def build(
     files: Sequence[Path],
     out: Path,
     encoder: Encoder,
-    recipe: Recipe = Recipe(),
+    recipe: CorpusRecipe = CorpusRecipe(),
     progress: Callable[[int], object] | None = None,
 ) -> tuple[Shards, bool]:
     """Write a corpus -> it, and whether it had been there already, made from the same files in the same way.
@@ -144,7 +144,7 @@ def _write(
     files: Sequence[Path],
     folder: Path,
     encoder: Encoder,
-    recipe: Recipe,
+    recipe: CorpusRecipe,
     plan: dict[str, Any],
     progress: Callable[[int], object] | None,
 ) -> None:
@@ -169,7 +169,7 @@ def _write(
     (folder / MANIFEST).write_text(json.dumps(body, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _last_held(files: Sequence[Path], recipe: Recipe) -> int:
+def _last_held(files: Sequence[Path], recipe: CorpusRecipe) -> int:
     """The highest place of a document that is set aside: a first pass, which reads names only and keeps 8 bytes of each."""
     places, place = array("Q"), None
     for path in files:
@@ -186,7 +186,7 @@ def _last_held(files: Sequence[Path], recipe: Recipe) -> int:
     return int(np.partition(np.frombuffer(places, np.uint64), number - 1)[number - 1])
 
 
-def _batches(files: Sequence[Path], recipe: Recipe) -> Iterator[list[tuple[str, str, bool]]]:
+def _batches(files: Sequence[Path], recipe: CorpusRecipe) -> Iterator[list[tuple[str, str, bool]]]:
     """(document, text, whether it ends the document) in lists of about BATCH characters."""
     batch, size = [], 0
     for entry in _cut(files, recipe):
@@ -199,7 +199,7 @@ def _batches(files: Sequence[Path], recipe: Recipe) -> Iterator[list[tuple[str, 
         yield batch
 
 
-def _cut(files: Sequence[Path], recipe: Recipe) -> Iterator[tuple[str, str, bool]]:
+def _cut(files: Sequence[Path], recipe: CorpusRecipe) -> Iterator[tuple[str, str, bool]]:
     """Documents in parts of about PIECE characters, cut at line ends where there are any; empty documents are left out."""
     for path in files:
         name, waiting, size, begun = "", [], 0, False

@@ -1,4 +1,4 @@
-"""Documents out of text and JSONL files, piece by piece: no file and no document has to fit into memory. Imports no torch.
+"""Streaming reader of documents in text and JSONL files: neither a file nor a document must fit into memory. Imports no torch.
 
 A reader yields (name, text): a name starts a document, None goes on with it.
 """

@@ -19,7 +19,7 @@ from clbench.streams.handles import Handle, end, opened
 from clbench.streams.tokens import sequences
 from clbench.streams.tokens.mae_images import Pictures, augmented, with_keys
 from clbench.streams.tokens.manifest import TokenBudget, TokenManifest
-from clbench.streams.tokens.scenario import Probing, told
+from clbench.streams.tokens.scenario import Probing, described
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +187,7 @@ class ImageScenario:
 
     def describe(self) -> dict[str, Any]:
         """What a record says about the stream and its evaluation sets."""
-        return told(self.name, self.manifest, self.probing)
+        return described(self.name, self.manifest, self.probing)
 
 
 def _spread(whole: int, number: int) -> np.ndarray:

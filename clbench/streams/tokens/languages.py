@@ -1,4 +1,4 @@
-"""Families of synthetic languages with a known entropy, and the size of the shift between them as a dial. Imports no torch."""
+"""Families of synthetic languages with a known entropy and an adjustable shift between them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from clbench.streams import rng
 from clbench.streams.tokens.markov import Hmm, Markov, Source
 
 Kind = Literal["markov", "hmm"]
-_URN_PER_WORD = 64  # balls for each word of the vocabulary: the rarest word of an urn has one of them
-_MOST_BALLS = 1 << 25
+# Row sum of the counts over the vocabulary size, before rounding to a power of two; the rarest word has count 1.
+_COUNTS_PER_WORD = 64
+_MOST_COUNTS = 1 << 25
 
 
 def synthetic(states: int, vocab: int, kind: Kind, shift: float, index: int, seed: int) -> Source:
@@ -22,7 +23,7 @@ def synthetic(states: int, vocab: int, kind: Kind, shift: float, index: int, see
     states  hidden states, or for kind "markov" vocab ** m: the next word depends on the last m words
     shift   0: all languages of the family are the same; 1: language `index` shares nothing with language 0. In between, of a
             chain: the share of states (rounded up) with successors of their own, the rest as in language 0, which keeps
-            the entropy. Of a hidden chain: every probability moves in a line from language 0's to its own, which raises the
+            the entropy. Of an HMM: every probability is interpolated linearly from language 0's to its own, which raises the
             entropy on the way; replaced states would not do, the divergence could fall where the shift grows.
     The divergence from language 0 grows with the shift. Raises `UserError` for numbers out of range.
     """
@@ -40,14 +41,14 @@ def synthetic(states: int, vocab: int, kind: Kind, shift: float, index: int, see
     order = next(m for m in range(1, 64) if vocab**m >= states)
     if kind == "markov" and vocab**order != states:
         raise UserError(f"a markov language of {vocab} words has {vocab}, {vocab**2}, ... states, not {states}")
-    if states * _urn_size(max(vocab, states if kind == "hmm" else 0)) > _MOST_BALLS:
+    if states * _row_sum(max(vocab, states if kind == "hmm" else 0)) > _MOST_COUNTS:
         raise UserError(f"a {kind} language of {states} states and {vocab} words is too large to be tabulated")
     if kind == "markov":
         own = math.ceil(shift * states) if index else 0
         rows = rng.permutation(rng.key("language", seed, "rows"), states)[:own]
-        balls = _table(states, vocab, 0, seed, "successors")
-        balls[rows] = _table(states, vocab, index, seed, "successors")[rows]
-        return Markov(balls)
+        counts = _table(states, vocab, 0, seed, "successors")
+        counts[rows] = _table(states, vocab, index, seed, "successors")[rows]
+        return Markov(counts)
     tables = []
     for what, words in (("moves", states), ("words", vocab)):
         first, last = (_table(states, words, i, seed, what) for i in (0, index))
@@ -55,24 +56,24 @@ def synthetic(states: int, vocab: int, kind: Kind, shift: float, index: int, see
     return Hmm(*tables)
 
 
-def _urn_size(words: int) -> int:
-    return 1 << (_URN_PER_WORD * words - 1).bit_length()
+def _row_sum(words: int) -> int:
+    return 1 << (_COUNTS_PER_WORD * words - 1).bit_length()
 
 
 def _table(states: int, words: int, index: int, seed: int, what: str) -> np.ndarray:
-    """Balls [states, words] of language `index`."""
+    """Counts [states, words] of language `index`."""
     table = np.empty((states, words), np.int64)
     shapes = [_zipf(words, exponent) for exponent in (1, 2, 3)]
     for row in range(states):
         key = rng.key("language", seed, what, index, row)
-        # a race that low words win more often: frequent words come early in many rows, as in natural text
+        # random ranking biased to low ids, Gumbel-like: frequent words come early in many rows, as in natural text
         race = (rng.bits(key, np.arange(words)) >> np.uint64(40)).astype(np.int64) * (np.arange(words) + words // 4 + 1)
         table[row, np.argsort(race, kind="stable")] = shapes[rng.key(key, "shape") % 3]
     return table
 
 
 def _between(first: np.ndarray, last: np.ndarray, shift: float) -> np.ndarray:
-    """Balls on the way from one table to another; what rounding leaves goes to the fullest place of each row."""
+    """Linear interpolation of two count tables; the rounding remainder goes to the largest count of each row."""
     part = round(shift * (1 << 20))
     mixed = (first * ((1 << 20) - part) + last * part) >> 20
     mixed[np.arange(len(mixed)), mixed.argmax(1)] += first.sum(1) - mixed.sum(1)
@@ -80,10 +81,10 @@ def _between(first: np.ndarray, last: np.ndarray, shift: float) -> np.ndarray:
 
 
 def _zipf(words: int, exponent: int) -> np.ndarray:
-    """Balls by rank: one each, the others in proportion to 1 / rank ** exponent, the remainder to the first."""
-    size = _urn_size(words)
+    """Counts by rank: at least 1, the rest in proportion to 1 / rank ** exponent, the remainder to the first."""
+    size = _row_sum(words)
     weights = [(1 << 60) // rank**exponent for rank in range(1, words + 1)]
     total = sum(weights)
-    balls = [1 + (size - words) * weight // total for weight in weights]
-    balls[0] += size - sum(balls)
-    return np.array(balls, np.int64)
+    counts = [1 + (size - words) * weight // total for weight in weights]
+    counts[0] += size - sum(counts)
+    return np.array(counts, np.int64)

@@ -1,4 +1,4 @@
-"""Squares of pixels for masked autoencoders: images at one size, random views, the key of each mask. Imports no torch."""
+"""Images for masked autoencoders: resize, random crops and flips, the key of each mask. Imports no torch."""
 
 from __future__ import annotations
 

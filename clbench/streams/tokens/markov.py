@@ -1,6 +1,6 @@
 """Sources of tokens whose entropy is known: Markov chains and hidden Markov models. Imports no torch.
 
-Every probability is a whole number of balls in an urn, and draws are integers of a counter-based generator, so tokens are the
+Probabilities are integer counts over a power of two, and draws are integers of a counter-based generator, so tokens are the
 same on every machine. No model has a mean loss below `Source.bayes_loss`: what is above it is regret.
 """
 
@@ -31,12 +31,12 @@ class Source(Protocol):
 
     @property
     def vocab(self) -> int:
-        """Number of words."""
+        """Number of token ids."""
         ...
 
     @property
     def entropy_rate(self) -> float:
-        """Nats per token in the long run."""
+        """Entropy rate, nats per token."""
         ...
 
     def sample(self, count: int, key: int) -> np.ndarray:
@@ -56,48 +56,47 @@ class Source(Protocol):
         ...
 
     def divergence(self, other: Source) -> float:
-        """Kullback-Leibler rate: what predicting this source by `other` costs in the long run, nats per token."""
+        """Kullback-Leibler divergence rate of this source from `other`, nats per token."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Markov:
-    """A chain whose state is its last m tokens: balls [vocab ** m, vocab] int64, every row with the same power of two in all.
+    """Markov chain of order m: transition counts [vocab ** m, vocab] int64, every row with the same power of two as its sum.
 
     Row (a * vocab + b) holds the successors of the two tokens a, b.
     """
 
-    balls: np.ndarray
+    counts: np.ndarray
     entropy_is_exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_balls(self.balls)
-        assert self.vocab**self.order == len(self.balls)
+        _check_counts(self.counts)
+        assert self.vocab**self.order == len(self.counts)
 
     @property
     def vocab(self) -> int:
-        """Number of words."""
-        return self.balls.shape[1]
+        """Number of token ids."""
+        return self.counts.shape[1]
 
     @cached_property
     def order(self) -> int:
-        """How many tokens a state is made of."""
-        return next(m for m in range(1, 64) if self.vocab**m >= len(self.balls))
+        """Order m of the chain: tokens in a state."""
+        return next(m for m in range(1, 64) if self.vocab**m >= len(self.counts))
 
     @cached_property
     def probabilities(self) -> np.ndarray:
         """p(next | state) [S, V]."""
-        return self.balls / self.balls[0].sum()
+        return self.counts / self.counts[0].sum()
 
     @cached_property
     def stationary(self) -> np.ndarray:
-        """p(state) in the long run [S]."""
-        states, vocab = self.balls.shape
+        """Stationary distribution of the states [S]."""
+        states, vocab = self.counts.shape
         steps = self.probabilities.reshape(vocab, states // vocab, vocab)
         return _fixed_point(lambda p: np.einsum("ar,arv->rv", p.reshape(vocab, -1), steps).ravel(), states)
 
     def nats(self, tokens: np.ndarray) -> np.ndarray:
-        """See `Source.nats`."""
         rows = _rows(tokens, self.vocab)
         out = np.empty(rows.shape)
         state = np.zeros(len(rows), np.int64)
@@ -109,25 +108,23 @@ class Markov:
         states = np.zeros((len(rows), max(0, rows.shape[1] - self.order)), np.int64)
         for back in range(self.order):
             states = states * self.vocab + rows[:, back : back + states.shape[1]]
-        with np.errstate(divide="ignore"):  # infinite for what cannot be
+        with np.errstate(divide="ignore"):  # -log 0 for impossible tokens
             out[:, self.order :] = -np.log(self.probabilities[states, rows[:, self.order :]])
         return out.reshape(np.shape(tokens))
 
     def bayes_loss(self, tokens: np.ndarray) -> float:
-        """See `Source.bayes_loss`."""
         return _rounded(np.mean(self.nats(tokens)))
 
     def sample(self, count: int, key: int) -> np.ndarray:
-        """See `Source.sample`."""
-        states, vocab = self.balls.shape
-        size = int(self.balls[0].sum())
-        urns = _urns(self.balls)
+        states, vocab = self.counts.shape
+        size = int(self.counts[0].sum())
+        table = _lookup(self.counts)
         state = _start(self.stationary, key)
         first = [state // vocab**i % vocab for i in reversed(range(self.order))]
         out = array("H", first)
         for draws in _draws(rng.key("next", key), count - self.order, size):
             for draw in draws:
-                word = urns[state * size + draw]
+                word = table[state * size + draw]
                 out.append(word)
                 state = (state * vocab + word) % states
         return np.array(out[:count], np.uint16)
@@ -140,7 +137,7 @@ class Markov:
 
     def divergence(self, other: Source) -> float:
         """Exact between chains of one order."""
-        if not isinstance(other, Markov) or other.balls.shape != self.balls.shape:
+        if not isinstance(other, Markov) or other.counts.shape != self.counts.shape:
             raise UserError("divergence compares Markov languages with the same states and vocabulary")
         p, q = self.probabilities, other.probabilities
         rows = (_x_log_y(p, p) - _x_log_y(p, q)).sum(1)
@@ -149,41 +146,41 @@ class Markov:
 
 @dataclass(frozen=True, eq=False)
 class Hmm:
-    """A hidden chain that says a word in each state: moves [S, S] and words [S, vocab] int64, balls as in `Markov`.
+    """HMM: transition counts [S, S] and emission counts [S, vocab] int64; row sums are powers of two.
 
     The entropy rate of such a source has no closed form: `entropy_rate` is the exact Bayes loss of one long sample of it, and
     `divergence` a mean over that sample. The floor of a validation text, `bayes_loss`, is exact (forward algorithm).
     """
 
-    moves: np.ndarray
-    words: np.ndarray
+    transitions: np.ndarray
+    emissions: np.ndarray
     entropy_is_exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_balls(self.moves)
-        _check_balls(self.words)
-        assert self.moves.shape == (len(self.words), len(self.words))
+        _check_counts(self.transitions)
+        _check_counts(self.emissions)
+        assert self.transitions.shape == (len(self.emissions), len(self.emissions))
 
     @property
     def vocab(self) -> int:
-        """Number of words."""
-        return self.words.shape[1]
+        """Number of token ids."""
+        return self.emissions.shape[1]
 
     @cached_property
     def stationary(self) -> np.ndarray:
-        """p(hidden state) in the long run [S]."""
-        move = self.moves / self.moves[0].sum()
-        return _fixed_point(lambda p: p @ move, len(self.moves))
+        """Stationary distribution of the hidden states [S]."""
+        move = self.transitions / self.transitions[0].sum()
+        return _fixed_point(lambda p: p @ move, len(self.transitions))
 
     def nats(self, tokens: np.ndarray) -> np.ndarray:
         """See `Source.nats`: the forward algorithm, normalised at every token."""
         rows = _rows(tokens, self.vocab)
-        move = self.moves / self.moves[0].sum()
-        says = np.ascontiguousarray((self.words / self.words[0].sum()).T)
+        move = self.transitions / self.transitions[0].sum()
+        emission = np.ascontiguousarray((self.emissions / self.emissions[0].sum()).T)
         belief = np.tile(self.stationary, (len(rows), 1))
         seen = np.empty(rows.shape)
         for t in range(rows.shape[1]):
-            belief *= says[rows[:, t]]
+            belief *= emission[rows[:, t]]
             mass = belief.sum(1)
             seen[:, t] = mass
             belief = (belief / np.maximum(mass, 1e-300)[:, None]) @ move
@@ -191,13 +188,11 @@ class Hmm:
             return -np.log(seen).reshape(np.shape(tokens))
 
     def bayes_loss(self, tokens: np.ndarray) -> float:
-        """See `Source.bayes_loss`."""
         return _rounded(np.mean(self.nats(tokens)))
 
     def sample(self, count: int, key: int) -> np.ndarray:
-        """See `Source.sample`."""
-        move_size, word_size = int(self.moves[0].sum()), int(self.words[0].sum())
-        moves, words = _urns(self.moves), _urns(self.words)
+        move_size, word_size = int(self.transitions[0].sum()), int(self.emissions[0].sum())
+        moves, words = _lookup(self.transitions), _lookup(self.emissions)
         state = _start(self.stationary, key)
         out = array("H")
         said = _draws(rng.key("word", key), count, word_size)
@@ -233,20 +228,20 @@ def _rounded(value: float | np.floating) -> float:
     return round(float(value), 9)
 
 
-def _check_balls(balls: np.ndarray) -> None:
-    size = int(balls[0].sum())
-    assert (balls >= 0).all() and (balls.sum(1) == size).all() and size & (size - 1) == 0
+def _check_counts(counts: np.ndarray) -> None:
+    size = int(counts[0].sum())
+    assert (counts >= 0).all() and (counts.sum(1) == size).all() and size & (size - 1) == 0
 
 
-def _urns(balls: np.ndarray) -> array:
-    """Every ball by its number: state * size + draw -> word. [S * size] of 32 bits."""
-    states, words = balls.shape
-    which = np.repeat(np.tile(np.arange(words, dtype=np.uint32), states), balls.ravel())
+def _lookup(counts: np.ndarray) -> array:
+    """Lookup table for sampling from counts: state * size + draw -> token, [S * size] of 32 bits."""
+    states, words = counts.shape
+    which = np.repeat(np.tile(np.arange(words, dtype=np.uint32), states), counts.ravel())
     return array("I", which.tobytes())
 
 
 def _draws(key: int, count: int, size: int) -> Iterator[list[int]]:
-    """Lists of up to 65,536 ball numbers in 0..size-1 (a power of two), `count` in all."""
+    """`count` uniform integers in 0..size-1 (a power of two), in lists of up to 65,536."""
     for start in range(0, count, _CHUNK):
         numbers = rng.bits(key, np.arange(start, min(start + _CHUNK, count)))
         yield (numbers & np.uint64(size - 1)).tolist()
@@ -262,7 +257,7 @@ def _start(stationary: np.ndarray, key: int) -> int:
 def _fixed_point(step: Callable[[np.ndarray], np.ndarray], states: int) -> np.ndarray:
     p = np.full(states, 1 / states)
     for _ in range(100_000):
-        new = (p + step(p)) / 2  # half a step keeps periodic chains from circling
+        new = (p + step(p)) / 2  # averaging with p lets periodic chains converge
         new /= new.sum()
         if np.abs(new - p).sum() < 1e-14:
             return new

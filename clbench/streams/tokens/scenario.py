@@ -1,4 +1,4 @@
-"""Continual pre-training: a model reads domain after domain, and is asked for its loss on all of them. Imports no torch.
+"""Continual pre-training on tokens: domains one after another, evaluated by the loss on all of them. Imports no torch.
 
 A *domain* is a training text and a validation text as token ids. An experience is a budget of tokens of one domain, cut into
 steps of `batch` sequences with `context` predictions each. Experiences of the same domain read disjoint parts of it, so a
@@ -161,7 +161,7 @@ class Probing:
         return sorted({*geometric, *even, total})
 
 
-def told(name: str, m: TokenManifest, probing: Probing) -> dict[str, Any]:
+def described(name: str, m: TokenManifest, probing: Probing) -> dict[str, Any]:
     """What a record says about a stream of tokens or images and its evaluation sets."""
     about = {
         "name": name,
@@ -222,7 +222,7 @@ class TokenScenario:
 
     def describe(self) -> dict[str, Any]:
         """What a record says about the stream and its evaluation sets."""
-        return told(self.name, self.manifest, self.probing)
+        return described(self.name, self.manifest, self.probing)
 
 
 def scenario(

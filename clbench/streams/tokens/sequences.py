@@ -1,4 +1,4 @@
-"""Which sequence stands where: keyed permutations of any length in constant memory, and windows of a token array.
+"""Sequence order: keyed permutations of any length in constant memory, and windows of a token array.
 
 No shuffle is stored and none is replayed: position p of a stream of n sequences is a pure function of a key, so a batch can be
 asked for at any step, on any machine, in any order.

@@ -1,4 +1,4 @@
-"""Streams for continual pre-training: synthetic languages whose entropy is known, and texts from files. Imports no torch."""
+"""Generators of continual pre-training streams: synthetic languages of known entropy, and text corpora. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From text to token ids: bytes, or a tokenizer file of the `tokenizers` package (extra: text). Imports no torch."""
+"""Tokenizers: bytes, or a tokenizer file of the `tokenizers` package (extra: text). Imports no torch."""
 
 from __future__ import annotations
 
@@ -33,14 +33,12 @@ class Bytes:
     vocab, end = 256, 0
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """See `Encoder.encode`."""
         found = [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
         if any(not part.all() for part in found):
             raise UserError("a text holds a zero byte, which is the end mark of bytes: it is no plain text")
         return found
 
     def describe(self) -> dict[str, Any]:
-        """See `Encoder.describe`."""
         return {"name": "bytes"}
 
 
@@ -75,10 +73,8 @@ class TokenizerFile:
         self._about = {"name": path.name, "sha256": hashlib.sha256(content).hexdigest(), "end": mark}
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """See `Encoder.encode`."""
         found = self._made.encode_batch(list(texts), add_special_tokens=False)
         return [np.array(one.ids, np.uint32) for one in found]
 
     def describe(self) -> dict[str, Any]:
-        """See `Encoder.describe`."""
         return dict(self._about)

@@ -1,4 +1,4 @@
-"""Where a learner stands in the texts: what it has read, replayed and is still owed. Plain numbers, saved with the weights."""
+"""Data cursor: sequences consumed and replayed of each experience, and the remainder of the quotas. Saved with the weights."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from clbench.training.pretraining.data_mixture import Mixture
 
 
 @dataclass
-class Places:
-    """Numbers of sequences, for each experience so far.
+class DataCursor:
+    """Numbers of sequences, for each experience so far. State-dict keys are the field names.
 
-    seen      read by the trunk when the text was new
-    trained   trained on at all
-    replayed  where the stream of replays stands
-    new       read of the newest text in this experience
-    carry     what each source is owed by the quotas
+    seen      distinct ones consumed by the trunk while the experience was the newest
+    trained   trained on at all, repeats and replays included
+    replayed  position in the stream of replays
+    new       position in the newest text
+    carry     remainder of each source's quota, as `data_mixture.quotas` returns it
     """
 
     seen: list[int] = field(default_factory=list)
@@ -29,7 +29,7 @@ class Places:
     carry: list[float] = field(default_factory=list)
 
     def begin(self, experience: int, replays_start_anew: bool) -> None:
-        """A new experience: nothing of its text is read yet."""
+        """A new experience: its position and the quota remainders are zero."""
         for name in ("seen", "trained", "replayed"):
             values = getattr(self, name)
             setattr(self, name, [*values, *[0] * (experience + 1 - len(values))])
@@ -38,11 +38,11 @@ class Places:
         self.new, self.carry = 0, [0.0] * (experience + 1)
 
     def starts(self, old: int) -> list[int]:
-        """Where the streams of `old` earlier texts and of the new one stand."""
+        """Positions in the replay streams of `old` earlier texts and, last, in the new text."""
         return [*self.replayed[:old], self.new]
 
     def advance(self, used: Sequence[int] | np.ndarray, mixture: Mixture, experience: int) -> None:
-        """Move on by the sequences of each source that a segment used, the new one last."""
+        """Advance by the sequences of each source that a segment used, the new one last."""
         *old, new = (int(number) for number in used)
         for i, number in enumerate(old):
             self.replayed[i] += number
@@ -57,6 +57,5 @@ class Places:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a copy."""
         for name, value in state.items():
             setattr(self, name, list(value) if isinstance(value, list) else value)

@@ -1,4 +1,4 @@
-"""What each batch of a pre-training step is made of: exact quotas, and which old sequence stands where.
+"""Composition of every batch in pre-training: exact quotas per source, and the index of each replayed sequence.
 
 Compute-equivalent: replayed sequences displace new ones, a batch never grows. The number of sequences of each source in each
 step is a table made before the first step, by carrying rounding errors over from step to step, so that 1 % of batches of 32

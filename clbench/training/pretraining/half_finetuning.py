@@ -1,4 +1,4 @@
-"""Half fine-tuning (Hui et al. 2024, arXiv 2404.18466): in every stage a random half of the matrices rests."""
+"""Half fine-tuning (Hui et al. 2024, arXiv 2404.18466): in every stage a random half of the matrices is frozen."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def categories(model: nn.Module) -> dict[str, list[str]]:
     return found
 
 
-def rest_half(model: nn.Module, key: int | None) -> list[str]:
-    """Freeze a random half of each category, chosen by `key`; None frees everything -> the names that rest.
+def freeze_random_half(model: nn.Module, key: int | None) -> list[str]:
+    """Freeze a random half of each category, chosen by `key`; None unfreezes everything -> the frozen names.
 
-    Of an odd number the larger half rests in every other category, so that over all it is half.
+    Of an odd number the larger half is frozen in every other category, so that over all it is half.
     """
     model.requires_grad_(True)
-    resting: list[str] = []
+    frozen: list[str] = []
     if key is None:
-        return resting
+        return frozen
     for i, (category, names) in enumerate(sorted(categories(model).items())):
         order = rng.permutation(rng.key(key, category), len(names))
-        resting += [names[j] for j in order[: (len(names) + i % 2) // 2]]
+        frozen += [names[j] for j in order[: (len(names) + i % 2) // 2]]
     for name, p in model.named_parameters():
-        p.requires_grad_(name not in resting)
-    return resting
+        p.requires_grad_(name not in frozen)
+    return frozen

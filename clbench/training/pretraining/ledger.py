@@ -1,4 +1,4 @@
-"""What a pre-training run has used: tokens by purpose, tokens read again, floating-point operations, bytes of old text."""
+"""Ledger of a pre-training run: tokens by purpose, repeated tokens, floating-point operations, bytes of replay text."""
 
 from __future__ import annotations
 

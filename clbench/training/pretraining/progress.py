@@ -1,4 +1,4 @@
-"""A killed pre-training run goes on from where it was, unless its plan has changed: then the differences are named."""
+"""Resume of a pre-training run; a changed plan is an error that names the differences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a schedule is worth before anything is trained: three predictors in closed form. Imports no torch.
+"""Three closed-form predictors of the loss of a schedule. Imports no torch.
 
     convex_bound   how far the last iterate can be from the best, for a convex problem; needs nothing but the rates
     annealing_law  loss as a function of the sum of the rates and of how much they fell; constants are fitted to runs

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clbench.interfaces import UserError
-from clbench.training.distributed import like
+from clbench.training.distributed import placed_like
 
 
 class ScheduleFree:
@@ -60,8 +60,7 @@ class ScheduleFree:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a copy."""
         for own, saved in ((self.average, state["average"]), (self.moving, state["moving"])):
             for mine, other in zip(own, saved, strict=True):
-                mine.copy_(like(other, mine))
+                mine.copy_(placed_like(other, mine))
         self.weight = state["weight"]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from clbench.interfaces import Place, Schedule, UserError
 from clbench.training import looks
-from clbench.training.distributed import ALONE, Group, Replica, like
+from clbench.training.distributed import ALONE, Group, Replica, placed_like
 from clbench.training.pretraining.data_mixture import Mixture
 from clbench.training.pretraining.ledger import Ledger
 from clbench.training.runtime import Runtime
@@ -98,7 +98,7 @@ class PretrainRuntime(Runtime):
 
     def pause(self, anywhere: bool) -> bool:
         """Whether to write a snapshot now: somebody wants to stop, or it is time. The same answer in all processes."""
-        self.stop, due = self.group.any(self.stop, anywhere and self.journal.due())
+        self.stop, due = self.group.all_any(self.stop, anywhere and self.journal.due())
         return self.stop or due
 
 
@@ -146,7 +146,7 @@ class Adam:
         self.made = self._make()
         self.made.load_state_dict(detached(state))
         for param, moments in self.made.state.items():
-            moments |= {name: like(value, param) for name, value in moments.items() if value.shape == param.shape}
+            moments |= {name: placed_like(value, param) for name, value in moments.items() if value.shape == param.shape}
 
 
 def batches(mixture: Mixture, first: int, last: int, device: torch.device, group: Group = ALONE) -> Iterator[Tensor]:
@@ -217,7 +217,7 @@ def train(
         optimizer.step(segment.rate(step))
         sums.append(losses.mean())
         if after_step is not None:
-            after_step(segment, step + 1, group.gathered(losses, batch), mixture.counts[step - mixture.first])
+            after_step(segment, step + 1, group.all_gather_rows(losses, batch), mixture.counts[step - mixture.first])
         step += 1
         if runtime.device.type == "cpu" or step % 64 == 0 or step == segment.last:
             _check_losses(runtime, segment, step, sums)
@@ -243,7 +243,7 @@ def _gradients(runtime: PretrainRuntime, replica: Replica, tokens: Tensor, batch
 
 def _check_losses(runtime: PretrainRuntime, segment: Segment, step: int, losses: list[Tensor]) -> None:
     """Stop at a loss that is no number; show how far it is."""
-    mean = runtime.group.total(float(torch.stack(losses).mean()))[0] / runtime.group.size
+    mean = runtime.group.all_reduce_sum(float(torch.stack(losses).mean()))[0] / runtime.group.size
     if not math.isfinite(mean):
         where = f"experience {segment.experience}, {segment.role}, step {step - 1} of {segment.steps}"
         raise FloatingPointError(f"loss is {mean} in {where}, learning rate {segment.rate(step - 1):g}")

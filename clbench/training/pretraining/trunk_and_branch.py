@@ -1,4 +1,4 @@
-"""What goes on from experience to experience: weights, optimiser and places, also while something else is evaluated."""
+"""The trunk: weights, optimiser and data cursor carried over experiences, kept while a branch or average is evaluated."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from clbench.training.pretraining.data_cursor import Places
+from clbench.training.pretraining.data_cursor import DataCursor
 from clbench.training.pretraining.segments import Adam, Segment
 from clbench.training.state import detached
 
@@ -18,17 +18,17 @@ class Trunk:
     initial  fresh weights, for segments that start from them
     """
 
-    def __init__(self, model: nn.Module, optimizer: Adam, places: Places, initial: dict[str, Any]):
-        self.model, self.optimizer, self.places, self.initial = model, optimizer, places, initial
+    def __init__(self, model: nn.Module, optimizer: Adam, cursor: DataCursor, initial: dict[str, Any]):
+        self.model, self.optimizer, self.cursor, self.initial = model, optimizer, cursor, initial
         self.kept: dict[str, Any] | None = None
 
     def keep(self) -> None:
-        """The trunk ends here; what follows is thrown away at the next experience."""
-        parts = {"model": self.model, "optimizer": self.optimizer, "places": self.places}
+        """Copy the trunk's end; training from here on is discarded at the next experience."""
+        parts = {"model": self.model, "optimizer": self.optimizer, "places": self.cursor}
         self.kept = {name: detached(part.state_dict()) for name, part in parts.items()}
 
     def begin(self, segment: Segment) -> None:
-        """Weights, optimiser and places at the first segment of an experience, as its `start_from` and `optimizer` say.
+        """Weights, optimiser and data cursor at the first segment of an experience, as its `start_from` and `optimizer` say.
 
         "keep" after a branch leaves the optimiser as the anneal left it; "restore" and "reset_moments" take the trunk's.
         """
@@ -36,7 +36,7 @@ class Trunk:
             self.model.load_state_dict(self.initial)
         elif self.kept is not None:
             self.model.load_state_dict(self.kept["model"])
-            self.places.load_state_dict(self.kept["places"])
+            self.cursor.load_state_dict(self.kept["places"])
             if segment.optimizer in ("restore", "reset_moments"):
                 self.optimizer.load_state_dict(self.kept["optimizer"])
         if segment.optimizer == "reset":
@@ -50,5 +50,4 @@ class Trunk:
         return {"kept": self.kept}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device | None = None) -> None:
-        """Take over a copy."""
         self.kept = detached(state["kept"], device or next(self.model.parameters()).device)

@@ -1,4 +1,4 @@
-"""Weights averaged along the way, evaluated in place of an anneal: no change of the rate, no further tokens."""
+"""Weight averages along the trajectory, evaluated in place of an anneal: no change of the rate, no further tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clbench.interfaces import UserError
-from clbench.training.distributed import like
+from clbench.training.distributed import placed_like
 from clbench.training.pretraining.schedule_free import ScheduleFree
 from clbench.training.pretraining.segments import AfterStep, Segment
 
@@ -95,9 +95,8 @@ class Averager:
         return {"weights": self.weights, "number": self.number, "free": free}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a copy."""
         own = self.model.state_dict()
-        self.weights = {name: like(value, own[name]) for name, value in state["weights"].items()}
+        self.weights = {name: placed_like(value, own[name]) for name, value in state["weights"].items()}
         self.number = state["number"]
         if self.free is not None:
             self.free.load_state_dict(state["free"])
