@@ -4,6 +4,7 @@ Everything that a plug-in needs is imported from here and loaded when it is firs
 The other modules are private: they may move without notice.
 """
 
+import difflib
 import importlib
 import sys
 from typing import TYPE_CHECKING, Any
@@ -32,8 +33,9 @@ if TYPE_CHECKING:
     from clbench.models.heads import CosineHead, LinearHead, PrototypeHead
     from clbench.models.pet import Pet
     from clbench.streams import datasets, rng
+    from clbench.streams.entries import EvalEntry, ExperienceEntry
     from clbench.streams.images.data import ImageBatch, shuffled
-    from clbench.streams.manifest import EvalEntry, ExperienceEntry, Manifest
+    from clbench.streams.manifest import Manifest
     from clbench.streams.scenario import Dataset, Scenario
     from clbench.testing import check_learner, check_scenario
     from clbench.training import schedules, schedules_infinite
@@ -69,8 +71,9 @@ _WHERE = {
     "models.heads": ("CosineHead", "LinearHead", "PrototypeHead"),
     "models.pet": ("Pet",),
     "streams": ("datasets", "rng"),
+    "streams.entries": ("EvalEntry", "ExperienceEntry"),
     "streams.images.data": ("ImageBatch", "shuffled"),
-    "streams.manifest": ("EvalEntry", "ExperienceEntry", "Manifest"),
+    "streams.manifest": ("Manifest",),
     "streams.scenario": ("Dataset", "Scenario"),
     "testing": ("check_learner", "check_scenario"),
     "training": ("schedules", "schedules_infinite"),
@@ -141,7 +144,9 @@ sys.meta_path.append(moved.Finder)
 def __getattr__(name: str) -> Any:
     """A public name, imported when it is first asked for."""
     if name not in _HOME:
-        raise AttributeError(f"clbench has no public name {name!r}; it has {', '.join(__all__)}")
+        near = difflib.get_close_matches(name, __all__, 1, 0.6)
+        hint = f"; did you mean {near[0]!r}?" if near else f" (it has {', '.join(__all__)})"
+        raise AttributeError(f"clbench has no public name {name!r}{hint}")
     home = importlib.import_module(f"clbench.{_HOME[name]}")
     if not hasattr(home, name):
         importlib.import_module(f"clbench.{_HOME[name]}.{name}")
