@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clbench.evaluation import metrics
-from clbench.evaluation.accuracy import BINS, calibration, evaluate, of_samples, together
+from clbench.evaluation.accuracy import BINS, calibration, evaluate, of_samples, sums_of, together
 from clbench.interfaces import UserError
-from clbench.run.loop import confusion
 from clbench.streams.eval_sets import EvalSet
 from clbench.streams.images.data import ImageData
 from clbench.streams.scenario import ArrayImages
@@ -172,9 +171,12 @@ def test_unseen_sets_are_not_asked():
     first, second = look(
         [Set(z, torch.tensor([0, 1]), (0, 1)), Set(z, torch.tensor([2, 2]), (2,))], 2, class_to_experience=[0, 0, 1]
     )
-    assert second is None and first.by_experience == [2, 0] and confusion([first, second], 4) == [[2, 0, 0, 0], None]
+    assert second is None and first.by_experience == [2, 0]
+    made = sums_of([first, second], [True, True], 4)
+    assert made["sums"]["task_confusion"] == [[2, 0, 0, 0], None] and made["sums"]["correct"] == [1, None]
+    assert made["total"] == first.calibration
     first.by_experience = None  # of a snapshot that an earlier version wrote
-    assert confusion([first, second], 4) is None
+    assert "task_confusion" not in sums_of([first, second], [True, True], 4)["sums"]
     assert together([first.calibration, None]) is None and together([]) is None
 
 

@@ -11,10 +11,12 @@ import torch
 
 from clbench.bench import naive, needed
 from clbench.config.compose import compose
+from clbench.records.rows import rows_of
+from clbench.records.tables import tables
 from clbench.run import runner
-from clbench.run.loop import Walk
+from clbench.run.image_stream import ImageStream, make_runtime
+from clbench.run.loop import Loop
 from clbench.streams.eval_sets import open_eval
-from clbench.training.checkpoint import Journal
 
 STREAM = ("scenario.num_classes=6", "scenario.limit_train=16", "scenario.limit_test=8", "scenario.budget.epochs=2")
 COMMON = ("scenario.augment=none", "feature_store=off", "device=cpu", "num_threads=1", "seed=1", *STREAM)
@@ -37,16 +39,16 @@ CASES = {
 def fast(job):
     """The learner of a job after all experiences, evaluated after each -> accuracies as the naive version counts them."""
     from clbench.run import provenance
-    from clbench.training.runtime import Runtime
 
     with runner.closing(runner.tracking.open_tracker("none", job.folder, {}, None)) as tracker:
-        runtime = Runtime(job.config["seed"], job.device, job.scenario.budget, journal=Journal())
+        runtime = make_runtime(job)
         learner = runner.build(job.config["learner"], model=job.model, runtime=runtime)
-        walk = Walk(job, runtime, learner, provenance.describe(job, []), None, tracker)
+        stream = ImageStream(job, runtime, learner)
+        loop = Loop(job, runtime, learner, stream, provenance.describe(job, []), None, tracker)
         for index in range(len(job.scenario.manifest.experiences)):
-            walk.learn(index)
-            walk.evaluate(index)
-    return walk.finish()
+            loop.learn(index)
+            loop.evaluate(index)
+    return tables(rows_of(loop.finish()))
 
 
 def prepared(tmp_path, *words):

@@ -24,7 +24,8 @@ from clbench.models import feature_store
 from clbench.models.precision import set_precision
 from clbench.records import record
 from clbench.records.liveness import Heartbeat, this_process
-from clbench.records.tables import rows_of, tables
+from clbench.records.rows import rows_of
+from clbench.records.tables import tables
 from clbench.run import image_stream, provenance, token_stream, tracking
 from clbench.run.build_model import build_model
 from clbench.run.image_stream import ImageStream
