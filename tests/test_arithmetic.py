@@ -157,7 +157,7 @@ def test_a_resumed_run_keeps_the_flags_it_began_with(tmp_path):
     from clbench.run import loop, runner
 
     options = ["learner=ncm", *SMALL, f"results_dir={tmp_path}/results", "num_threads=1", "device=cpu", "feature_store=off"]
-    real, calls = loop.Walk.evaluate, []
+    real, calls = loop.Loop.evaluate, []
 
     def stop_once(self, index):
         calls.append(self.job.flags["matmul"])
@@ -168,7 +168,7 @@ def test_a_resumed_run_keeps_the_flags_it_began_with(tmp_path):
     from clbench.training.runtime import Interrupted as walk_interrupted
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Walk, "evaluate", stop_once)
+        patch.setattr(loop.Loop, "evaluate", stop_once)
         outcome = runner.run_job(compose([*options, "arithmetic=highest+fused+tail"])[0])
         assert outcome.status == "interrupted"
         outcome = runner.run_job(compose([*options, "arithmetic=medium+explicit"])[0])

@@ -213,7 +213,7 @@ def test_pieces_of_a_batch_are_no_part_of_the_identity(finished, tmp_path):
 def test_the_contract_suite_knows_both_families(clbench):
     done = clbench("check", "learner=infinite", "scenario=cpt_synthetic", *SMALL[1:9])
     lines = done.stdout.splitlines()
-    assert len(lines) == 11 and all(line.startswith("ok") for line in lines)
+    assert len(lines) == 13 and all(line.startswith("ok") for line in lines)
 
 
 def test_more_text_than_the_budget_allows_is_a_failed_record(tmp_path):

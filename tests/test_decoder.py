@@ -138,7 +138,7 @@ def damage(folder: Path, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("no config", "cannot read .*compose.json: No such file"),
+        ("no config", "cannot read .*config.json: No such file"),
         ("bad config", r"config.json is not JSON"),
         ("list config", "not a JSON object"),
         ("other type", "holds a model of type 'llama', not gpt_neox"),

@@ -17,6 +17,7 @@ import yaml
 from clbench.cli import schedule_command
 from clbench.config import compose, defaults
 from clbench.config.definitions import definition
+from clbench.config.moved import first_edition
 from clbench.config.registry import choices, details, load_target
 from clbench.config.signatures import UNKNOWN, signature
 
@@ -30,9 +31,16 @@ def composed(group, name):
     return job["learner"] if group == "learner" else job["learner"][group]
 
 
+def named_as_first(node):
+    """A node with the targets that the first edition names, as the identity of a run has them."""
+    if isinstance(node, dict):
+        return {k: first_edition(v) if k == "_target_" else named_as_first(v) for k, v in node.items()}
+    return [named_as_first(one) for one in node] if isinstance(node, list) else node
+
+
 def digest(node):
     """Of the values and of their order, which the user sees."""
-    return hashlib.sha256(json.dumps(node).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(named_as_first(node)).encode()).hexdigest()[:16]
 
 
 def nodes(node):

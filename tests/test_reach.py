@@ -435,8 +435,8 @@ def failing(check, subject):
 
 @pytest.mark.parametrize("kind", ["source", "pipeline", "labels"])
 def test_the_check_finds_data_that_leads_elsewhere(kind, monkeypatch):
-    def leaking(scenario, index, pipeline):
-        e = open_experience(scenario, index, pipeline)
+    def leaking(scenario, index, pipeline, *exempt):
+        e = open_experience(scenario, index, pipeline, *exempt)
         x = scenario.dataset.images
         what = {"source": x, "pipeline": torch.from_numpy(np.array(x.array)), "labels": scenario.dataset.y}[kind]
         (e.train.pipeline if kind == "pipeline" else e.train).leak = what

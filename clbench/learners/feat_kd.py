@@ -8,10 +8,12 @@ f_{t-1} being the features of the network at the end of the previous experience.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from clbench.interfaces import Batch, Experience, Schedule
+from clbench.interfaces import Batch, Capabilities, Experience, Schedule
 from clbench.learners.regularised import Penalty, Regularised
 from clbench.models.backbone import Backbone
 from clbench.training.distillation import feature_distillation, frozen_copy
@@ -23,6 +25,8 @@ from clbench.training.schedules import cosine
 
 class FeatKd(Regularised):
     """State: backbone and head (the teacher is the backbone, as an experience finds it)."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities(anytime=True)
 
     def __init__(
         self,

@@ -14,9 +14,9 @@ ViT-B/16 pre-trained on ImageNet-1k, `trainable: qkv`: last 76.06 +- 0.65 %.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from clbench.interfaces import Experience, Schedule
+from clbench.interfaces import Capabilities, Experience, Schedule
 from clbench.learners.regularised import Penalty, Regularised
 from clbench.models.backbone import Backbone
 from clbench.training.fisher import Part, kept, moved, quadratic_penalty, train_only
@@ -28,6 +28,8 @@ from clbench.training.state import collect
 
 class L2Reg(Regularised):
     """State: backbone, head, the pre-trained weights where these are the reference (else: the backbone as learn() finds it)."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities(anytime=True)
 
     def __init__(
         self,

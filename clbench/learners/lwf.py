@@ -10,7 +10,9 @@ Published (MOS table, ViT-B/16 augreg_in21k): CIFAR-100 B0 Inc5 last 41.07 %, av
 
 from __future__ import annotations
 
-from clbench.interfaces import Experience, Schedule
+from typing import ClassVar
+
+from clbench.interfaces import Capabilities, Experience, Schedule
 from clbench.learners.regularised import Penalty, Regularised, distance_of_predictions
 from clbench.models.backbone import Backbone
 from clbench.training.fit import Recipe
@@ -20,6 +22,8 @@ from clbench.training.schedules import constant
 
 class Lwf(Regularised):
     """State: backbone and head (the teacher is both, as an experience finds them)."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities(anytime=True)
 
     def __init__(
         self,

@@ -10,7 +10,9 @@ No official code was found; the constants are start values. Published number in 
 
 from __future__ import annotations
 
-from clbench.interfaces import Experience, Schedule
+from typing import ClassVar
+
+from clbench.interfaces import Capabilities, Experience, Schedule
 from clbench.learners.regularised import Penalty, Regularised, distance_of_predictions
 from clbench.models.backbone import Backbone
 from clbench.training.fisher import Part, train_only
@@ -21,6 +23,8 @@ from clbench.training.schedules import cosine
 
 class PredKd(Regularised):
     """State: backbone and head (the teacher is both, as an experience finds them)."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities(anytime=True)
 
     def __init__(
         self,
