@@ -130,7 +130,14 @@ def stored(clbench, results="results"):
 @pytest.mark.parametrize("name", ["top3", "toppkg.Top3"])
 def test_counts_by_entry_point_and_by_path(outside, name):
     outside(
-        "run", "learner=finetune", "learner.batch_size=4", "learner.backbone_lr=0.005", *TINY, *EXACT, asked(name, "written")
+        "run",
+        "learner=finetune",
+        "learner.batch_size=4",
+        "learner.lr=1e-5",
+        "learner.backbone_lr=1e-6",
+        *TINY,
+        *EXACT,
+        asked(name, "written"),
     )
     entry, names = stored(outside), ["exp0", "exp1", "exp2"]
     made = rows_of(entry, "top3")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clbench.evaluation import metrics, peer_metrics
-from clbench.records.fault import fault
+from clbench.records.record import fault
 
 A = np.array([[80, 90, 10, 5], [85, 70, 15, 8], [75, 72, 60, 20], [60, 65, 75, 80]], float)
 N = np.array([400, 100, 100, 100])

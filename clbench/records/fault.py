@@ -50,6 +50,10 @@ def _leftover(form: Mapping[str, Any]) -> str | None:
         return f"key 'calibration' must hold bins ({BINS}) and a table with a row for each experience"
     if form.get("task_confusion") is not None:
         return f"key 'task_confusion' must hold a table for each experience, with a row or null for {sets}"
+    if form.get("stability") is not None:
+        return f"key 'stability' must hold a trace of evaluations, each with an experience and counts of {sets}"
+    if form.get("eval_classes") is not None:
+        return f"key 'eval_classes' must hold the classes of {sets}"
     return None
 
 
@@ -81,13 +85,26 @@ def _relations(form: Mapping[str, Any]) -> Iterator[str]:
         yield f"rows of {' and of '.join(LOSSES)} in one record"
     if ACCURACY in ends:
         yield from _whole_tables(ends[ACCURACY], sets)
+    for experience in form["scenario"].get("experiences") or ():
+        if not isinstance(experience.get("classes", []), list):
+            yield "scenario.experiences must hold lists of classes"
     for k, row in enumerate(rows):
         if row["step"] is not None:
+            if row["evaluator"] == ACCURACY and not _is_look(row, len(ends.get(ACCURACY, ()))):
+                yield f"rows[{k}], a look ('stability'), must be inside an experience, with counts out of n from 1"
             if "trained" not in row and row["evaluator"] in LOSSES:
                 yield f"rows[{k}].trained is missing"
         elif "n" in row["sums"] and row["evaluator"] in (ACCURACY, *LOSSES):
             if any(n is not None and n != one["n"] for n, one in zip(row["sums"]["n"], sets, strict=True)):
                 yield f"rows[{k}].sums.n differs from the sizes of the sets"
+
+
+def _is_look(row: Mapping[str, Any], experiences: int) -> bool:
+    """Whether an evaluation inside an experience can be made an accuracy: counts of samples, of a known experience."""
+    sums = row["sums"]
+    if not 0 <= row["experience"] < experiences or "correct" not in sums or "n" not in sums:
+        return False
+    return all(c is None or (type(n) is int and n >= 1) for c, n in zip(sums["correct"], sums["n"], strict=False))
 
 
 def _whole_tables(rows: Sequence[Mapping[str, Any]], sets: Sequence[Mapping[str, Any]]) -> Iterator[str]:
