@@ -193,6 +193,8 @@ def test_one_experience_has_nothing_to_forget(tmp_path, entry):
         (0,),
         n=entry["n"][:1],
         first_seen=[0],
+        eval_classes=entry["eval_classes"][:1],
+        class_n=entry["class_n"][:1],
         scenario=entry["scenario"] | {"eval_names": ["x"]},
         calibration=None,
         task_confusion=None,
@@ -234,7 +236,7 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
 def test_no_display_no_global_state_no_torch(tmp_path, entry):
     results = folder(tmp_path, entry)
     code = (
-        "import sys, pathlib; from clbench.report import plots; "
+        "import sys, pathlib; from clbench.report.figures import plots; "
         f"plots.write(pathlib.Path({str(results)!r}), pathlib.Path({str(tmp_path / 'out')!r}), ['overview'], 'svg'); "
         "sys.exit('torch' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
     )
