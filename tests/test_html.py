@@ -153,7 +153,7 @@ def test_optional_parts_of_any_shape(tmp_path):
         {"curves": 5, "stability": {}, "sum_loss": "x"},
         {"curves": {"step": [0, 1], "loss": ["<b>", None]}, "stability": None},
         {"curves": {"step": [], "loss": []}},
-        {"curves": {"step": [0, 1], "loss": [float("nan"), 1e999], "lr": [1]}, "experiences": "no", "git": 3},
+        {"curves": {"step": [0, 1], "loss": [float("nan"), 1e999], "lr": [1]}},
         {},
     ]
     made = [entry(f"l{i}", **part) for i, part in enumerate(parts)]

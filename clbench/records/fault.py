@@ -50,7 +50,7 @@ def _leftover(form: Mapping[str, Any]) -> str | None:
         return f"key 'calibration' must hold bins ({BINS}) and a table with a row for each experience"
     if form.get("task_confusion") is not None:
         return f"key 'task_confusion' must hold a table for each experience, with a row or null for {sets}"
-    if form.get("stability") is not None:
+    if form.get("stability") not in (None, {}, {"trace": []}):
         return f"key 'stability' must hold a trace of evaluations, each with an experience and counts of {sets}"
     if form.get("eval_classes") is not None:
         return f"key 'eval_classes' must hold the classes of {sets}"

@@ -69,6 +69,8 @@ def identity(config: dict[str, Any], can: Capabilities | None = None) -> dict[st
     elif isinstance(dataset, list):
         kept["scenario"]["dataset"] = [pathlib.PurePath(one).name for one in dataset]
     kept["scenario"].pop("path", None)
+    if isinstance(kept.get("learner"), dict) and kept["learner"].get("head_init") == "normal":
+        del kept["learner"]["head_init"]  # what heads started from before there was a choice
     if kept.get("optimizer_state") == "fresh":  # what every run did before there was another way
         del kept["optimizer_state"]
     for key in ("operators", "classes"):  # streams that take neither keep the identity that they had before there were these
