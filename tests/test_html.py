@@ -157,7 +157,7 @@ def test_optional_parts_of_any_shape(tmp_path):
         {},
     ]
     made = [entry(f"l{i}", **part) for i, part in enumerate(parts)]
-    made[-1]["scenario"] |= {"experiences": [{"classes": 3}, {}], "class_order": None, "kind": None}
+    made[-1]["scenario"] |= {"experiences": [{"classes": []}, {}], "class_order": None, "kind": None}
     _, data = written(fill(tmp_path, made))
     found = {name: data["details"][i].get("r", [{}])[0] for i, name in enumerate(learners(data))}
     curve = found["l0"]["l"]
