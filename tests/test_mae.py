@@ -22,8 +22,8 @@ def build(image=SIDE, **options):
 
 
 def rows(number, seed=0, side=SIDE):
-    rng = np.random.default_rng(seed)
-    images = rng.integers(0, 256, (number, side, side, 3)).astype(np.uint8)
+    generator = np.random.default_rng(seed)
+    images = generator.integers(0, 256, (number, side, side, 3)).astype(np.uint8)
     return torch.from_numpy(with_keys(images, rng.bits(seed, np.arange(number))))
 
 
