@@ -614,7 +614,8 @@ EXACT = ("num_threads=1", "arithmetic=reference", "device=cpu")
 
 def test_wrong_words_are_answered_before_torch(clbench):
     words = "scenario.operators=[permut,{rotate:{angle:3}},{relabel:{rate:high}}]"
-    code = f"import sys; from clbench.cli.main import answer; c = answer(['run', {words!r}]); sys.exit('torch' in sys.modules or c)"
+    code = f"import sys; from clbench.cli.main import answer; c = answer(['run', {words!r}]); "
+    code += "sys.exit('torch' in sys.modules or c)"
     done = subprocess.run([sys.executable, "-c", code], cwd=clbench.folder, env=clbench.env, capture_output=True, text=True)
     assert done.returncode == 2
     first, second, third = done.stderr.splitlines()
