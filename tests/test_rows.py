@@ -173,6 +173,12 @@ def test_rows_that_no_table_shows_are_kept(tmp_path):
     assert record.load(record.write(back, tmp_path)) == record.load(path)
 
 
+def test_rows_of_one_place_are_one_row(tmp_path):
+    rows = [{"experience": 1, "evaluator": "edits", "sums": {"a": [1, 2]}}, edits(1, b=[3, 4])]
+    assert record.read(record.write(whole(rows=rows), tmp_path))["rows"] == [edits(1, a=[1, 2], b=[3, 4])]
+    assert "step" not in rows[0] and rows[0]["sums"] == {"a": [1, 2]}
+
+
 def test_a_row_adds_to_a_table_and_wins(tmp_path):
     more = {"correct": [7, 9], "top10": [10, 10], "heads/x": [1, 2]}
     rows = [edits(1, evaluator="accuracy", **more) | {"note": "by hand"}]

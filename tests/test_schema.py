@@ -158,9 +158,8 @@ RELATIONS = {
     "rows[0].sums.correct must have 2 values": lambda e: sums(e, 0, correct=[8]),
     "the rows of accuracy after experience 0 and 1 have other sums": lambda e: sums(e, 1, **{"heads/a": [1, 2]}),
     "the rows of accuracy after an experience are of experiences [1], not": lambda e: e | {"rows": e["rows"][1:]},
-    "the rows of accuracy after an experience are of experiences [0, 1, 0], not": lambda e: (
-        e | {"rows": [*e["rows"], e["rows"][0]]}
-    ),
+    "two rows of accuracy after experience 0": lambda e: e | {"rows": [*e["rows"], e["rows"][0]]},
+    "the rows of accuracy after an experience are of experiences [1, 0], not": lambda e: e | {"rows": e["rows"][::-1]},
     "task_confusion after experience 0 must have 2 counts": lambda e: sums(e, 0, task_confusion=[[10], None]),
     "rows[0].sums.n differs from the sizes of the sets": lambda e: sums(e, 0, n=[9, None]),
     "rows[2].sums.loss is missing": lambda e: e | {"rows": [*e["rows"], ROW | {"evaluator": "token_loss"}]},

@@ -228,8 +228,8 @@ def probe_accuracy(probe: Mapping[str, Any]) -> dict[str, float]:
 
 def first_rise(curves: Mapping[str, Any], name: str) -> float:
     """Depth of the gap of the first set in experience 1; NaN without one."""
-    found = gaps(curves, [name], [0]) if curves["experience"] else []
-    return next((g["depth"] for g in found if g["experience"] == 1), math.nan)
+    loss = np.asarray(curves["loss"][name], np.float64)[np.asarray(curves["experience"]) == 1]
+    return float(loss.max() - loss[0]) if len(loss) else math.nan
 
 
 def rate_share(same: Mapping[str, Any], shifted: Mapping[str, Any], name: str) -> float:

@@ -63,8 +63,7 @@ def formula(text: str, also: str = "") -> Callable[[Callable[..., float]], Calla
 
 def accuracy(correct: Any, n: Any) -> Array:
     """Counts [T, E] (None for unevaluated) and sizes [E] -> accuracies [T, E] with NaN."""
-    counts = np.array([[np.nan if c is None else c for c in row] for row in correct], dtype=np.float64)
-    return counts / np.asarray(n, np.float64)
+    return np.array(correct, np.float64) / np.asarray(n, np.float64)
 
 
 def _seen(a: Array, first_seen: Any) -> Array:
@@ -219,8 +218,8 @@ def summary(record: Mapping[str, Any]) -> dict[str, float]:
         values["last_masked_macro"] = last_macro(masked, first)
     if isinstance(record.get("correct_top5"), list):
         values["last_top5_micro"] = last_micro(accuracy(record["correct_top5"], n), n, first)
-    for part in (calibration, confusion, stability, row_metrics.summary):
-        with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):
+        for part in (calibration, confusion, stability, row_metrics.summary):
             values |= part(record)
     return values
 

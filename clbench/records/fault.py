@@ -72,7 +72,12 @@ def _relations(form: Mapping[str, Any]) -> Iterator[str]:
     if form["status"] != "ok":
         return
     ends: dict[str, list[dict[str, Any]]] = {}
+    places: set[tuple[Any, ...]] = set()
     for row in [row for row in rows if row["step"] is None]:
+        place = (row["evaluator"], row["experience"], row.get("role"))
+        if place in places:
+            yield f"two rows of {_shown(place[0])} after experience {place[1]}"
+        places.add(place)
         if row["experience"] >= 0 and "role" not in row:
             ends.setdefault(row["evaluator"], []).append(row)
     if not ends or not sets:
@@ -109,10 +114,10 @@ def _is_look(row: Mapping[str, Any], experiences: int) -> bool:
 
 def _whole_tables(rows: Sequence[Mapping[str, Any]], sets: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Counts after every experience or after none, and experiences that belong to the sets."""
-    names = _tabled(rows[0]["sums"])
+    first, names = rows[0]["sums"].keys(), _tabled(rows[0]["sums"])
     for i, row in enumerate(rows):
         held = row["sums"]
-        if _tabled(held) != names:
+        if held.keys() != first and _tabled(held) != names:
             yield f"the rows of {ACCURACY} after experience 0 and {i} have other sums"
         for counts in held.get("task_confusion") or ():
             if counts is not None and len(counts) != len(rows):

@@ -28,11 +28,12 @@ __all__ = ["SCHEMA"]
 
 NUMBERS_VERSION = 1
 NUMBERS_VERSIONS = {"bf16": 2}  # of runs in this precision, where it is not the one above
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=True)
 
 
 def canonical(value: Any) -> str:
     """JSON with sorted keys and no spaces: the same text for the same value."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=True)
+    return _CANONICAL.encode(value)
 
 
 def digest(value: Any) -> str:

@@ -84,9 +84,10 @@ def _end(experience: int, evaluator: str, sums: Row, **more: Any) -> Row:
 
 def _accuracy_rows(made: dict[str, Any], width: int) -> list[Row]:
     """The rows of evaluator `accuracy` after each experience."""
-    correct: Any = made.get("correct")
-    if correct is None:
+    if made.get("correct") is None:
         made.pop("correct", None)
+        return []
+    correct: Any = made["correct"]
     if not is_table(correct, width):
         return []
     steps = len(correct)
@@ -219,15 +220,19 @@ def _merged(rows: list[Row], given: Sequence[Any]) -> list[Any]:
     places = {tuple(row.get(key) for key in PLACE): row for row in reversed(rows)}
     more = []
     for row in given:
-        own = places.get(tuple(row.get(key) for key in PLACE)) if _has_place(row) else None
-        if own is None:
+        if not _has_place(row):
+            more.append(row)
+            continue
+        row = {"experience": row["experience"], "step": None, **row}
+        own = places.setdefault(tuple(row.get(key) for key in PLACE), row)
+        if own is row:
             more.append(row)
             continue
         sums, total = own["sums"] | row["sums"], own.get("total", {}) | row.get("total", {})
         own |= {**row, "sums": sums} | ({"total": total} if total else {})
     made = [*rows, *more]
     if all(_has_place(row) and type(row["experience"]) is int for row in made):
-        made.sort(key=lambda row: (row["experience"], row.get("step") is None))
+        made.sort(key=lambda row: (row["experience"], row["step"] is None))
     return made
 
 
