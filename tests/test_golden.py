@@ -106,7 +106,10 @@ VARIANTS = {  # of learners of images: with what they differ from the default
     "mos-paper": ("learner.variant=paper",),
     "ncm-cosine": ("learner.metric=cosine",),
 }
-NEAR = {("dualprompt", "dualprompt-compat_reshape"), ("mos", "mos-official_raw")}  # rows of one method, equal within the tolerances
+NEAR = {  # rows of one method that are equal within the tolerances
+    ("dualprompt", "dualprompt-compat_reshape"),
+    ("mos", "mos-official_raw"),
+}
 
 
 def cases():
