@@ -118,7 +118,7 @@ def test_presets_compose(name, tmp_path):
 
     preset = presets.PRESETS[name]
     for case in (*preset.cases, *preset.sweep):
-        registry.check(compose([*preset.words, *case.words])[0])
+        registry.check(compose([*preset.overrides, *case.overrides])[0])
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def test_ranges_become_variables():
 def test_a_file_of_ranges_gives_way_to_the_command_line(tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text("learner.lr: interval(0,1)\nlearner.slow: 0.1,0.2\n")
-    words = tuning_options.read([f"tune.space={own}", "learner.lr=0.5"]).words
+    words = tuning_options.read([f"tune.space={own}", "learner.lr=0.5"]).overrides
     assert words == ("learner.slow=0.1,0.2", "learner.lr=0.5")
     own.write_text("- 1\n")
     with pytest.raises(UserError, match="must hold lines like"):
@@ -132,7 +132,7 @@ def test_a_file_of_ranges_gives_way_to_the_command_line(tmp_path):
 @pytest.mark.parametrize("path", sorted((tuning_options.conf_dir() / "tune").glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_spaces_fit_their_learners(path):
     options = tuning_options.read([f"learner={path.stem}", f"tune.space={path.stem}"])
-    fixed, spaces = compose.searched(options.words)
+    fixed, spaces = compose.searched(options.overrides)
     tuning_study._check_ends(fixed, variables(spaces))
 
 

@@ -15,13 +15,13 @@ from clbench.interfaces import UserError
 
 def run(args: argparse.Namespace) -> tuple[str, int]:
     """The text to show and the exit code: 0 also where a target is missed, for a busy machine proves nothing."""
-    kind, words = options.split(args)
+    kind, overrides = options.split(args)
     if kind == "cases":
-        return _cases(args, words)
+        return _cases(args, overrides)
     if kind == "scaling":
         from clbench.bench import scaling
 
-        found = scaling.measure(args, words)
+        found = scaling.measure(args, overrides)
         text = scaling.text(found)
     else:
         from clbench.bench import startup
@@ -43,8 +43,8 @@ def run_tokens(args: argparse.Namespace) -> tuple[str, int]:
     return f"{tokens.text(found)}\n\n{path}", 0
 
 
-def _cases(args: argparse.Namespace, words: list[str]) -> tuple[str, int]:
-    name, preset = options.chosen(args, words)
+def _cases(args: argparse.Namespace, overrides: list[str]) -> tuple[str, int]:
+    name, preset = options.chosen(args, overrides)
     path = target(args, name)
     from clbench.bench import measure, stand_ins
 

@@ -35,10 +35,10 @@ class Session:
     save: Save
     found: dict[str, Any] = field(default_factory=dict)
 
-    def compose(self, case: Case, *words: str) -> dict[str, Any]:
-        """The configuration of a case, checked. The preset's words, the case's, then these."""
+    def compose(self, case: Case, *overrides: str) -> dict[str, Any]:
+        """The configuration of a case, checked. The preset's overrides, the case's, then these."""
         results = f"results_dir='{self.scratch / 'results'}'"
-        job = compose.compose([*self.preset.words, *case.words, *words, *FIXED, results])[0]
+        job = compose.compose([*self.preset.overrides, *case.overrides, *overrides, *FIXED, results])[0]
         registry.check(job)
         return job
 
@@ -62,7 +62,7 @@ def measure(name: str, preset: Preset, quick: bool, save: Save) -> dict[str, Any
                 known = ", ".join(naive.known())
                 raise UserError(f"learner {case.name} has no naive version (those that have: {known}): add --no-naive")
         session.found = {"bench": name, "kind": "cases", "quick": quick, "machine": machine.describe(device, threads)}
-        session.found |= {"words": list(preset.words), "rates": {}, "cases": []}
+        session.found |= {"words": list(preset.overrides), "rates": {}, "cases": []}
         models = {repr(job["model"]): job["model"] for job in jobs.values()}
         _all_rates(session, models, device, threads)
         for case in preset.cases:
@@ -190,10 +190,10 @@ def run_once(job: dict[str, Any], device: Any) -> dict[str, Any]:
     }
 
 
-def run_naive(session: Session, case: Case, device: Any, *words: str) -> dict[str, Any]:
+def run_naive(session: Session, case: Case, device: Any, *overrides: str) -> dict[str, Any]:
     """The naive version of a case, in torch's default arithmetic."""
     say(f"{case.name}, naive")
-    changes = ("precision=fp32", "arithmetic=reference", "feature_store=off", *words)
+    changes = ("precision=fp32", "arithmetic=reference", "feature_store=off", *overrides)
     job = runner.prepare(session.compose(case, *changes))
     clock = machine.Clock()
     with machine.Peak(device) as peak:
@@ -233,9 +233,9 @@ def sweep(session: Session, device: Any) -> dict[str, Any]:
     with cache_in(session.scratch / "cache"):
         for case in cases:
             for seed in range(seeds):
-                words = ["feature_store=on", f"seed={seed}", f"scenario.order_seed={seed}", f"arithmetic={choice}"]
+                overrides = ["feature_store=on", f"seed={seed}", f"scenario.order_seed={seed}", f"arithmetic={choice}"]
                 begin = time.perf_counter()
-                outcome = runner.run_job(session.compose(case, *words))
+                outcome = runner.run_job(session.compose(case, *overrides))
                 assert outcome.path is not None
                 entry = record.read(outcome.path)
                 rows.append({"learner": case.name, "seed": seed, "seconds": time.perf_counter() - begin, **entry["passes"]})

@@ -29,7 +29,7 @@ def overview() -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `clbench bench`."""
     parser.add_argument(
-        "words", nargs="*", metavar="WHAT | NAME=VALUE", help="cases (default), scaling, startup; options of runs"
+        "overrides", nargs="*", metavar="WHAT | NAME=VALUE", help="cases (default), scaling, startup; options of runs"
     )
     parser.add_argument("--preset", metavar="NAME", help=f"{', '.join(PRESETS)} (quick)")
     parser.add_argument("--cases", metavar="A,B", help="only these cases of the preset, and `sweep` for its sweep")
@@ -49,13 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def split(args: argparse.Namespace) -> tuple[str, list[str]]:
     """What to measure, and the options of runs. `UserError` for options that have no effect on it."""
-    words = list(args.words)
-    kind = words.pop(0) if words and "=" not in words[0] else "cases"
+    overrides = list(args.overrides)
+    kind = overrides.pop(0) if overrides and "=" not in overrides[0] else "cases"
     if kind not in KINDS:
         raise UserError(f"bench has no '{kind}'{nearest(kind, KINDS)} (one of: {', '.join(KINDS)})")
-    for word in words:
-        if "=" not in word:
-            raise UserError(f"{word!r}: write NAME=VALUE")
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"{override!r}: write NAME=VALUE")
     only = {
         "cases": ("preset", "cases", "precision", "no_naive", "stand_ins", "scenario"),
         "scaling": ("experiences", "classes"),
@@ -66,20 +66,20 @@ def split(args: argparse.Namespace) -> tuple[str, list[str]]:
         mine = both.get(name) or tuple(k for k, names in only.items() if name in names)
         if value not in (None, False) and mine and kind not in mine:
             raise UserError(f"--{name.replace('_', '-')} has no effect on bench {kind}")
-    if kind == "startup" and words:
-        raise UserError(f"{words[0]} has no effect on bench startup")
-    words = [f"{group}={value}" for group in ("scenario", "model") if (value := getattr(args, group))] + words
-    return kind, words
+    if kind == "startup" and overrides:
+        raise UserError(f"{overrides[0]} has no effect on bench startup")
+    overrides = [f"{group}={value}" for group in ("scenario", "model") if (value := getattr(args, group))] + overrides
+    return kind, overrides
 
 
-def chosen(args: argparse.Namespace, words: list[str]) -> tuple[str, Preset]:
+def chosen(args: argparse.Namespace, overrides: list[str]) -> tuple[str, Preset]:
     """The preset under its name, with what the options change in it."""
     name = args.preset or "quick"
     if name not in PRESETS:
         raise UserError(f"no preset '{name}'{nearest(name, PRESETS)} (one of: {', '.join(PRESETS)})")
     preset = PRESETS[name]
     if args.learners and not args.preset and not args.quick:
-        preset = replace(preset, words=())
+        preset = replace(preset, overrides=())
     cases, swept = preset.cases, preset.sweep
     if args.cases:
         cases, swept = some(preset, listed(args.cases, "--cases"), bool(args.learners))
@@ -90,11 +90,11 @@ def chosen(args: argparse.Namespace, words: list[str]) -> tuple[str, Preset]:
     precisions = tuple(listed(args.precision, "--precision")) if args.precision else preset.precisions
     if any(p not in ("fp32", "bf16") for p in precisions):
         raise UserError(f"--precision must be fp32, bf16 or fp32,bf16, got {args.precision!r}")
-    shared = [word for word in words if "." not in word.split("=")[0]]
-    more = (*(QUICK if args.quick else ()), *(word for word in words if word not in shared))
-    cases = tuple(replace(case, words=(*case.words, *more)) for case in cases)
-    others = () if args.learners else tuple(replace(case, words=(*case.words, *more)) for case in swept)
-    preset = replace(preset, cases=cases, precisions=precisions, words=(*preset.words, *shared), sweep=others)
+    shared = [override for override in overrides if "." not in override.split("=")[0]]
+    more = (*(QUICK if args.quick else ()), *(override for override in overrides if override not in shared))
+    cases = tuple(replace(case, overrides=(*case.overrides, *more)) for case in cases)
+    others = () if args.learners else tuple(replace(case, overrides=(*case.overrides, *more)) for case in swept)
+    preset = replace(preset, cases=cases, precisions=precisions, overrides=(*preset.overrides, *shared), sweep=others)
     preset = replace(preset, seeds=2) if args.quick else preset
     return args.name or (f"{name}_part" if args.cases else name), preset
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Case:
-    """One learner on one stream: `words` come after the preset's. `most_seconds` is a target of its own."""
+    """One learner on one stream: `overrides` come after the preset's. `most_seconds` is a target of its own."""
 
     name: str
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
     naive: bool = True
     most_seconds: float | None = None
     least_ratio: dict[str, float] | None = None
@@ -18,14 +18,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Preset:
-    """Cases under common words, each in every precision; rates that must be reached; a sweep over seeds.
+    """Cases under common overrides, each in every precision; rates that must be reached; a sweep over seeds.
 
     share   of the floor that every case must reach
     rates   least images per second by kind, in the last of `precisions`
     """
 
     about: str
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
     cases: tuple[Case, ...]
     precisions: tuple[str, ...] = ("fp32",)
     share: float | None = None
@@ -79,7 +79,7 @@ PRESETS = {
     "cpu_targets": Preset(
         "ViT-Tiny at 224 px, 20 classes of CIFAR-100, fp32 and bf16, a sweep of 10 seeds; about an hour on two idle cores",
         CIFAR20,
-        tuple(Case(c.name, c.words, least_ratio=RATIOS.get(c.name)) for c in CASES),
+        tuple(Case(c.name, c.overrides, least_ratio=RATIOS.get(c.name)) for c in CASES),
         precisions=("fp32", "bf16"),
         share=0.8,
         sweep=SWEEP,

@@ -31,7 +31,7 @@ FIXED = ("force=true", "on_error=raise", "checkpoint_seconds=null", "track=none"
 OWN = {"ranpac": ("learner.projection=500",), "slca": ("learner.align_epochs=1",), "mos": ("learner.align_epochs=1",)}
 
 
-def measure(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
+def measure(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
     """Both tables for every learner -> the content of the file."""
     learners = options.listed(args.learners or LEARNERS, "--learners")
     steps = options.numbers(args.experiences or ("2,4" if args.quick else options.STEPS), "--experiences")
@@ -46,14 +46,18 @@ def measure(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
         while any(whole % t for t in steps):
             whole += most
         jobs = [
-            ("experiences", t, name, job_of(where, name, whole, whole // t, whole, words)) for name in learners for t in steps
+            ("experiences", t, name, job_of(where, name, whole, whole // t, whole, overrides))
+            for name in learners
+            for t in steps
         ]
         images = max(classes)
         jobs += [
-            ("classes", k, name, job_of(where, name, k, -(-k // PIECES), images, words)) for name in learners for k in classes
+            ("classes", k, name, job_of(where, name, k, -(-k // PIECES), images, overrides))
+            for name in learners
+            for k in classes
         ]
         device = arithmetic.choose_device(str(jobs[0][3]["device"]))
-        found = {"bench": args.name or "scaling", "kind": "scaling", "quick": bool(args.quick), "words": list(words)}
+        found = {"bench": args.name or "scaling", "kind": "scaling", "quick": bool(args.quick), "words": list(overrides)}
         found |= {"machine": machine.describe(device, arithmetic.choose_threads(jobs[0][3]["num_threads"])), "rows": rows}
         runner.run_job(jobs[0][3])  # libraries load and choose their kernels
         for against, size, name, job in jobs:
@@ -64,7 +68,7 @@ def measure(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
 
 
 def job_of(
-    where: pathlib.Path, learner: str, classes: int, increment: int, images: int, words: Sequence[str]
+    where: pathlib.Path, learner: str, classes: int, increment: int, images: int, overrides: Sequence[str]
 ) -> dict[str, Any]:
     """A stream of `classes` with about PER_CLASS x `images` training images in all, in pieces of `increment` classes."""
     train, test = max(2, PER_CLASS * images // classes), max(1, TEST_PER_CLASS * images // classes)
@@ -73,7 +77,7 @@ def job_of(
         stand_ins.noise(path, classes, train, test, 32)
     own = [f"learner={learner}", *OWN.get(learner, ()), "scenario=cil_npz", f"scenario.dataset='{path}'"]
     shape = [f"scenario.increment={increment}", "scenario.budget.epochs=1", "scenario.augment=none"]
-    job = compose.compose([*own, *shape, *words, *FIXED, f"results_dir='{where / 'results'}'"])[0]
+    job = compose.compose([*own, *shape, *overrides, *FIXED, f"results_dir='{where / 'results'}'"])[0]
     registry.check(job)
     return job
 

@@ -26,25 +26,25 @@ def of(preset: Preset, wanted: bool) -> Iterator[Preset]:
         return
     with tempfile.TemporaryDirectory(prefix="clbench-stand-ins-") as folder:
         where = pathlib.Path(folder)
-        words = replaced(list(preset.words), where)
-        base = compose.compose([*words, *preset.cases[0].words, "model.weights=none"])[0]
+        overrides = replaced(list(preset.overrides), where)
+        base = compose.compose([*overrides, *preset.cases[0].overrides, "model.weights=none"])[0]
         if base["names"].get("model") not in ("nano", "nano_random"):
-            words.append(f"model.weights='{weights(base['model'], where / 'weights.safetensors')}'")
-        yield replace(preset, words=tuple(words))
+            overrides.append(f"model.weights='{weights(base['model'], where / 'weights.safetensors')}'")
+        yield replace(preset, overrides=tuple(overrides))
 
 
-def replaced(words: list[str], where: pathlib.Path) -> list[str]:
+def replaced(overrides: list[str], where: pathlib.Path) -> list[str]:
     """A scenario of CIFAR images becomes one of a file of noise that a nearest mean can tell apart."""
     out = []
-    for word in words:
-        name = word.removeprefix("scenario=")
-        if word.startswith("scenario=") and name in CIFAR_LIKE:
+    for override in overrides:
+        name = override.removeprefix("scenario=")
+        if override.startswith("scenario=") and name in CIFAR_LIKE:
             k, train, test, increment = CIFAR_LIKE[name]
             path = noise(where / "images.npz", k, train, test, 32)
             out += ["scenario=cil_npz", f"scenario.dataset='{path}'", f"scenario.name={name}_stand_in"]
             out += [f"scenario.increment={increment}", "scenario.budget.epochs=20", "scenario.budget.exemplars=2000"]
         else:
-            out.append("scenario.order=natural" if word == "scenario.order=icarl1993" else word)
+            out.append("scenario.order=natural" if override == "scenario.order=icarl1993" else override)
     return out
 
 

@@ -47,31 +47,31 @@ def measure(records: int, quick: bool = False) -> dict[str, Any]:
     found: dict[str, Any] = {"bench": "startup", "kind": "startup", "quick": quick, "times": times, "records": records}
     found["machine"] = machine.describe(torch.device("cpu"), torch.get_num_threads())
     rows = [{"command": "python", "most": None, **shortest(["-c", "pass"], 0, times)}]
-    for name, (words, code, most) in COMMANDS.items():
-        rows.append({"command": name, "most": most, **shortest(words, code, times)})
+    for name, (argv, code, most) in COMMANDS.items():
+        rows.append({"command": name, "most": most, **shortest(argv, code, times)})
     with tempfile.TemporaryDirectory(prefix="clbench-bench-") as folder:
         where = pathlib.Path(folder)
         synthetic(where, records)
-        words = ["-m", "clbench", "report", "--results-dir", str(where)]
+        argv = ["-m", "clbench", "report", "--results-dir", str(where)]
         name = f"clbench report, {records} records"
-        rows.append({"command": name, "most": REPORT_SECONDS, **shortest(words, 0, 1 if quick else 2)})
+        rows.append({"command": name, "most": REPORT_SECONDS, **shortest(argv, 0, 1 if quick else 2)})
     for row in rows:
         row["met"] = None if row["most"] is None else min(row["seconds"], row["cpu_seconds"]) < row["most"]
     return found | {"rows": rows}
 
 
-def shortest(words: Sequence[str], code: int, times: int) -> dict[str, float]:
+def shortest(argv: Sequence[str], code: int, times: int) -> dict[str, float]:
     """Least wall and processor seconds of `python WORDS`, which must exit with `code`."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
     walls, cpus = [], []
     with tempfile.TemporaryDirectory(prefix="clbench-bench-") as folder:
         for _ in range(times):
             before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-            done = subprocess.run([sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True)
+            done = subprocess.run([sys.executable, *argv], cwd=folder, env=env, capture_output=True, text=True)
             walls.append(time.perf_counter() - start)
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             cpus.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-            assert done.returncode == code, f"{words} exited with {done.returncode}: {done.stderr}"
+            assert done.returncode == code, f"{argv} exited with {done.returncode}: {done.stderr}"
     return {"seconds": min(walls), "cpu_seconds": min(cpus)}
 
 

@@ -1,4 +1,4 @@
-"""The words of `clbench tune`: options of the study itself (`tune.NAME=VALUE`) apart from those of its runs."""
+"""The overrides of `clbench tune`: options of the study itself (`tune.NAME=VALUE`) apart from those of its runs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WORDS: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Options:
-    """What `tune.NAME=VALUE` said. `words` are all other words, `stream` those for the tuning stream without `tune.`."""
+    """What `tune.NAME=VALUE` said. `overrides` are all other overrides, `stream` those for the tuning stream without `tune.`."""
 
     protocol: str = "two_phase"
     on: str = "rest"
@@ -44,21 +44,21 @@ class Options:
     seed: int = 0
     seeds: tuple[int, ...] = (0,)
     validation: float = 0.2
-    words: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
     stream: tuple[str, ...] = ()
     given: frozenset[str] = field(default_factory=frozenset)
 
 
-def read(words: Sequence[str]) -> Options:
+def read(overrides: Sequence[str]) -> Options:
     """The command line -> options. `UserError` with the nearest name."""
     said: dict[str, str] = {}
     others, stream = [], []
-    for word in words:
-        key, equals, value = word.partition("=")
+    for override in overrides:
+        key, equals, value = override.partition("=")
         if not key.startswith("tune.") and key != "tune":
-            others.append(word)
+            others.append(override)
         elif key.startswith("tune.scenario.") and equals:
-            stream.append(word.removeprefix("tune."))
+            stream.append(override.removeprefix("tune."))
         else:
             name = key.removeprefix("tune.")
             if name not in WORDS or not equals:
@@ -66,7 +66,7 @@ def read(words: Sequence[str]) -> Options:
             said[name] = value.strip().strip("'\"")
     space = said.pop("space", "null")
     others = [*_space(space, others), *others]
-    made: dict[str, Any] = {"words": tuple(others), "stream": tuple(stream), "given": frozenset(said)}
+    made: dict[str, Any] = {"overrides": tuple(others), "stream": tuple(stream), "given": frozenset(said)}
     for name, value in said.items():
         made[name] = _value(name, value)
     options = Options(**made)
@@ -114,13 +114,13 @@ def _check(options: Options) -> None:
     if unused:
         other = "tune.sampler=grid" if unused == ["tune.seed"] else f"tune.protocol={protocol}"
         raise UserError(f"{unused[0]} has no effect with {other}")
-    for word in options.words:
-        key = word.partition("=")[0].strip().lstrip("+~")
+    for override in options.overrides:
+        key = override.partition("=")[0].strip().lstrip("+~")
         if key in ("sweep", "machine", "force") or key.startswith("hydra"):
-            raise UserError(f"{word} has no effect with tune: it runs one job after another, and nothing twice")
+            raise UserError(f"{override} has no effect with tune: it runs one job after another, and nothing twice")
 
 
-def _space(name: str, words: Sequence[str]) -> list[str]:
+def _space(name: str, overrides: Sequence[str]) -> list[str]:
     """Words of a file of ranges, without the keys that the command line gives itself."""
     if name == "null":
         return []
@@ -137,7 +137,7 @@ def _space(name: str, words: Sequence[str]) -> list[str]:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:160]}") from None
     if not isinstance(ranges, Mapping) or not all(isinstance(k, str) for k in ranges):
         raise UserError(f"{path} must hold lines like 'learner.lr: tag(log,interval(0.001,0.1))'")
-    given = {word.partition("=")[0].lstrip("+") for word in words}
+    given = {override.partition("=")[0].lstrip("+") for override in overrides}
     return [f"{key}={value}" for key, value in ranges.items() if key.lstrip("+") not in given]
 
 

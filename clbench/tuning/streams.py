@@ -105,9 +105,9 @@ def _like(
 def source(
     options: Options, fixed: Sequence[str], evaluation: Scenario, node: Mapping[str, Any]
 ) -> tuple[list[str], Scenario, bool]:
-    """The tuning stream -> (words of its runs, the stream, whether it is stored rather than composed from the words).
+    """The tuning stream -> (overrides of its runs, the stream, whether it is stored rather than composed from the overrides).
 
-    `fixed` are the words of the evaluation, `node` its scenario's configuration.
+    `fixed` are the overrides of the evaluation, `node` its scenario's configuration.
     """
     protocol, own = options.protocol, list(options.stream)
     if protocol == "test":
@@ -118,13 +118,13 @@ def source(
         if "validation" not in node or "evaluate_on" not in node:
             raise UserError(f"scenario {evaluation.name} sets no validation data aside: take tune.protocol=first_experience")
         share = [] if node["validation"] else [f"scenario.validation={options.validation}"]
-        words = [*fixed, *share, *own, "scenario.evaluate_on=validation"]
-        return words, build(compose(words)[0]["scenario"]), False
+        overrides = [*fixed, *share, *own, "scenario.evaluate_on=validation"]
+        return overrides, build(compose(overrides)[0]["scenario"]), False
     if options.on == REST:
         return list(fixed), rest(evaluation, compose([*fixed, *own])[0]["scenario"]), True
-    others = [word for word in fixed if word.lstrip("+~").split("=")[0].split(".")[0] != "scenario"]
-    words = [*others, f"scenario={options.on}", *own]
-    return words, build(compose(words)[0]["scenario"]), False
+    others = [override for override in fixed if override.lstrip("+~").split("=")[0].split(".")[0] != "scenario"]
+    overrides = [*others, f"scenario={options.on}", *own]
+    return overrides, build(compose(overrides)[0]["scenario"]), False
 
 
 def stored(scenario: Scenario, node: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """`clbench tune`: choose options without looking at what they will be judged by, freeze the choice, evaluate it once.
 
-A study is a pure function of its words, the sampler's seed and the results of its trials. Every trial is an ordinary record
+A study is a pure function of its overrides, the sampler's seed and the results of its trials. Every trial is an ordinary record
 in `results_dir/tuning/<study>/records`, away from the leaderboard; `results_dir/tuning/<study>.json` lists them all. When the
 last trial is done the study is sealed: its choice is never made again, and the same command goes on with what is left. The
 records of the choice lie where those of any run lie, with the same run ids, and say how it was made in `tuning`. Protocols and
@@ -41,7 +41,7 @@ def run(args: Namespace, command: list[str]) -> int:
     if made["chosen"] is None:
         print(f"clbench: every trial failed; {study.file} says why", file=sys.stderr)
         return 1
-    chosen = [f"{key}={word}" for key, word in made["chosen"].items()]
+    chosen = [f"{key}={value}" for key, value in made["chosen"].items()]
     print(f"chosen {' '.join(chosen)}  ({study.options.metric} {made['best_value']:.4f} while tuning)", flush=True)
     return evaluate(study, made)
 
@@ -51,10 +51,10 @@ def prepare(options: Options, command: list[str]) -> Study:
     check_metric(options.metric, losses=False)
     if options.protocol == "first_experience" and options.metric not in _FIRST_ONLY:
         raise UserError(f"tune.metric={options.metric} is not defined on one experience (one of: {', '.join(_FIRST_ONLY)})")
-    check_functions(options.words)
-    fixed, spaces = compose.searched(options.words)
-    seeds = spaces.pop("seed", [word.partition("=")[2] for word in fixed if word.startswith("seed=")] or ["0"])
-    fixed = [word for word in fixed if not word.startswith("seed=")]
+    check_functions(options.overrides)
+    fixed, spaces = compose.searched(options.overrides)
+    seeds = spaces.pop("seed", [override.partition("=")[2] for override in fixed if override.startswith("seed=")] or ["0"])
+    fixed = [override for override in fixed if not override.startswith("seed=")]
     if not isinstance(seeds, list) or not all(seed.isdigit() for seed in seeds):
         raise UserError("seed must be whole numbers from 0: those on which the choice is evaluated")
     space = variables(spaces)
@@ -69,17 +69,19 @@ def prepare(options: Options, command: list[str]) -> Study:
         raise UserError(
             f"clbench tune knows streams of images; for scenario {evaluation.name} compare options with clbench run -m"
         )
-    words, tuned, generated = source(options, fixed, evaluation, base["scenario"])
+    overrides, tuned, generated = source(options, fixed, evaluation, base["scenario"])
     on = guard(options.protocol, tuned, evaluation)
     if on["shared_classes"] and options.protocol == "two_phase":
         shared = f"{on['shared_classes']} classes of {evaluation.name} are also tuned on, on other samples"
         print(f"clbench: {shared}; the record is marked classes_tuned", file=sys.stderr)
     first = [f"{v.key}={v.ends()[0]}" for v in space]
-    plain = [_identity(job) for job in (base, compose.compose([*words, *first])[0])]
+    plain = [_identity(job) for job in (base, compose.compose([*overrides, *first])[0])]
     parts = [SCHEMA, record.numbers_version(base), plain, evaluation.manifest.sha256, on, provenance.learner_name(base)]
     parts += [options.protocol, options.metric, options.sampler, options.seed, list(options.seeds), trials]
     name = record.digest([*parts, [[v.key, v.about()] for v in space]])[:12]
-    study = Study(options, tuple(fixed), space, tuple(map(int, seeds)), results, name, trials, on, tuple(words), None, command)
+    study = Study(
+        options, tuple(fixed), space, tuple(map(int, seeds)), results, name, trials, on, tuple(overrides), None, command
+    )
     if not generated:
         return study
     from clbench.tuning.streams import stored
@@ -110,9 +112,9 @@ def _check_ends(fixed: Sequence[str], space: Sequence[Variable]) -> None:
     first = {v.key: v.ends()[0] for v in space}
     lines: dict[str, None] = {}
     for v in space:
-        for word in v.ends():
+        for override in v.ends():
             try:
-                registry.check(compose.compose([*fixed, *(f"{key}={w}" for key, w in (first | {v.key: word}).items())])[0])
+                registry.check(compose.compose([*fixed, *(f"{key}={w}" for key, w in (first | {v.key: override}).items())])[0])
             except UserError as error:
                 hint = "; for whole numbers write int(interval(a,b))" if not v.values and "int" in str(error) else ""
                 lines |= dict.fromkeys(f"{line}{hint}" for line in str(error).splitlines())
@@ -132,11 +134,11 @@ def provenance_of(study: Study, made: Mapping[str, Any]) -> dict[str, Any]:
 def evaluate(study: Study, made: Mapping[str, Any]) -> int:
     """Run the choice once on each seed of the evaluation stream, with its origin in the record -> exit code."""
     code = 0
-    words = [*study.fixed, *(f"{key}={word}" for key, word in made["chosen"].items())]
+    overrides = [*study.fixed, *(f"{key}={value}" for key, value in made["chosen"].items())]
     tuning = provenance_of(study, made)
     for seed in study.seeds:
-        job = compose.compose([*words, f"seed={seed}"])[0]
-        ended = run_alone(work, job, ["clbench", "run", *words, f"seed={seed}"], tuning)
+        job = compose.compose([*overrides, f"seed={seed}"])[0]
+        ended = run_alone(work, job, ["clbench", "run", *overrides, f"seed={seed}"], tuning)
         if ended["stopped"]:
             raise KeyboardInterrupt
         entry = finished(study.results, ended)

@@ -34,7 +34,7 @@ class Study:
     name: str
     trials: int
     on: dict[str, Any]
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
     node: dict[str, Any] | None
     command: list[str]
 
@@ -111,7 +111,7 @@ def _described(study: Study) -> dict[str, Any]:
         "seeds": list(options.seeds),
         "space": {v.key: v.about() for v in study.space},
         "fixed": list(study.fixed),
-        "tuning_words": list(study.words),
+        "tuning_words": list(study.overrides),
         "on": study.on,
         "trials": [],
     }
@@ -127,16 +127,16 @@ def _trial(study: Study, chosen: Mapping[str, str], number: int) -> dict[str, An
     """One choice on every seed -> its row; the value is the mean over seeds, None if any of them failed."""
     row: dict[str, Any] = {"number": number, "chosen": dict(chosen), "value": None, "runs": [], "values": [], "seconds": 0.0}
     for seed in study.options.seeds:
-        words = [*study.words, *(f"{key}={word}" for key, word in chosen.items()), f"seed={seed}"]
+        overrides = [*study.overrides, *(f"{key}={word}" for key, word in chosen.items()), f"seed={seed}"]
         start = time.perf_counter()
         try:
-            job = compose.compose(words)[0] | {"results_dir": str(study.folder), "on_error": "record"}
+            job = compose.compose(overrides)[0] | {"results_dir": str(study.folder), "on_error": "record"}
             if study.node is not None:
                 job["scenario"] = study.node
             registry.check(job)
         except UserError as error:
             return row | {"why": str(error).splitlines()[0]}
-        ended = run_alone(work, job, ["clbench", "run", *words], None)
+        ended = run_alone(work, job, ["clbench", "run", *overrides], None)
         if ended["stopped"] or ended["status"] == "interrupted":
             raise KeyboardInterrupt
         if ended["status"] == "busy":
