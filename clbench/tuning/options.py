@@ -34,7 +34,7 @@ WORDS: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Options:
-    """What `tune.NAME=VALUE` said. `overrides` are all other overrides, `stream` those for the tuning stream without `tune.`."""
+    """What `tune.NAME=VALUE` said. `stream`: overrides of the tuning stream, `overrides`: all others."""
 
     protocol: str = "two_phase"
     on: str = "rest"
