@@ -24,6 +24,7 @@ class Set:
     y: torch.Tensor
     classes: tuple[int, ...]
     task: int | None = None
+    batch_size: int | None = None
 
 
 class Echo:
@@ -46,7 +47,7 @@ def look(sets, seen, size=128, learner=None, **options):
     for one, start in zip(sets, first, strict=False):
         ids = np.arange(start, start + len(one.y))
         data = ImageData(ArrayImages(np.zeros((1, 1, 1, 3), np.uint8)), ids, ids, one.y.numpy(), bare, one.task, "made")
-        evals.append(EvalSet("made", data, one.classes, one.task, 0))
+        evals.append(EvalSet("made", data, one.classes, one.task, 0, one.batch_size))
     made = learner if isinstance(learner, Echo) else (learner or Echo)(*sets)
     return evaluate(made, evals, seen, size, **options)
 
@@ -63,6 +64,19 @@ def test_three_samples_by_hand():
     assert {b: c["bin_n"][b] for b in range(15) if c["bin_n"][b]} == {7: 1, 8: 1, 11: 1}  # 7 / 15 < 0.5 < 8 / 15 < 0.57 ...
     assert {b for b in range(15) if c["bin_correct"][b]} == {8, 11}
     assert [round(c["bin_conf"][b], 6) for b in (7, 8, 11)] == [0.5, 0.57, 0.77]
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_set_with_a_batch_size_of_its_own_is_answered_in_its_batches(joined):
+    """Ten samples in batches of 3, alone; the sets beside it share a batch of the run where they may."""
+    sets = [
+        Set(torch.eye(2)[[0] * n], torch.zeros(n, dtype=torch.long), (0, 1), None, own)
+        for n, own in ((2, None), (10, 3), (2, None), (2, None))
+    ]
+    echo = Echo(*sets)
+    counts = look(sets, 2, 8, echo, joined=joined)
+    assert echo.sizes == [2, 3, 3, 3, 1, *([4] if joined else [2, 2])]
+    assert [one.correct for one in counts] == [2, 10, 2, 2]
 
 
 def test_bins_are_closed_above():

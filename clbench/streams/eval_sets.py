@@ -16,13 +16,17 @@ from clbench.streams.scenario import Scenario
 
 @dataclass(frozen=True)
 class EvalSet:
-    """One of them. `classes` are renumbered, in the order of the manifest's entry."""
+    """One of them. `classes` are renumbered, in the order of the manifest's entry.
+
+    batch_size  where the manifest says in which batches, in the order of its ids, the samples come; None: the run decides
+    """
 
     name: str
     data: ImageData
     classes: tuple[int, ...]
     task: int | None
     first_seen: int
+    batch_size: int | None = None
 
     def batches(self, batch_size: int) -> Iterator[tuple[ImageBatch, Tensor]]:
         """Batches without labels, and the labels [B] on the CPU."""
@@ -34,16 +38,19 @@ def eval_batches(
 ) -> Iterator[tuple[ImageBatch, Tensor, list[tuple[int, slice]]]]:
     """Every sample of every set, in order -> batches without labels, labels [B] on the CPU, and whose samples these are.
 
-    The last is a list of (place in `sets`, slice of the batch). Each set is cut as `test_batches` does; where `joined`,
-    neighbouring pieces that fit into one batch (and disclose the same task) are answered together. A batch can be decoded until
-    the next one is asked for.
+    The last is a list of (place in `sets`, slice of the batch). Each set is cut as `test_batches` does, or as its own
+    `batch_size` says; where `joined`, neighbouring pieces without one that fit into one batch (and disclose the same task) are
+    answered together. A batch can be decoded until the next one is asked for.
     """
     pieces: list[tuple[int, np.ndarray]] = []
     size = 0
     for i, one in enumerate(sets):
-        for first in range(0, len(one.data), batch_size):
-            rows = np.arange(first, min(first + batch_size, len(one.data)))
-            if pieces and not (joined and size + len(rows) <= batch_size and sets[pieces[0][0]].task == one.task):
+        step = one.batch_size or batch_size
+        for first in range(0, len(one.data), step):
+            rows = np.arange(first, min(first + step, len(one.data)))
+            before = sets[pieces[0][0]] if pieces else one
+            alike = before.task == one.task and before.batch_size is one.batch_size is None
+            if pieces and not (joined and alike and size + len(rows) <= batch_size):
                 yield from _issued(sets, pieces)
                 pieces, size = [], 0
             pieces.append((i, rows))
@@ -72,4 +79,4 @@ def open_eval(scenario: Scenario, index: int, pipeline: Pipeline) -> EvalSet:
     task = entry.task if scenario.manifest.discloses_task else None
     classes = tuple(scenario.manifest.renumber[c] for c in entry.classes)
     data = bound(scenario, entry, pipeline, task, f"evaluation set {entry.name}")
-    return EvalSet(entry.name, data, classes, task, entry.first_seen)
+    return EvalSet(entry.name, data, classes, task, entry.first_seen, entry.batch_size)
