@@ -16,6 +16,7 @@ RUN = (
     "learner.batch_size=16",
     "checkpoint_seconds=0",
     "num_threads=1",
+    "feature_store=off",
 )
 
 
@@ -26,7 +27,7 @@ def finished(clbench, results):
 
 
 def numbers(record):
-    keys = ("run_id", "correct", "correct_masked", "class_correct", "final_state_sha256", "visits", "steps", "experiences")
+    keys = ("run_id", "correct", "correct_masked", "class_correct", "final_state_sha256", "visits", "steps", "experiences", "passes")
     return {key: record[key] for key in (*keys, "calibration", "task_confusion")}
 
 

@@ -292,12 +292,13 @@ class ImageLooks:
         """See `due`."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Rows made inside this experience, and what is still to come."""
-        return {"rows": list(self.rows), "due_at": list(self.due_at)}
+        """Rows made inside this experience, what is still to come, passes so far."""
+        return {"rows": list(self.rows), "due_at": list(self.due_at), "passes": dict(self.stream.job.model.passes)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there; `spent` stays that of this process, whose `learn` it is taken from."""
         self.rows, self.due_at = list(state["rows"]), list(state["due_at"])
+        self.stream.job.model.passes.update(state.get("passes", {}))
 
 
 def _go_on() -> None:
