@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clbench.cli import main
-from clbench.evaluation import loss_metrics, metrics, row_metrics
+from clbench.evaluation import metrics
 from clbench.records import migrations, record, rerun, rerun_losses, tables
 from clbench.records.rows import COUNTS, rows_of
 from clbench.records.verify import verify
@@ -42,8 +42,7 @@ def test_every_committed_record_keeps_its_tables_and_its_numbers(part):
         assert view.pop("rows") == [] and len(view.pop("sets")) == len(lies["n"])
         assert json.dumps(view, sort_keys=True) == json.dumps(lies | {"schema": record.SCHEMA}, sort_keys=True)
         assert "legacy" not in view["marks"]
-        for summary in (metrics.summary, loss_metrics.summary):
-            assert repr(summary(view)) == repr(summary(lies))
+        assert repr(metrics.summary(view)) == repr(metrics.summary(lies))
 
 
 def test_a_record_of_schema_1_and_one_of_schema_2_read_alike(tmp_path):
@@ -196,12 +195,12 @@ def test_numbers_of_other_evaluators_by_hand():
         edits(1, done=[3.5, 4], n=[10, 8]),
         edits(1, evaluator="b", x=[2, 1], y=[None, 5], z=[[1], [2]]),
     ]
-    found = row_metrics.summary(whole(rows=rows))
+    found = metrics.sums(whole(rows=rows))
     assert found == {"edits/done": pytest.approx(0.425), "b/x": pytest.approx(0.15), "b/y": 0.5}
     assert repr(metrics.summary(whole(rows=rows))) == repr(metrics.summary(whole()) | found)
     late = whole(rows=rows, first_seen=[0, 2])
-    assert row_metrics.summary(late)["edits/done"] == 0.35
-    assert row_metrics.summary(whole()) == {} and row_metrics.summary(whole(rows=[edits(1, 3, done=[1, 2])])) == {}
+    assert metrics.sums(late)["edits/done"] == 0.35
+    assert metrics.sums(whole()) == {} and metrics.sums(whole(rows=[edits(1, 3, done=[1, 2])])) == {}
     assert metrics.summary(made(correct=None, rows=[edits(0, done=[5, None])])) == {"edits/done": 0.5}
 
 
@@ -285,5 +284,5 @@ def test_an_evaluator_alone_is_a_result(tmp_path):
         entry.pop(key, None)
     text, code = verify(record.write(entry, tmp_path / "records"))
     assert code == 0 and "of other evaluators only the sizes are checked" in text
-    assert "edits/done" in report(tmp_path, strict=True)[0] and math.isclose(row_metrics.summary(entry)["edits/done"], 0.45)
+    assert "edits/done" in report(tmp_path, strict=True)[0] and math.isclose(metrics.sums(entry)["edits/done"], 0.45)
     html.write(tmp_path)
