@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from clbench.cli import main
 from clbench.evaluation import metrics
-from clbench.records import migrations, record, rerun, rerun_losses, tables
+from clbench.records import migrations, record, rerun, tables
 from clbench.records.rows import COUNTS, rows_of
 from clbench.records.verify import verify
 from clbench.report import report
@@ -258,7 +258,7 @@ def test_rows_of_a_repeat():
     def compare(entry, **sums):
         return rerun.compare("x", entry, again(rows=[edits(0, **({"done": [8, None], "far": [2.0, 3.5]} | sums))]))
 
-    assert compare(mine).verdict == "verified" and "all 15 counts are equal" in compare(mine).notes[0]
+    assert compare(mine).verdict == "verified" and "all 15 counts and sums are equal" in compare(mine).notes[0]
     assert compare(mine, far=[2.0 + 1e-12, 3.5]).verdict == "verified"
     for sums in ({"done": [7, None]}, {"far": [2.0, 3.6]}, {"far": [2.0, None]}):
         assert compare(mine, **sums).verdict == "failed", sums
@@ -273,9 +273,9 @@ def test_rows_of_a_repeat():
 def test_rows_of_a_repeat_of_losses():
     mine = losses(rows=[edits(0, done=[4, None])]) | machine()
     for found, wanted in ((4, "verified"), (3, "failed")):
-        verdict = rerun_losses.compare("x", mine, losses(rows=[edits(0, done=[found, None])]) | machine())
+        verdict = rerun.compare("x", mine, losses(rows=[edits(0, done=[found, None])]) | machine())
         assert verdict.verdict == wanted
-    assert "a repeat has no done of edits" in rerun_losses.compare("x", mine, losses() | machine()).reasons[0]
+    assert "a repeat has no done of edits" in rerun.compare("x", mine, losses() | machine()).reasons[0]
 
 
 def test_an_evaluator_alone_is_a_result(tmp_path):
