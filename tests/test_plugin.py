@@ -1,7 +1,9 @@
 """Methods from outside: an installed package with an entry point, a loose file, and what `clbench new` writes."""
 
 import pathlib
+import shlex
 import textwrap
+import tomllib
 
 import pytest
 
@@ -84,21 +86,63 @@ def test_a_loose_file_in_this_folder(clbench, small):
     assert {r["learner"]["name"] for r in clbench.records()} == {"Outside"} and len(clbench.records()) == 3
 
 
-@pytest.mark.parametrize(
-    ("kind", "target"), [("learner", "my_thing.learner.MyThing"), ("scenario", "my_thing.scenario.my_thing")]
-)
-def test_new_writes_what_runs_at_once(clbench, small, kind, target):
+@pytest.mark.parametrize("kind", ["learner", "scenario", "operator", "evaluator"])
+def test_new_writes_what_runs_at_once(clbench, small, kind):
     out = clbench("new", kind, "my_thing", "--to", "my code").stdout
     project = clbench.folder / "my code" / "my_thing"
-    assert "cd 'my code/my_thing'" in out and f"clbench run {kind}._target_={target}" in out
-    assert len((project / "my_thing" / f"{kind}.py").read_text().splitlines()) <= 40
-    assert 'my_thing = "my_thing"' in (project / "pyproject.toml").read_text()
+    assert "cd 'my code/my_thing'" in out
+    (at_once,) = (shlex.split(line) for line in out.splitlines() if line.startswith("  clbench run") and "my_thing." in line)
+    code = (project / "my_thing" / f"{kind}.py").read_text()
+    assert len(code.splitlines()) <= 40 and all("clbench." not in line for line in code.splitlines() if "import" in line)
+    group = "plugins" if kind in ("learner", "scenario") else f"{kind}s"
+    assert f'[project.entry-points."clbench.{group}"]\nmy_thing = "my_thing' in (project / "pyproject.toml").read_text()
     clbench.folder = project
-    if kind == "learner":
-        assert "step_macro" in clbench("run", f"learner._target_={target}", *small).stdout
-    else:
-        shown = clbench("manifest", "show", f"scenario._target_={target}", "scenario.increment=5").stdout
-        assert shown.startswith("class_incremental, digits, sha256 ") and shown.count("evaluate exp") == 2
+    assert "step_macro" in clbench(*at_once[1:], *(small if kind != "scenario" else ("learner=ncm",))).stdout
+    (entry,) = clbench.records()
+    if kind == "scenario":
+        assert entry["scenario"]["kind"] == "class_incremental" and len(entry["scenario"]["experiences"]) == 5
+    if kind == "evaluator":
+        assert [row["evaluator"] for row in entry["rows"]] == ["my_thing"] * len(entry["correct"])
+
+
+def installed(clbench, kind: str, name: str) -> str:
+    """What `clbench new` writes, as pip would install it -> the folder to be found on the path."""
+    clbench("new", kind, name)
+    project = clbench.folder / name
+    config = tomllib.loads((project / "pyproject.toml").read_text())["project"]
+    info = project / f"{name}-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {config['version']}\n")
+    lines = [
+        f"[{group}]\n" + "\n".join(f"{k} = {v}" for k, v in entries.items())
+        for group, entries in config["entry-points"].items()
+    ]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    (info / "RECORD").write_text(f"{name}/__init__.py,,\n{name}/{kind}.py,,\n")
+    return str(project)
+
+
+def test_four_parts_of_packages_outside_pass_check_and_run_under_joblib(clbench):
+    """A learner, a scenario, an operator and an evaluator, none of clbench, in one run."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    folders = [installed(clbench, kind, f"my_{kind}") for kind in ("learner", "scenario", "operator", "evaluator")]
+    clbench.env["PYTHONPATH"] += "".join(f":{folder}" for folder in folders)
+    operators = "scenario.operators=[{my_operator:{every:3}},{evaluators:{names:[my_evaluator]}}]"
+    chosen = ("learner=my_learner", "scenario=my_scenario", "scenario.epochs=1", "scenario.increment=5", operators)
+    out = clbench("check", *chosen).stdout
+    assert "FAILED" not in out and out.count("ok    ") > 15
+    shown = clbench("manifest", "show", *chosen).stdout
+    assert '{"my_operator": {"every": 3}}' in shown
+    out = clbench("run", "-m", "machine=joblib", "seed=0,1", *chosen).stdout
+    assert "2 jobs: 2 ok" in out
+    for entry in clbench.records():
+        assert [row["evaluator"] for row in entry["rows"]] == ["my_evaluator"] * 2
+        assert entry["config"]["scenario"]["operators"][0] == {"my_operator": {"every": 3}}
+        assert entry["learner"]["plugin"].startswith("my_learner 0.1.0")
+        assert entry["scenario"]["experiences"][0]["num_train"] < 300, "a third of five classes"
+    table = (clbench.folder / "results" / "leaderboard.csv").read_text().splitlines()[0] if clbench("report").stdout else ""
+    assert "my_evaluator/hits_mean" in table
+    assert "2 verified" in clbench("verify", "results").stdout or "2 self-reported" in clbench("verify", "results").stdout
 
 
 def test_new_refuses(clbench):

@@ -486,5 +486,8 @@ def test_committed_table_is_in_order():
             continue
         (line,) = (line for line in shown.splitlines() if re.match(rf"\| {row['learner']}( \(reference\))? \|", line))
         same = [r for r in lines if r["learner"] == row["learner"]] if row["scenario"] == "cil_digits" else [row]
+        same = [r for r in same if "legacy" not in r["marks"].split()] or same
+        if row not in same:
+            continue
         if row["learner"] != "ncm" and float(row["last_macro_mean"]) == max(float(r["last_macro_mean"]) for r in same):
             assert all(f"{100 * float(row[f'{name}_mean']):.1f}" in line for name in ("last_macro", "step_macro")), row

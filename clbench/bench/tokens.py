@@ -138,7 +138,8 @@ class Loop:
         self.stream = stream_of(args.vocab, args.context, args.batch, self.steps)
         self.observer: TokenLooks | None = None
         if probes:
-            job = SimpleNamespace(scenario=self.stream, device=device, model=self.model, config={"eval_batch_size": 128})
+            options = SimpleNamespace(eval_batch_size=128)
+            job = SimpleNamespace(scenario=self.stream, device=device, model=self.model, options=options)
             self.observer = TokenStream(job, self.runtime, None).observer  # type: ignore[arg-type]
 
     def __call__(self, steps: int) -> None:

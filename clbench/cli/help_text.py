@@ -79,8 +79,8 @@ EXAMPLES: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "new": (
-        "write a package of your own with a learner or a scenario that runs at once",
-        ("clbench new learner my_method", "clbench new scenario my_stream --to ~/code"),
+        "write a package of your own with a learner, scenario, operator or evaluator that runs at once",
+        ("clbench new learner my_method", "clbench new scenario my_stream --to ~/code", "clbench new operator my_change"),
     ),
     "schedule": (
         "learning-rate schedules as a table, a sketch and a figure, with what predictors say of them",

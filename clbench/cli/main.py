@@ -125,7 +125,7 @@ def _add_arguments(parser: Parser, name: str, page: str) -> None:
 
         add_paces(parser)
     if name == "new":
-        parser.add_argument("kind", choices=("learner", "scenario"))
+        parser.add_argument("kind", choices=("learner", "scenario", "operator", "evaluator"))
         parser.add_argument("name", help="a Python name in lower case, such as my_method")
         parser.add_argument("--to", default=".", metavar="DIR", help="the folder to write the package into (here)")
     if name == "manifest":

@@ -5,11 +5,14 @@ from __future__ import annotations
 import keyword
 import re
 import shlex
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from clbench.config.registry import choices
 from clbench.config.signatures import find_module
+from clbench.evaluation.evaluators import BUILT_IN, GROUP
 from clbench.interfaces import UserError
+from clbench.streams.operators.registry import targets
 
 _PYPROJECT = """\
 [build-system]
@@ -21,8 +24,8 @@ name = "{name}"
 version = "0.1.0"
 dependencies = ["clbench"]
 
-[project.entry-points."clbench.plugins"]
-{name} = "{name}"
+[project.entry-points."{group}"]
+{name} = "{entry}"
 """
 
 _LEARNER = '''\
@@ -108,11 +111,59 @@ increment: 2
 epochs: 5
 """
 
-_FILES = {"learner": (_LEARNER, _LEARNER_YAML), "scenario": (_SCENARIO, _SCENARIO_YAML)}
+_OPERATOR = '''\
+"""{title}: say here what it changes of a stream. It must be a pure function: chance comes from `clbench.rng` alone."""
+
+from dataclasses import replace
+
+from clbench import Scenario
+
+
+def {name}(stream: Scenario, every: int = 2) -> Scenario:
+    """Every second, third, ... training sample of each experience alone."""
+    experiences = []
+    for entry in stream.manifest.experiences:
+        labels = None if entry.labels is None else entry.labels[::every]
+        experiences.append(replace(entry, train=entry.train[::every], labels=labels))
+    return replace(stream, manifest=replace(stream.manifest, experiences=tuple(experiences)))
+'''
+
+_EVALUATOR = '''\
+"""{title}: say here what it counts."""
+
+from clbench import EvaluationSet
+
+
+class {title}:
+    name = "{name}"  # of its rows in the record, and before its columns
+
+    def __call__(self, learner, data: EvaluationSet) -> dict[str, int | float]:
+        n = hits = 0
+        for scores, labels in data.answers(learner):  # [B, num_seen] float32, [B] int64
+            best = scores.topk(min(3, data.num_seen), dim=1).indices
+            hits += int((best == labels[:, None]).any(dim=1).sum())
+            n += len(labels)
+        return {{"n": n, "hits": hits}}
+'''
+
+# kind -> code, its configuration file, entry point group, what the entry point names, how it is chosen
+_FILES = {
+    "learner": (_LEARNER, _LEARNER_YAML, "clbench.plugins", "{name}", "learner={name}"),
+    "scenario": (_SCENARIO, _SCENARIO_YAML, "clbench.plugins", "{name}", "scenario={name}"),
+    "operator": (_OPERATOR, None, "clbench.operators", "{name}.operator:{name}", "'scenario.operators=[{name}]'"),
+    "evaluator": (
+        _EVALUATOR,
+        None,
+        "clbench.evaluators",
+        "{name}.evaluator:{title}",
+        "'scenario.operators=[{{evaluators:{{names:[{name}]}}}}]'",
+    ),
+}
+KINDS = tuple(_FILES)
 
 
 def write(kind: str, name: str, folder: Path) -> str:
-    """Write package `folder`/`name` with a learner or a scenario -> what to do next. Overwrites nothing (`UserError`)."""
+    """Write package `folder`/`name` with one of `KINDS` -> what to do next. Overwrites nothing (`UserError`)."""
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         guess = re.sub(r"\W+", "_", name.strip().lower()).strip("_")
         hint = f"; did you mean '{guess}'?" if re.fullmatch(r"[a-z][a-z0-9_]*", guess) and not keyword.iskeyword(guess) else ""
@@ -120,33 +171,43 @@ def write(kind: str, name: str, folder: Path) -> str:
     project = folder.expanduser() / name
     if project.exists():
         raise UserError(f"{project} exists already; nothing was written")
-    if name in choices(kind):
+    if name in (choices(kind) if kind in ("learner", "scenario") else known(kind)):
         raise UserError(f"there is a {kind} '{name}' already; choose another name")
     if find_module(name) is not None:
         raise UserError(f"there is a Python package '{name}' already; choose another name")
     title = "".join(part.capitalize() for part in name.split("_"))
-    code, settings = (text.format(name=name, title=title) for text in _FILES[kind])
+    code, settings, group, entry, chosen = (text and text.format(name=name, title=title) for text in _FILES[kind])
     files = {
-        project / "pyproject.toml": _PYPROJECT.format(name=name),
+        project / "pyproject.toml": _PYPROJECT.format(name=name, group=group, entry=entry),
         project / name / "__init__.py": "",
-        project / name / f"{kind}.py": code,
-        project / name / "conf" / kind / f"{name}.yaml": settings,
+        project / name / f"{kind}.py": str(code),
     }
+    if settings:
+        files[project / name / "conf" / kind / f"{name}.yaml"] = settings
     try:
         for path, text in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {project}: {error.strerror}") from None
-    target = f"{name}.{kind}.{title if kind == 'learner' else name}"
+    target = f"{name}.{kind}.{title if kind in ('learner', 'evaluator') else name}"
+    if kind in ("learner", "scenario"):
+        at_once = f"{kind}._target_={target}"
+    else:
+        at_once = f"learner=ncm {str(chosen).replace(f'[{name}]', f'[{target}]')}"
     return "\n".join(
         [
             *(f"wrote {path}" for path in files),
             "next:",
             f"  cd {shlex.quote(str(project))}",
-            f"  clbench run {kind}._target_={target}",
+            f"  clbench run {at_once}",
             "  pip install -e .",
-            f"  clbench check {kind}={name}",
-            f"  clbench run {kind}={name}",
+            f"  clbench check {chosen if kind in ('learner', 'scenario') else f'scenario=cil_digits {chosen}'}",
+            f"  clbench run {chosen}",
         ]
     )
+
+
+def known(kind: str) -> set[str]:
+    """Names that operators or evaluators have already."""
+    return set(targets()) if kind == "operator" else {*BUILT_IN, *(entry.name for entry in entry_points(group=GROUP))}

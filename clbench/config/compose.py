@@ -23,10 +23,12 @@ from clbench.config.registry import (
     description,
     importable,
     load_target,
+    operators_after,
     plugin_dirs,
 )
 from clbench.config.signatures import nearest
 from clbench.interfaces import UserError
+from clbench.streams.operators.registry import apply
 
 __all__ = ["build", "check", "choices", "compose", "conf_dir", "description", "load_target", "plugin_dirs", "read"]
 
@@ -249,6 +251,9 @@ def build(node: Mapping[str, Any], /, **extra: Any) -> Any:
     import hydra.utils
     from hydra.errors import InstantiationException
 
+    if (after := operators_after(node)) is not None:
+        made = build({key: value for key, value in node.items() if key != "operators"}, **extra)
+        return apply(made, after, node.get("data_root"), bool(node.get("download"))) if after else made
     prepared = importable(node)
     allowed = ["clbench.*", *(f"{package.split('.')[0]}.*" for package in plugin_dirs()), prepared["_target_"]]
     scope = getattr(hydra.utils, "execution_whitelist", None)

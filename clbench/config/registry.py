@@ -193,11 +193,24 @@ def check(config: Mapping[str, Any]) -> None:
         if not isinstance(node, Mapping) or "_target_" not in node:
             lines.append(f"{group} has no _target_: choose one of {', '.join(choices(group))}")
         else:
-            found = _check_node(node, group, _SUPPLIED.get(group, ()))
+            left = () if operators_after(node) is None else ("operators",)
+            found = _check_node({k: v for k, v in node.items() if k not in left}, group, _SUPPLIED.get(group, ()))
             lines += [line for line in found if line.split()[0].split(".")[-1] not in options]
     lines += _check_operators(config)
     if lines:
         raise UserError("\n".join(dict.fromkeys(lines)))
+
+
+def operators_after(node: Mapping[str, Any]) -> Any:
+    """The operators of a scenario from outside that does not take them itself: they are applied to what it returns.
+
+    None for any other node.
+    """
+    target = node.get("_target_")
+    if "operators" not in node or not isinstance(target, str) or target.startswith("clbench."):
+        return None
+    found = signature(target)
+    return None if found is None or "operators" in found.parameters else node["operators"]
 
 
 def _check_node(node: Mapping[str, Any], where: str, supplied: Sequence[str]) -> Iterator[str]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from clbench.config.signatures import nearest
+from clbench.interfaces import UserError
 from clbench.training import torchrun
 
 OPTIONS: dict[str, tuple[str, Any]] = {
@@ -39,6 +43,44 @@ OPTIONS: dict[str, tuple[str, Any]] = {
     "track": ("none, tensorboard, wandb or mlflow", lambda v: v in ("none", "tensorboard", "wandb", "mlflow")),
     "on_error": ("record or raise", lambda v: v in ("record", "raise")),
 }
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The options of a run in their types: what `run/` reads instead of the configuration.
+
+    num_threads         "auto": as many as are fastest here
+    checkpoint_seconds  between two snapshots inside an experience; infinity: none
+    micro_batch         sequences that pass the model at once; None: the whole batch
+    """
+
+    seed: int
+    results: Path
+    device: str = "auto"
+    precision: str = "fp32"
+    num_threads: int | str = "auto"
+    arithmetic: str = "auto"
+    force: bool = False
+    checkpoint_seconds: float = math.inf
+    eval_batch_size: int = 128
+    micro_batch: int | None = None
+    compile: bool = False
+    parallel: str = "auto"
+    optimizer_state: str = "fresh"
+    feature_store: str = "off"
+    feature_store_gb: float = 8
+    track: str = "none"
+    on_error: str = "record"
+
+    @staticmethod
+    def of(config: Mapping[str, Any]) -> RunOptions:
+        """The options of a configuration. `UserError` names the first that cannot be."""
+        for _, wrong in wrong_options(config):
+            raise UserError(wrong)
+        given = {name: config[name] for name in RunOptions.__dataclass_fields__ if name in config}
+        if given.get("checkpoint_seconds", 0) is None:
+            given["checkpoint_seconds"] = math.inf
+        return RunOptions(**given, results=Path(str(config["results_dir"])).expanduser().resolve())
 
 
 def whole(value: Any, least: int) -> bool:

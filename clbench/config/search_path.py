@@ -12,7 +12,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 
 from clbench.config import defaults
-from clbench.config.registry import plugin_dirs
+from clbench.config.registry import operators_after, plugin_dirs
 
 
 class ClbenchFiles(FileConfigSource):
@@ -24,11 +24,14 @@ class ClbenchFiles(FileConfigSource):
         return "clbench"
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """Read a file; in the groups of `defaults` with every option of its target."""
-        found = super().load_config(config_path)
-        if config_path.strip("/").partition("/")[0] in defaults.GROUPS and isinstance(found.config, DictConfig):
+        """Read a file; in the groups of `defaults` with all options of its target. Scenarios from outside have operators."""
+        found, group = super().load_config(config_path), config_path.strip("/").partition("/")[0]
+        if group in (*defaults.GROUPS, "scenario") and isinstance(found.config, DictConfig):
             node: Any = OmegaConf.to_container(found.config, resolve=False)
-            found.config = OmegaConf.create(defaults.filled(node))
+            if group != "scenario":
+                found.config = OmegaConf.create(defaults.filled(node))
+            elif operators_after({"operators": [], **node}) is not None:
+                found.config = OmegaConf.create({**node, "operators": node.get("operators", [])})
         return found
 
 

@@ -1,4 +1,4 @@
-"""What a pre-trained encoder is good for: a linear classifier on frozen features of labelled images. Used by `loss_stream`.
+"""What a pre-trained encoder is good for: a linear classifier on frozen features of labelled images. See `run/token_stream.py`.
 
 The classifier is ridge regression on -1 / 1 targets (scikit-learn's `RidgeClassifier`, penalty 1 on standardised features):
 closed form, so nothing has to be tuned or seeded. Published linear probes train a layer with SGD: compare with care.
@@ -30,16 +30,16 @@ def hits(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: n
     return np.asarray(found.predict((test_x - mean) / spread)) == test_y
 
 
-def linear_probe(job: Any, runtime: Any) -> LinearProbe | None:
-    """The linear probe of a stream of images; features of whole images are counted in the ledger. None for tokens."""
-    if not isinstance(job.scenario, ImageScenario):
+def linear_probe(scenario: Any, model: Any, device: torch.device, batch: int, ledger: Any) -> LinearProbe | None:
+    """The linear probe of a stream of images; features of whole images are counted in `ledger`. None for tokens."""
+    if not isinstance(scenario, ImageScenario):
         return None
-    cost = 3 * float(getattr(job.model, "feature_flops", 0.0))  # the ledger takes a third of what training costs
+    cost = 3 * float(getattr(model, "feature_flops", 0.0))  # the ledger takes a third of what training costs
 
     def count(images: int) -> None:
-        runtime.ledger.look("probe", images, cost)
+        ledger.look("probe", images, cost)
 
-    return LinearProbe(job.scenario, job.device, int(job.config["eval_batch_size"]), count)
+    return LinearProbe(scenario, device, batch, count)
 
 
 def look_at(model: Any, probe: Tensor, sizes: Sequence[int], linear: LinearProbe | None) -> tuple[Tensor, list[float]]:
@@ -50,19 +50,6 @@ def look_at(model: Any, probe: Tensor, sizes: Sequence[int], linear: LinearProbe
     nats = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
     right = (logits.argmax(-1) == targets).float()
     return nats, [float(part.double().mean()) for part in right.split(list(sizes))]
-
-
-def probed(linear: LinearProbe | None, model: Any, experience: int | None) -> list[Any]:
-    """One line for the record, [own, together] as `LinearProbe.right` gives them; [] where there is no linear probe."""
-    return [] if linear is None else [list(linear.right(model, experience))]
-
-
-def probe_entry(linear: LinearProbe | None, lines: Sequence[Any]) -> dict[str, Any]:
-    """What the record says under "probe": counts out of `n` before and after each experience; {} without a linear probe."""
-    if linear is None:
-        return {}
-    own, seen = ([line[i] for line in lines] for i in range(2))
-    return {"probe": {"n": linear.n, "own_start": own[0], "own": own[1:], "seen": seen[1:]}}
 
 
 class LinearProbe:

@@ -246,11 +246,13 @@ def open_store(mode: str, gigabytes: Any, context: dict[str, Any], modules: Any,
         return None
 
 
-def attach(model: Any, config: dict[str, Any], scenario: Scenario, device: torch.device, flags: dict[str, Any]) -> None:
-    """Give a run's model its store, as the options `feature_store` and `feature_store_gb` of the run say.
+def attach(
+    model: Any, scenario: Scenario, device: torch.device, flags: dict[str, Any], modules: Any, mode: str, gigabytes: Any
+) -> None:
+    """Give a run's model its store, as its options `feature_store` (mode) and `feature_store_gb` say.
 
     `flags` are the arithmetic in force. Sample ids point into the scenario's whole data set, whatever the stream takes of it;
-    the learner's settings only matter for features under modules of its own.
+    `modules`, the learner's settings, only matter for features under modules of its own.
     """
     import timm
     import torchvision
@@ -264,12 +266,9 @@ def attach(model: Any, config: dict[str, Any], scenario: Scenario, device: torch
     }
 
     def probe() -> bool:
-        lower = config["precision"] == "bf16"
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=lower)
-        return same_in_any_batch(model, model.profile.size, device, autocast)
+        return same_in_any_batch(model, model.profile.size, device, model.lowered(device.type))
 
-    mode, gigabytes = config.get("feature_store", "off"), config.get("feature_store_gb", 8)
-    model.memory.attach(open_store(mode, gigabytes, context, config["learner"], probe), scenario.dataset.images)
+    model.memory.attach(open_store(mode, gigabytes, context, modules, probe), scenario.dataset.images)
 
 
 def _device_name(device: torch.device) -> str:

@@ -27,7 +27,14 @@ from clbench.records.tables import tables
 __all__ = ["SCHEMA"]
 
 NUMBERS_VERSION = 1
-NUMBERS_VERSIONS = {"bf16": 2}  # of runs in this precision, where it is not the one above
+_RAISED = (  # parts of a configuration whose runs have numbers of version 2: what the changelog names
+    {"precision": "bf16"},
+    {"learner": {"_target_": "clbench.learners.coda_prompt.CodaPrompt"}},
+    {"learner": {"_target_": "clbench.learners.ovor.Ovor"}},
+    {"learner": {"_target_": "clbench.learners.l2p.L2p", "variant": "l2p_pp"}},
+    {"learner": {"_target_": "clbench.learners.dualprompt.DualPrompt", "compat_reshape": True}},
+    {"learner": {"_target_": "clbench.learners.mos.Mos", "variant": "official_raw"}},
+)
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=True)
 
 
@@ -43,7 +50,14 @@ def digest(value: Any) -> str:
 
 def numbers_version(config: Mapping[str, Any]) -> int:
     """Version of the code's numbers for a configuration: raised for the runs whose numbers a change moves, and no others."""
-    return NUMBERS_VERSIONS.get(str(config.get("precision")), NUMBERS_VERSION)
+    return 2 if any(_holds(config, part) for part in _RAISED) else NUMBERS_VERSION
+
+
+def _holds(config: Any, part: Any) -> bool:
+    """Whether every option of `part` has this value in a configuration."""
+    if isinstance(part, Mapping):
+        return isinstance(config, Mapping) and all(_holds(config.get(key), value) for key, value in part.items())
+    return config == part
 
 
 def run_id(

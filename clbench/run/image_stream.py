@@ -1,21 +1,28 @@
-"""A stream of labelled images in a run: what is opened, evaluated and counted. See `loop.Stream`."""
+"""A stream of labelled images in a run: what is opened, evaluated and counted. See `loop.Stream` and `loop.StreamKind`."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
+from clbench.config.run_options import RunOptions
 from clbench.evaluation import metrics
 from clbench.evaluation.accuracy import evaluate, sums_of
-from clbench.evaluation.evaluators import Answered, load, row_of
-from clbench.interfaces import Experience, UserError
+from clbench.evaluation.evaluators import Answered, row_of
+from clbench.interfaces import Capabilities, Experience, UserError
+from clbench.models import feature_store
+from clbench.run.build_model import build_classifier
 from clbench.run.loop import Row
 from clbench.streams.eval_sets import open_eval
 from clbench.streams.images.data import open_experience
+from clbench.streams.images.pixels import Pipeline
+from clbench.streams.scenario import Scenario
 from clbench.training import looks
 from clbench.training.runtime import Runtime
 from clbench.training.state import num_bytes
@@ -24,16 +31,97 @@ if TYPE_CHECKING:
     from clbench.run.runner import Job
 
 
+build_model = build_classifier
+_PACES: dict[str, tuple[float, float]] = {}  # by model: seconds of an image forward, and forward and backward
+
+
+def check(scenario: Scenario, options: RunOptions, parallel: str, learner: str, can: Capabilities) -> None:
+    """One process, and no options of pre-training."""
+    if parallel != "none":
+        raise UserError(f"scenario {scenario.name} is made of images: such a run is for one process, without torchrun")
+    if option := next((name for name in ("micro_batch", "compile") if getattr(options, name)), None):
+        raise UserError(f"{option} has no effect in scenario {scenario.name}, which is made of images")
+
+
+def make_pipeline(scenario: Scenario, model: Any, device: Any) -> Pipeline:
+    """Pixels as the model's weights want them."""
+    return Pipeline(model.profile, device, scenario.augment)
+
+
 def make_runtime(job: Job) -> Runtime:
     """The runtime of a learner of images."""
     return Runtime(
-        seed=job.config["seed"],
+        seed=job.options.seed,
         device=job.device,
         budget=job.scenario.facts().budget,
-        precision=job.config["precision"],
+        precision=job.options.precision,
         exempt=job.capabilities.stores_all_data,
-        optimizer_state=str(job.config.get("optimizer_state", "fresh")),
+        optimizer_state=job.options.optimizer_state,
     )
+
+
+def check_learner(job: Job) -> None:
+    """A learner that stores exemplars says how many bytes they are."""
+    if job.capabilities.stores_exemplars and not hasattr(getattr(job.learner, "memory", None), "num_bytes"):
+        name = type(job.learner).__name__
+        raise UserError(f"{name} declares stores_exemplars: its memory must be `self.memory` with num_bytes()")
+
+
+def attach(job: Job) -> None:
+    """The feature store: what it holds depends on the arithmetic."""
+    mode, gigabytes = job.options.feature_store, job.options.feature_store_gb
+    feature_store.attach(job.model, job.scenario, job.device, job.flags, job.config["learner"], mode, gigabytes)
+
+
+def open_stream(job: Job, runtime: Runtime, learner: Any) -> ImageStream:
+    """The stream of a job."""
+    return ImageStream(job, runtime, learner)
+
+
+def seconds_of(job: Job) -> float:
+    """Seconds from the passes that the stream asks for and this machine's measured pace (one small batch each way)."""
+    sizes = [len(e.train) for e in job.scenario.manifest.experiences]
+    trains = "epochs" in job.config["learner"] or "lr" in job.config["learner"]
+    if job.capabilities.stores_all_data:
+        visits = sum(sum(sizes[: i + 1]) for i in range(len(sizes)))
+    else:
+        visits = sum(sizes) * (2 if job.capabilities.stores_exemplars else 1)
+    wanted = job.config["learner"].get("epochs") or job.scenario.budget.epochs
+    manifest = job.scenario.manifest
+    seen = sum(len(e.ids) for i in range(len(sizes)) for j, e in enumerate(manifest.evals) if manifest.evaluable(j, i))
+    if not trains:
+        seen = sum(len(e.ids) for e in manifest.evals)
+    forward, training = _pace(job)
+    return (visits * wanted * training if trains else 0.0) + (sum(sizes) + seen) * forward
+
+
+def _pace(job: Job) -> tuple[float, float]:
+    """Seconds for one image forward, and for one image forward and backward; measured once per model."""
+    name = str(job.model.identity)
+    if name not in _PACES:
+        size = job.model.profile.size
+        x = torch.zeros(32 if size <= 64 else 8, 3, size, size, device=job.device)
+        times: dict[bool, list[float]] = {False: [], True: []}
+        for train in (False, False, False, True, True, True):
+            start = time.perf_counter()
+            with torch.set_grad_enabled(train):
+                z = job.model.net(x)
+            if train:
+                z.sum().backward()
+            times[train].append((time.perf_counter() - start) / len(x))
+        job.model.zero_grad(set_to_none=True)
+        _PACES[name] = (min(times[False]), min(times[True]))
+    return _PACES[name]
+
+
+def disk_of(job: Job) -> float:
+    """Bytes of the snapshots while it runs: weights and momentum, the exemplars allowed, class statistics at their largest."""
+    weights = sum(p.numel() for p in job.model.parameters()) * 4
+    classes = len(job.scenario.manifest.class_order)
+    statistics = classes * job.model.num_features**2 * 4 if "align_epochs" in job.config["learner"] else 0
+    shape = job.scenario.dataset.images.shape or (224, 224)
+    exemplars = (job.scenario.budget.exemplars or 0) * math.prod(shape) * 3 if job.capabilities.stores_exemplars else 0
+    return 3.0 * weights + 2 * statistics + exemplars
 
 
 class ImageStream:
@@ -45,7 +133,7 @@ class ImageStream:
         self.sets = [open_eval(job.scenario, j, job.pipeline) for j in range(len(manifest.evals))]
         seen = [manifest.num_seen(i) for i in range(len(manifest.experiences))]
         self.origin = [i for i, (a, b) in enumerate(zip([0, *seen], seen, strict=False)) for _ in range(b - a)]
-        self.evaluators = load(manifest.evaluators, job.config["scenario"])
+        self.evaluators = job.evaluators
         self.past: list[Any] = []
         self.observer = ImageLooks(self)
 
@@ -93,7 +181,7 @@ class ImageStream:
             self.learner,
             self.sets,
             num_seen,
-            int(self.job.config["eval_batch_size"]),
+            self.job.options.eval_batch_size,
             self.runtime.check_stop if step is None else _go_on,
             self.origin,
             joined=not (can.transductive or can.adapts_at_test),
@@ -142,6 +230,10 @@ class ImageStream:
         self.job.model.passes.update(state["passes"])
         if self.job.capabilities.stores_all_data:
             self.past = [self._open(i).train for i in range(experiences)]
+
+    def close_stream(self) -> None:
+        """Features that are not on disk yet are written."""
+        self.job.model.memory.flush()
 
 
 class ImageLooks:

@@ -2,7 +2,8 @@
 
     for experience in stream: learner.learn(experience); rows += evaluators(learner, sets); checkpoint
 
-The loop is the same for images, tokens and autoencoders. What differs is a `Stream`: `image_stream`, `token_stream`.
+The loop is the same for images, tokens and autoencoders. What differs is a `Stream`: `image_stream`, `token_stream`, modules
+that a `StreamKind` describes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from clbench.interfaces import Experience, UserError
+from clbench.config.run_options import RunOptions
+from clbench.interfaces import Capabilities, Experience, UserError
 from clbench.run import provenance
 from clbench.training import looks
 from clbench.training.runtime import Runtime
@@ -71,6 +73,50 @@ class Stream(Protocol):
 
     def load_state_dict(self, state: dict[str, Any], experiences: int) -> None:
         """Go on after the first `experiences` experiences."""
+        ...
+
+    def close_stream(self) -> None:
+        """The run is over, however it ended."""
+        ...
+
+
+class StreamKind(Protocol):
+    """A module with what one kind of stream does its own way before and around the loop."""
+
+    def check(self, scenario: Any, options: RunOptions, parallel: str, learner: str, can: Capabilities) -> None:
+        """`UserError` for options that have no effect, and for processes that cannot train such a run together."""
+        ...
+
+    def build_model(self, build: Any, node: dict[str, Any], scenario: Any) -> Any:
+        """The model of a configuration's `model`; `UserError` where it cannot read the stream."""
+        ...
+
+    def make_pipeline(self, scenario: Any, model: Any, device: Any) -> Any:
+        """What makes a model's input of stored samples; None where they are its input."""
+        ...
+
+    def make_runtime(self, job: Job) -> Any:
+        """The runtime that the learner is built with."""
+        ...
+
+    def check_learner(self, job: Job) -> None:
+        """`UserError` for a learner that was built and does not fit."""
+        ...
+
+    def attach(self, job: Job) -> None:
+        """Whatever depends on the arithmetic in force, each time it is set."""
+        ...
+
+    def open_stream(self, job: Job, runtime: Any, learner: Any) -> Stream:
+        """The stream that the loop asks."""
+        ...
+
+    def seconds_of(self, job: Job) -> float:
+        """An estimate of the seconds that the run takes."""
+        ...
+
+    def disk_of(self, job: Job) -> float:
+        """An estimate of the bytes of its snapshots."""
         ...
 
 

@@ -14,25 +14,21 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from clbench.config.compose import build, load_target
+from clbench.config.run_options import RunOptions
 from clbench.evaluation import evaluators, metrics
 from clbench.interfaces import Capabilities, UserError, declared, mismatch
-from clbench.models import feature_store
 from clbench.models.precision import set_precision
 from clbench.records import record
 from clbench.records.liveness import Heartbeat, this_process
 from clbench.records.rows import rows_of
 from clbench.records.tables import tables
 from clbench.run import image_stream, provenance, token_stream, tracking
-from clbench.run.build_model import build_model
-from clbench.run.image_stream import ImageStream
-from clbench.run.loop import KEPT_FLAGS, Loop
+from clbench.run.loop import KEPT_FLAGS, Loop, StreamKind
 from clbench.run.terminal import bar_of, logging_to, signals
-from clbench.run.token_stream import TokenStream
-from clbench.streams.images.pixels import Pipeline
 from clbench.streams.scenario import Scenario
 from clbench.streams.tokens.image_scenario import ImageScenario
 from clbench.streams.tokens.scenario import TokenScenario
@@ -41,6 +37,7 @@ from clbench.training.checkpoint import Journal
 from clbench.training.runtime import Interrupted
 
 log = logging.getLogger("clbench")
+KINDS: dict[type, StreamKind] = {Scenario: image_stream, TokenScenario: token_stream, ImageScenario: token_stream}
 
 
 @dataclass(frozen=True)
@@ -55,21 +52,39 @@ class Outcome:
 
 @dataclass
 class Job:
-    """Everything that is known before the first image is read. A stream of texts has its learner and runtime here already."""
+    """Everything that is known before the first sample is read.
+
+    config    the composed configuration: of it the identity of the run is made; what the run reads stands in `options`
+    kind      what streams of this kind do their own way
+    pipeline  makes pixels of images; None for streams that ask for losses
+    evaluators  what the scenario names beside what its kind asks for
+    learner   built with its runtime when it is first needed, at once where it plans its training ahead
+    """
 
     config: dict[str, Any]
+    options: RunOptions
     run_id: str
-    scenario: Any  # Scenario, or TokenScenario or ImageScenario with a model that has a loss and no pipeline
+    scenario: Any  # Scenario, TokenScenario or ImageScenario
+    kind: StreamKind
     model: Any
     capabilities: Capabilities
     pipeline: Any
-    results: pathlib.Path
-    folder: pathlib.Path
     flags: dict[str, Any]
     device: Any
+    evaluators: list[Any] = field(default_factory=list)
     group: distributed.Group = distributed.ALONE
     learner: Any = None
     runtime: Any = None
+
+    @property
+    def results(self) -> pathlib.Path:
+        """The folder of all records."""
+        return self.options.results
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where journal, log and lock lie."""
+        return self.results / "runs" / self.run_id
 
     @property
     def record_path(self) -> pathlib.Path:
@@ -79,68 +94,61 @@ class Job:
 
 def prepare(config: dict[str, Any]) -> Job:
     """Set the process's flags, build scenario and model, check that the learner fits, name the run. Raises `UserError`."""
-    kind, device, threads = _machine(config)
-    wanted = config.get("arithmetic", "auto")
-    flags = arithmetic.apply(device, threads, config["seed"], wanted=wanted, precision=config["precision"])
-    job = _assemble(config, kind, device, flags)
-    job.group = distributed.init_group(kind, device)
+    options, parallel, device, threads = _machine(config)
+    flags = arithmetic.apply(device, threads, options.seed, wanted=options.arithmetic, precision=options.precision)
+    job = _assemble(config, options, parallel, device, flags)
+    job.group = distributed.init_group(parallel, device)
     job.group.shard(job.model)
-    if not isinstance(job.scenario, Scenario):
-        _build_learner(job)
-        token_stream.check_plans(job)
-    else:
-        feature_store.attach(job.model, config, job.scenario, device, flags)
+    _build_ahead(job)
+    job.kind.attach(job)
     return job
 
 
 @contextmanager
 def previewed(config: dict[str, Any]) -> Iterator[Job]:
     """The job of `prepare` for as long as the `with` block lasts: the process's flags are put back, no file is written."""
-    kind, device, threads = _machine(config)
-    wanted = config.get("arithmetic", "auto")
-    with arithmetic.borrowed(device, threads, config["seed"], wanted, config["precision"]) as flags:
-        job = _assemble(config, kind, device, flags)
-        if not isinstance(job.scenario, Scenario):
-            _build_learner(job)
-            token_stream.check_plans(job)
+    options, parallel, device, threads = _machine(config)
+    with arithmetic.borrowed(device, threads, options.seed, options.arithmetic, options.precision) as flags:
+        job = _assemble(config, options, parallel, device, flags)
+        _build_ahead(job)
         yield job
 
 
-def _machine(config: dict[str, Any]) -> tuple[str, Any, int]:
-    """How processes train together, the device, the threads; options that no configuration file checks are checked."""
-    kind = torchrun.choose(str(config.get("parallel", "auto")))
-    device = arithmetic.choose_device(str(config["device"]))
-    threads = arithmetic.choose_threads(config["num_threads"])
-    if not isinstance(config["seed"], int) or isinstance(config["seed"], bool) or config["seed"] < 0:
-        raise UserError(f"seed must be a whole number from 0, got {config['seed']!r}")
-    tracking.check(config.get("track", "none"))
-    return kind, device, threads
+def _machine(config: dict[str, Any]) -> tuple[RunOptions, str, Any, int]:
+    """The options, how processes train together, the device, the threads."""
+    options = RunOptions.of(config)
+    parallel = torchrun.choose(options.parallel)
+    device = arithmetic.choose_device(options.device)
+    tracking.check(options.track)
+    return options, parallel, device, arithmetic.choose_threads(options.num_threads)
 
 
-def _assemble(config: dict[str, Any], kind: str, device: Any, flags: dict[str, Any]) -> Job:
+def _assemble(config: dict[str, Any], options: RunOptions, parallel: str, device: Any, flags: dict[str, Any]) -> Job:
     """Scenario and model under flags that are set, and whether the learner fits."""
-    results = pathlib.Path(str(config["results_dir"])).expanduser().resolve()
     capabilities = declared(load_target(config["learner"]["_target_"]), config["learner"])
     scenario = build(config["scenario"])
-    if not isinstance(scenario, Scenario | TokenScenario | ImageScenario):
+    kind = next((kind for made, kind in KINDS.items() if isinstance(scenario, made)), None)
+    if kind is None:
         raise UserError(f"{config['scenario']['_target_']} must return a Scenario, got {type(scenario).__name__}")
+    learner = provenance.learner_name(config)
     pretrained = str(config["model"].get("weights")) not in ("none", "None")
-    why = mismatch(provenance.learner_name(config), capabilities, scenario.facts(), pretrained)
-    if why:
+    if why := mismatch(learner, capabilities, scenario.facts(), pretrained):
         raise UserError(why)
-    if config.get("optimizer_state", "fresh") != "fresh" and scenario.asks == "loss":
-        raise UserError(f"optimizer_state has no effect in scenario {scenario.name}: its learners have options of their own")
-    torchrun.check(kind, scenario.name, scenario.asks, provenance.learner_name(config), capabilities)
-    model = set_precision(build_model(build, config, scenario), config["precision"]).to(device)
+    kind.check(scenario, options, parallel, learner, capabilities)
+    asked = evaluators.load(getattr(scenario.manifest, "evaluators", ()), config["scenario"])
+    model = set_precision(kind.build_model(build, config["model"], scenario), options.precision).to(device)
     model = arithmetic.pin(model, flags)
     plugin = provenance.plugin_version(config["learner"]["_target_"])
     identity = provenance.identity(config, capabilities)
     run_id = record.run_id(identity, scenario.manifest.sha256, model.identity["state_sha256"], plugin)
-    pipeline = None
-    if isinstance(scenario, Scenario):
-        evaluators.load(scenario.manifest.evaluators, config["scenario"])  # refused before anything is trained
-        pipeline = Pipeline(model.profile, device, scenario.augment)
-    return Job(config, run_id, scenario, model, capabilities, pipeline, results, results / "runs" / run_id, flags, device)
+    pipeline = kind.make_pipeline(scenario, model, device)
+    return Job(config, options, run_id, scenario, kind, model, capabilities, pipeline, flags, device, asked)
+
+
+def _build_ahead(job: Job) -> None:
+    """Build a learner that plans its training: plans that cannot be carried out are refused before anything is trained."""
+    if callable(getattr(load_target(job.config["learner"]["_target_"]), "plan", None)):
+        _build_learner(job)
 
 
 def run_job(
@@ -167,7 +175,7 @@ def _follow(job: Job) -> Outcome:
         return Outcome(job.run_id, status, "")
     journal = Journal(job.folder / "journal", group=job.group, data=job.scenario.manifest.sha256)
     job.flags = job.group.broadcast_object()
-    arithmetic.apply(job.device, job.flags["num_threads"], job.config["seed"], job.flags)
+    arithmetic.apply(job.device, job.flags["num_threads"], job.options.seed, job.flags)
     try:
         with job.group.watching():
             _run(job, journal, {"resumed": 0}, False)
@@ -183,9 +191,9 @@ def _lead(job: Job, command: list[str] | None, progress: bool, tuning: dict[str,
     """The one process of a run, or the first of several."""
     from filelock import FileLock, Timeout
 
-    config = job.config
+    options = job.options
     record.ensure_writable(job.results / "records")
-    refusal_path(config).unlink(missing_ok=True)
+    refusal_path(job.config).unlink(missing_ok=True)
     if (done := _done(job, _old(job))) is not None:
         return done
     record.ensure_writable(job.folder)
@@ -198,9 +206,8 @@ def _lead(job: Job, command: list[str] | None, progress: bool, tuning: dict[str,
         old = _old(job)
         if (done := _done(job, old)) is not None:  # another process ended it between the look and the lock
             return done
-        often = float("inf" if config["checkpoint_seconds"] is None else config["checkpoint_seconds"])
-        journal = Journal(job.folder / "journal", often, job.group, job.scenario.manifest.sha256)
-        if config["force"]:
+        journal = Journal(job.folder / "journal", options.checkpoint_seconds, job.group, job.scenario.manifest.sha256)
+        if options.force:
             journal.clear()
         entry = provenance.describe(job, command or sys.argv)
         if isinstance(told := tuning or (old or {}).get("tuning"), dict):
@@ -218,7 +225,7 @@ def _lead(job: Job, command: list[str] | None, progress: bool, tuning: dict[str,
             return Outcome(job.run_id, "interrupted", text, job.record_path)
         except Exception as error:
             outcome = _failed(job, journal, entry, error)
-            if config["on_error"] == "raise":
+            if options.on_error == "raise":
                 raise
             error.__traceback__ = None
             gc.collect()
@@ -234,7 +241,7 @@ def _old(job: Job) -> dict[str, Any] | None:
 
 def _done(job: Job, old: dict[str, Any] | None) -> Outcome | None:
     """That nothing is to be done, where it is so."""
-    if old is None or old["status"] != "ok" or job.config["force"]:
+    if old is None or old["status"] != "ok" or job.options.force:
         return None
     job.group.broadcast_object("skipped")
     text = f"{job.run_id} is done already (force=true repeats it)\n\n{closing_text(old, job.record_path)}"
@@ -319,10 +326,9 @@ def repeat(job: Job, flags: dict[str, Any], stop_after: int) -> dict[str, Any]:
 
 def _keep(job: Job, threads: int, flags: dict[str, Any]) -> None:
     """Go on with the arithmetic that a run began with, whatever this machine or the command would choose now."""
-    job.flags = arithmetic.apply(job.device, threads, job.config["seed"], flags)
+    job.flags = arithmetic.apply(job.device, threads, job.options.seed, flags)
     arithmetic.pin(job.model, job.flags)
-    if isinstance(job.scenario, Scenario):
-        feature_store.attach(job.model, job.config, job.scenario, job.device, job.flags)
+    job.kind.attach(job)
 
 
 def _run(job: Job, journal: Journal, entry: dict[str, Any], progress: bool, stop_after: int | None = None) -> dict[str, Any]:
@@ -336,11 +342,11 @@ def _run(job: Job, journal: Journal, entry: dict[str, Any], progress: bool, stop
         _build_learner(job)
     learner, runtime = job.learner, job.runtime
     runtime.journal = journal
-    stream = (ImageStream if _is_labelled(job) else TokenStream)(job, runtime, learner)
-    kind = "none" if job.group.rank else job.config.get("track", "none")
+    stream = job.kind.open_stream(job, runtime, learner)
+    track = "none" if job.group.rank else job.options.track
     first = None if saved is None else saved["experience"]
     try:
-        with closing(tracking.open_tracker(kind, job.folder, entry, first)) as tracker:
+        with closing(tracking.open_tracker(track, job.folder, entry, first)) as tracker:
             loop = Loop(job, runtime, learner, stream, entry, saved, tracker)
             with signals(runtime), bar_of(runtime, progress):
                 loop.begin()
@@ -348,27 +354,19 @@ def _run(job: Job, journal: Journal, entry: dict[str, Any], progress: bool, stop
                     loop.learn(index)
                     loop.evaluate(index)
     finally:
-        if _is_labelled(job):
-            job.model.memory.flush()
+        stream.close_stream()
     return loop.finish()
-
-
-def _is_labelled(job: Job) -> bool:
-    """Whether the stream is made of labelled images; else it asks for a loss."""
-    return isinstance(job.scenario, Scenario)
 
 
 def _build_learner(job: Job) -> None:
     """Build the learner, once: a constructor may change the model. `UserError` where it lacks a method or has no memory."""
-    labelled = _is_labelled(job)
-    job.runtime = (image_stream if labelled else token_stream).make_runtime(job)
+    job.runtime = job.kind.make_runtime(job)
     job.learner = build(job.config["learner"], model=job.model, runtime=job.runtime)
-    kind = type(job.learner).__name__
-    for name in ("learn", "predict" if labelled else "loss", "state_dict", "load_state_dict"):
-        if not callable(getattr(job.learner, name, None)):
-            raise UserError(f"{kind} has no method {name}")
-    if labelled and job.capabilities.stores_exemplars and not hasattr(getattr(job.learner, "memory", None), "num_bytes"):
-        raise UserError(f"{kind} declares stores_exemplars: its memory must be `self.memory` with num_bytes()")
+    name = type(job.learner).__name__
+    for method in ("learn", job.scenario.asks, "state_dict", "load_state_dict"):
+        if not callable(getattr(job.learner, method, None)):
+            raise UserError(f"{name} has no method {method}")
+    job.kind.check_learner(job)
 
 
 def _described(error: Exception) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A stream that asks for losses (texts, synthetic languages, images for autoencoders) in a run. See `loop.Stream`."""
+"""A stream that asks for losses (texts, languages, images for autoencoders) in a run. See `loop.Stream`, `loop.StreamKind`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clbench.config.run_options import RunOptions
 from clbench.evaluation.linear_probe import linear_probe, look_at
-from clbench.interfaces import Experience, UserError
+from clbench.interfaces import Capabilities, Experience, UserError
+from clbench.run.build_model import build_reader
 from clbench.run.loop import Row
 from clbench.streams.tokens.scenario import TokenScenario
 from clbench.training.checkpoint import Journal
@@ -41,26 +43,50 @@ def close(experience: Experience) -> None:
 def make_runtime(job: Job) -> PretrainRuntime:
     """The runtime of a pre-training run."""
     return PretrainRuntime(
-        seed=job.config["seed"],
+        seed=job.options.seed,
         device=job.device,
-        precision=job.config["precision"],
+        precision=job.options.precision,
         exempt=job.capabilities.stores_all_data,
         journal=Journal(),
         flops_per_token=flops_per_token(job.model, job.scenario.manifest.context),
-        micro_batch=job.config.get("micro_batch"),
+        micro_batch=job.options.micro_batch,
         group=job.group,
-        compiled=bool(job.config.get("compile")),
+        compiled=job.options.compile,
         processed_limit=None if job.capabilities.stores_all_data else job.scenario.budget.processed,
         stream_steps=tuple(entry["steps"] for entry in job.scenario.manifest.experiences),
     )
 
 
-def check_plans(job: Job) -> None:
+build_model = build_reader
+
+
+def check(scenario: TokenScenario, options: RunOptions, parallel: str, learner: str, can: Capabilities) -> None:
+    """Moments at a boundary are the learner's own option; several processes need a learner that supports them."""
+    if options.optimizer_state != "fresh":
+        raise UserError(f"optimizer_state has no effect in scenario {scenario.name}: its learners have options of their own")
+    if parallel != "none" and not can.supports_parallel:
+        raise UserError(f"learner {learner} does not declare supports_parallel: it trains in one process, without torchrun")
+
+
+def make_pipeline(scenario: TokenScenario, model: Any, device: Any) -> None:
+    """Sequences are the model's input."""
+
+
+def attach(job: Job) -> None:
+    """Nothing depends on the arithmetic."""
+
+
+def open_stream(job: Job, runtime: PretrainRuntime, learner: Any) -> TokenStream:
+    """The stream of a job."""
+    return TokenStream(job, runtime, learner)
+
+
+def check_learner(job: Job) -> None:
     """Ask the learner for its plans, so that one that cannot be carried out is refused before anything is trained."""
     if not callable(getattr(job.learner, "plan", None)):
         return
     scenario: TokenScenario = job.scenario
-    job.group.check_batch(scenario.manifest.batch, job.config.get("micro_batch"))
+    job.group.check_batch(scenario.manifest.batch, job.options.micro_batch)
     size, limit = scenario.manifest.batch * scenario.manifest.context, job.runtime.processed_limit
     for index in range(len(scenario.manifest.experiences)):
         check_plan(job.learner.plan(experience_of(scenario, index, keeps_text(job))), limit, size)
@@ -94,6 +120,28 @@ def total_loss(loss: Any, windows: np.ndarray, runtime: PretrainRuntime, batch: 
     return value
 
 
+def seconds_of(job: Job) -> float:
+    """Seconds from the plan's tokens and this machine's pace: one batch, three times."""
+    m = job.scenario.manifest
+    tokens = torch.from_numpy(job.scenario.data(0).read(np.arange(m.batch))).to(job.device)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        job.model.loss(tokens).mean().backward()
+        times.append(time.perf_counter() - start)
+    job.model.zero_grad(set_to_none=True)
+    steps = sum(e["steps"] for e in m.experiences)
+    if job.config["learner"].get("data") == "union":
+        steps = sum(e["steps"] * (i + 1) for i, e in enumerate(m.experiences))
+    seen = (len(m.experiences) + 1) * sum(e["tokens"] for e in m.evals)
+    return min(times) * (steps + seen / 3 / (m.batch * m.context))
+
+
+def disk_of(job: Job) -> float:
+    """Bytes of the snapshots while it runs: weights and both moments, twice where a trunk is kept aside, old and new file."""
+    return 4.0 * 3 * 2 * 2 * sum(p.numel() for p in job.model.parameters())
+
+
 class TokenStream:
     """Evaluation sets and, for autoencoders, the linear probe."""
 
@@ -102,7 +150,7 @@ class TokenStream:
         scenario: TokenScenario = job.scenario
         self.entries = scenario.manifest.evals
         self.sets = [scenario.evaluation(j) for j in range(len(self.entries))]
-        self.linear = linear_probe(job, runtime)
+        self.linear = linear_probe(scenario, job.model, job.device, job.options.eval_batch_size, runtime.ledger)
         self.evaluator = "token_loss" if self.linear is None else "reconstruction"
         self.observer = TokenLooks(self)
 
@@ -139,7 +187,7 @@ class TokenStream:
 
     def losses(self, loss: Any) -> list[float]:
         """Summed nats on every evaluation set."""
-        size, runtime = int(self.job.config["eval_batch_size"]), self.runtime
+        size, runtime = self.job.options.eval_batch_size, self.runtime
         start = time.perf_counter()
         row = [total_loss(loss, windows, runtime, size) for windows in self.sets]
         tokens = sum(len(w) for w in self.sets) * self.job.scenario.manifest.context
@@ -173,6 +221,9 @@ class TokenStream:
         """Go on after the first `experiences` experiences."""
         self.runtime.ledger.load_state_dict(state["ledger"])
         self.runtime.plan[:] = state["plan"]
+
+    def close_stream(self) -> None:
+        """Nothing is left open."""
 
 
 class TokenLooks:

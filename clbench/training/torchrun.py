@@ -6,7 +6,7 @@ import os
 import sys
 import time
 
-from clbench.interfaces import Capabilities, UserError
+from clbench.interfaces import UserError
 
 KINDS = ("auto", "none", "ddp", "fsdp")
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -36,16 +36,6 @@ def choose(wanted: str) -> str:
     if wanted in ("ddp", "fsdp") and size() == 1:
         raise UserError(f"parallel={wanted} needs several processes: torchrun --nproc-per-node 2 -m clbench run ...")
     return wanted
-
-
-def check(kind: str, scenario: str, asks: str, learner: str, can: Capabilities) -> None:
-    """Raises `UserError` unless scenario and learner support distributed training."""
-    if kind == "none":
-        return
-    if asks != "loss":
-        raise UserError(f"scenario {scenario} is made of images: such a run is for one process, without torchrun")
-    if not can.supports_parallel:
-        raise UserError(f"learner {learner} does not declare supports_parallel: it trains in one process, without torchrun")
 
 
 def check_single_run(command: str, multirun: bool) -> None:
