@@ -278,11 +278,24 @@ def test_rows_of_a_repeat_of_losses():
     assert "a repeat has no done of edits" in rerun.compare("x", mine, losses() | machine()).reasons[0]
 
 
+def test_one_summary_of_every_evaluator():
+    counts, sums = whole(rows=[edits(1, done=[5, 4])]), losses()
+    both = counts | {key: sums[key] for key in ("sum_loss", "sum_loss_start", "tokens", "floor", "bytes_per_token")}
+    found = metrics.summary(both)
+    assert found.keys() == {*metrics.summary(counts), *metrics.summary(both | {"correct": None})}
+    assert (found["edits/done"], found["final_loss"]) == (0.45, 1.25)
+    assert found["last_macro"] == metrics.summary(counts)["last_macro"]
+    assert found.keys() - {"edits/done"} <= metrics.ABOUT.keys()
+    assert set(metrics.summary(sums)) <= metrics.ABOUT.keys() and "last_macro" not in metrics.summary(sums)
+
+
 def test_an_evaluator_alone_is_a_result(tmp_path):
     entry = whole(rows=[edits(0, done=[5, None]), edits(1, done=[5, 4])])
     for key in ("correct", "calibration", "task_confusion", *COUNTS):
         entry.pop(key, None)
     text, code = verify(record.write(entry, tmp_path / "records"))
     assert code == 0 and "of other evaluators only the sizes are checked" in text
+    assert "all 3 counts are equal" in rerun.compare("x", entry | machine(), entry | machine()).notes[0]
+    assert rerun.compare("x", entry | machine(), entry | machine() | {"rows": []}).verdict == "failed"
     assert "edits/done" in report(tmp_path, strict=True)[0] and math.isclose(metrics.sums(entry)["edits/done"], 0.45)
     html.write(tmp_path)

@@ -24,7 +24,7 @@ STEPS = 2  # experiences that are repeated
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("path", nargs="?", default="results", metavar="PATH", help="a record or a results folder (results)")
-    words = "repeat the first two experiences of a record, or of N drawn from PATH (1), and compare every count"
+    words = "repeat the first two experiences of a record, or of N drawn from PATH (1), and compare every count and loss"
     parser.add_argument("--rerun", nargs="?", const="1", metavar="N | RECORD", help=words)
     parser.add_argument("--seed", type=int, metavar="N", help="with --rerun N: which ones are drawn (0)")
     parser.add_argument("--data-root", metavar="DIR", help="where data and weights lie (the environment's CLBENCH_DATA)")

@@ -1,6 +1,6 @@
 """A record against a repeat of its first experiences: equal to the last sum, or by how much not. Pure comparison.
 
-On one machine with the versions, threads and flags of the record every sum of every evaluator must be equal. Elsewhere the
+On one machine with the versions, threads and flags of the record every sum must be equal, of every evaluator. Elsewhere the
 arithmetic may round otherwise, and training carries that on; there a sum may differ by what `TOLERANCE` says, and so does the
 verdict.
 """
@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clbench.records.rows import IMAGE_LOSS, LOSSES, PLACE, rows_of
+from clbench.records.loss_facts import measure_of
+from clbench.records.rows import LOSSES, PLACE, rows_of
 from clbench.records.verify import Verdict
 
 Entry = Mapping[str, Any]
@@ -123,8 +124,7 @@ def cells(entry: Entry, row: Mapping[str, Any], sums: Mapping[str, Any]) -> Iter
         for j, (said, found) in enumerate(zip(column, sums[name], strict=True) if name != "n" else ()):
             place, size = f"{where}.{name}[{j}]", n[j] or 0
             if evaluator in LOSSES and name == "loss" and said is not None and found is not None:
-                unit = " squared error" if evaluator == IMAGE_LOSS else " nats per token"
-                yield Cell("losses", place, said / size, found / size, NEAR_LOSS, unit)
+                yield Cell("losses", place, said / size, found / size, NEAR_LOSS, f" {measure_of(entry)}")
             elif name == "class_correct" and sizes and said is not None and found is not None:
                 for k, (a, b, size) in enumerate(zip(said, found, sizes[j], strict=True)):
                     yield from _numbers(f"{place}[{k}]", a, b, size)

@@ -97,7 +97,7 @@ def _manifest(entry: Entry, place: Place, gaps: list[str]) -> Iterator[str]:
 def _told(entry: Entry, manifest: Manifest | TokenManifest) -> dict[str, tuple[Any, Any]]:
     """What a record says of its stream, by name, and what its manifest says."""
     told = entry["scenario"]
-    pairs = {"budget": (told["budget"], dict(manifest.budget))}
+    pairs: dict[str, tuple[Any, Any]] = {"budget": (told["budget"], dict(manifest.budget))}
     if isinstance(manifest, TokenManifest):
         pairs |= {key: (told[key], getattr(manifest, key)) for key in ("context", "batch", "vocab")}
         pairs["experiences"] = told["experiences"], [dict(e) for e in manifest.experiences]
