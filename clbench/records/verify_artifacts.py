@@ -21,8 +21,7 @@ from clbench.config.moved import current
 from clbench.config.signatures import problems, split_target
 from clbench.interfaces import UserError
 from clbench.records import record
-from clbench.streams.manifest import Manifest
-from clbench.streams.tokens.manifest import TokenManifest, load_any
+from clbench.records.loss_facts import is_loss
 
 HERE = pathlib.Path(__file__).resolve().parent
 MODELS = HERE.parent / "models"
@@ -43,6 +42,8 @@ class Place:
     def manifest(self, sha: str, path: pathlib.Path) -> Any:
         """A manifest of images or of texts, or why it is none; each file is read once."""
         if sha not in self._manifests:
+            from clbench.streams.tokens.manifest import load_any
+
             try:
                 self._manifests[sha] = load_any(path)
             except UserError as error:
@@ -94,11 +95,11 @@ def _manifest(entry: Entry, place: Place, gaps: list[str]) -> Iterator[str]:
     yield from (f"{name} differs from the manifest" for name, (said, true) in _told(entry, manifest).items() if said != true)
 
 
-def _told(entry: Entry, manifest: Manifest | TokenManifest) -> dict[str, tuple[Any, Any]]:
-    """What a record says of its stream, by name, and what its manifest says."""
+def _told(entry: Entry, manifest: Any) -> dict[str, tuple[Any, Any]]:
+    """What a record says of its stream, by name, and what a manifest of the same kind says."""
     told = entry["scenario"]
     pairs: dict[str, tuple[Any, Any]] = {"budget": (told["budget"], dict(manifest.budget))}
-    if isinstance(manifest, TokenManifest):
+    if is_loss(entry):
         pairs |= {key: (told[key], getattr(manifest, key)) for key in ("context", "batch", "vocab")}
         pairs["experiences"] = told["experiences"], [dict(e) for e in manifest.experiences]
         pairs |= {key: (entry[key], [e[key] for e in manifest.evals]) for key in ("floor", "bytes_per_token", "first_seen")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from clbench.evaluation import metrics
+from clbench.evaluation import metrics, row_metrics
 from clbench.report import costs
 
 SHOWN = ("step_macro", "step_micro", "last_macro", "last_micro", "forgetting", "bwt", "plasticity")
@@ -75,4 +75,4 @@ def extra_numbers(made: Iterable[Mapping[str, Any]]) -> list[str]:
 def about(names: Iterable[str]) -> dict[str, str]:
     """What columns of other evaluators mean."""
     words = {"mean": "mean over seeds", "std": "unbiased standard deviation over seeds"}
-    return {name: f"{words[name.rpartition('_')[2]]}: {metrics.ABOUT_SUMS}" for name in names}
+    return {name: f"{words[name.rpartition('_')[2]]}: {row_metrics.ABOUT}" for name in names}

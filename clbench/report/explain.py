@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from clbench.config.signatures import nearest
-from clbench.evaluation import loss_metrics, metrics, peer_metrics
+from clbench.evaluation import loss_metrics, metrics, peer_metrics, row_metrics
 from clbench.interfaces import UserError
 from clbench.records import loss_facts, record
 from clbench.report import explain_losses
@@ -170,7 +170,7 @@ def _details(case: Case) -> Table:
     for name, text in metrics.DETAILS.items():
         last = found.get(name, found.get(f"last_{name}"))
         rows.append({"name": name, "last": last, "step": found.get(f"step_{name}"), "formula": text})
-    rows += [{"name": n, "last": v, "step": None, "formula": metrics.ABOUT_SUMS} for n, v in found.items() if "/" in n]
+    rows += [{"name": n, "last": v, "step": None, "formula": row_metrics.ABOUT} for n, v in found.items() if "/" in n]
     notes = (
         "fractions, not per cent; last: after the last experience, step: mean over experiences; -: the record does not have it",
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from clbench.evaluation import loss_metrics, metrics
+from clbench.evaluation import loss_metrics
 from clbench.records import loss_facts
 from clbench.report.formats import Table, plain
 from clbench.report.losses import ABOUT
@@ -51,7 +51,7 @@ def _matrix(entry: Mapping[str, Any], title: str) -> Table:
 
 
 def _numbers(entry: Mapping[str, Any]) -> Table:
-    found = metrics.summary(entry)
+    found = loss_metrics.summary(entry)
     rows = [{"name": name, "value": found.get(name), "formula": text} for name, text in loss_metrics.ABOUT.items()]
     notes = (
         "-: not in this record alone: recovery_ratio and rate_share need other runs, a floor is known of synthetic languages",

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clbench.evaluation import loss_metrics, metrics
+from clbench.evaluation import loss_metrics
 from clbench.records import loss_facts, record
 from clbench.records.loss_facts import LEDGER, OPTIONS
 from clbench.report import statistics
@@ -221,7 +221,7 @@ def _pair(mean: float | None, std: float | None, sign: str = "±") -> str:
 
 def closing_text(entry: Mapping[str, Any], path: pathlib.Path) -> str:
     """The loss matrix, the headline numbers and the ledger of a finished run."""
-    values, ledger = metrics.summary(entry), entry["ledger"]
+    values, ledger = loss_metrics.summary(entry), entry["ledger"]
     names = (
         "final_loss",
         "learned_loss",

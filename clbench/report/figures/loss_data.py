@@ -110,7 +110,7 @@ def read(results: pathlib.Path, wanted: Filter | None = None) -> list[LossField]
     traces: dict[str, LossTrace] = {}
     streams: dict[tuple[str, str], Mapping[str, Any]] = {}
     for entry in entries(results / "records", []):
-        if not loss_facts.usable(entry):
+        if not loss_facts.is_loss(entry) or not loss_facts.usable(entry):
             continue
         runs.append(summarize(entry, known))
         if keep(entry):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from clbench.evaluation import loss_metrics, metrics
+from clbench.evaluation import loss_metrics, row_metrics
 from clbench.records import loss_facts
 from clbench.report.columns import extra_numbers
 from clbench.report.figures import loss_data
@@ -65,7 +65,7 @@ class Losses:
                 rows.append(_row(line, place, key) | extra)
                 details.append(_levels(line))
         others = extra_numbers(line.row for field in fields for line in field.lines)
-        about = loss_metrics.ABOUT | dict.fromkeys(others, metrics.ABOUT_SUMS)
+        about = loss_metrics.ABOUT | dict.fromkeys(others, row_metrics.ABOUT)
         return {"streams": streams, "rows": rows, "about": about, "details": _fit(details)}
 
 
