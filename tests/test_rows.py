@@ -32,7 +32,7 @@ COMMITTED = sorted((ROOT / "results").glob("**/records/*.json"))
 
 @pytest.mark.parametrize("part", range(8))
 def test_every_committed_record_keeps_its_tables_and_its_numbers(part):
-    """Migrated from schema 1 and back: every key as it lies in the file, and every number to the last bit; one of schema 2 as it is."""
+    """Migrated from schema 1 and back: every key as it lies in the file and every number to the last bit; schema 2 as it is."""
     assert len(COMMITTED) > 600
     for path in COMMITTED[part::8]:
         lies = json.loads(path.read_text())
@@ -279,6 +279,15 @@ def test_rows_of_a_repeat_of_losses():
         verdict = rerun.compare("x", mine, losses(rows=[edits(0, done=[found, None])]) | machine())
         assert verdict.verdict == wanted
     assert "a repeat has no done of edits" in rerun.compare("x", mine, losses() | machine()).reasons[0]
+    bare = {key: value for key, value in losses().items() if key != "curves"} | machine()
+    assert "all 8 losses are equal" in rerun.compare("x", losses() | machine(), bare).notes[0]  # curves are not compared
+    near = bare | {"sum_loss": [[4.0, 9.0], [6.1, 5.0]]}
+    there = rerun.compare("x", losses() | machine(cpu="B"), near)
+    text = "1 of 8 losses differ, token_loss[1].loss[0] most: the record says 1.5 nats per token, the repeat 1.525"
+    assert text in there.notes[0]
+    assert "all within the tolerance (0.05)" in there.notes[0]
+    far = rerun.compare("x", losses() | machine(cpu="B"), bare | {"sum_loss": [[4.0, 9.0], [7.0, 5.0]]})
+    assert far.verdict == "failed" and far.reasons[1] == "1 beyond the tolerance (0.05)"
 
 
 def test_one_summary_of_every_evaluator():

@@ -47,7 +47,7 @@ class Cell:
         if self.said is None or self.found is None:
             return math.inf
         size = abs(self.said - self.found)
-        return size if size > SAME * abs(self.said) else 0.0
+        return 0.0 if isinstance(self.said, float) and size <= SAME * abs(self.said) else size
 
     @property
     def share(self) -> float:
@@ -76,15 +76,16 @@ def compare(name: str, entry: Entry, again: Entry) -> Verdict:
         if lost := row["sums"].keys() - have.get(_place(row), {}).keys() - {"n"}:
             why = f"a repeat has no {min(lost)} of {row['evaluator']} for experience {row['experience']}"
             return Verdict(name, "failed", (why,))
-    sizes = [(row["sums"].get("n"), have[_place(row)].get("n")) for row in rows]
+    pairs = [(row, have.get(_place(row), {})) for row in rows]
+    sizes = [(row["sums"].get("n"), sums.get("n")) for row, sums in pairs]
     if entry["n"] != again["n"] or not rows or any(a != b for a, b in sizes if a and b):
         return Verdict(name, "failed", ("a repeat evaluates other sets",))
-    return _verdict(name, steps, [c for row in rows for c in cells(entry, row, have[_place(row)])], list(machine(entry, again)))
+    return _verdict(name, steps, [cell for pair in pairs for cell in cells(entry, *pair)], list(machine(entry, again)))
 
 
 def _verdict(name: str, steps: int, made: Sequence[Cell], others: list[str]) -> Verdict:
     """`others` is what differs between the machines: where nothing does, nothing may differ."""
-    kinds, found = _joined(cell.kind for cell in made), [cell for cell in made if cell.size]
+    kinds, found = " and ".join(dict.fromkeys(cell.kind for cell in made)), [cell for cell in made if cell.size]
     listed = f"the machine differs: {', '.join(others)}"
     if not found:
         note = f"repeated {steps} experiences: all {len(made)} {kinds} are equal"
@@ -99,19 +100,15 @@ def _verdict(name: str, steps: int, made: Sequence[Cell], others: list[str]) -> 
     return Verdict(name, "verified", (), (f"{text}; all within {rule}", listed))
 
 
-def _joined(words: Iterator[str]) -> str:
-    return " and ".join(dict.fromkeys(words))
-
-
 def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row.get(key) for key in PLACE)
 
 
 def _rows(entry: Entry) -> Iterator[Mapping[str, Any]]:
-    """Every row with what is compared: confusions refine counts, and looks at losses see one sequence of each set."""
+    """Every row with the sums that are compared: not confusions, which refine counts, and not curves, of few samples each."""
     for row in rows_of(entry).get("rows", ()):
-        looks = row["evaluator"] in LOSSES and row["step"] is not None
-        left_out = ("loss", "correct") if looks else ("task_confusion",)
+        is_look = row["evaluator"] in LOSSES and row["step"] is not None
+        left_out = ("loss", "correct") if is_look else ("task_confusion",)
         yield row | {"sums": {name: column for name, column in row["sums"].items() if name not in left_out}}
 
 
@@ -123,7 +120,7 @@ def cells(entry: Entry, row: Mapping[str, Any], sums: Mapping[str, Any]) -> Iter
     for name, column in row["sums"].items():
         for j, (said, found) in enumerate(zip(column, sums[name], strict=True) if name != "n" else ()):
             place, size = f"{where}.{name}[{j}]", n[j] or 0
-            if evaluator in LOSSES and name == "loss" and said is not None and found is not None:
+            if evaluator in LOSSES and name == "loss" and size and said is not None and found is not None:
                 yield Cell("losses", place, said / size, found / size, NEAR_LOSS, f" {measure_of(entry)}")
             elif name == "class_correct" and sizes and said is not None and found is not None:
                 for k, (a, b, size) in enumerate(zip(said, found, sizes[j], strict=True)):
@@ -142,7 +139,8 @@ def _numbers(where: str, said: Any, found: Any, n: int) -> Iterator[Cell]:
     elif isinstance(said, int | float) and isinstance(found, int | float):
         yield Cell("sums", where, said, found, NEAR * abs(said))
     elif said is not None or found is not None:
-        yield Cell("sums", where, None, None, 0.0)
+        said, found = (v if isinstance(v, int | float) else None for v in (said, found))
+        yield Cell("sums", where, said, found, 0.0)
 
 
 def machine(entry: Entry, again: Entry) -> Iterator[str]:
