@@ -15,7 +15,7 @@ from clbench.config.registry import asks, choices
 from clbench.evaluation import loss_metrics
 from clbench.evaluation.linear_probe import hits
 from clbench.interfaces import UserError
-from clbench.records import record
+from clbench.records import record, rerun
 from clbench.records.verify import verify
 from clbench.report import report
 from clbench.run.runner import prepare, run_job
@@ -220,6 +220,23 @@ def test_wrong_counts_of_the_probe_are_refused(finished, tmp_path):
         assert code == 1 and words in text, text
     record.write({k: v for k, v in made["plain"].items() if k != "probe"}, tmp_path / "records")
     assert "streams of images have a linear probe" in verify(tmp_path)[0]
+
+
+def test_a_repeat_compares_losses_and_probe(finished):
+    entry = finished[1]["plain"]
+    (note,) = rerun.compare("x", entry, entry).notes
+    assert "repeated 3 experiences: all 30 losses and counts are equal" in note
+    for path, words in (
+        (("probe", "own", 1, 0), "linear_probe[1].own[0] most"),
+        (("sum_loss", 1, 2), "reconstruction[1].loss[2] most: the record says"),
+    ):
+        again = json.loads(json.dumps(entry))
+        inner = again
+        for key in path[:-1]:
+            inner = inner[key]
+        inner[path[-1]] -= 1
+        verdict = rerun.compare("x", entry, again)
+        assert verdict.verdict == "failed" and "1 of 30 losses and counts differ, " + words in verdict.reasons[0]
 
 
 def test_evaluation_does_not_depend_on_batch_sizes(finished, tmp_path):

@@ -169,7 +169,7 @@ def test_a_record_is_repeated(folder, clbench, tmp_path):
     (tmp_path / "manifests").symlink_to(folder / "manifests")
     record.write(entry, tmp_path / "records")
     done = clbench("verify", "--rerun", str(tmp_path / "records" / path.name), code=1)
-    assert "1 of 15 losses differ, sum_loss[1][0] most" in done.stdout and "on the same processor" in done.stdout
+    assert "1 of 15 losses differ, token_loss[1].loss[0] most" in done.stdout and "on the same processor" in done.stdout
 
 
 def test_columns_are_explained():

@@ -147,6 +147,7 @@ def changed(entry, path, value):
         (("curves", "boundaries"), [0], "1 boundaries for 3 experiences"),
         (("scenario", "context"), 17, "differs from the manifest"),
         (("floor", 0), 0.1, "floor differs from the manifest"),
+        (("scenario", "kind"), "class_incremental", "kind differs from the manifest"),
         (("curves",), None, "a part is missing or of the wrong kind"),
         (("curves", "loss", "language_0", 2), float("nan"), "losses that are no finite numbers from 0"),
     ],

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clbench.cli import main
-from clbench.evaluation import loss_metrics, metrics, row_metrics
-from clbench.records import migrations, record, rerun, rerun_losses, tables
+from clbench.evaluation import metrics, row_metrics
+from clbench.records import migrations, record, rerun, tables
 from clbench.records.rows import COUNTS, rows_of
 from clbench.records.verify import verify
 from clbench.report import report
@@ -32,18 +32,20 @@ COMMITTED = sorted((ROOT / "results").glob("**/records/*.json"))
 
 @pytest.mark.parametrize("part", range(8))
 def test_every_committed_record_keeps_its_tables_and_its_numbers(part):
-    """Migrated from schema 1 and back: every key as it lies in the file, and every number to the last bit."""
+    """Migrated from schema 1 and back: every key as it lies in the file and every number to the last bit; schema 2 as it is."""
     assert len(COMMITTED) > 600
     for path in COMMITTED[part::8]:
         lies = json.loads(path.read_text())
+        if lies["schema"] == record.SCHEMA:
+            assert rows_of(tables.tables(lies)) == {key: value for key, value in lies.items() if key != "checksum"}
+            continue
         form = migrations.migrate(lies, record.SCHEMA)
         assert record.fault(form) is None and "correct" not in form and "sum_loss" not in form
         view = tables.tables(json.loads(json.dumps(form)))
         assert view.pop("rows") == [] and len(view.pop("sets")) == len(lies["n"])
         assert json.dumps(view, sort_keys=True) == json.dumps(lies | {"schema": record.SCHEMA}, sort_keys=True)
         assert "legacy" not in view["marks"]
-        for summary in (metrics.summary, loss_metrics.summary):
-            assert repr(summary(view)) == repr(summary(lies))
+        assert repr(metrics.summary(view)) == repr(metrics.summary(lies))
 
 
 def test_a_record_of_schema_1_and_one_of_schema_2_read_alike(tmp_path):
@@ -259,7 +261,7 @@ def test_rows_of_a_repeat():
     def compare(entry, **sums):
         return rerun.compare("x", entry, again(rows=[edits(0, **({"done": [8, None], "far": [2.0, 3.5]} | sums))]))
 
-    assert compare(mine).verdict == "verified" and "all 15 counts are equal" in compare(mine).notes[0]
+    assert compare(mine).verdict == "verified" and "all 15 counts and sums are equal" in compare(mine).notes[0]
     assert compare(mine, far=[2.0 + 1e-12, 3.5]).verdict == "verified"
     for sums in ({"done": [7, None]}, {"far": [2.0, 3.6]}, {"far": [2.0, None]}):
         assert compare(mine, **sums).verdict == "failed", sums
@@ -274,9 +276,29 @@ def test_rows_of_a_repeat():
 def test_rows_of_a_repeat_of_losses():
     mine = losses(rows=[edits(0, done=[4, None])]) | machine()
     for found, wanted in ((4, "verified"), (3, "failed")):
-        verdict = rerun_losses.compare("x", mine, losses(rows=[edits(0, done=[found, None])]) | machine())
+        verdict = rerun.compare("x", mine, losses(rows=[edits(0, done=[found, None])]) | machine())
         assert verdict.verdict == wanted
-    assert "a repeat has no done of edits" in rerun_losses.compare("x", mine, losses() | machine()).reasons[0]
+    assert "a repeat has no done of edits" in rerun.compare("x", mine, losses() | machine()).reasons[0]
+    bare = {key: value for key, value in losses().items() if key != "curves"} | machine()
+    assert "all 8 losses are equal" in rerun.compare("x", losses() | machine(), bare).notes[0]  # curves are not compared
+    near = bare | {"sum_loss": [[4.0, 9.0], [6.1, 5.0]]}
+    there = rerun.compare("x", losses() | machine(cpu="B"), near)
+    text = "1 of 8 losses differ, token_loss[1].loss[0] most: the record says 1.5 nats per token, the repeat 1.525"
+    assert text in there.notes[0]
+    assert "all within the tolerance (0.05)" in there.notes[0]
+    far = rerun.compare("x", losses() | machine(cpu="B"), bare | {"sum_loss": [[4.0, 9.0], [7.0, 5.0]]})
+    assert far.verdict == "failed" and far.reasons[1] == "1 beyond the tolerance (0.05)"
+
+
+def test_one_summary_of_every_evaluator():
+    counts, sums = whole(rows=[edits(1, done=[5, 4])]), losses()
+    both = counts | {key: sums[key] for key in ("sum_loss", "sum_loss_start", "tokens", "floor", "bytes_per_token")}
+    found = metrics.summary(both)
+    assert found.keys() == {*metrics.summary(counts), *metrics.summary(both | {"correct": None})}
+    assert (found["edits/done"], found["final_loss"]) == (0.45, 1.25)
+    assert found["last_macro"] == metrics.summary(counts)["last_macro"]
+    assert found.keys() - {"edits/done"} <= metrics.ABOUT.keys()
+    assert set(metrics.summary(sums)) <= metrics.ABOUT.keys() and "last_macro" not in metrics.summary(sums)
 
 
 def test_an_evaluator_alone_is_a_result(tmp_path):
@@ -285,5 +307,7 @@ def test_an_evaluator_alone_is_a_result(tmp_path):
         entry.pop(key, None)
     text, code = verify(record.write(entry, tmp_path / "records"))
     assert code == 0 and "of other evaluators only the sizes are checked" in text
+    assert "all 3 counts are equal" in rerun.compare("x", entry | machine(), entry | machine()).notes[0]
+    assert rerun.compare("x", entry | machine(), entry | machine() | {"rows": []}).verdict == "failed"
     assert "edits/done" in report(tmp_path, strict=True)[0] and math.isclose(row_metrics.summary(entry)["edits/done"], 0.45)
     html.write(tmp_path)

@@ -211,7 +211,7 @@ def machine(**changes):
 
 
 def again(**changes):
-    keys = ("n", "correct", "correct_masked", "correct_top5", "class_correct")
+    keys = ("n", "first_seen", "correct", "correct_masked", "correct_top5", "class_correct")
     return {key: copy.deepcopy(whole()[key]) for key in keys} | machine() | changes
 
 
@@ -227,7 +227,8 @@ def test_an_equal_repeat_is_verified():
 def test_one_count_more_fails_on_the_same_machine_only():
     moved = again(correct=[[8, None], [6, 8]], class_correct=[[[8], None], [[6], [8]]])
     same = rerun.compare("x", whole() | machine(), moved)
-    assert same.verdict == "failed" and "2 of 12 counts differ, correct[1][1] most: the record says 9 of 10" in same.reasons[0]
+    text = "2 of 12 counts differ, accuracy[1].correct[1] most: the record says 9 of 10, the repeat 8"
+    assert same.verdict == "failed" and text in same.reasons[0]
     assert "on the same processor with the same versions and flags" in same.reasons[0]
     there = rerun.compare("x", whole() | machine(cpu="B"), moved)
     assert there.verdict == "verified" and "within the tolerance (3 standard errors, at least 2 samples)" in there.notes[0]

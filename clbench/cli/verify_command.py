@@ -15,7 +15,7 @@ from clbench.config.moved import current
 from clbench.config.signatures import signature
 from clbench.evaluation import evaluators
 from clbench.interfaces import UserError
-from clbench.records import loss_facts, record, rerun, rerun_losses
+from clbench.records import record, rerun
 from clbench.records.verify import Verdict, line, verdicts, verify
 from clbench.streams.operators import registry as operators
 
@@ -24,7 +24,7 @@ STEPS = 2  # experiences that are repeated
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("path", nargs="?", default="results", metavar="PATH", help="a record or a results folder (results)")
-    words = "repeat the first two experiences of a record, or of N drawn from PATH (1), and compare every count"
+    words = "repeat the first two experiences of a record, or of N drawn from PATH (1), and compare every count and loss"
     parser.add_argument("--rerun", nargs="?", const="1", metavar="N | RECORD", help=words)
     parser.add_argument("--seed", type=int, metavar="N", help="with --rerun N: which ones are drawn (0)")
     parser.add_argument("--data-root", metavar="DIR", help="where data and weights lie (the environment's CLBENCH_DATA)")
@@ -90,8 +90,7 @@ def repeat(path: Path, number: int, seed: int, data_root: str | None) -> tuple[s
 
 def _drawn(path: Path, number: int, seed: int) -> Iterator[Path]:
     folder = path / "records" if (path / "records").is_dir() else path
-    done = (e for e in record.entries(folder, []) if e["status"] == "ok" and _by_other_code(e) is None)
-    good = [e["run_id"] for e in done if isinstance(e.get("correct"), list) or loss_facts.usable(e)]
+    good = [e["run_id"] for e in record.entries(folder, []) if e["status"] == "ok" and _by_other_code(e) is None]
     for run_id in sorted(random.Random(seed).sample(good, min(number, len(good)))):
         yield folder / f"{run_id}.json"
 
@@ -107,9 +106,6 @@ def _by_other_code(entry: Mapping[str, Any]) -> str | None:
 def _again(file: Path, data_root: str | None) -> Verdict:
     """Build the run from its record, see that it is the same run, repeat its beginning, compare."""
     entry = record.read(file)
-    losses = loss_facts.usable(entry)
-    if not losses and not isinstance(entry.get("correct"), list):
-        raise UserError("it holds losses of a kind of stream that is not known here")
     config = restored(entry, data_root)
     registry.check(config)
     from clbench.run import runner
@@ -132,7 +128,7 @@ def _again(file: Path, data_root: str | None) -> Verdict:
         )
     steps = min(STEPS, len(job.scenario.manifest.experiences))
     flags = (entry.get("machine") or {}).get("flags") or {}
-    return (rerun_losses if losses else rerun).compare(file.name, entry, runner.repeat(job, flags, steps))
+    return rerun.compare(file.name, entry, runner.repeat(job, flags, steps))
 
 
 def restored(entry: Mapping[str, Any], data_root: str | None) -> dict[str, Any]:

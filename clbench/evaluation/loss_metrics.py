@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from clbench.evaluation import row_metrics
-
 Array = np.ndarray
 ABOUT: dict[str, str] = {
     "final_loss": "mean over sets after the last experience, nats per token",
@@ -242,7 +240,7 @@ def rate_share(same: Mapping[str, Any], shifted: Mapping[str, Any], name: str) -
 
 
 def summary(record: Mapping[str, Any]) -> dict[str, float]:
-    """Every number that one record allows, by name; {} for a record without losses."""
+    """Every number that the losses of one record allow, by name; {} for a record without."""
     if not isinstance(record.get("sum_loss"), list) or not isinstance(record.get("tokens"), list):
         return {}
     tokens, first, names = record["tokens"], record["first_seen"], record["scenario"]["eval_names"]
@@ -275,4 +273,4 @@ def summary(record: Mapping[str, Any]) -> dict[str, float]:
         if curves.get("accuracy"):
             values["min_acc"] = min_accuracy(curves, names, first)
             values["wc_acc"] = worst_case_accuracy(curves, names, first)
-    return values | row_metrics.summary(record)
+    return values

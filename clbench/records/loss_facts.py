@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from clbench.evaluation import loss_metrics
+from clbench.evaluation import loss_metrics, metrics
 from clbench.records import record
 
 KIND = "continual_pretraining"
@@ -23,16 +23,19 @@ def is_loss(entry: Entry) -> bool:
 
 
 def usable(entry: Entry) -> bool:
-    """Whether everything that the table needs is there and of the right kind."""
-    return summary_of(entry) is not None
+    """Whether everything that the table of losses needs is there and of the right kind."""
+    return is_loss(entry) and summary_of(entry) is not None
 
 
 def summary_of(entry: Entry) -> dict[str, float] | None:
-    """The numbers of a usable record, also those that are not finite; None for any other."""
+    """The numbers of a finished record, also those that are not finite; None for one of pre-training that is not usable."""
+    if not is_loss(entry):
+        return metrics.summary(entry)
     try:
         if entry["status"] != "ok" or not all(isinstance(entry["ledger"][name], int) for name in LEDGER):
             return None
-        return loss_metrics.summary(entry) or None if isinstance(entry["ledger"]["flops"], int | float) else None
+        found = metrics.summary(entry) if isinstance(entry["ledger"]["flops"], int | float) else {}
+        return found if "final_loss" in found else None
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError):
         return None
 
@@ -47,15 +50,10 @@ def unit_of(entry: Entry) -> str:
     return "images" if entry["scenario"].get("unit") == "images" else "tokens"
 
 
-def values_of(entry: Entry) -> dict[str, float]:
-    """The finite numbers of a usable record; {} for any other."""
-    return {k: v for k, v in (summary_of(entry) or {}).items() if math.isfinite(v)}
-
-
 def facts_of(entry: Entry, is_usable: bool) -> dict[str, Any]:
     """Options, ledger, and digests under which the runs to compare with are found. `is_usable`: what `usable` says of it."""
     learner = entry["config"].get("learner", {})
-    made: dict[str, Any] = {"options": options(entry), "usable": is_usable, "iid": bool(entry["scenario"].get("iid"))}
+    made: dict[str, Any] = {"options": _options(entry), "usable": is_usable, "iid": bool(entry["scenario"].get("iid"))}
     if not made["usable"]:
         return made
     alone = not made["options"]["replay"] and learner.get("data", "new") == "new"
@@ -67,7 +65,7 @@ def facts_of(entry: Entry, is_usable: bool) -> dict[str, Any]:
     return made | {"first": _first_set(entry), "rise": rise}
 
 
-def options(entry: Entry) -> dict[str, Any]:
+def _options(entry: Entry) -> dict[str, Any]:
     """The options of a learner that the literature compares, where it has them."""
     learner = entry["config"].get("learner", {})
     replay = learner.get("replay")

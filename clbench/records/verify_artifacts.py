@@ -20,7 +20,8 @@ from typing import Any
 from clbench.config.moved import current
 from clbench.config.signatures import problems, split_target
 from clbench.interfaces import UserError
-from clbench.records import loss_facts, record, verify_losses
+from clbench.records import record
+from clbench.records.loss_facts import is_loss
 
 HERE = pathlib.Path(__file__).resolve().parent
 MODELS = HERE.parent / "models"
@@ -76,7 +77,8 @@ def look(entry: Entry, place: Place, gaps: list[str]) -> Iterator[str]:
 
 def _manifest(entry: Entry, place: Place, gaps: list[str]) -> Iterator[str]:
     """The stream lies beside the records: its hash is recomputed, and the record must describe it."""
-    sha, scenario = entry["scenario"]["manifest_sha256"], entry["scenario"]
+    scenario = entry["scenario"]
+    sha = scenario["manifest_sha256"]
     path = place.results / "manifests" / f"{sha}.json"
     if not isinstance(sha, str) or not re.fullmatch(r"[0-9a-f]{64}", sha) or not path.exists():
         gaps.append("its manifest is not at hand")
@@ -87,20 +89,30 @@ def _manifest(entry: Entry, place: Place, gaps: list[str]) -> Iterator[str]:
         return
     if manifest.sha256 != sha:
         yield f"{path.name} holds another stream"
-    if loss_facts.is_loss(entry):
-        yield from verify_losses.stream(entry, manifest)
+    if scenario["kind"] != manifest.kind:
+        yield "kind differs from the manifest"
         return
-    steps = [(e.name, list(e.classes), e.task, len(e.train)) for e in manifest.experiences]
-    pairs = {
+    yield from (f"{name} differs from the manifest" for name, (said, true) in _told(entry, manifest).items() if said != true)
+
+
+def _told(entry: Entry, manifest: Any) -> dict[str, tuple[Any, Any]]:
+    """What a record says of its stream, by name, and what a manifest of the same kind says."""
+    told = entry["scenario"]
+    pairs: dict[str, tuple[Any, Any]] = {"budget": (told["budget"], dict(manifest.budget))}
+    if is_loss(entry):
+        pairs |= {key: (told[key], getattr(manifest, key)) for key in ("context", "batch", "vocab")}
+        pairs["experiences"] = told["experiences"], [dict(e) for e in manifest.experiences]
+        pairs |= {key: (entry[key], [e[key] for e in manifest.evals]) for key in ("floor", "bytes_per_token", "first_seen")}
+        pairs["n"] = entry["n"], [e["tokens"] for e in manifest.evals]
+        return pairs | {"eval_names": (told["eval_names"], [e["name"] for e in manifest.evals])}
+    steps = [(e["name"], e["classes"], e["task"], e["num_train"]) for e in told["experiences"]]
+    return pairs | {
         "n": (entry["n"], [len(e.ids) for e in manifest.evals]),
         "first_seen": (entry["first_seen"], [e.first_seen for e in manifest.evals]),
         "eval_classes": (entry.get("eval_classes"), [list(e.classes) for e in manifest.evals]),
-        "kind": (scenario["kind"], manifest.kind),
-        "class_order": (scenario["class_order"], list(manifest.class_order)),
-        "budget": (scenario["budget"], dict(manifest.budget)),
-        "experiences": ([(e["name"], e["classes"], e["task"], e["num_train"]) for e in scenario["experiences"]], steps),
+        "class_order": (told["class_order"], list(manifest.class_order)),
+        "experiences": (steps, [(e.name, list(e.classes), e.task, len(e.train)) for e in manifest.experiences]),
     }
-    yield from (f"{name} differs from the manifest" for name, (said, true) in pairs.items() if said != true)
 
 
 def _weights(entry: Entry, place: Place, gaps: list[str]) -> Iterator[str]:

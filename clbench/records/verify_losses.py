@@ -1,4 +1,4 @@
-"""Recompute what can be recomputed of a pre-training record: sums, floors, ledger, curves, stream."""
+"""Checks of the losses of a pre-training record: sums, floors, ledger, curves, linear probe."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 from clbench.evaluation import loss_metrics
 from clbench.records.loss_facts import LEDGER
-from clbench.streams.tokens.manifest import TokenManifest
 
 SLACK = 0.01  # nats per token by which a finite evaluation set may be predicted better than by its source
 
@@ -105,22 +104,3 @@ def _curves(entry: Mapping[str, Any]) -> Iterator[str]:
     planned = {s["experience"] for s in entry["plan"]}
     if len(curves["boundaries"]) != len(planned):
         yield f"{len(curves['boundaries'])} boundaries for {len(planned)} experiences that were trained"
-
-
-def stream(entry: Mapping[str, Any], found: Any) -> Iterator[str]:
-    """The manifest that lies beside the records: the record must describe it."""
-    if not isinstance(found, TokenManifest):
-        yield "its manifest is of images"
-        return
-    told = entry["scenario"]
-    pairs: dict[str, tuple[Any, Any]] = {
-        "n": (entry["n"], [e["tokens"] for e in found.evals]),
-        "floor": (entry["floor"], [e["floor"] for e in found.evals]),
-        "bytes_per_token": (entry["bytes_per_token"], [e["bytes_per_token"] for e in found.evals]),
-        "first_seen": (entry["first_seen"], [e["first_seen"] for e in found.evals]),
-        "eval_names": (told["eval_names"], [e["name"] for e in found.evals]),
-        "experiences": (told["experiences"], [dict(e) for e in found.experiences]),
-        "budget": (told["budget"], dict(found.budget)),
-        **{name: (told[name], getattr(found, name)) for name in ("kind", "context", "batch", "vocab")},
-    }
-    yield from (f"{name} differs from the manifest" for name, (said, true) in pairs.items() if said != true)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clbench.config.signatures import nearest
-from clbench.evaluation import metrics
 from clbench.interfaces import UserError
 from clbench.records import loss_facts, record
 from clbench.records.variant import family, variant, weights_of
@@ -58,7 +57,7 @@ def summarize(entry: Mapping[str, Any], known: dict[str, Any] | None = None) -> 
         known[name] = (settings | {"plug-in": entry["learner"].get("plugin")}, family(entry))
     settings, kin = known[name]
     losses = loss_facts.is_loss(entry)
-    found = (loss_facts.summary_of(entry) if losses else metrics.summary(entry)) if done else None
+    found = loss_facts.summary_of(entry) if done else None
     values = {k: v for k, v in (found or {}).items() if math.isfinite(v)}
     error = entry.get("error") or {}
     trouble = f"{plain(error.get('type', ''))}: {plain(error.get('message', ''))[:160]}" if entry["status"] == "failed" else ""
