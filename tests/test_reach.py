@@ -20,7 +20,7 @@ from clbench.streams.handles import Handle, end, is_live, opened
 from clbench.streams.images.data import ImageBatch, ImageData, open_experience, shuffled
 from clbench.streams.scenario import ArrayImages, FileImages
 from clbench.streams.tokens.class_groups import class_groups
-from clbench.streams.tokens.scenario import TokenData
+from clbench.streams.tokens.data import TokenData
 from clbench.testing import adversary, contract, data_reach, loss_contract, loss_data_reach
 from clbench.testing.reach import Marks, found_in, reachable
 from clbench.training import looks

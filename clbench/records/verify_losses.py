@@ -8,7 +8,6 @@ from typing import Any
 
 from clbench.evaluation import loss_metrics
 from clbench.records.loss_facts import LEDGER
-from clbench.streams.tokens.manifest import TokenManifest
 
 SLACK = 0.01  # nats per token by which a finite evaluation set may be predicted better than by its source
 
@@ -109,7 +108,7 @@ def _curves(entry: Mapping[str, Any]) -> Iterator[str]:
 
 def stream(entry: Mapping[str, Any], found: Any) -> Iterator[str]:
     """The manifest that lies beside the records: the record must describe it."""
-    if not isinstance(found, TokenManifest):
+    if not found.asks == "loss":
         yield "its manifest is of images"
         return
     told = entry["scenario"]

@@ -17,8 +17,8 @@ from torch import nn
 from clbench.config.compose import build
 from clbench.interfaces import Capabilities, Experience
 from clbench.run.token_stream import experience_of
+from clbench.streams.manifest import Manifest
 from clbench.streams.tokens.image_scenario import ImageScenario
-from clbench.streams.tokens.manifest import TokenManifest
 from clbench.streams.tokens.scenario import TokenScenario, eval_windows
 from clbench.streams.tokens.texts import synthetic
 from clbench.testing import loss_data_reach
@@ -185,9 +185,7 @@ def check_same_hash(built: list[TokenScenario]) -> None:
     assert first.sha256 == second.sha256, "built twice, it has two hashes"
     with tempfile.TemporaryDirectory() as folder:
         first.save(pathlib.Path(folder) / "m.json")
-        assert TokenManifest.load(pathlib.Path(folder) / "m.json").sha256 == first.sha256, (
-            "written and read, it has another hash"
-        )
+        assert Manifest.load(pathlib.Path(folder) / "m.json").sha256 == first.sha256, "written and read, it has another hash"
 
 
 def check_tokens(built: list[TokenScenario]) -> None:
@@ -218,8 +216,8 @@ def check_no_leak(built: list[TokenScenario]) -> None:
 def check_floors(built: list[TokenScenario]) -> None:
     """A known floor lies between 0 and the logarithm of the vocabulary."""
     for entry in built[0].manifest.evals:
-        floor = entry["floor"]
-        assert floor is None or 0 <= floor <= math.log(built[0].manifest.vocab), f"{entry['name']}: floor {floor}"
+        floor = entry.floor
+        assert floor is None or 0 <= floor <= math.log(built[0].manifest.vocab), f"{entry.name}: floor {floor}"
 
 
 SCENARIO_CHECKS: tuple[Callable[[list[TokenScenario]], None], ...] = (
