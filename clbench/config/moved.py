@@ -48,7 +48,6 @@ MOVED = {
     "planning": "run.plan",
     "terminal": "run.terminal",
     "testing": "testing.contract",
-    "testing_loss": "testing.loss_contract",
     "catalog": "config.registry",
     "config": "config.compose",
     "options": "config.run_options",
@@ -97,6 +96,7 @@ MOVED = {
 }
 JOINED = {  # what became part of a module that goes by another name of the first edition
     "streams.token_manifest": "streams.manifest",
+    "testing_loss": "testing.contract",
 }
 _NEW = MOVED | JOINED
 _OLD = {new: old for old, new in MOVED.items()}
