@@ -9,7 +9,7 @@ Legend for shapes in this package: B batch, N samples, C channels, H W image, D 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -25,6 +25,12 @@ class BudgetExceeded(UserError):
     """A learner used more than the scenario allows."""
 
 
+RULES = {  # fields of `Budget` that limit a learner which is asked so
+    "predict": ("epochs", "sample_visits", "exemplars", "exemplar_bytes", "stored_bytes"),
+    "loss": ("processed", "exemplar_bytes"),
+}
+
+
 @dataclass(frozen=True)
 class Budget:
     """The rules of the game that limit a learner. `None` means unlimited; negative values raise `UserError`.
@@ -35,6 +41,7 @@ class Budget:
     exemplar_bytes  the same in bytes of the stored arrays
     stored_bytes    everything else that a learner holds between experiences: weights, statistics, prototypes
     in_order        an experience's samples come once, in stream order; what was not kept is gone. Needs epochs=1
+    processed       tokens (of autoencoders: images) trained on in one experience: trunk, branch and replay together
     """
 
     epochs: int = 1
@@ -43,6 +50,7 @@ class Budget:
     exemplar_bytes: int | None = None
     stored_bytes: int | None = None
     in_order: bool = False
+    processed: int | None = None
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -61,9 +69,9 @@ class Budget:
         if self.in_order and self.epochs != 1:
             raise UserError(f"budget.in_order=true means one pass: budget.epochs must be 1, got {self.epochs}")
 
-    def rules(self) -> dict[str, Any]:
-        """The fields as manifests and records hold them: without `in_order` where it is false."""
-        return {k: v for k, v in asdict(self).items() if k != "in_order" or v}
+    def rules(self, asks: Literal["predict", "loss"] = "predict") -> dict[str, Any]:
+        """The fields as manifests and records hold them: those of `RULES`, and `in_order` where it is true."""
+        return {name: getattr(self, name) for name in RULES[asks]} | ({"in_order": True} if self.in_order else {})
 
 
 @dataclass(frozen=True)

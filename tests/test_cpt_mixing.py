@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clbench.interfaces import UserError
-from clbench.streams.tokens.scenario import TokenData
+from clbench.streams.tokens.data import TokenData
 from clbench.training.pretraining.data_mixture import Mixture, Replay, quotas
 from clbench.training.pretraining.ledger import Ledger
 

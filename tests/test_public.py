@@ -76,7 +76,7 @@ def exists(module):
     return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
 
 
-@pytest.mark.parametrize(("old", "new"), moved.MOVED.items())
+@pytest.mark.parametrize(("old", "new"), (moved.MOVED | moved.JOINED).items())
 def test_moved_modules_say_where(old, new):
     assert exists(new)
     if exists(old):  # a package of that name is here now: it answers for itself

@@ -20,8 +20,10 @@ from clbench.streams.handles import Handle, end, is_live, opened
 from clbench.streams.images.data import ImageBatch, ImageData, open_experience, shuffled
 from clbench.streams.scenario import ArrayImages, FileImages
 from clbench.streams.tokens.class_groups import class_groups
-from clbench.streams.tokens.scenario import TokenData
-from clbench.testing import adversary, contract, data_reach, loss_contract, loss_data_reach
+from clbench.streams.tokens.data import TokenData
+from clbench.testing import adversary, contract, data_reach
+from clbench.testing import trial as trials
+from clbench.testing.anytime import Idle
 from clbench.testing.reach import Marks, found_in, reachable
 from clbench.training import looks
 from clbench.training.memory import Memory
@@ -43,23 +45,22 @@ def trial(learner="ncm"):
 def text_trial(learner="infinite"):
     (config,) = compose(["scenario=cpt_synthetic", f"learner={learner}"])
     target = contract.load_target(config["learner"]["_target_"])
-    return loss_contract.LossTrial(config, contract.declared(target, config["learner"]), loss_contract.small_stream())
+    return trials.LossTrial(config, trials.small_texts(), contract.declared(target, config["learner"]))
 
 
-class MaeTrial(loss_contract.LossTrial):
+class MaeTrial(trials.LossTrial):
     """Groups of digits for a masked autoencoder."""
 
-    def start(self, folder=None):
+    def model(self):
         sizes = {"image": 8, "patch": 2, "width": 16, "depth": 1, "heads": 2}
         sizes |= {"decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2}
-        model = build({"_target_": "clbench.models.mae.build_mae", "name": "m", **sizes})
-        return build(self.config["learner"], model=model, runtime=PretrainRuntime(seed=0, device=torch.device("cpu")))
+        return build({"_target_": "clbench.models.mae.build_mae", "name": "m", **sizes})
 
 
 def mae_trial(learner):
     made = text_trial(learner)
     options = {"num_classes": 6, "limit_train": 16, "limit_test": 10, "increment": 2, "epochs": 2, "batch": 8}
-    return MaeTrial(made.config, made.capabilities, class_groups(name="s", dataset="digits", **options))
+    return MaeTrial(made.config, class_groups(name="s", dataset="digits", **options), made.capabilities)
 
 
 # --- handles
@@ -442,7 +443,7 @@ def test_the_check_finds_data_that_leads_elsewhere(kind, monkeypatch):
         (e.train.pipeline if kind == "pipeline" else e.train).leak = what
         return e
 
-    monkeypatch.setattr(contract, "open_experience", leaking)  # inside learn
+    monkeypatch.setattr(trials, "open_experience", leaking)  # inside learn
     failing(data_reach.check_only_own_data_is_reachable, trial())
     monkeypatch.undo()
     monkeypatch.setattr(data_reach, "open_experience", leaking)  # before it
@@ -477,35 +478,35 @@ def test_the_adversary_finds_a_way_that_works(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(TokenData, "close", lambda self: None)
     with pytest.raises(AssertionError, match="after the experience"):
-        loss_data_reach.check_text_adversary(text_trial())
+        data_reach.check_text_adversary(text_trial())
 
 
 @pytest.mark.parametrize("kind", ["observer", "tokens"])
 def test_the_check_finds_a_runtime_or_a_text_that_leads_elsewhere(kind):
     made = text_trial()
 
-    class Leaking(loss_contract.LossTrial):
-        def start(self, folder=None):
-            learner = super().start(folder)
+    class Leaking(trials.LossTrial):
+        def start(self, folder=None, **changes):
+            made = super().start(folder, **changes)
             if kind == "observer":
-                learner.runtime.observer = loss_data_reach._Holder([self.scenario.evaluation(0)])
-            return learner
+                made[1].observer = Idle([self.scenario.evaluation(0)])
+            return made
 
-        def experience(self, index):
-            e = super().experience(index)
+        def open(self, index, pipeline):
+            e = super().open(index, pipeline)
             if kind == "tokens":
                 vars(e.train)["tokens"] = self.scenario.domains[2].train
             return e
 
-    failing(loss_data_reach.check_only_own_text_is_reachable, Leaking(made.config, made.capabilities, made.scenario))
+    failing(data_reach.check_only_own_data_is_reachable, Leaking(made.config, made.scenario, made.capabilities))
 
 
 @pytest.mark.parametrize("kind", [text_trial, mae_trial])
 @pytest.mark.parametrize("name", LOSS)
 def test_own_learners_of_texts_and_of_masked_images(name, kind):
     made = kind(name)
-    loss_data_reach.check_only_own_text_is_reachable(made)
-    loss_data_reach.check_text_adversary(made)
+    data_reach.check_only_own_data_is_reachable(made)
+    data_reach.check_text_adversary(made)
 
 
 # --- costs

@@ -274,7 +274,7 @@ def new(args: Namespace) -> int:
 
 def manifest(args: Namespace) -> int:
     """Write, check or show the stream of a scenario."""
-    from clbench.streams.tokens.manifest import load_any
+    from clbench.streams.manifest import Manifest
 
     if args.out and args.action != "write":
         raise UserError(f"--out has no effect with manifest {args.action}")
@@ -282,19 +282,19 @@ def manifest(args: Namespace) -> int:
         if not args.overrides:
             raise UserError("say which file: clbench manifest check FILE")
         for path in args.overrides:
-            print(f"{path}: ok, sha256 {load_any(Path(path)).sha256}")
+            print(f"{path}: ok, sha256 {Manifest.load(path).sha256}")
         return 0
     found = compose.compose(args.overrides)[0]
     registry.check(found)
     scenario = compose.build(found["scenario"])
     made = scenario.manifest
     if args.action == "show":
-        print(made.text(scenario.class_name) if hasattr(scenario, "class_name") else made.text())
+        print(scenario.text())
         return 0
     if not args.out:
         raise UserError("say where to: clbench manifest write ... --out FILE")
     out = Path(args.out)
-    if out.exists() and load_any(out).sha256 != made.sha256:
+    if out.exists() and Manifest.load(out).sha256 != made.sha256:
         raise UserError(f"{out} holds another stream; choose another name or remove it first")
     made.save(out)
     print(f"{out}: sha256 {made.sha256}")

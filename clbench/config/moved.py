@@ -48,7 +48,6 @@ MOVED = {
     "planning": "run.plan",
     "terminal": "run.terminal",
     "testing": "testing.contract",
-    "testing_loss": "testing.loss_contract",
     "catalog": "config.registry",
     "config": "config.compose",
     "options": "config.run_options",
@@ -78,7 +77,6 @@ MOVED = {
     "streams.sequences": "streams.tokens.sequences",
     "streams.sources": "streams.tokens.markov",
     "streams.texts": "streams.tokens.texts",
-    "streams.token_manifest": "streams.tokens.manifest",
     "streams.class_groups": "streams.tokens.class_groups",
     "training.journal": "training.checkpoint",
     "training.parallel": "training.distributed",
@@ -96,12 +94,17 @@ MOVED = {
     "training.schedule_free": "training.pretraining.schedule_free",
     "training.trunk": "training.pretraining.trunk_and_branch",
 }
+JOINED = {  # what became part of a module that goes by another name of the first edition
+    "streams.token_manifest": "streams.manifest",
+    "testing_loss": "testing.contract",
+}
+_NEW = MOVED | JOINED
 _OLD = {new: old for old, new in MOVED.items()}
 
 
 def current(target: str) -> str:
     """A dotted target with the module's name of today: `clbench.walk.Walk` -> `clbench.run.loop.Walk`."""
-    return _renamed(target, MOVED)
+    return _renamed(target, _NEW)
 
 
 def first_edition(target: str) -> str:
@@ -124,6 +127,6 @@ class Finder:
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         """None for every other module."""
-        if name.startswith("clbench.") and (found := MOVED.get(name.removeprefix("clbench."))):
+        if name.startswith("clbench.") and (found := _NEW.get(name.removeprefix("clbench."))):
             raise ModuleNotFoundError(f"{name} is now clbench.{found}; plug-ins import from clbench itself", name=name)
         return None

@@ -42,10 +42,10 @@ class Place:
     def manifest(self, sha: str, path: pathlib.Path) -> Any:
         """A manifest of images or of texts, or why it is none; each file is read once."""
         if sha not in self._manifests:
-            from clbench.streams.tokens.manifest import load_any
+            from clbench.streams.manifest import Manifest
 
             try:
-                self._manifests[sha] = load_any(path)
+                self._manifests[sha] = Manifest.load(path)
             except UserError as error:
                 self._manifests[sha] = str(error)
         return self._manifests[sha]

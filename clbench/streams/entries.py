@@ -1,13 +1,36 @@
-"""The entries of a manifest: experiences and evaluation sets."""
+"""The entries of a manifest: experiences and evaluation sets.
+
+Their samples are *ids* of a data set, or a *span*: sequences (of autoencoders: images) of a domain, counted in the domain's
+order. `FIELDS` says what an entry of either form writes: always, and where it differs from the default.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from clbench.streams import transforms
+
+Form = Literal["ids", "spans"]
+Fields = dict[Form, tuple[tuple[str, ...], tuple[str, ...]]]
+
+
+def written(part: Any, form: Form) -> list[str]:
+    """Names of the fields of a manifest or an entry that have a place in its JSON text."""
+    always, _ = part.FIELDS[form]
+    return [*always, *(name for name in differing(part) if name not in always)]
+
+
+def differing(part: Any) -> Iterator[str]:
+    """Names of the fields that do not have their default."""
+    for item in fields(part):
+        value = getattr(part, item.name)
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        if len(value) if isinstance(value, np.ndarray) else value != default:
+            yield item.name
 
 
 def _frozen(ids: np.ndarray) -> np.ndarray:
@@ -16,9 +39,21 @@ def _frozen(ids: np.ndarray) -> np.ndarray:
     return ids
 
 
-def _steps(steps: Any) -> Any:
-    """Steps of a transform as a tuple; what is none is left for `manifest_rules.check` to name."""
-    return tuple(steps) if isinstance(steps, list | tuple) else steps
+def _no_ids() -> np.ndarray:
+    return np.zeros(0, np.int64)
+
+
+def _settle(entry: ExperienceEntry | EvalEntry, ids: str) -> None:
+    """Arrays that nobody changes, tuples; what is no list of steps is left for `manifest_rules.check` to name."""
+    steps = entry.transform
+    values = {
+        "classes": tuple(int(c) for c in entry.classes),
+        ids: _frozen(getattr(entry, ids)),
+        "labels": None if entry.labels is None else _frozen(entry.labels),
+        "transform": tuple(steps) if isinstance(steps, list | tuple) else steps,
+    }
+    for name, value in values.items():
+        object.__setattr__(entry, name, value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,23 +65,37 @@ class ExperienceEntry:
     budget     fields of `interfaces.Budget` in which this experience differs from the manifest's
     boundary   whether the learner is told where this experience ends
     transform  how the stored pixels are changed, see `transforms`
+
+    Of a span: `sequences` of domain number `domain` from the one numbered `first`, read in `steps` batches. As a mapping
+    (`entry["steps"]`, `dict(entry)`) it is what the manifest writes.
     """
 
+    FIELDS: ClassVar[Fields] = {
+        "ids": (("name", "task", "classes", "train"), ("labels", "labelled", "budget", "boundary", "transform")),
+        "spans": (("name", "domain", "first", "sequences", "steps"), ()),
+    }
     name: str
-    task: int | None
-    classes: tuple[int, ...]
-    train: np.ndarray
+    task: int | None = None
+    classes: tuple[int, ...] = ()
+    train: np.ndarray = field(default_factory=_no_ids)
     labels: np.ndarray | None = None
     labelled: bool = True
     budget: dict[str, Any] | None = None
     boundary: bool = True
     transform: transforms.Steps = ()
+    domain: int = 0
+    first: int = 0
+    sequences: int = 0
+    steps: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "classes", tuple(int(c) for c in self.classes))
-        object.__setattr__(self, "train", _frozen(self.train))
-        object.__setattr__(self, "labels", None if self.labels is None else _frozen(self.labels))
-        object.__setattr__(self, "transform", _steps(self.transform))
+        _settle(self, "train")
+
+    def keys(self) -> list[str]:
+        return written(self, "spans" if self.sequences else "ids")
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,20 +105,36 @@ class EvalEntry:
     labels, transform  as in `ExperienceEntry`
     order, batch_size  for learners that adapt while they are tested: "given" shows the samples in the order of `ids`, in
                        batches of `batch_size` (None: the run's); "any" leaves both to the run
+
+    Of a span: `sequences` of domain number `domain`, spread over its validation part, with `tokens` (or images) in all.
+    floor            exact loss of the true source on them, nats per token, where it is known
+    bytes_per_token  of the validation text; None where tokens are no text
     """
 
+    FIELDS: ClassVar[Fields] = {
+        "ids": (("name", "task", "classes", "ids", "first_seen"), ("labels", "transform", "order", "batch_size")),
+        "spans": (("name", "domain", "sequences", "first_seen", "tokens", "floor", "bytes_per_token"), ()),
+    }
     name: str
-    task: int | None
-    classes: tuple[int, ...]
-    ids: np.ndarray
-    first_seen: int
+    task: int | None = None
+    classes: tuple[int, ...] = ()
+    ids: np.ndarray = field(default_factory=_no_ids)
+    first_seen: int = 0
     labels: np.ndarray | None = None
     transform: transforms.Steps = ()
     order: str = "any"
     batch_size: int | None = None
+    domain: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    floor: float | None = None
+    bytes_per_token: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "classes", tuple(int(c) for c in self.classes))
-        object.__setattr__(self, "ids", _frozen(self.ids))
-        object.__setattr__(self, "labels", None if self.labels is None else _frozen(self.labels))
-        object.__setattr__(self, "transform", _steps(self.transform))
+        _settle(self, "ids")
+
+    def keys(self) -> list[str]:
+        return written(self, "spans" if self.sequences else "ids")
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from clbench.interfaces import Budget, UserError
 from clbench.streams import datasets
 from clbench.streams.manifest import EvalEntry, ExperienceEntry, Manifest
+from clbench.streams.manifest_rules import budget_of
 from clbench.streams.operators.registry import apply
 from clbench.streams.pools import concatenated
 from clbench.streams.scenario import Dataset, Scenario
@@ -75,7 +76,7 @@ def class_incremental(
     Raises:
         UserError: for any value that does not fit; one line.
     """
-    rules = _budget(budget)
+    rules = budget_of(budget, "predict")
     data = datasets.load(dataset, data_root, download, sha256)
     kept = kept_classes(data, num_classes, classes)
     ordered = appearance(order, order_seed, data.num_classes, kept, classes is not None)
@@ -152,7 +153,7 @@ def domain_incremental(
 
     `domains` names the domains in order (None: all, in the data set's order); other arguments as in `class_incremental`.
     """
-    rules = _budget(budget)
+    rules = budget_of(budget, "predict")
     data = datasets.load(dataset, data_root, download, sha256)
     kept = kept_classes(data, num_classes, classes)
     train, evaluate = select(data, kept, limit_train, limit_test, validation, validation_seed, evaluate_on)
@@ -253,14 +254,3 @@ def _domains(data: Dataset, chosen: Sequence[str] | None) -> list[int]:
     if not positions or len(set(positions)) != len(positions):
         raise UserError(f"scenario.domains must name each domain at most once, and at least one; got {list(chosen)}")
     return positions
-
-
-def _budget(budget: Mapping[str, Any] | None) -> Budget:
-    known = [item.name for item in fields(Budget) if item.name != "in_order"]
-    if budget is not None and not isinstance(budget, Mapping):
-        raise UserError(f"scenario.budget must be a mapping with {', '.join(known)}, got {budget!r}")
-    for key in budget or {}:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1, 0.0)[0]
-            raise UserError(f"unknown budget.{key}; did you mean budget.{near}?")
-    return Budget(**dict(budget or {}))

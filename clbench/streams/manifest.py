@@ -1,4 +1,4 @@
-"""A scenario is a manifest: an ordered list of sample ids, class ids and visibility rules with a SHA-256.
+"""A scenario is a manifest: an ordered list of samples, class ids and visibility rules with a SHA-256.
 
 The hash covers everything that changes the stream (samples, order, evaluation sets, disclosure, budget) and nothing else: no
 path, device or version. Its text is canonical JSON (sorted keys, no spaces, ASCII), with sample ids as runs: "0-499,731", and
@@ -12,75 +12,75 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from clbench.interfaces import UserError
-from clbench.streams.entries import EvalEntry, ExperienceEntry
+from clbench.streams.entries import EvalEntry, ExperienceEntry, Fields, Form, written
 from clbench.streams.id_runs import MAX_SAMPLES, decode_ids, decode_labels, encode_ids, encode_labels
-from clbench.streams.manifest_rules import check, checked_keys
+from clbench.streams.manifest_rules import check, checked_keys, kept_rules, of_form
+from clbench.streams.manifest_text import lines
 
 SCHEMA = 1
-
-
-def save_json(path: Path, sha256: str, body: str) -> None:
-    """Write a manifest's canonical text with its hash, indented, in one move; what cannot be written raises `UserError`."""
-    text = json.dumps({"sha256": sha256, **json.loads(body)}, indent=1) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("x", encoding="ascii") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write manifest {path}: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+SPANS = "continual_pretraining"  # the kind of all streams whose samples are spans of domains
 
 
 @dataclass(frozen=True, eq=False)
 class Manifest:
     """The whole stream. Two manifests are equal when their hashes are.
 
-    dataset      {"name", "sha256", "num_samples"}: what the sample ids point into. Of several data sets one after another
-                 also "parts", those of each, and "classes" (see `pools.concatenated`)
-    class_order  original class ids by order of first appearance: position = the id that learners see
     looks        per experience the numbers of its samples after which the learner is evaluated; empty: at its end alone
     evaluators   names of what is asked of the learner; empty: what the kind of stream asks for
     operators    what made this stream of a generator's, in order, as {name: options}
+
+    Where samples are ids:
+    dataset      {"name", "sha256", "num_samples"}: what the ids point into. Of several data sets one after another
+                 also "parts", those of each, and "classes" (see `pools.concatenated`)
+    class_order  original class ids by order of first appearance: position = the id that learners see
+
+    Where they are spans of domains (texts, or images for autoencoders):
+    domains      name, sha256, number of training and validation tokens of each; of images also "unit", "side", ...
+    batch        sequences in a step, with `context` predictions each, out of `vocab` tokens
     """
 
+    FIELDS: ClassVar[Fields] = {
+        "ids": (
+            ("kind", "dataset", "class_order", "experiences", "evals", "discloses_task", "has_boundaries", "budget", "schema"),
+            ("looks", "evaluators", "operators"),
+        ),
+        "spans": (
+            ("kind", "vocab", "context", "batch", "domains", "experiences", "evals", "budget", "schema"),
+            ("looks", "evaluators", "operators"),
+        ),
+    }
     kind: str
-    dataset: dict[str, Any]
-    class_order: tuple[int, ...]
-    experiences: tuple[ExperienceEntry, ...]
-    evals: tuple[EvalEntry, ...]
-    discloses_task: bool
-    has_boundaries: bool
-    budget: dict[str, Any]
+    dataset: dict[str, Any] = field(default_factory=dict)
+    class_order: tuple[int, ...] = ()
+    experiences: tuple[ExperienceEntry, ...] = ()
+    evals: tuple[EvalEntry, ...] = ()
+    discloses_task: bool = False
+    has_boundaries: bool = True
+    budget: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
     looks: tuple[tuple[int, ...], ...] = ()
     evaluators: tuple[str, ...] = ()
     operators: tuple[dict[str, dict[str, Any]], ...] = ()
+    domains: tuple[dict[str, Any], ...] = ()
+    vocab: int = 0
+    context: int = 0
+    batch: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "class_order", tuple(int(c) for c in self.class_order))
-        if isinstance(self.budget, Mapping) and self.budget.get("in_order") is False:
-            object.__setattr__(self, "budget", {k: v for k, v in self.budget.items() if k != "in_order"})
-        object.__setattr__(self, "looks", tuple(tuple(one) for one in self.looks))
-        object.__setattr__(self, "evaluators", tuple(self.evaluators))
-        object.__setattr__(self, "operators", tuple(self.operators))
-        object.__setattr__(self, "experiences", tuple(self.experiences))
-        object.__setattr__(self, "evals", tuple(self.evals))
+        values = {name: tuple(getattr(self, name)) for name in ("experiences", "evals", "evaluators", "operators", "domains")}
+        values |= {"class_order": tuple(int(c) for c in self.class_order), "looks": tuple(tuple(one) for one in self.looks)}
+        for name, value in {**values, "budget": kept_rules(self.budget, self.asks)}.items():
+            object.__setattr__(self, name, value)
         check(self)
 
     def __eq__(self, other: object) -> bool:
@@ -88,6 +88,26 @@ class Manifest:
 
     def __hash__(self) -> int:
         return hash(self.sha256)
+
+    @property
+    def form(self) -> Form:
+        """What samples are: "ids" of a data set, or "spans" of domains."""
+        return "spans" if self.kind == SPANS else "ids"
+
+    @property
+    def asks(self) -> Literal["predict", "loss"]:
+        """What is asked of a learner."""
+        return "loss" if self.form == "spans" else "predict"
+
+    @property
+    def unit(self) -> str:
+        """What is counted: "tokens", or "images" (then a sequence is one image, with one loss)."""
+        return str(self.domains[0].get("unit", "tokens")) if self.domains else "images"
+
+    @property
+    def iid(self) -> bool:
+        """Whether all experiences are of one domain: then nothing shifts."""
+        return bool(self.domains) and len({entry.domain for entry in self.experiences}) == 1
 
     @cached_property
     def sha256(self) -> str:
@@ -114,24 +134,12 @@ class Manifest:
 
     def to_json(self) -> str:
         """Canonical JSON text, without the hash."""
-        body = _written(self)
-        body["experiences"] = [_written(e) for e in self.experiences]
-        body["evals"] = [_written(e) for e in self.evals]
-        return _canonical(body)
+        body = {name: getattr(self, name) for name in written(self, self.form)}
+        return _canonical({**body, **{part: [_encoded(dict(e)) for e in body[part]] for part in ("experiences", "evals")}})
 
     def text(self, name: Callable[[int], str] = str) -> str:
         """The stream for people: a line for each experience and each evaluation set. `name` names an original class id."""
-        lines = [f"{self.kind}, {self.dataset['name']}, sha256 {self.sha256}"]
-        lines += [f"  operator {json.dumps(one, sort_keys=True)}" for one in self.operators]
-        named = any(name(c) != str(c) for c in self.class_order)  # "10=2": id 10 is the class named 2
-        classes = {c: f"{c}={name(c)}" if named else str(c) for c in self.class_order}
-        for e in self.experiences:
-            line = f"  {e.name:<10} {len(e.train):>7} samples  classes {' '.join(classes[c] for c in e.classes)}"
-            lines.append(line + _remarks(e))
-        for e in self.evals:
-            line = f"  evaluate {e.name:<10} {len(e.ids):>7} samples  first seen in experience {e.first_seen}"
-            lines.append(line + _remarks(e))
-        return "\n".join(lines)
+        return "\n".join(lines(self, name))
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -144,7 +152,7 @@ class Manifest:
 
     def save(self, path: str | Path) -> None:
         """Write the manifest with its hash to `path`, in one move: nobody ever sees half a file."""
-        save_json(Path(path), self.sha256, self.to_json())
+        _write(Path(path), json.dumps({"sha256": self.sha256, **json.loads(self.to_json())}, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Manifest:
@@ -165,69 +173,65 @@ class Manifest:
         return manifest
 
 
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("x", encoding="ascii") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write manifest {path}: {error.strerror or error}") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
 def _canonical(body: dict[str, Any]) -> str:
     return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
-def _default(item: Field[Any]) -> Any:
-    """The default of a field that is left out where it has it; MISSING for one that is always written."""
-    return MISSING if item.name == "schema" else item.default
-
-
-def _written(entry: Any) -> dict[str, Any]:
-    """The fields of an entry for JSON, those left out that have their default."""
-    body: dict[str, Any] = {}
-    for item in fields(entry):
-        value, default = getattr(entry, item.name), _default(item)
-        if isinstance(value, np.ndarray):
-            value = encode_labels(value) if item.name == "labels" else encode_ids(value)
-        if default is MISSING or value != default:
-            body[item.name] = value
-    return body
-
-
-def _remarks(entry: ExperienceEntry | EvalEntry) -> str:
-    """What is out of the ordinary about an entry, for people."""
-    said = [f"{name} {json.dumps(options)}" for step in entry.transform for name, options in step.items()]
-    said += ["own labels"] if entry.labels is not None else []
-    if isinstance(entry, EvalEntry):
-        said += [f"in this order, batches of {entry.batch_size or 'any size'}"] if entry.order == "given" else []
-    else:
-        said += [] if entry.labelled else ["without labels"]
-        said += [] if entry.boundary else ["boundary hidden"]
-        said += [f"budget {json.dumps(entry.budget)}"] if entry.budget else []
-    return "".join(f"; {one}" for one in said)
-
-
-def _of_kind(body: Any, kind: type, where: str) -> dict[str, Any]:
-    """A mapping with the fields of a dataclass; those that have a default may be missing."""
-    named = {item.name: _default(item) is MISSING for item in fields(kind)}
-    return checked_keys(body, [name for name, needed in named.items() if needed], where, named)
+def _encoded(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry with its arrays as text."""
+    arrays = {name: value for name, value in entry.items() if isinstance(value, np.ndarray)}
+    return entry | {name: (encode_labels if name == "labels" else encode_ids)(value) for name, value in arrays.items()}
 
 
 def _parse(body: Any) -> Manifest:
     """Plain JSON -> Manifest; types are checked here, meaning in `manifest_rules.check`."""
-    body = _of_kind(body, Manifest, "manifest")
+    spans = isinstance(body, dict) and (body.get("kind") == SPANS or "domains" in body)
+    form: Form = "spans" if spans else "ids"
+    body = of_form(body, Manifest, form, "manifest")
     if body["schema"] != SCHEMA:
         raise UserError(f"manifest schema {body['schema']!r} is not the known {SCHEMA}")
-    dataset = checked_keys(body["dataset"], ("name", "sha256", "num_samples"), "dataset", ("parts", "classes"))
-    total = dataset["num_samples"]
+    if spans and body["kind"] != SPANS:
+        raise UserError(f"it is no manifest of kind {SPANS}, but of {body['kind']!r}")
     try:
-        if type(total) is not int or not 0 < total <= MAX_SAMPLES:
-            raise UserError(f"dataset.num_samples must be a positive whole number, got {total!r}")
-        steps = [_of_kind(e, ExperienceEntry, f"experience {i}") for i, e in enumerate(body["experiences"])]
-        sets = [_of_kind(e, EvalEntry, f"evaluation set {j}") for j, e in enumerate(body["evals"])]
-        entries = tuple(ExperienceEntry(**_decoded(e, "train", total)) for e in steps)
-        return Manifest(
-            **{**body, "experiences": entries, "evals": tuple(EvalEntry(**_decoded(e, "ids", total)) for e in sets)}
-        )
+        total = _total(body["dataset"]) if form == "ids" else 0
+        parts = {"experiences": (ExperienceEntry, "experience"), "evals": (EvalEntry, "evaluation set")}
+        entries = {
+            part: [entry(**_decoded(of_form(e, entry, form, f"{name} {i}"), total)) for i, e in enumerate(body[part])]
+            for part, (entry, name) in parts.items()
+        }
+        return Manifest(**{**body, **entries})
     except UserError:
         raise
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError, KeyError, IndexError) as error:
         raise UserError(f"not a manifest: {error}") from None
 
 
-def _decoded(entry: dict[str, Any], key: str, total: int) -> dict[str, Any]:
+def _total(dataset: Any) -> int:
+    total = checked_keys(dataset, ("name", "sha256", "num_samples"), "dataset", ("parts", "classes"))["num_samples"]
+    if type(total) is not int or not 0 < total <= MAX_SAMPLES:
+        raise UserError(f"dataset.num_samples must be a positive whole number, got {total!r}")
+    return total
+
+
+def _decoded(entry: dict[str, Any], total: int) -> dict[str, Any]:
     """An entry with its ids, and labels where it has its own, as arrays."""
-    ids = decode_ids(entry[key], total)
-    return {**entry, key: ids} | ({"labels": decode_labels(entry["labels"], len(ids))} if "labels" in entry else {})
+    found = {name: decode_ids(entry[name], total) for name in ("train", "ids") if name in entry}
+    if "labels" in entry:
+        found["labels"] = decode_labels(entry["labels"], sum(map(len, found.values())))
+    return entry | found

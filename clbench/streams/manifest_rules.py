@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from clbench.interfaces import Budget, UserError
+from clbench.interfaces import RULES, Budget, UserError
 from clbench.streams import transforms
-from clbench.streams.entries import EvalEntry, ExperienceEntry
+from clbench.streams.entries import EvalEntry, ExperienceEntry, Form, differing
+from clbench.streams.tokens import sequences
 
 if TYPE_CHECKING:
     from clbench.streams.manifest import Manifest
@@ -30,6 +33,32 @@ def checked_keys(body: Any, expected: Iterable[str], where: str, optional: Itera
     return body
 
 
+def of_form(body: Any, kind: Any, form: Form, where: str) -> dict[str, Any]:
+    """A mapping with the fields that a manifest or an entry of this form has; those that have a default may be missing."""
+    always, optional = kind.FIELDS[form]
+    return checked_keys(body, always, where, optional)
+
+
+def budget_of(options: Mapping[str, Any] | None, asks: Literal["predict", "loss"]) -> Budget:
+    """`scenario.budget` of a stream that asks for classes or losses; `UserError` with the nearest name for an unknown one."""
+    known = RULES[asks]
+    if options is not None and not isinstance(options, Mapping):
+        raise UserError(f"scenario.budget must be a mapping with {', '.join(known)}, got {options!r}")
+    for key in options or {}:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1, 0.0)[0]
+            raise UserError(f"unknown budget.{key}; did you mean budget.{near}?")
+    return Budget(**dict(options or {}))
+
+
+def kept_rules(budget: Any, asks: Literal["predict", "loss"]) -> Any:
+    """A manifest's budget without rules of other streams that have their default; what is no mapping is left for `check`."""
+    default = asdict(Budget())
+    if not isinstance(budget, Mapping):
+        return budget
+    return {k: v for k, v in budget.items() if k in RULES[asks] or k not in default or v is not default[k]}
+
+
 def _check_entry(where: str, entry: ExperienceEntry | EvalEntry, ids: np.ndarray, total: int) -> None:
     transforms.checked(entry.transform, where)
     if entry.labels is not None and len(entry.labels) != len(ids):
@@ -46,20 +75,31 @@ def _check_entry(where: str, entry: ExperienceEntry | EvalEntry, ids: np.ndarray
 
 def check(manifest: Manifest) -> None:
     """Refuse a stream that contradicts itself."""
-    total = manifest.dataset["num_samples"]
-    if not all(isinstance(manifest.dataset[key], str) for key in ("name", "sha256")):
-        raise UserError("manifest: dataset.name and dataset.sha256 must be text")
-    _check_parts(manifest.dataset)
     if not isinstance(manifest.kind, str) or type(manifest.discloses_task) is not bool:
         raise UserError("manifest: kind must be text, discloses_task and has_boundaries true or false")
     if type(manifest.has_boundaries) is not bool or not isinstance(manifest.budget, Mapping):
         raise UserError("manifest: has_boundaries must be true or false, budget a mapping")
-    checked_keys(dict(manifest.budget), Budget().rules(), "budget", ("in_order",))
+    checked_keys(dict(manifest.budget), RULES[manifest.asks], "budget", ("in_order",) if manifest.form == "ids" else ())
     Budget(**manifest.budget)
-    if not all(0 <= c < MAX_CLASSES for c in manifest.class_order):
-        raise UserError(f"manifest: class ids must be in 0..{MAX_CLASSES - 1}")
     if not manifest.experiences or not manifest.evals:
         raise UserError("manifest has no experiences or no evaluation sets")
+    parts = {f"experience {i}": e for i, e in enumerate(manifest.experiences)} | {"manifest": manifest}
+    for where, part in (parts | {f"evaluation set {j}": e for j, e in enumerate(manifest.evals)}).items():
+        if foreign := set(differing(part)).difference(*part.FIELDS[manifest.form]):
+            raise UserError(f"{where}: {', '.join(sorted(foreign))} have no place where samples are {manifest.form}")
+    (_check_spans if manifest.form == "spans" else _check_ids)(manifest)
+    _check_looks(manifest)
+
+
+def _check_ids(manifest: Manifest) -> None:
+    """Samples that are ids of a data set."""
+    dataset = checked_keys(manifest.dataset, ("name", "sha256", "num_samples"), "dataset", ("parts", "classes"))
+    if not all(isinstance(dataset[key], str) for key in ("name", "sha256")):
+        raise UserError("manifest: dataset.name and dataset.sha256 must be text")
+    _check_parts(dataset)
+    if not all(0 <= c < MAX_CLASSES for c in manifest.class_order):
+        raise UserError(f"manifest: class ids must be in 0..{MAX_CLASSES - 1}")
+    total = dataset["num_samples"]
     trained = np.zeros(total, bool)
     for i, entry in enumerate(manifest.experiences):
         _check_entry(f"experience {i}", entry, entry.train, total)
@@ -69,8 +109,7 @@ def check(manifest: Manifest) -> None:
         raise UserError("manifest: class_order is not the order in which the classes first appear")
     for j, entry in enumerate(manifest.evals):
         _check_entry(f"evaluation set {j}", entry, entry.ids, total)
-        if type(entry.first_seen) is not int or not 0 <= entry.first_seen < len(manifest.experiences):
-            raise UserError(f"evaluation set {j}: first_seen {entry.first_seen!r} is no experience")
+        _check_first_seen(manifest, j)
         if entry.order not in ("any", "given") or not (entry.batch_size is None or _whole(entry.batch_size)):
             raise UserError(f"evaluation set {j}: order must be any or given, batch_size a whole number from 1 or null")
         if entry.batch_size is not None and entry.order == "any":
@@ -79,7 +118,42 @@ def check(manifest: Manifest) -> None:
             raise UserError(f"evaluation set {j} holds classes that no experience teaches")
         if trained[entry.ids].any():
             raise UserError(f"evaluation set {j}: sample {entry.ids[trained[entry.ids]][0]} is also a training sample")
-    _check_looks(manifest)
+
+
+def _check_spans(m: Manifest) -> None:
+    """Samples that are spans of domains."""
+    for name in ("vocab", "context", "batch"):
+        if not _whole(getattr(m, name)):
+            raise UserError(f"manifest: {name} must be a whole number from 1")
+    needed = {"name": str, "sha256": str, "train_tokens": int, "validation_tokens": int}
+    if not all(isinstance(d, dict) and all(type(d.get(k)) is t for k, t in needed.items()) for d in m.domains):
+        raise UserError(f"manifest: every domain must have {', '.join(needed)}")
+    if not m.domains or (m.unit == "images" and not all(_whole(d.get("side")) for d in m.domains)):
+        raise UserError("manifest has no domains, or images without a side")
+    for where, entry in [("experience", e) for e in m.experiences] + [("evaluation set", e) for e in m.evals]:
+        if not isinstance(entry.name, str) or type(entry.domain) is not int or not 0 <= entry.domain < len(m.domains):
+            raise UserError(f"manifest: {where} {entry.name!r} is of domain {entry.domain!r}, there are {len(m.domains)}")
+    for i, entry in enumerate(m.experiences):
+        if type(entry.first) is not int or entry.first < 0 or not _whole(entry.sequences) or not _whole(entry.steps):
+            raise UserError(f"manifest: experience {i} has no sequences or no steps")
+        tokens = m.domains[entry.domain]["train_tokens"]
+        if entry.first + entry.sequences > (tokens if m.unit == "images" else sequences.count(tokens, m.context)):
+            raise UserError(f"manifest: experience {i} reads past the end of domain {m.domains[entry.domain]['name']}")
+    for j, entry in enumerate(m.evals):
+        _check_first_seen(m, j)
+        if not _whole(entry.sequences) or entry.tokens != entry.sequences * m.context:
+            raise UserError(f"manifest: evaluation set {j} has {entry.tokens} tokens for {entry.sequences} sequences")
+        if m.experiences[entry.first_seen].domain != entry.domain:
+            raise UserError(f"manifest: evaluation set {j} is of another domain than experience {entry.first_seen}")
+        known = [n for n in (entry.floor, entry.bytes_per_token) if n is not None]
+        if not all(isinstance(n, int | float) and type(n) is not bool and math.isfinite(n) for n in known):
+            raise UserError(f"manifest: evaluation set {j}: floor and bytes_per_token must be numbers or null")
+
+
+def _check_first_seen(manifest: Manifest, j: int) -> None:
+    first = manifest.evals[j].first_seen
+    if type(first) is not int or not 0 <= first < len(manifest.experiences):
+        raise UserError(f"evaluation set {j}: first_seen {first!r} is no experience")
 
 
 def _check_parts(dataset: Mapping[str, Any]) -> None:
@@ -121,6 +195,7 @@ def _check_looks(manifest: Manifest) -> None:
     for i, (looks, entry) in enumerate(zip(manifest.looks, manifest.experiences, strict=False)):
         rising = all(a < b for a, b in pairwise(looks))
         visits = len(entry.train) * int((entry.budget or manifest.budget).get("epochs", manifest.budget.get("epochs", 1)))
+        visits = entry.steps * manifest.batch if manifest.form == "spans" else visits
         if not all(_whole(look) for look in looks) or not rising or (looks and looks[-1] > visits):
             raise UserError(f"experience {i}: looks must be rising whole numbers in 1..{visits}")
     if not all(isinstance(name, str) and name for name in manifest.evaluators):

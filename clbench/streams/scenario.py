@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -148,6 +148,35 @@ class Scenario:
         names = self.dataset.class_names
         again, c = divmod(original, len(names))
         return f"{names[c]} ({again + 1})" if again else names[c]
+
+    def text(self) -> str:
+        """The stream for people, with the names of its classes."""
+        return self.manifest.text(self.class_name)
+
+    def describe(self) -> dict[str, Any]:
+        """What a record says about the stream and its evaluation sets."""
+        m = self.manifest
+        experiences = [
+            {"name": e.name, "classes": list(e.classes), "task": e.task, "num_train": len(e.train)} for e in m.experiences
+        ]
+        about = {
+            "name": self.name,
+            "kind": m.kind,
+            "manifest_sha256": m.sha256,
+            "num_experiences": len(m.experiences),
+            "eval_names": [e.name for e in m.evals],
+            "class_order": list(m.class_order),
+            "experiences": experiences,
+            "budget": self.budget.rules(),
+        }
+        labels = [self.labels(e) for e in m.evals]
+        return {
+            "scenario": about,
+            "n": [len(e.ids) for e in m.evals],
+            "first_seen": [e.first_seen for e in m.evals],
+            "eval_classes": [list(e.classes) for e in m.evals],
+            "class_n": [[int((y == c).sum()) for c in e.classes] for y, e in zip(labels, m.evals, strict=True)],
+        }
 
     def facts(self) -> Facts:
         """What is compared with a learner's capabilities."""

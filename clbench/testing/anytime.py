@@ -11,10 +11,36 @@ from clbench.training import looks
 from clbench.training.state import fingerprint
 
 
-class Asking:
+class Idle:
+    """An observer with evaluation data, as the runner's has it; it looks at nothing."""
+
+    def __init__(self, sets: list[Any]):
+        self.sets = sets
+
+    def after_step(self, step: int, visits: int) -> float:
+        return 0.0
+
+    def due(self, segment: Any, step: int) -> bool:
+        return False
+
+    def look(self, model: Any, segment: Any, step: int) -> None:
+        pass
+
+    def trunk_ended(self, model: Any) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class Asking(Idle):
     """An observer that asks a learner about an evaluation set after every step of `fit`, as a stream with looks may."""
 
     def __init__(self, trial: Any, learner: Any, pipeline: Any):
+        super().__init__([])
         self.trial, self.learner, self.pipeline = trial, learner, pipeline
         self.experience, self.asked = 0, 0
 
@@ -27,23 +53,6 @@ class Asking:
         assert torch.isfinite(z).all(), f"predict gave NaN or infinite scores after {where}"
         self.asked += 1
         return 0.0
-
-    def due(self, segment: Any, step: int) -> bool:
-        """Of plans of pre-training: none here."""
-        return False
-
-    def look(self, model: Any, segment: Any, step: int) -> None:
-        """See `due`."""
-
-    def trunk_ended(self, model: Any) -> None:
-        """See `due`."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing."""
 
 
 def check_anytime(trial: Any) -> None:

@@ -1,15 +1,18 @@
-"""The contract: only its own data is within a learner's reach. For streams of images; see `testing` and `loss_data_reach`.
+"""The contract: only its own data is within a learner's reach. See `contract`.
 
 The *walk* goes through all that hangs on the experience, its batches, the model, the runtime, the learner and the local
 variables of `learn`, while it runs and after the experience has ended, and looks for samples of others: pixels, orders of
-labels, remembered features. The *adversary* tries the ways of `adversary` one by one.
+labels, remembered features, texts. The *adversary* tries the ways of `adversary` one by one.
 """
 
 from __future__ import annotations
 
+import contextvars
+import dataclasses
 import gc
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -21,10 +24,13 @@ from clbench.streams.handles import opened
 from clbench.streams.images.data import open_experience
 from clbench.streams.scenario import Scenario
 from clbench.streams.stored import Stored
-from clbench.testing import adversary
+from clbench.streams.tokens.scenario import TokenScenario
+from clbench.testing import adversary, anytime
 from clbench.testing.reach import Marks, found_in
+from clbench.training import looks
+from clbench.training.pretraining.data_mixture import Mixture, Replay
 
-CALLS = (0, 2)  # calls of `check_stop` inside one `learn` at which everything is walked through
+CALLS = (0, 2)  # calls of the runtime inside one `learn` at which everything is walked through
 
 
 def pixels(scenario: Scenario, pipeline: Any, ids: Iterable[int]) -> dict[str, np.ndarray]:
@@ -56,6 +62,19 @@ def _renumbered(scenario: Scenario, y: np.ndarray) -> np.ndarray:
     return table[y]
 
 
+def samples(scenario: TokenScenario, index: int, past: bool) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+    """(what is not experience `index`'s, by name; what is) of a stream of texts or of images; `past`: earlier ones are too."""
+    numbers = range(len(scenario.manifest.experiences))
+    own_ones = [i for i in numbers if i == index or (past and i < index)]
+    datas: list[Any] = [scenario.data(i) for i in numbers]
+    end = -8 if scenario.manifest.unit == "images" else None  # behind an image stands the key of its mask
+    parts = {i: [row[:end] for row in data.read(np.arange(len(data)))] for i, data in enumerate(datas)}
+    foreign = {f"sample {k} of experience {i}": row for i in numbers if i not in own_ones for k, row in enumerate(parts[i])}
+    for j in range(len(scenario.manifest.evals)):
+        foreign |= {f"sample {k} of evaluation set {j}": row[:end] for k, row in enumerate(scenario.evaluation(j))}
+    return foreign, [row for i in own_ones for row in parts[i]]
+
+
 def remembered(model: Any, besides: set[int]) -> dict[str, np.ndarray]:
     """Features that the model remembers of samples other than `besides`, by name."""
     if not hasattr(model, "memory"):
@@ -74,22 +93,27 @@ def frames(trial: Any) -> dict[str, Any]:
     return found
 
 
-class _Walk:
-    """Stands for `runtime.check_stop` while a learner learns, and looks around from there. `found` says what should not be."""
+class _Images:
+    """What is known of a stream of images when a learner learns experience `index`, and how to look for samples of others."""
+
+    where = "check_stop"  # of the runtime: what is called inside `learn`
 
     def __init__(self, trial: Any, learner: Any, runtime: Any, pipeline: Any, index: int):
         self.trial, self.learner, self.runtime, self.pipeline, self.index = trial, learner, runtime, pipeline, index
         manifest = trial.scenario.manifest
         self.train = [set(map(int, e.train)) for e in manifest.experiences]
         self.tests = {int(i) for e in manifest.evals for i in e.ids}
-        self.calls, self.found = 0, None
-        self.plain = runtime.check_stop
 
-    def __call__(self) -> None:
-        if self.calls in CALLS and self.found is None:
-            self.found = self.look(frames(self.trial), True)
-        self.calls += 1
-        self.plain()
+    def observed(self) -> AbstractContextManager[None]:
+        """Nobody looks while it learns."""
+        return nullcontext()
+
+    def given(self) -> dict[str, Any]:
+        """An experience with what can be made of it, before anything is learned."""
+        experience = open_experience(self.trial.scenario, self.index, self.pipeline)
+        held = adversary.hold(experience)
+        more = {"decoded": experience.train.batch([0]).x, "issued": held["shuffled batches"](0)}
+        return {"experience": experience, **held, **more}
 
     def allowed(self, running: bool) -> set[int]:
         """Samples that may be held: the experience's own while it runs, and what the learner declares that it stores."""
@@ -121,27 +145,67 @@ class _Walk:
         return found_in(roots, Marks(labels(scenario, [self.index]), [y, _renumbered(scenario, y)], least=2), skip)
 
 
+class _Texts:
+    """The same of a stream of texts or of groups of images, whose learners answer with losses."""
+
+    where = "progress"
+
+    def __init__(self, trial: Any, learner: Any, runtime: Any, pipeline: Any, index: int):
+        self.trial, self.learner, self.runtime, self.index = trial, learner, runtime, index
+        self.foreign, self.own = samples(trial.scenario, index, trial.keeps_past)
+        assert len(Marks(self.foreign, self.own)), "no sample of this stream can be told from the others"
+
+    def observed(self) -> AbstractContextManager[None]:
+        """An observer with evaluation data looks while it learns, as the runner's does."""
+        return looks.observed_by(_holder(self.trial.scenario))
+
+    def given(self) -> dict[str, Any]:
+        """An experience, and its first sequences."""
+        experience: Any = self.trial.open(self.index, None)
+        return {"experience": experience, "read": experience.train.read(np.arange(4))}
+
+    def look(self, more: dict[str, Any], running: bool) -> str | None:
+        """Where a foreign sample, or one of an ended experience, can be reached from the learner, its runtime, and `more`."""
+        roots = {"learner": self.learner, "runtime": self.runtime, "context": list(contextvars.copy_context().values())} | more
+        keeps = self.trial.keeps_past
+        ended = {} if keeps or running else {f"sample {k} of the ended experience": row for k, row in enumerate(self.own)}
+        return found_in(roots, Marks(self.foreign | ended, self.own if keeps or running else []), (self, self.trial))
+
+
+class _Walk:
+    """Stands for a method of the runtime while a learner learns, and looks around there. `found` says what should not be."""
+
+    def __init__(self, at: _Images | _Texts):
+        self.at, self.plain, self.calls, self.found = at, getattr(at.runtime, at.where), 0, None
+
+    def __call__(self, *args: Any) -> None:
+        if self.calls in CALLS and self.found is None:
+            self.found = self.at.look(frames(self.at.trial), True)
+        self.calls += 1
+        if self.plain is not None:
+            self.plain(*args)
+
+
 def check_only_own_data_is_reachable(trial: Any) -> None:
     """Nothing that hangs on experience, batches, model, runtime or learner is somebody else's sample, nor of what has ended."""
     learner, runtime, pipeline = trial.start()
     for index in range(2):
-        walk = _Walk(trial, learner, runtime, pipeline, index)
-        before = open_experience(trial.scenario, index, pipeline)
-        walked: dict[str, Any] = {"experience": before, **adversary.hold(before)}
-        walked |= {"decoded": before.train.batch([0]).x, "issued": walked["shuffled batches"](0)}
-        found = walk.look(walked, True)
+        at = (_Images if trial.scenario.asks == "predict" else _Texts)(trial, learner, runtime, pipeline, index)
+        found = at.look(at.given(), True)
         assert found is None, f"before learn, a sample of somebody else can be reached at {found}"
-        runtime.check_stop = walk
+        walk = _Walk(at)
+        setattr(runtime, at.where, walk)
         try:
-            experience = trial.learn(learner, runtime, pipeline, index)
+            with at.observed():
+                experience = trial.learn(learner, runtime, pipeline, index)
         finally:
-            del runtime.check_stop
+            delattr(runtime, at.where)
         assert walk.found is None, f"inside learn, a sample of somebody else can be reached at {walk.found}"
-        trial.scores(learner, pipeline, 0, 5)
+        trial.answers(learner, pipeline)
         if not trial.capabilities.stores_all_data:
-            experience.train.close()
+            close(experience)
         gc.collect()
-        found = walk.look({"experience": experience}, False)
+        found = at.look({"experience": experience}, False)
         assert found is None, f"after experience {index}, a sample of it or of somebody else can be reached at {found}"
 
 
@@ -162,7 +226,7 @@ def check_adversary(trial: Any) -> None:
     assert all(batch._x is None for batch in test), "remembered features need no pixels"
     held = adversary.hold(ended)
     trial.learn(learner, runtime, pipeline, 0)
-    ended.train.close()  # type: ignore[attr-defined]
+    close(ended)
     live = open_experience(scenario, 1, pipeline)
     own = set(live.train.ids.tolist())
     everything = {int(i) for e in scenario.manifest.experiences for i in e.train}
@@ -173,6 +237,33 @@ def check_adversary(trial: Any) -> None:
     ids = np.array(sorted(everything - own), np.int64)
     with torch.no_grad():
         attempt(adversary.IMAGES, adversary.Given(live, held, test, model, runtime, learner, ids), marks)
+
+
+def check_text_adversary(trial: Any) -> None:
+    """None of the known ways leads from an experience, its batches or the runtime to somebody else's samples."""
+    learner, runtime, pipeline = trial.start()
+    ended, live = trial.open(0, pipeline), trial.open(1, pipeline)
+    old: Any = ended.train
+    held: dict[str, Any] = {"data": old, "replaced": dataclasses.replace(old, first=0)}
+    held["mixture"] = Mixture(old, [], Replay(), np.ones((2, 1)))
+    close(ended)
+    ids = np.arange(len(live.train), 2 * len(live.train) + 40)
+    given = adversary.Given(live, held, [], None, runtime, learner, ids)
+    late = {name: way for name, way in adversary.TEXTS.items() if name.endswith("after the experience")}
+    early = {name: way for name, way in adversary.TEXTS.items() if name not in late}
+    with looks.observed_by(_holder(trial.scenario)):
+        attempt(late, given, Marks(*samples(trial.scenario, 1, False)))
+        attempt(early, given, Marks(*samples(trial.scenario, 1, trial.keeps_past)))
+
+
+def close(experience: Any) -> None:
+    """It is over: its data, and that of earlier experiences that came with it, cannot be read any more."""
+    for data in (experience.train, *experience.past):
+        data.close()
+
+
+def _holder(scenario: TokenScenario) -> anytime.Idle:
+    return anytime.Idle([scenario.evaluation(j) for j in range(len(scenario.manifest.evals))])
 
 
 def attempt(ways: dict[str, Callable[[Any], Any]], given: Any, marks: Marks) -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, Literal
 
 import numpy as np
 
 from clbench.interfaces import UserError
 from clbench.streams import generators
+from clbench.streams.manifest import Manifest
 from clbench.streams.scenario import Dataset, Scenario
 from clbench.streams.tokens.image_scenario import ImageDomain, ImageProbing, ImageScenario
+from clbench.streams.tokens.layout import laid_out
 from clbench.streams.tokens.mae_images import AUGMENT, Pictures
-from clbench.streams.tokens.manifest import KIND, TokenBudget, TokenManifest, check
 
 
 def class_groups(
@@ -59,10 +59,10 @@ def class_groups(
     _check_options(augment, epochs=epochs, batch=batch, eval_images=eval_images, **_numbers(probing))
     classes = (base, increment, sizes, order, order_seed, num_classes, limit_train, limit_test)
     dealt = generators.class_incremental(name, dataset, data_root, download, sha256, *classes)
-    domains = _domains(dealt, _side(dealt.dataset, size))
+    domains = _domains(dealt, _side(dealt.dataset, size), augment)
     chosen = list(range(len(domains))) if groups is None else list(groups)
-    manifest = _layout(domains, chosen, augment, epochs, batch, eval_images, budget)
-    return ImageScenario(name, manifest, tuple(domains), augment, probing)
+    manifest = _layout(domains, chosen, epochs, batch, eval_images, budget)
+    return ImageScenario(name, manifest, tuple(domains), probing)
 
 
 def _numbers(probing: ImageProbing) -> dict[str, Any]:
@@ -77,13 +77,16 @@ def _check_options(augment: str, **least: Any) -> None:
         raise UserError(f"scenario.augment must be one of {', '.join(AUGMENT)}, got {augment!r}")
 
 
-def _domains(dealt: Scenario, side: int) -> list[ImageDomain]:
-    pictures = Pictures(dealt.dataset.images, side)
-    entries = enumerate(zip(dealt.manifest.experiences, dealt.manifest.evals, strict=True))
-    return [
-        _domain(dealt.dataset, pictures, f"group{i}", e.classes, np.asarray(e.train), np.asarray(v.ids))
-        for i, (e, v) in entries
-    ]
+def _domains(dealt: Scenario, side: int, augment: str) -> list[ImageDomain]:
+    data, pictures, made = dealt.dataset, Pictures(dealt.dataset.images, side), []
+    for i, (entry, held) in enumerate(zip(dealt.manifest.experiences, dealt.manifest.evals, strict=True)):
+        digest = hashlib.sha256(f"{data.sha256} {side} {list(entry.classes)}".encode())
+        for ids in (entry.train, held.ids):
+            digest.update(len(ids).to_bytes(8, "little"))
+            digest.update(np.ascontiguousarray(ids, "<i8").tobytes())
+        of = (entry.classes, pictures, data.y, entry.train, held.ids)
+        made.append(ImageDomain(f"group{i}", *of, digest.hexdigest(), augment))
+    return made
 
 
 def _side(data: Dataset, size: int | None) -> int:
@@ -98,55 +101,22 @@ def _side(data: Dataset, size: int | None) -> int:
     return shape[0]
 
 
-def _domain(
-    data: Dataset, pictures: Pictures, name: str, classes: Sequence[int], train: np.ndarray, held: np.ndarray
-) -> ImageDomain:
-    digest = hashlib.sha256(f"{data.sha256} {pictures.side} {list(map(int, classes))}".encode())
-    for ids in (train, held):
-        digest.update(len(ids).to_bytes(8, "little"))
-        digest.update(np.ascontiguousarray(ids, "<i8").tobytes())
-    return ImageDomain(name, tuple(map(int, classes)), pictures, data.y, train, held, digest.hexdigest())
-
-
 def _layout(
     domains: Sequence[ImageDomain],
     order: Sequence[int],
-    augment: str,
     epochs: int,
     batch: int,
     eval_images: int,
     budget: Mapping[str, Any] | None,
-) -> TokenManifest:
+) -> Manifest:
     if not order or any(type(d) is not int or not 0 <= d < len(domains) for d in order):
         raise UserError(f"scenario.groups must name groups 0..{len(domains) - 1}, got {list(order)}")
-    experiences, first = [], dict.fromkeys(order, 0)
-    for i, d in enumerate(order):
+    parts = []
+    for d in order:
         held = len(domains[d].train) // list(order).count(d)
         if held < batch:
             raise UserError(f"group {domains[d].name} has {held} images for an experience, scenario.batch is {batch}")
-        label = domains[d].name if list(order).count(d) == 1 else f"{domains[d].name}_{list(order)[: i + 1].count(d)}"
-        steps = epochs * held // batch
-        experiences.append({"name": label, "domain": d, "first": first[d], "sequences": held, "steps": steps})
-        first[d] += held
-    evals = []
-    for d in dict.fromkeys(order):
-        number = min(eval_images, len(domains[d].validation))
-        seen = {"name": domains[d].name, "domain": d, "first_seen": list(order).index(d)}
-        evals.append(seen | {"sequences": number, "tokens": number, "floor": None, "bytes_per_token": None})
-    plain = [
-        {
-            "name": d.name,
-            "sha256": d.sha256,
-            "unit": "images",
-            "side": d.pictures.side,
-            "classes": list(d.classes),
-            "augment": augment,
-            "train_tokens": len(d.train),
-            "validation_tokens": len(d.validation),
-        }
-        for d in domains
-    ]
-    limits = asdict(TokenBudget(**(budget or {})))
-    made = TokenManifest(KIND, 256, 1, batch, tuple(plain), tuple(experiences), tuple(evals), limits)
-    check(made)
-    return made
+        parts.append((held, epochs * held // batch))
+    plain = [{"unit": "images", "side": d.pictures.side, "classes": list(d.classes), "augment": d.augment} for d in domains]
+    numbers = {d: min(eval_images, len(domains[d].validation)) for d in dict.fromkeys(order)}
+    return laid_out(domains, order, parts, numbers, budget, plain, vocab=256, context=1, batch=batch)

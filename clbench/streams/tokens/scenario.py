@@ -14,11 +14,12 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from clbench.interfaces import Budget, Facts, UserError
+from clbench.interfaces import Budget, Experience, Facts, UserError
 from clbench.streams import rng
-from clbench.streams.handles import Handle, end, opened
+from clbench.streams.manifest import Manifest
 from clbench.streams.tokens import sequences
-from clbench.streams.tokens.manifest import KIND, TokenBudget, TokenManifest, check
+from clbench.streams.tokens.data import Read, TokenData, text_source
+from clbench.streams.tokens.layout import laid_out
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,14 @@ class Domain:
     floor: float | None = None
     bytes_per_token: float | None = None
 
+    def source(self, context: int, first: int, key: int) -> tuple[int, int, Read]:
+        """Training sequences as `TokenData.open` takes them."""
+        return text_source(self.train, context)
+
+    def evaluation(self, number: int, context: int) -> np.ndarray:
+        """Sequences of the validation text -> [number, context + 1] int64."""
+        return eval_windows(self.validation, number, context)
+
 
 def content_sha256(*arrays: np.ndarray) -> str:
     """SHA-256 over token arrays: lengths and little-endian uint32 values, whatever the stored width."""
@@ -52,95 +61,6 @@ def eval_windows(validation: np.ndarray, number: int, context: int) -> np.ndarra
     whole = sequences.count(len(validation), context)
     ids = sequences.permuted(rng.key("evaluation"), whole, np.arange(min(number, whole)))
     return sequences.windows(validation, ids, context)
-
-
-@dataclass(frozen=True, eq=False)
-class _Text:
-    """What the handle of a `TokenData` opens: sequences first..first+size-1 of a domain's text, in the order of `key`.
-
-    Those are spread over the whole text, so it is held whole (a mapped corpus stays mapped once); numbers outside are refused.
-    """
-
-    name: str
-    tokens: np.ndarray
-    context: int
-    first: int
-    size: int
-    key: int
-
-    def places(self, numbers: np.ndarray) -> np.ndarray:
-        """Own sequences by number 0..size-1 -> [B] int64 places in the domain."""
-        whole = sequences.count(len(self.tokens), self.context)
-        inside = sequences.own(numbers, self.size, self.name)
-        return sequences.permuted(rng.key(self.key, "domain"), whole, self.first + inside)
-
-
-@dataclass(frozen=True, eq=False)
-class TokenData:
-    """The training text of one experience: `size` sequences of a domain, in an order drawn once by `key`.
-
-    positions count sequences from 0; past `size` the same sequences come again in other orders. `text` is a handle: arrays come
-    from `read` and `take` alone, which give this experience's own sequences, until `close`.
-    """
-
-    name: str
-    domain: int
-    text: Handle
-    context: int
-    batch: int
-    steps: int
-    first: int
-    size: int
-    key: int
-    itemsize: int
-
-    @staticmethod
-    def of(
-        name: str,
-        domain: int,
-        tokens: np.ndarray,
-        context: int,
-        batch: int,
-        steps: int,
-        first: int,
-        size: int,
-        key: int,
-    ) -> TokenData:
-        """Sequences first..first+size-1 of a domain's `tokens`, counted in the domain's order."""
-        text = Handle(f"experience {name}", _Text(f"experience {name}", tokens, context, first, size, key))
-        return TokenData(name, domain, text, context, batch, steps, first, size, key, tokens.dtype.itemsize)
-
-    def __len__(self) -> int:
-        return self.size
-
-    @property
-    def sequence_bytes(self) -> int:
-        """What one stored sequence takes."""
-        return self.context * self.itemsize
-
-    def numbers(self, positions: np.ndarray, size: int | None = None) -> np.ndarray:
-        """Own sequences by position -> [B] int64 in 0..size-1; `size`: only the first so many are used."""
-        return sequences.passes(self.key, size or self.size, positions, first_in_order=True)
-
-    def ids(self, positions: np.ndarray, size: int | None = None) -> np.ndarray:
-        """Sequences by position -> [B] int64 places in the domain; `size`: only the first so many are used."""
-        return opened(self.text).places(self.numbers(positions, size))
-
-    def read(self, positions: np.ndarray, size: int | None = None) -> np.ndarray:
-        """Sequences by position -> [B, context + 1] int64."""
-        return self.take(self.numbers(positions, size), "new", positions)
-
-    def take(self, numbers: np.ndarray, role: str, positions: np.ndarray) -> np.ndarray:
-        """Own sequences by number -> [B, context + 1] int64; why and when they are read does not matter here.
-
-        Raises `UserError` for a number outside 0..size-1, and after `close`.
-        """
-        text: _Text = opened(self.text)
-        return sequences.windows(text.tokens, text.places(numbers), text.context)
-
-    def close(self) -> None:
-        """Let go of the text: the experience is over."""
-        end(self.text)
 
 
 @dataclass(frozen=True)
@@ -161,41 +81,20 @@ class Probing:
         return sorted({*geometric, *even, total})
 
 
-def described(name: str, m: TokenManifest, probing: Probing) -> dict[str, Any]:
-    """What a record says about a stream of tokens or images and its evaluation sets."""
-    about = {
-        "name": name,
-        "kind": m.kind,
-        "unit": m.unit,
-        "manifest_sha256": m.sha256,
-        "num_experiences": len(m.experiences),
-        "eval_names": [e["name"] for e in m.evals],
-        "experiences": [dict(e) for e in m.experiences],
-        "context": m.context,
-        "batch": m.batch,
-        "vocab": m.vocab,
-        "iid": m.iid,
-        "probing": asdict(probing),
-        "budget": dict(m.budget),
-    }
-    columns = ("tokens", "floor", "bytes_per_token", "first_seen")
-    return {"scenario": about, "n": [e["tokens"] for e in m.evals], **{name: [e[name] for e in m.evals] for name in columns}}
-
-
 @dataclass(frozen=True, eq=False)
 class TokenScenario:
-    """A stream of texts that can be run: the manifest, the tokens, the rules."""
+    """A stream of domains that can be run: the manifest, the tokens, the rules."""
 
     name: str
-    manifest: TokenManifest
-    domains: tuple[Domain, ...]
+    manifest: Manifest
+    domains: tuple[Any, ...]  # Domain, or what has its `source` and `evaluation`
     probing: Probing = field(default_factory=Probing)
     asks: ClassVar[Literal["loss"]] = "loss"
 
     @property
-    def budget(self) -> TokenBudget:
-        """Tokens and bytes that a learner may use."""
-        return TokenBudget(**self.manifest.budget)
+    def budget(self) -> Budget:
+        """Tokens (images) and bytes that a learner may use."""
+        return Budget(**self.manifest.budget)
 
     @property
     def iid(self) -> bool:
@@ -204,25 +103,52 @@ class TokenScenario:
 
     def facts(self) -> Facts:
         """What is compared with a learner's capabilities."""
-        limits = Budget(exemplar_bytes=self.budget.exemplar_bytes)
-        return Facts(self.name, "loss", False, True, False, limits)
+        return Facts(self.name, "loss", False, True, False, self.budget)
 
     def data(self, index: int) -> TokenData:
-        """The training text of experience `index`. Its order depends on the stream, not on the seed of the run."""
+        """The training text of experience `index`. Order, masks and views depend on the stream, not on the seed of the run."""
         m, entry = self.manifest, self.manifest.experiences[index]
-        domain = self.domains[entry["domain"]]
+        domain = self.domains[entry.domain]
         key = rng.key("order", int(domain.sha256[:16], 16))
-        shape = (m.context, m.batch, entry["steps"], entry["first"], entry["sequences"])
-        return TokenData.of(entry["name"], entry["domain"], domain.train, *shape, key)
+        source = domain.source(m.context, entry.first, key)
+        shape = (m.context, m.batch, entry.steps, entry.first, entry.sequences)
+        return TokenData.open(entry.name, entry.domain, source, *shape, key)
+
+    def experience(self, index: int, past: bool) -> Experience:
+        """What a learner sees of experience `index`; `past`: the texts of earlier ones, too."""
+        data: list[Any] = [self.data(i) for i in range(index * (not past), index + 1)]
+        return Experience(index, data[-1].name, data[-1], (), (), (), 0, None, self.budget, tuple(data[:-1]))
 
     def evaluation(self, j: int) -> np.ndarray:
         """Sequences of evaluation set j -> [N, context + 1] int64."""
         entry = self.manifest.evals[j]
-        return eval_windows(self.domains[entry["domain"]].validation, entry["sequences"], self.manifest.context)
+        return self.domains[entry.domain].evaluation(entry.sequences, self.manifest.context)
+
+    def text(self) -> str:
+        """The stream for people."""
+        return self.manifest.text()
 
     def describe(self) -> dict[str, Any]:
         """What a record says about the stream and its evaluation sets."""
-        return described(self.name, self.manifest, self.probing)
+        m = self.manifest
+        about = {
+            "name": self.name,
+            "kind": m.kind,
+            "unit": m.unit,
+            "manifest_sha256": m.sha256,
+            "num_experiences": len(m.experiences),
+            "eval_names": [e.name for e in m.evals],
+            "experiences": [dict(e) for e in m.experiences],
+            "context": m.context,
+            "batch": m.batch,
+            "vocab": m.vocab,
+            "iid": m.iid,
+            "probing": asdict(self.probing),
+            "budget": dict(m.budget),
+        }
+        columns = ("tokens", "floor", "bytes_per_token", "first_seen")
+        numbers = {name: [e[name] for e in m.evals] for name in columns}
+        return {"scenario": about, "n": numbers["tokens"], **numbers}
 
 
 def scenario(
@@ -252,40 +178,18 @@ def scenario(
         raise UserError(f"scenario.order must name domains 0..{len(domains) - 1}, got {list(order)}")
     if len(amounts) != len(order):
         raise UserError(f"scenario.tokens has {len(amounts)} numbers for {len(order)} experiences")
-    experiences, first = [], dict.fromkeys(order, 0)
+    parts = []
     for i, d in enumerate(order):
         steps = amounts[i] // (batch * context)
         held = sequences.count(len(domains[d].train), context) // list(order).count(d)
         size = min(steps * batch, held)
         if size < batch:
             raise UserError(f"the text of {domains[d].name} is too short: {held} sequences for a batch of {batch}")
-        label = domains[d].name if list(order).count(d) == 1 else f"{domains[d].name}_{list(order)[: i + 1].count(d)}"
-        experiences.append({"name": label, "domain": d, "first": first[d], "sequences": size, "steps": steps})
-        first[d] += size
-    evals = []
+        parts.append((size, steps))
+    number = {}
     for d in dict.fromkeys(order):
-        number = min(max(1, eval_tokens // context), sequences.count(len(domains[d].validation), context))
-        if number < 1:
+        number[d] = min(max(1, eval_tokens // context), sequences.count(len(domains[d].validation), context))
+        if number[d] < 1:
             raise UserError(f"the validation text of {domains[d].name} is shorter than a context of {context} tokens")
-        evals.append(_eval(domains[d], d, number, context, list(order).index(d)))
-    limits = asdict(TokenBudget(**(budget or {})))
-    plain = tuple(map(_domain, domains))
-    made = TokenManifest(KIND, vocab, context, batch, plain, tuple(experiences), tuple(evals), limits)
-    check(made)
+    made = laid_out(domains, order, parts, number, budget, vocab=vocab, context=context, batch=batch)
     return TokenScenario(name, made, tuple(domains), Probing(probe_sequences, probe_evenly))
-
-
-def _domain(d: Domain) -> dict[str, Any]:
-    return {"name": d.name, "sha256": d.sha256, "train_tokens": len(d.train), "validation_tokens": len(d.validation)}
-
-
-def _eval(domain: Domain, d: int, number: int, context: int, first_seen: int) -> dict[str, Any]:
-    return {
-        "name": domain.name,
-        "domain": d,
-        "sequences": number,
-        "first_seen": first_seen,
-        "tokens": number * context,
-        "floor": domain.floor,
-        "bytes_per_token": domain.bytes_per_token,
-    }

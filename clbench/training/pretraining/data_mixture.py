@@ -16,10 +16,7 @@ import numpy as np
 from clbench.interfaces import UserError
 from clbench.streams import rng
 from clbench.streams.tokens import sequences
-from clbench.streams.tokens.image_scenario import ImageData
-from clbench.streams.tokens.scenario import TokenData
-
-Data = TokenData | ImageData
+from clbench.streams.tokens.data import TokenData
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ class Replay:
         places = np.arange(steps)
         return places >= steps - length if self.timing == "last" else places < length
 
-    def numbers(self, old: Data, seen: int, num_old: int, positions: np.ndarray) -> np.ndarray:
+    def numbers(self, old: TokenData, seen: int, num_old: int, positions: np.ndarray) -> np.ndarray:
         """Replayed sequences by position in the stream of replays -> [B] int64 numbers among those of `old`.
 
         seen: how many of its sequences were read when it was new.
@@ -95,7 +92,7 @@ class Replay:
             inside = sequences.permuted(rng.key(old.key, "buffer"), seen, inside)
         return old.numbers(inside, seen)
 
-    def capacity(self, old: Data, num_old: int) -> int:
+    def capacity(self, old: TokenData, num_old: int) -> int:
         """Sequences of one old experience that may be held; `UserError` if the buffer is too small for one."""
         if self.buffer_bytes is None:
             return 1 << 62
@@ -104,7 +101,7 @@ class Replay:
             raise UserError(f"replay.buffer_bytes={self.buffer_bytes} holds no sequence of {old.sequence_bytes} bytes")
         return held
 
-    def held_bytes(self, old: Sequence[Data], seen: Sequence[int]) -> int:
+    def held_bytes(self, old: Sequence[TokenData], seen: Sequence[int]) -> int:
         """Bytes of old text that replay needs at hand."""
         if not self.active:
             return 0
@@ -144,8 +141,8 @@ class Mixture:
 
     def __init__(
         self,
-        new: Data,
-        old: Sequence[Data],
+        new: TokenData,
+        old: Sequence[TokenData],
         replay: Replay,
         shares_SK: np.ndarray,
         *,

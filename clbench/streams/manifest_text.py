@@ -1,0 +1,59 @@
+"""A manifest for people: a line for each experience and each evaluation set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from clbench.streams.entries import EvalEntry, ExperienceEntry
+
+if TYPE_CHECKING:
+    from clbench.streams.manifest import Manifest
+
+
+def lines(m: Manifest, name: Callable[[int], str]) -> Iterator[str]:
+    """The lines; `name` names an original class id."""
+    yield f"{m.kind}, {_domains(m) if m.domains else m.dataset['name']}, sha256 {m.sha256}"
+    yield from (f"  operator {json.dumps(one, sort_keys=True)}" for one in m.operators)
+    yield from _spans(m) if m.domains else _ids(m, name)
+
+
+def _ids(m: Manifest, name: Callable[[int], str]) -> Iterator[str]:
+    named = any(name(c) != str(c) for c in m.class_order)  # "10=2": id 10 is the class named 2
+    classes = {c: f"{c}={name(c)}" if named else str(c) for c in m.class_order}
+    for e in m.experiences:
+        line = f"  {e.name:<10} {len(e.train):>7} samples  classes {' '.join(classes[c] for c in e.classes)}"
+        yield line + _remarks(e)
+    for e in m.evals:
+        yield f"  evaluate {e.name:<10} {len(e.ids):>7} samples  first seen in experience {e.first_seen}" + _remarks(e)
+
+
+def _remarks(entry: ExperienceEntry | EvalEntry) -> str:
+    """What is out of the ordinary about an entry."""
+    said = [f"{name} {json.dumps(options)}" for step in entry.transform for name, options in step.items()]
+    said += ["own labels"] if entry.labels is not None else []
+    if isinstance(entry, EvalEntry):
+        said += [f"in this order, batches of {entry.batch_size or 'any size'}"] if entry.order == "given" else []
+    else:
+        said += [] if entry.labelled else ["without labels"]
+        said += [] if entry.boundary else ["boundary hidden"]
+        said += [f"budget {json.dumps(entry.budget)}"] if entry.budget else []
+    return "".join(f"; {one}" for one in said)
+
+
+def _domains(m: Manifest) -> str:
+    images = m.unit == "images"
+    of = f"images of {m.domains[0]['side']} pixels" if images else f"{m.vocab} tokens in the vocabulary"
+    return f"{len(m.domains)} domains, {of}"
+
+
+def _spans(m: Manifest) -> Iterator[str]:
+    """Experiences with their tokens, evaluation sets with their floors."""
+    size = m.batch * m.context
+    for e in m.experiences:
+        passes = e.steps * size / (e.sequences * m.context)
+        yield f"  {e.name:<14} {e.steps * size:>11} {m.unit}, {e.steps} steps of {size}, {passes:.2f} passes"
+    for e in m.evals:
+        known = "" if e.floor is None else f", floor {e.floor:.4f} nats a token"
+        yield f"  evaluate {e.name:<14} {e.tokens:>7} {m.unit}, first read in experience {e.first_seen}{known}"
