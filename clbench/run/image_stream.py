@@ -12,7 +12,7 @@ from torch import nn
 from clbench.evaluation import metrics
 from clbench.evaluation.accuracy import evaluate, sums_of
 from clbench.evaluation.evaluators import Answered, load, row_of
-from clbench.interfaces import Experience, UserError
+from clbench.interfaces import Experience, Place, UserError
 from clbench.run.loop import Row
 from clbench.streams.eval_sets import open_eval
 from clbench.streams.images.data import open_experience
@@ -162,8 +162,8 @@ class ImageLooks:
         every = self.stream.job.scenario.manifest.looks
         self.rows, self.spent, self.due_at = [], 0.0, list(every[index]) if every else []
 
-    def after_step(self, step: int, visits: int) -> float:
-        """Look where the next number of samples was reached -> seconds that it took. `step` counts the updates done."""
+    def at_step(self, name: str, place: Place, lr: float, visits: int) -> float:
+        """Look where the next number of samples was reached -> seconds that it took."""
         if not self.due_at or visits < self.due_at[0]:
             return 0.0
         self.due_at = [number for number in self.due_at if number > visits]
@@ -171,7 +171,7 @@ class ImageLooks:
         stream, model = self.stream, self.stream.job.model
         passes, remembered = dict(model.passes), len(model.memory)
         with looks.modes_kept(model, stream.learner):
-            self.rows += [row | {"trained": visits} for row in stream._rows(stream.runtime.experience, step)]
+            self.rows += [row | {"trained": visits} for row in stream._rows(place.experience, place.step)]
         stored, fresh = model.passes["stored"], len(model.memory) - remembered  # what the end of the experience is spared
         model.passes.update(passes | {"eval": passes["eval"] + max(0, fresh - (stored - passes["stored"])), "stored": stored})
         took = time.perf_counter() - start
@@ -189,15 +189,8 @@ class ImageLooks:
             )
         return self.rows, self.spent
 
-    def due(self, segment: Any, step: int) -> bool:
-        """Of plans of pre-training: none here."""
-        return False
-
-    def look(self, model: nn.Module, segment: Any, step: int) -> None:
-        """See `due`."""
-
     def trunk_ended(self, model: nn.Module) -> None:
-        """See `due`."""
+        """Of plans of pre-training: none here."""
 
     def state_dict(self) -> dict[str, Any]:
         """Rows made inside this experience, and what is still to come."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from clbench.interfaces import Place
 from clbench.training import looks
 from clbench.training.state import fingerprint
 
@@ -18,9 +19,12 @@ class Asking:
         self.trial, self.learner, self.pipeline = trial, learner, pipeline
         self.experience, self.asked = 0, 0
 
-    def after_step(self, step: int, visits: int) -> float:
-        """Scores must be finite [B, num_seen] at once."""
-        seen, where = self.trial.scenario.manifest.num_seen(self.experience), f"step {step} of experience {self.experience}"
+    def at_step(self, name: str, place: Place, lr: float, visits: int) -> float:
+        """After each step, scores must be finite [B, num_seen]."""
+        if place.step == 0:
+            return 0.0
+        seen = self.trial.scenario.manifest.num_seen(self.experience)
+        where = f"step {place.step} of experience {self.experience}"
         with looks.modes_kept(self.learner):
             z = self.trial.scores(self.learner, self.pipeline, 0, 6)
         assert z.shape[1] == seen, f"predict gave {z.shape[1]} columns after {where}, {seen} classes were seen"
@@ -28,15 +32,8 @@ class Asking:
         self.asked += 1
         return 0.0
 
-    def due(self, segment: Any, step: int) -> bool:
-        """Of plans of pre-training: none here."""
-        return False
-
-    def look(self, model: Any, segment: Any, step: int) -> None:
-        """See `due`."""
-
     def trunk_ended(self, model: Any) -> None:
-        """See `due`."""
+        """Of plans of pre-training: none here."""
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing."""

@@ -28,17 +28,11 @@ class _Holder:
     def __init__(self, sets: list[np.ndarray]):
         self.sets = sets
 
-    def due(self, segment: Any, step: int) -> bool:
-        return False
-
-    def look(self, model: Any, segment: Any, step: int) -> None:
-        pass
+    def at_step(self, name: str, place: Any, lr: float, visits: int) -> float:
+        return 0.0
 
     def trunk_ended(self, model: Any) -> None:
         pass
-
-    def after_step(self, step: int, visits: int) -> float:
-        return 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {}
