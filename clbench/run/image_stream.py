@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from clbench.evaluation import metrics
 from clbench.evaluation.accuracy import evaluate, sums_of
 from clbench.evaluation.evaluators import Answered, load, row_of
@@ -144,7 +142,7 @@ class ImageStream:
             self.past = [self._open(i).train for i in range(experiences)]
 
 
-class ImageLooks:
+class ImageLooks(looks.Observer):
     """Evaluates a learner inside an experience, after the numbers of its samples that the manifest names.
 
     A look changes nothing of the training: modules get their modes back, passes and seconds are not counted as training. It is
@@ -188,9 +186,6 @@ class ImageLooks:
                 f"samples through fit, the first look is after {self.due_at[0]}"
             )
         return self.rows, self.spent
-
-    def trunk_ended(self, model: nn.Module) -> None:
-        """Of plans of pre-training: none here."""
 
     def state_dict(self) -> dict[str, Any]:
         """Rows made inside this experience, and what is still to come."""

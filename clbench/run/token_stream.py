@@ -176,7 +176,7 @@ class TokenStream:
         self.runtime.plan[:] = state["plan"]
 
 
-class TokenLooks:
+class TokenLooks(looks.Observer):
     """Losses on a few sequences of every set while a model is trained, and those of trunks that are not the answer."""
 
     def __init__(self, stream: TokenStream):
@@ -195,10 +195,10 @@ class TokenLooks:
 
     @torch.no_grad()
     def at_step(self, name: str, place: Place, lr: float, visits: int) -> float:
-        """At steps 0, 1, 2, 4, ... of an experience, and evenly: sums of losses and right guesses, in one pass."""
+        """At steps 0, 1, 2, 4, ... of a plan, and evenly: sums of losses and of right guesses, in one pass over the probe."""
         if place.steps not in self.steps:
             self.steps[place.steps] = set(self.probing.steps(place.steps))
-        if place.step not in self.steps[place.steps]:
+        if name not in ("trunk", "branch") or place.step not in self.steps[place.steps]:
             return 0.0
         start, model = time.perf_counter(), self.stream.job.model
         with looks.modes_kept(model):

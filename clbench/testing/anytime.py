@@ -12,7 +12,7 @@ from clbench.training import looks
 from clbench.training.state import fingerprint
 
 
-class Asking:
+class Asking(looks.Observer):
     """An observer that asks a learner about an evaluation set after every step of `fit`, as a stream with looks may."""
 
     def __init__(self, trial: Any, learner: Any, pipeline: Any):
@@ -31,16 +31,6 @@ class Asking:
         assert torch.isfinite(z).all(), f"predict gave NaN or infinite scores after {where}"
         self.asked += 1
         return 0.0
-
-    def trunk_ended(self, model: Any) -> None:
-        """Of plans of pre-training: none here."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing."""
 
 
 def check_anytime(trial: Any) -> None:

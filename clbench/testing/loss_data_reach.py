@@ -22,23 +22,11 @@ from clbench.training import looks
 from clbench.training.pretraining.data_mixture import Mixture, Replay
 
 
-class _Holder:
+class _Holder(looks.Observer):
     """An observer with evaluation data, as the runner's has it; it looks at nothing."""
 
     def __init__(self, sets: list[np.ndarray]):
         self.sets = sets
-
-    def at_step(self, name: str, place: Any, lr: float, visits: int) -> float:
-        return 0.0
-
-    def trunk_ended(self, model: Any) -> None:
-        pass
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
 
 
 def samples(scenario: TokenScenario | ImageScenario, index: int, past: bool) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:

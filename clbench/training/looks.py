@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
@@ -17,27 +17,25 @@ from clbench.interfaces import Place
 from clbench.streams.handles import Handle, opened
 
 
-class Observer(Protocol):
-    """Looks at the model while it trains; the runner's, because a learner never sees an evaluation set."""
+class Observer:
+    """Looks at a model while it trains; the runner's, because a learner never sees an evaluation set. This one sees nothing."""
 
     def at_step(self, name: str, place: Place, lr: float, visits: int) -> float:
         """Evaluate before the step of `place`, or after the last one, where it is time -> seconds that it took.
 
         `lr` is the rate of the first group in the step, or in the last one; `visits` those to new samples so far.
         """
-        ...
+        return 0.0
 
     def trunk_ended(self, model: nn.Module) -> None:
         """A branch or an average will be evaluated instead of these weights: evaluate them too."""
-        ...
 
     def state_dict(self) -> dict[str, Any]:
         """Plain lists and numbers."""
-        ...
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the lists and numbers of `state`."""
-        ...
 
 
 _CURRENT: ContextVar[Handle | None] = ContextVar("observer", default=None)
