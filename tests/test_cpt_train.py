@@ -299,11 +299,11 @@ def killed_at(made, step):
     optimizer = getattr(made, "inner", made).optimizer
     real, seen = optimizer.step, [made.runtime.meter.steps]
 
-    def step_or_die(rate):
+    def step_or_die():
         if seen[0] == step:
             raise Killed
         seen[0] += 1
-        real(rate)
+        real()
 
     optimizer.step = step_or_die
 

@@ -209,22 +209,22 @@ RESUME = (*TINY, *EXACT, "learner=replay", "learner.batch_size=4", "checkpoint_s
 def test_stopped_after_a_look_and_resumed(tmp_path, monkeypatch, kill_at):
     """Gone without a word after a step of an experience; the same command ends with the same rows."""
     straight = run(tmp_path / "straight", *RESUME)
-    plain = ImageLooks.after_step
+    plain = ImageLooks.at_step
 
     class Killed(BaseException):
         pass
 
-    def dies(self, step, visits):
-        looked = plain(self, step, visits)
+    def dies(self, name, place, lr, visits):
+        looked = plain(self, name, place, lr, visits)
         self.spent += 1000 if looked and self.stream.runtime.experience == kill_at[0] else 0  # as if the look took so long
-        if (self.stream.runtime.experience, step) == kill_at:
+        if (place.experience, place.step) == kill_at:
             raise Killed
         return looked
 
-    monkeypatch.setattr(ImageLooks, "after_step", dies)
+    monkeypatch.setattr(ImageLooks, "at_step", dies)
     with pytest.raises(Killed):
         run(tmp_path / "killed", *RESUME)
-    monkeypatch.setattr(ImageLooks, "after_step", plain)
+    monkeypatch.setattr(ImageLooks, "at_step", plain)
     assert stored(tmp_path / "killed")["status"] == "running"
     killed = run(tmp_path / "killed", *RESUME)
     for key in ("rows", "final_state_sha256", "visits", "steps", "experiences", "run_id"):
@@ -237,15 +237,15 @@ def test_stopped_after_a_look_and_resumed(tmp_path, monkeypatch, kill_at):
 def test_asked_to_stop_inside_a_look(tmp_path, monkeypatch):
     """The look is finished and in the snapshot: the run goes on behind it."""
     straight = run(tmp_path / "straight", *RESUME)
-    plain, done = ImageLooks.after_step, []
+    plain, done = ImageLooks.at_step, []
 
-    def stopped(self, step, visits):
+    def stopped(self, name, place, lr, visits):
         if not done and self.stream.runtime.experience == 1 and self.due_at and visits >= self.due_at[0]:
             self.stream.runtime.stop = True
-            done.append(step)
-        return plain(self, step, visits)
+            done.append(place.step)
+        return plain(self, name, place, lr, visits)
 
-    monkeypatch.setattr(ImageLooks, "after_step", stopped)
+    monkeypatch.setattr(ImageLooks, "at_step", stopped)
     words = [*RESUME, f"results_dir={tmp_path / 'stopped'}", "on_error=raise"]
     words[words.index("checkpoint_seconds=0")] = "checkpoint_seconds=1000"
     assert run_job(compose(words)[0]).status == "interrupted"

@@ -209,13 +209,13 @@ def test_runs_differ_and_resume_to_the_last_bit(tmp_path, monkeypatch, learner):
             if place == "between":
                 patch.setattr(Loop, "evaluate", dies)
             else:
-                plain, asked = looks.after_step, []
+                plain, asked = looks.at_step, []
 
-                def after(step, visits, plain=plain, asked=asked):
-                    asked.append(step)
-                    return dies() if len(asked) == 5 else plain(step, visits)
+                def between(*given, plain=plain, asked=asked):
+                    asked.append(given)
+                    return dies() if len(asked) == 7 else plain(*given)
 
-                patch.setattr(looks, "after_step", after)
+                patch.setattr(looks, "at_step", between)
             with pytest.raises(Killed):
                 run(tmp_path / place, *words, "optimizer_state=keep")
         status, again = run(tmp_path / place, *words, "optimizer_state=keep")

@@ -14,7 +14,7 @@ import torch
 
 from clbench.config.compose import build, compose
 from clbench.config.registry import asks, choices
-from clbench.interfaces import Capabilities, UserError
+from clbench.interfaces import Capabilities, Place, UserError
 from clbench.streams.eval_sets import open_eval
 from clbench.streams.handles import Handle, end, is_live, opened
 from clbench.streams.images.data import ImageBatch, ImageData, open_experience, shuffled
@@ -266,11 +266,9 @@ def test_looks_are_asked_of_the_observer_that_is_set():
         def __init__(self, name):
             self.name, self.noted = name, []
 
-        def due(self, segment, step):
-            return step == 1
-
-        def look(self, model, segment, step):
-            self.noted.append((segment, step))
+        def at_step(self, name, place, lr, visits):
+            self.noted.append((name, place.step, lr, visits))
+            return 2.0
 
         def trunk_ended(self, model):
             self.noted.append("trunk")
@@ -281,19 +279,18 @@ def test_looks_are_asked_of_the_observer_that_is_set():
         def load_state_dict(self, state):
             self.noted = state["noted"]
 
-    assert not looks.due(None, 1) and looks.state_dict() is None  # type: ignore[arg-type]
-    looks.look(None, None, 1)  # type: ignore[arg-type]
+    place = Place(0, 1, 2, 1)
+    assert looks.at_step("s", place, 0.1, 4) == 0.0 and looks.state_dict() is None
     looks.trunk_ended(None)  # type: ignore[arg-type]
     looks.load_state_dict(None)
     outer, inner = Noting("outer"), Noting("inner")
     with looks.observed_by(outer):
         with looks.observed_by(inner):
-            assert looks.due(None, 1) and not looks.due(None, 2)  # type: ignore[arg-type]
-            looks.look(None, "s", 1)  # type: ignore[arg-type]
+            assert looks.at_step("s", place, 0.1, 4) == 2.0
         looks.trunk_ended(None)  # type: ignore[arg-type]
         assert looks.state_dict() == {"noted": ["trunk"]}
         looks.load_state_dict({"noted": [3]})
-    assert inner.noted == [("s", 1)] and outer.noted == [3] and looks.state_dict() is None
+    assert inner.noted == [("s", 1, 0.1, 4)] and outer.noted == [3] and looks.state_dict() is None
     assert not hasattr(PretrainRuntime(seed=0, device=torch.device("cpu")), "observer")
 
 

@@ -27,8 +27,8 @@ def finished(clbench, results):
 
 
 def numbers(record):
-    keys = ("run_id", "correct", "correct_masked", "class_correct", "final_state_sha256", "visits", "steps", "experiences", "passes")
-    return {key: record[key] for key in (*keys, "calibration", "task_confusion")}
+    keys = ("run_id", "correct", "correct_masked", "class_correct", "final_state_sha256", "visits", "steps", "experiences")
+    return {key: record[key] for key in (*keys, "passes", "calibration", "task_confusion")}
 
 
 def kill_when(clbench, words, results, when, number=signal.SIGKILL):

@@ -34,9 +34,10 @@ from clbench.models.precision import set_precision
 from clbench.run.token_stream import TokenLooks, TokenStream
 from clbench.streams.tokens.scenario import Domain, TokenScenario, scenario
 from clbench.training import arithmetic, looks
+from clbench.training.optimizer_state import Adam
 from clbench.training.pretraining.data_mixture import Mixture, Replay
 from clbench.training.pretraining.ledger import flops_per_token
-from clbench.training.pretraining.segments import Adam, PretrainRuntime, Segment, train
+from clbench.training.pretraining.segments import PretrainRuntime, Segment, train
 from clbench.training.schedules import cosine
 
 PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}  # dense bf16 operations per second

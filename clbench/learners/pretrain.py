@@ -31,11 +31,12 @@ from torch import Tensor, nn
 
 from clbench.interfaces import Capabilities, Experience, Schedule, UserError
 from clbench.training import looks
+from clbench.training.optimizer_state import Adam
 from clbench.training.pretraining.data_cursor import DataCursor
 from clbench.training.pretraining.data_mixture import Mixture, Replay
 from clbench.training.pretraining.half_finetuning import freeze_random_half
 from clbench.training.pretraining.progress import Progress
-from clbench.training.pretraining.segments import Adam, AfterStep, PretrainRuntime, Segment, check_plan, train
+from clbench.training.pretraining.segments import AfterStep, PretrainRuntime, Segment, check_plan, train
 from clbench.training.pretraining.trunk_and_branch import Trunk
 from clbench.training.pretraining.weight_averaging import Average, Averager
 from clbench.training.schedules import constant

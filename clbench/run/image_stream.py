@@ -9,13 +9,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from clbench.config.run_options import RunOptions
 from clbench.evaluation import metrics
 from clbench.evaluation.accuracy import evaluate, sums_of
 from clbench.evaluation.evaluators import Answered, row_of
-from clbench.interfaces import Capabilities, Experience, UserError
+from clbench.interfaces import Capabilities, Experience, Place, UserError
 from clbench.models import feature_store
 from clbench.run.build_model import build_classifier
 from clbench.run.loop import Row
@@ -236,7 +235,7 @@ class ImageStream:
         self.job.model.memory.flush()
 
 
-class ImageLooks:
+class ImageLooks(looks.Observer):
     """Evaluates a learner inside an experience, after the numbers of its samples that the manifest names.
 
     A look changes nothing of the training: modules get their modes back, passes and seconds are not counted as training. It is
@@ -254,8 +253,8 @@ class ImageLooks:
         every = self.stream.job.scenario.manifest.looks
         self.rows, self.spent, self.due_at = [], 0.0, list(every[index]) if every else []
 
-    def after_step(self, step: int, visits: int) -> float:
-        """Look where the next number of samples was reached -> seconds that it took. `step` counts the updates done."""
+    def at_step(self, name: str, place: Place, lr: float, visits: int) -> float:
+        """Look where the next number of samples was reached -> seconds that it took."""
         if not self.due_at or visits < self.due_at[0]:
             return 0.0
         self.due_at = [number for number in self.due_at if number > visits]
@@ -263,7 +262,7 @@ class ImageLooks:
         stream, model = self.stream, self.stream.job.model
         passes, remembered = dict(model.passes), len(model.memory)
         with looks.modes_kept(model, stream.learner):
-            self.rows += [row | {"trained": visits} for row in stream._rows(stream.runtime.experience, step)]
+            self.rows += [row | {"trained": visits} for row in stream._rows(place.experience, place.step)]
         stored, fresh = model.passes["stored"], len(model.memory) - remembered  # what the end of the experience is spared
         model.passes.update(passes | {"eval": passes["eval"] + max(0, fresh - (stored - passes["stored"])), "stored": stored})
         took = time.perf_counter() - start
@@ -280,16 +279,6 @@ class ImageLooks:
                 f"samples through fit, the first look is after {self.due_at[0]}"
             )
         return self.rows, self.spent
-
-    def due(self, segment: Any, step: int) -> bool:
-        """Of plans of pre-training: none here."""
-        return False
-
-    def look(self, model: nn.Module, segment: Any, step: int) -> None:
-        """See `due`."""
-
-    def trunk_ended(self, model: nn.Module) -> None:
-        """See `due`."""
 
     def state_dict(self) -> dict[str, Any]:
         """Rows made inside this experience, what is still to come, passes so far."""

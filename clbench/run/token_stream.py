@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from clbench.config.run_options import RunOptions
 from clbench.evaluation.linear_probe import linear_probe, look_at
-from clbench.interfaces import Capabilities, Experience, UserError
+from clbench.interfaces import Capabilities, Experience, Place, UserError
 from clbench.run.build_model import build_reader
 from clbench.run.loop import Row
 from clbench.streams.tokens.scenario import TokenScenario
+from clbench.training import looks
 from clbench.training.checkpoint import Journal
 from clbench.training.pretraining.ledger import flops_per_token
-from clbench.training.pretraining.segments import PretrainRuntime, Segment, check_plan
+from clbench.training.pretraining.segments import PretrainRuntime, check_plan
 from clbench.training.state import num_bytes
 
 if TYPE_CHECKING:
@@ -226,7 +227,7 @@ class TokenStream:
         """Nothing is left open."""
 
 
-class TokenLooks:
+class TokenLooks(looks.Observer):
     """Losses on a few sequences of every set while a model is trained, and those of trunks that are not the answer."""
 
     def __init__(self, stream: TokenStream):
@@ -243,18 +244,17 @@ class TokenLooks:
         """A new experience."""
         self.rows, self.spent = [], 0.0
 
-    def due(self, segment: Segment, step: int) -> bool:
-        """At steps 0, 1, 2, 4, ... of an experience, and evenly."""
-        if segment.steps not in self.steps:
-            self.steps[segment.steps] = set(self.probing.steps(segment.steps))
-        return step in self.steps[segment.steps]
-
     @torch.no_grad()
-    def look(self, model: nn.Module, segment: Segment, step: int) -> None:
-        """Sums of losses and of right guesses: one pass over the probe."""
-        start = time.perf_counter()
-        model.eval()
-        losses, right = look_at(model, self.probe, self.sizes, self.stream.linear)
+    def at_step(self, name: str, place: Place, lr: float, visits: int) -> float:
+        """At steps 0, 1, 2, 4, ... of a plan, and evenly: sums of losses and of right guesses, in one pass over the probe."""
+        if place.steps not in self.steps:
+            self.steps[place.steps] = set(self.probing.steps(place.steps))
+        if name not in ("trunk", "branch") or place.step not in self.steps[place.steps]:
+            return 0.0
+        start, model = time.perf_counter(), self.stream.job.model
+        with looks.modes_kept(model):
+            model.eval()
+            losses, right = look_at(model, self.probe, self.sizes, self.stream.linear)
         parts = losses.split(self.sizes)
         sums = {
             "n": [part.numel() for part in parts],
@@ -262,22 +262,20 @@ class TokenLooks:
             "correct": [round(share * part.numel()) for share, part in zip(right, parts, strict=True)],
         }
         ledger = self.runtime.ledger
-        row: Row = {"experience": segment.experience, "step": step, "evaluator": self.stream.evaluator, "role": segment.role}
-        row |= {"lr": float(f"{segment.rate(min(step, segment.last - 1)):.6g}"), "trained": ledger.trained, "sums": sums}
+        row: Row = {"experience": place.experience, "step": place.step, "evaluator": self.stream.evaluator, "role": name}
+        row |= {"lr": float(f"{lr:.6g}"), "trained": ledger.trained, "sums": sums}
         self.rows.append(row)
         ledger.look("probe", losses.numel(), self.runtime.flops_per_token)
-        self.spent += time.perf_counter() - start
-        self.runtime.meter.add_seconds("probe", time.perf_counter() - start)
+        took = time.perf_counter() - start
+        self.spent += took
+        self.runtime.meter.add_seconds("probe", took)
+        return took
 
     def trunk_ended(self, model: nn.Module) -> None:
         """Evaluate the trunk, whose branch or average will be evaluated as the learner's answer."""
         model.eval()
         row: Row = {"experience": self.runtime.experience, "step": None, "evaluator": self.stream.evaluator, "role": "trunk"}
         self.rows.append(row | {"sums": {"loss": self.stream.losses(model.loss)}})
-
-    def after_step(self, step: int, visits: int) -> float:
-        """Of `fit`: the plan's own loop asks `due` instead."""
-        return 0.0
 
     def taken(self) -> tuple[list[Row], float]:
         """Rows of this experience, and the seconds of the looks."""

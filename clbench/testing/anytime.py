@@ -7,46 +7,31 @@ from typing import Any
 
 import torch
 
+from clbench.interfaces import Place
 from clbench.training import looks
 from clbench.training.state import fingerprint
 
 
-class Idle:
+class Idle(looks.Observer):
     """An observer with evaluation data, as the runner's has it; it looks at nothing."""
 
     def __init__(self, sets: list[Any]):
         self.sets = sets
 
-    def after_step(self, step: int, visits: int) -> float:
-        return 0.0
 
-    def due(self, segment: Any, step: int) -> bool:
-        return False
-
-    def look(self, model: Any, segment: Any, step: int) -> None:
-        pass
-
-    def trunk_ended(self, model: Any) -> None:
-        pass
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
-
-class Asking(Idle):
+class Asking(looks.Observer):
     """An observer that asks a learner about an evaluation set after every step of `fit`, as a stream with looks may."""
 
     def __init__(self, trial: Any, learner: Any, pipeline: Any):
-        super().__init__([])
         self.trial, self.learner, self.pipeline = trial, learner, pipeline
         self.experience, self.asked = 0, 0
 
-    def after_step(self, step: int, visits: int) -> float:
-        """Scores must be finite [B, num_seen] at once."""
-        seen, where = self.trial.scenario.manifest.num_seen(self.experience), f"step {step} of experience {self.experience}"
+    def at_step(self, name: str, place: Place, lr: float, visits: int) -> float:
+        """After each step, scores must be finite [B, num_seen]."""
+        if place.step == 0:
+            return 0.0
+        seen = self.trial.scenario.manifest.num_seen(self.experience)
+        where = f"step {place.step} of experience {self.experience}"
         with looks.modes_kept(self.learner):
             z = self.trial.scores(self.learner, self.pipeline, 0, 6)
         assert z.shape[1] == seen, f"predict gave {z.shape[1]} columns after {where}, {seen} classes were seen"

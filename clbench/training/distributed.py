@@ -13,7 +13,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -184,10 +184,13 @@ def init_group(kind: str, device: torch.device) -> Group:
 
 
 class Replica:
-    """A model's loss as training calls it: tokens [b, L + 1] -> [b, L]; backward passes all-reduce gradients."""
+    """A model's loss as training calls it: tokens [b, L + 1] -> [b, L]; backward passes all-reduce gradients.
 
-    def __init__(self, group: Group, model: nn.Module, compiled: bool = False):
-        self.model, self.kind = model, group.kind
+    A step calls it `pieces` times; gradients are synchronised after the last one only.
+    """
+
+    def __init__(self, group: Group, model: nn.Module, compiled: bool = False, pieces: int = 1):
+        self.model, self.kind, self.pieces, self.calls = model, group.kind, pieces, 0
         self.loss: Callable[[Tensor], Tensor] = model.loss  # type: ignore[assignment]
         self.wrapped: Any = None
         if group.kind == "ddp":
@@ -200,11 +203,15 @@ class Replica:
         if compiled:
             self.loss = torch.compile(self.loss)
 
-    def piece(self, last: bool) -> AbstractContextManager:
-        """Around forward and backward of a micro-batch: gradients are synchronised after the last one only."""
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """The loss of a piece, whose backward pass comes before the next call."""
+        self.calls += 1
+        last = self.calls % self.pieces == 0
         if self.kind == "fsdp":
             self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
-        return nullcontext() if last or self.kind != "ddp" else self.wrapped.no_sync()
+        elif self.kind == "ddp":
+            self.wrapped.require_backward_grad_sync = last  # what its `no_sync` does
+        return self.loss(tokens)
 
 
 class _Loss(nn.Module):

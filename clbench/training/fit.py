@@ -1,4 +1,4 @@
-"""The one optimisation loop. A learner hands it parameters, a loss and batches that are a pure function of the step."""
+"""The one optimisation loop. It is given parameters, a loss and batches that are a pure function of the step."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from clbench.interfaces import Place, Schedule, UserError
-from clbench.training import looks
-from clbench.training.runtime import Interrupted, Runtime
+from clbench.training import looks, optimizer_state
+from clbench.training.runtime import Runtime
 from clbench.training.schedules import constant
 from clbench.training.state import detached
 
 # Steps whose losses are looked at together: looking makes the processor wait for the device.
 LAG = {"cpu": 1}
-LAGGING = 32  # everywhere else
+LAGGING = 64  # everywhere else
 
 
 class Batches(Protocol):
@@ -57,67 +57,98 @@ class Recipe:
         return kind(groups, betas=self.betas, weight_decay=self.weight_decay)
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a `fit` is told that does some steps of a longer training, whose optimiser and snapshots are the caller's.
+
+    first   its first step; the last is that of its batches, of `steps` in all
+    before  steps that schedules count before step 0
+    start   the step to begin with: `first`, or where a killed run was
+    save    writes a snapshot from which step `step` comes next
+    """
+
+    optimizer: torch.optim.Optimizer
+    first: int
+    start: int
+    steps: int
+    before: int
+    save: Callable[[int], None]
+
+
 class _Call:
     """One `fit` call: its optimiser, its place in the journal, its running sums."""
 
-    def __init__(self, runtime: Runtime, name: str, learner: Any, groups: Sequence[dict[str, Any]], recipe: Recipe):
-        self.runtime, self.name, self.learner = runtime, name, learner
-        self.groups = [{**group, "params": list(group["params"])} for group in groups]
-        self.groups = [group for group in self.groups if group["params"]]
-        if not self.groups:
+    def __init__(
+        self, runtime: Runtime, name: str, learner: Any, groups: Sequence[dict[str, Any]], recipe: Recipe, part: Part | None
+    ):
+        self.runtime, self.name, self.learner, self.part = runtime, name, learner, part
+        groups = [{**group, "params": list(group["params"])} for group in groups]
+        groups = [group for group in groups if group["params"]]
+        if not groups:
             raise UserError(f"fit {name!r}: no parameter to train")
-        self.params = [p for group in self.groups for p in group["params"]]
-        self.rates = [float(group["lr"]) for group in self.groups]
-        self.optimizer = recipe.build(self.groups)
-        self.step, self.loss_sum, self.loss_last = 0, 0.0, math.nan
-        self.unchecked: list[tuple[Tensor, Place, float]] = []
+        self.params = [p for group in groups for p in group["params"]]
+        self.rates = [float(group["lr"]) for group in groups]
+        self.loss_sum, self.loss_last = 0.0, math.nan
+        self.unchecked: list[tuple[Tensor, Place, list[float]]] = []
+        self.since = time.perf_counter()
+        if part is not None:
+            self.optimizer, self.first, self.step = part.optimizer, part.first, part.start
+            return
+        self.optimizer, self.first, self.step = recipe.build(groups), 0, 0
         self.key = runtime.journal.next_call(name)
         if runtime.optimizer_state == "keep":
-            self.names = _names(learner, self.params, name)
-            self._take_over(runtime.optimizers.get(name, {}))
+            optimizer_state.take_over(runtime, name, learner, self.optimizer)
+        self.restore()
 
-    def _take_over(self, kept: dict[str, Any]) -> None:
-        """Moments of parameters that an earlier experience trained under the same name; others start without."""
-        for p in self.params:
-            if (state := kept.get(self.names[id(p)])) is not None and list(state["shape"]) == list(p.shape):
-                moments = state["state"].items()  # Adam counts its steps on the CPU
-                self.optimizer.state[p] = {k: detached(value, None if k == "step" else p.device) for k, value in moments}
-
-    def keep(self) -> None:
-        """Keep the moments for the next experience."""
-        if self.runtime.optimizer_state == "keep":
-            found = {self.names[id(p)]: (p, self.optimizer.state[p]) for p in self.params if p in self.optimizer.state}
-            made = {key: {"shape": list(p.shape), "state": detached(state)} for key, (p, state) in found.items()}
-            self.runtime.optimizers[self.name] = self.runtime.optimizers.get(self.name, {}) | made
+    def place(self, steps: int) -> Place:
+        """Where the next step is, for schedules."""
+        experience, part = self.runtime.experience, self.part
+        if part is not None:
+            return Place(experience, self.step, part.steps, part.before + self.step)
+        return Place(experience, self.step, steps, self.runtime.meter.by_name.get(self.name, 0))
 
     def look(self, least: int = 1) -> None:
         """Add up the losses since the last look, if there are `least`; FloatingPointError names the first bad one."""
         if len(self.unchecked) < least:
             return
         seen, self.unchecked = self.unchecked, []
-        for value, (_, place, multiplier) in zip(torch.stack([loss for loss, _, _ in seen]).tolist(), seen, strict=True):
+        values, group = torch.stack([loss for loss, _, _ in seen]).tolist(), self.runtime.group
+        for total, (_, place, rates) in zip(group.all_reduce_sum(*values), seen, strict=True):
+            value = total / group.size
             if not math.isfinite(value):
-                rates = ", ".join(f"{rate * multiplier:g}" for rate in self.rates)
+                where = f"fit {self.name!r}" if self.part is None else self.name
                 raise FloatingPointError(
-                    f"loss is {value} in experience {place.experience}, fit {self.name!r}, step {place.step} of {place.steps}, "
-                    f"learning rate {rates}"
+                    f"loss is {value} in experience {place.experience}, {where}, step {place.step} of {place.steps}, "
+                    f"learning rate {', '.join(dict.fromkeys(f'{rate:g}' for rate in rates))}"
                 )
             self.loss_sum, self.loss_last = self.loss_sum + value, value
 
+    def observe(self, place: Place) -> None:
+        """Let somebody look; the seconds of that are not those of training."""
+        self.since += looks.at_step(self.name, place, self.optimizer.param_groups[0]["lr"], self.runtime.used_new)
+
+    def pause(self) -> None:
+        """Between steps: write a snapshot if somebody asks to stop, or it is time; `Interrupted` on the former."""
+        if self.runtime.pause(self.step > self.first):
+            self.look()  # no snapshot of weights that a bad loss has spoilt
+            if self.part is not None:
+                self.part.save(self.step)
+            else:
+                self.clock()
+                self.runtime.journal.save(self.key, self.snapshot())
+        self.runtime.check_stop()
+
+    def clock(self) -> None:
+        """Count the seconds until now."""
+        now = time.perf_counter()
+        self.runtime.meter.add_seconds(f"fit:{self.name}", now - self.since)
+        self.since = now
+
     def snapshot(self) -> dict[str, Any]:
-        runtime = self.runtime
-        return {
-            "experience": runtime.experience,
-            "name": self.name,
-            "step": self.step,
-            "learner": detached(self.learner.state_dict()),
-            "params": [p.detach() for p in self.params],
-            "optimizer": self.optimizer.state_dict(),
-            "sums": [self.loss_sum, self.loss_last],
-            "meter": runtime.meter.state_dict(),
-            "used": [runtime.used_visits, runtime.used_new],
-            "looks": looks.state_dict(),
-        }
+        own = {"name": self.name, "step": self.step, "sums": [self.loss_sum, self.loss_last]}
+        params = [p.detach() for p in self.params]
+        state = {"learner": detached(self.learner.state_dict()), "params": params, "optimizer": self.optimizer.state_dict()}
+        return own | state | self.runtime.snapshot()
 
     def restore(self) -> None:
         """Go on where the journal says this call was, if it says so."""
@@ -134,9 +165,18 @@ class _Call:
                 p.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, (self.loss_sum, self.loss_last) = state["step"], state["sums"]
-        self.runtime.meter.load_state_dict(state["meter"])
-        self.runtime.used_visits, self.runtime.used_new = state["used"]
-        looks.load_state_dict(state.get("looks"))
+        self.runtime.go_on(state)
+
+    def end(self, place: Place) -> None:
+        """After the last step."""
+        self.look()
+        if self.part is None or place.step == place.steps:
+            self.observe(place)
+        if self.part is None:
+            self.pause()
+            if self.runtime.optimizer_state == "keep":
+                optimizer_state.keep(self.runtime, self.name, self.learner, self.optimizer)
+            self.clock()
 
 
 def fit(
@@ -151,34 +191,36 @@ def fit(
     at_place: Callable[[Place], None] | None = None,
     before_step: Callable[[list[Tensor], list[Tensor | None]], None] | None = None,
     after_step: Callable[[Place, Any], None] | None = None,
+    part: Part | None = None,
 ) -> dict[str, float]:
     """Minimise `loss_fn(batch)` (a scalar) over `batches` -> {name_loss, name_steps}.
 
     `groups` are torch parameter groups with their base rate `lr`. `at_place(place)` comes before a step's batches are made and
     says where the loss is asked next, `before_step(params, grads)` may change gradients in place, `after_step(place, batch)`
     may change the learner. Everything that changes must be in `learner.state_dict()`:
-    then a killed run goes on from the middle of this call without any code of the learner's own.
+    then a killed run goes on from the middle of this call without any code of the learner's own. With a `part` the caller
+    sees to that.
 
     Raises FloatingPointError on a NaN or infinite loss, `BudgetExceeded` when visits run out, `Interrupted` on Ctrl-C.
     """
-    call = _Call(runtime, name, learner, groups, recipe)
-    call.restore()
+    call = _Call(runtime, name, learner, groups, recipe, part)
     steps = -(-batches.steps // recipe.accumulate)
-    start = time.perf_counter()
     meter, lag = runtime.meter, LAG.get(runtime.device.type, LAGGING)
     meter.trained = max(meter.trained, sum(p.numel() for p in call.params))
+    call.optimizer.zero_grad(set_to_none=True)
     while call.step < steps:
-        if call.step == 0 and runtime.stop:
-            raise Interrupted
-        place = Place(runtime.experience, call.step, steps, meter.by_name.get(name, 0))
+        call.pause()
+        place = call.place(steps)
+        multiplier = recipe.schedule(place)
+        rates = [rate * multiplier for rate in call.rates]
+        for options, rate in zip(call.optimizer.param_groups, rates, strict=True):
+            options["lr"] = rate
+        call.observe(place)
         if at_place is not None:
             at_place(place)
         first = call.step * recipe.accumulate
         group = [batches(i) for i in range(first, min(first + recipe.accumulate, batches.steps))]
-        multiplier = recipe.schedule(place)
-        for options, rate in zip(call.optimizer.param_groups, call.rates, strict=True):
-            options["lr"] = rate * multiplier
-        call.unchecked.append((_gradients(call, group, loss_fn), place, multiplier))
+        call.unchecked.append((_gradients(call, group, loss_fn), place, rates))
         call.look(lag)
         if recipe.clip is not None:
             torch.nn.utils.clip_grad_norm_(call.params, recipe.clip)
@@ -187,49 +229,18 @@ def fit(
         call.optimizer.step()
         if after_step is not None:
             after_step(place, group[-1])
+        call.optimizer.zero_grad(set_to_none=True)
         call.step += 1
         meter.add_step(name)
-        start += looks.after_step(call.step, runtime.used_new)
         if runtime.progress is not None:
-            runtime.progress(name, call.step, steps, call.loss_last)
-        if runtime.stop or runtime.journal.due():
-            start = _note(call, start)
-        runtime.check_stop()
-    call.look()
-    call.keep()
-    call.optimizer.zero_grad(set_to_none=True)
-    meter.add_seconds(f"fit:{name}", time.perf_counter() - start)
+            runtime.progress(name, call.step - call.first, steps - call.first, call.loss_last)
+    call.end(call.place(steps))
     return {f"{name}_loss": call.loss_sum / max(1, steps), f"{name}_steps": float(steps)}
-
-
-def _names(learner: Any, params: Sequence[Tensor], fit_name: str) -> dict[int, str]:
-    """Identity of a parameter -> its place in the learner, the same in every process. `UserError` where one has none."""
-    found: dict[int, str] = {}
-    for attribute, part in vars(learner).items():
-        if isinstance(part, torch.nn.Module):
-            for name, p in part.named_parameters():
-                found.setdefault(id(p), f"{attribute}.{name}")
-        elif isinstance(part, torch.nn.Parameter):
-            found.setdefault(id(part), attribute)
-    if any(id(p) not in found for p in params):
-        kind = type(learner).__name__
-        raise UserError(f"optimizer_state=keep: fit {fit_name!r} of {kind} trains parameters that are in no attribute of it")
-    return found
-
-
-def _note(call: _Call, start: float) -> float:
-    """Write a snapshot; the seconds until now belong to it."""
-    call.look()
-    call.runtime.meter.add_seconds(f"fit:{call.name}", time.perf_counter() - start)
-    start = time.perf_counter()
-    call.runtime.journal.save(call.key, call.snapshot())
-    return start
 
 
 def _gradients(call: _Call, group: list[Any], loss_fn: Callable[[Any], Tensor]) -> Tensor:
     """Gradients of the mean loss over `group`; counts the images first -> the loss, a float64 scalar where it was computed."""
     sizes = [max(1, len(batch)) if hasattr(batch, "__len__") else 1 for batch in group]
-    call.optimizer.zero_grad(set_to_none=True)
     total: Tensor | None = None
     for batch, size in zip(group, sizes, strict=True):
         if hasattr(batch, "ids"):

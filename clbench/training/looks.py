@@ -9,42 +9,33 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from torch import nn
 
+from clbench.interfaces import Place
 from clbench.streams.handles import Handle, opened
 
-if TYPE_CHECKING:
-    from clbench.training.pretraining.segments import Segment
 
+class Observer:
+    """Looks at a model while it trains; the runner's, because a learner never sees an evaluation set. This one sees nothing."""
 
-class Observer(Protocol):
-    """Looks at the model while it trains; the runner's, because a learner never sees an evaluation set."""
+    def at_step(self, name: str, place: Place, lr: float, visits: int) -> float:
+        """Evaluate before the step of `place`, or after the last one, where it is time -> seconds that it took.
 
-    def due(self, segment: Segment, step: int) -> bool:
-        """Whether to look before update `step` (or after the last one)."""
-        ...
-
-    def look(self, model: nn.Module, segment: Segment, step: int) -> None:
-        """Note the losses now, before update `step`, or after the last one."""
-        ...
+        `lr` is the rate of the first group in the step, or in the last one; `visits` those to new samples so far.
+        """
+        return 0.0
 
     def trunk_ended(self, model: nn.Module) -> None:
         """A branch or an average will be evaluated instead of these weights: evaluate them too."""
-        ...
-
-    def after_step(self, step: int, visits: int) -> float:
-        """Evaluate the learner after a step of `fit`, where it is time -> seconds that it took."""
-        ...
 
     def state_dict(self) -> dict[str, Any]:
         """Plain lists and numbers."""
-        ...
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the lists and numbers of `state`."""
-        ...
 
 
 _CURRENT: ContextVar[Handle | None] = ContextVar("observer", default=None)
@@ -88,28 +79,16 @@ def _observer() -> Observer | None:
     return None if handle is None else opened(handle)
 
 
-def due(segment: Segment, step: int) -> bool:
-    """Whether somebody wants to look before update `step` (or after the last one)."""
+def at_step(name: str, place: Place, lr: float, visits: int) -> float:
+    """`fit` of this name is between steps: let the observer evaluate -> seconds it took."""
     observer = _observer()
-    return observer is not None and observer.due(segment, step)
-
-
-def look(model: nn.Module, segment: Segment, step: int) -> None:
-    """Let the observer note the losses now. It may leave the model in evaluation mode."""
-    if (observer := _observer()) is not None:
-        observer.look(model, segment, step)
+    return 0.0 if observer is None else observer.at_step(name, place, lr, visits)
 
 
 def trunk_ended(model: nn.Module) -> None:
     """Let the observer evaluate weights that will not be the learner's answer."""
     if (observer := _observer()) is not None:
         observer.trunk_ended(model)
-
-
-def after_step(step: int, visits: int) -> float:
-    """Let the observer evaluate the learner after update `step`, from 1, and `visits` of new samples -> seconds it took."""
-    observer = _observer()
-    return 0.0 if observer is None else observer.after_step(step, visits)
 
 
 def state_dict() -> dict[str, Any] | None:

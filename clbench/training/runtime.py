@@ -12,7 +12,9 @@ import torch
 
 from clbench.interfaces import Budget, BudgetExceeded
 from clbench.streams import rng
+from clbench.training import looks
 from clbench.training.checkpoint import Journal
+from clbench.training.distributed import ALONE, Group
 
 
 class Interrupted(KeyboardInterrupt):
@@ -63,6 +65,7 @@ class Runtime:
     exempt     a reference learner (capability `stores_all_data`): visits are counted, not limited
     optimizer_state  what a `fit` starts an experience with: "fresh" moments, or those that a `fit` of that name has ("keep")
     optimizers       the moments that are kept, by the name of the `fit` and the parameter's place in the learner
+    group      the processes that train together, each on its rows of every batch
     """
 
     seed: int
@@ -80,6 +83,7 @@ class Runtime:
     stop: bool = False
     optimizer_state: str = "fresh"
     optimizers: dict[str, Any] = field(default_factory=dict)
+    group: Group = ALONE
 
     def begin(self, experience: int, num_train: int | None = None, budget: Budget | None = None) -> None:
         """The runner calls this before each `learn`: sets the experience, its size, its budget and the visit counts to 0.
@@ -133,6 +137,22 @@ class Runtime:
                 )
         self.meter.visits["new"] += new
         self.meter.visits["replayed"] += replayed
+
+    def snapshot(self) -> dict[str, Any]:
+        """What a snapshot from inside an experience holds besides the learner: counts, and what looks have found."""
+        counts = {"meter": self.meter.state_dict(), "used": [self.used_visits, self.used_new]}
+        return {"experience": self.experience, **counts, "looks": looks.state_dict()}
+
+    def go_on(self, state: dict[str, Any]) -> None:
+        """Go on from a `snapshot`."""
+        self.meter.load_state_dict(state["meter"])
+        self.used_visits, self.used_new = state.get("used", (0, 0))
+        looks.load_state_dict(state.get("looks", state.get("observer")))  # the other name is that of earlier versions
+
+    def pause(self, begun: bool) -> bool:
+        """Whether to write a snapshot now: somebody wants to stop, or it is time. The same answer in all processes."""
+        self.stop, due = self.group.all_any(self.stop, begun and self.journal.due())
+        return self.stop or due
 
     def check_stop(self) -> None:
         """Leave at a safe place when the user pressed Ctrl-C."""

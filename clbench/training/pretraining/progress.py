@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from clbench.interfaces import UserError
-from clbench.training import looks
 from clbench.training.pretraining.segments import PretrainRuntime, Segment
 
 
@@ -37,22 +36,12 @@ class Progress:
                 lines = "\n".join(f"  {line}" for line in changed)
                 raise UserError(f"the saved run had another plan; force=true starts anew\n{lines}")
             self.saved, self.segment, self.step = state["learner"], state["segment"], state["step"]
-            runtime.meter.load_state_dict(state["meter"])
+            runtime.go_on(state)
             runtime.ledger.load_state_dict(state["ledger"])
-            looks.load_state_dict(state["observer"])
         runtime.plan[:] = [p for p in runtime.plan if p["experience"] != runtime.experience] + self.described
 
     def save(self, segment: int, step: int, learner: dict[str, Any]) -> None:
         """Write a snapshot: `step` is the next one of segment number `segment`."""
-        runtime = self.runtime
-        state = {
-            "experience": runtime.experience,
-            "plan": self.described,
-            "segment": segment,
-            "step": step,
-            "learner": learner,
-            "meter": runtime.meter.state_dict(),
-            "ledger": runtime.ledger.state_dict(),
-            "observer": looks.state_dict(),
-        }
-        runtime.journal.save("fit-0", state)
+        own = {"plan": self.described, "segment": segment, "step": step, "learner": learner}
+        state = own | self.runtime.snapshot() | {"ledger": self.runtime.ledger.state_dict()}
+        self.runtime.journal.save("fit-0", state)

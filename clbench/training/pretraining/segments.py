@@ -1,4 +1,4 @@
-"""Segments of a pre-training plan and the loop that trains one: trunk or branch, exact resume, looks at fixed steps.
+"""Segments of a pre-training plan, and what `fit` needs to train one: trunk or branch, exact resume, looks at fixed steps.
 
 A plan is a list of segments for each experience. The trunk is what the next experience continues from; a branch starts from
 the trunk's end, is evaluated, and thrown away. Batches and rates are pure functions of the step, so a killed run needs the
@@ -8,7 +8,6 @@ weights, the optimiser and a step number, and nothing else.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from clbench.interfaces import Place, Schedule, UserError
-from clbench.training import looks
-from clbench.training.distributed import ALONE, Group, Replica, placed_like
+from clbench.training.distributed import Replica
+from clbench.training.fit import Part, Recipe, fit
+from clbench.training.optimizer_state import Adam
 from clbench.training.pretraining.data_mixture import Mixture
 from clbench.training.pretraining.ledger import Ledger
 from clbench.training.runtime import Runtime
-from clbench.training.state import detached
 
 AfterStep = Callable[["Segment", int, Tensor, np.ndarray], None]
 
@@ -82,7 +81,6 @@ class PretrainRuntime(Runtime):
 
     processed_limit  tokens that one experience may be trained on, None for no limit
     micro_batch      sequences that pass the model at once, None for the whole batch: gradients are summed over the pieces
-    group            the processes that train together, each on its rows of every batch
     compiled         torch.compile for the training pass
     stream_steps     steps that the stream gives each experience; empty: to all as many as to the one at hand
     """
@@ -92,94 +90,42 @@ class PretrainRuntime(Runtime):
     processed_limit: int | None = None
     micro_batch: int | None = None
     plan: list[dict[str, Any]] = field(default_factory=list)
-    group: Group = ALONE
     compiled: bool = False
     stream_steps: tuple[int, ...] = ()
 
-    def pause(self, anywhere: bool) -> bool:
-        """Whether to write a snapshot now: somebody wants to stop, or it is time. The same answer in all processes."""
-        self.stop, due = self.group.all_any(self.stop, anywhere and self.journal.due())
-        return self.stop or due
 
+class _Pieces:
+    """Batches of `fit`: this process's rows of each step on the device, in `number` pieces of `micro_batch` sequences.
 
-class Adam:
-    """AdamW over a model's parameters, matrices decayed, vectors not; made anew, kept or cleaned at boundaries."""
+    Read once, in order; a GPU's are read three steps ahead.
+    """
 
-    def __init__(self, model: nn.Module, betas: Sequence[float], weight_decay: float, clip: float | None):
-        self.model, self.betas, self.weight_decay, self.clip = model, tuple(betas), weight_decay, clip
-        self.made = self._make()
+    def __init__(self, runtime: PretrainRuntime, mixture: Mixture, step: int, last: int):
+        self.mixture, self.device, self.rows = mixture, runtime.device, runtime.group.rows(mixture.new.batch)
+        rows = self.rows.stop - self.rows.start
+        self.size = runtime.micro_batch or rows
+        self.number = -(-rows // self.size)
+        self.steps, self.stream = last * self.number, self._read(step, last)
 
-    def _make(self) -> torch.optim.AdamW:
-        self.params = params = list(self.model.parameters())
-        groups = [
-            {"params": [p for p in params if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        fused = params[0].device.type in ("cpu", "cuda")
-        return torch.optim.AdamW([g for g in groups if g["params"]], betas=self.betas, fused=fused)  # type: ignore[arg-type]
+    def __call__(self, step: int) -> Tensor:
+        """[b, context + 1] int64; `step` counts pieces."""
+        return next(self.stream)
 
-    def reset(self) -> None:
-        """Forget everything."""
-        self.made = self._make()
+    def _own(self, step: int) -> Tensor:
+        own = torch.from_numpy(self.mixture(step, self.rows))
+        return own.pin_memory() if self.device.type == "cuda" else own
 
-    def reset_moments(self) -> None:
-        """Zero both moments; the step count, which corrects their bias, stays."""
-        for state in self.made.state.values():
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name].zero_()
-
-    def step(self, rate: float) -> None:
-        """One update with clipped gradients at this rate; gradients are gone afterwards."""
-        for group in self.made.param_groups:
-            group["lr"] = rate
-        if self.clip is not None:
-            nn.utils.clip_grad_norm_(self.params, self.clip)
-        self.made.step()
-        self.made.zero_grad(set_to_none=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What torch gives."""
-        return self.made.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state; it is copied."""
-        self.made = self._make()
-        self.made.load_state_dict(detached(state))
-        for param, moments in self.made.state.items():
-            moments |= {name: placed_like(value, param) for name, value in moments.items() if value.shape == param.shape}
-
-
-def batches(mixture: Mixture, first: int, last: int, device: torch.device, group: Group = ALONE) -> Iterator[Tensor]:
-    """This process's rows of batches first..last-1 on the device, [b, context + 1] int64; a GPU's are read meanwhile."""
-    rows = group.rows(mixture.new.batch)
-    if device.type != "cuda":
-        yield from (torch.from_numpy(mixture(step, rows)) for step in range(first, last))
-        return
-
-    def read(step: int) -> Tensor:
-        return torch.from_numpy(mixture(step, rows)).pin_memory()
-
-    with ThreadPoolExecutor(1) as pool:
-        waiting = [pool.submit(read, step) for step in range(first, min(first + 3, last))]
-        for step in range(first, last):
-            if step + 3 < last:
-                waiting.append(pool.submit(read, step + 3))
-            yield waiting.pop(0).result().to(device, non_blocking=True)
-
-
-class _Count:
-    """Counts the tokens of a segment into the ledger, up to a step at a time."""
-
-    def __init__(self, runtime: PretrainRuntime, segment: Segment, mixture: Mixture, step: int):
-        self.runtime, self.segment, self.mixture, self.counted = runtime, segment, mixture, step
-
-    def __call__(self, until: int) -> None:
-        context, mixture = self.mixture.new.context, self.mixture
-        *old, new = (int(number) * context for number in mixture.used(self.counted, until))
-        repeated = mixture.repeated(self.counted, until) * context
-        self.runtime.ledger.train(self.segment.role, new, sum(old), repeated, self.runtime.flops_per_token)
-        self.runtime.meter.steps += until - self.counted
-        self.counted = until
+    def _read(self, first: int, last: int) -> Iterator[Tensor]:
+        if self.device.type != "cuda":
+            for step in range(first, last):
+                yield from self._own(step).split(self.size)
+            return
+        with ThreadPoolExecutor(1) as pool:
+            waiting = [pool.submit(self._own, step) for step in range(first, min(first + 3, last))]
+            for step in range(first, last):
+                if step + 3 < last:
+                    waiting.append(pool.submit(self._own, step + 3))
+                yield from waiting.pop(0).result().to(self.device, non_blocking=True).split(self.size)
 
 
 def train(
@@ -194,61 +140,37 @@ def train(
 ) -> None:
     """Train a segment from `step` on. `save(step)` writes a snapshot; `after_step(segment, step, losses [B, L], counts [K])`.
 
-    Raises FloatingPointError on a NaN or infinite loss (looked at in every step, on a GPU in every 64th), `Interrupted` on
-    Ctrl-C.
+    The gradients are those of the mean over a batch. Over processes they are averaged, hence `share`: this one's of the batch
+    times their number, 1 but for uneven rows.
     """
-    count, group = _Count(runtime, segment, mixture, step), runtime.group
-    batch, replica = mixture.new.batch, Replica(group, model, runtime.compiled)
-    sums: list[Tensor] = []
-    model.train()
-    for tokens in batches(mixture, step, segment.last, runtime.device, group):
-        if runtime.pause(step > segment.first):
-            if sums:
-                _check_losses(runtime, segment, step, sums)  # no snapshot of weights that a bad loss has spoilt
-                sums = []
-            count(step)
-            save(step)
-            runtime.check_stop()
-        if looks.due(segment, step):
-            count(step)
-            looks.look(model, segment, step)
-            model.train()
-        losses = _gradients(runtime, replica, tokens, batch)
-        optimizer.step(segment.rate(step))
-        sums.append(losses.mean())
+    group, batch, context = runtime.group, mixture.new.batch, mixture.new.context
+    pieces = _Pieces(runtime, mixture, step, segment.last)
+    replica = Replica(group, model, runtime.compiled, pieces.number)
+    share = (pieces.rows.stop - pieces.rows.start) * group.size / batch
+    found: list[Tensor] = []
+
+    def loss(tokens: Tensor) -> Tensor:
+        losses = replica(tokens)
         if after_step is not None:
-            after_step(segment, step + 1, group.all_gather_rows(losses, batch), mixture.counts[step - mixture.first])
-        step += 1
-        if runtime.device.type == "cpu" or step % 64 == 0 or step == segment.last:
-            _check_losses(runtime, segment, step, sums)
-            sums = []
-    count(segment.last)
-    if segment.last == segment.steps:
-        looks.look(model, segment, step)
+            found.append(losses.detach())
+        return losses.mean() if share == 1 else losses.mean() * share
 
+    def count(place: Place, _: Tensor) -> None:
+        counts = mixture.counts[place.step - mixture.first]
+        *old, new = (counts * context).tolist()
+        repeated = mixture.repeated(place.step, place.step + 1) * context
+        runtime.ledger.train(segment.role, new, sum(old), repeated, runtime.flops_per_token)
+        if after_step is not None:
+            losses = group.all_gather_rows(torch.cat(found), batch)
+            found.clear()
+            after_step(segment, place.step + 1, losses, counts)
 
-def _gradients(runtime: PretrainRuntime, replica: Replica, tokens: Tensor, batch: int) -> Tensor:
-    """Add the gradients of the mean loss over a batch of which this process has `tokens` [b, L + 1] -> losses [b, L].
-
-    In pieces of `micro_batch` sequences. Over processes gradients are averaged, hence their number in each one's share.
-    """
-    found, pieces = [], tokens.split(runtime.micro_batch or len(tokens))
-    for i, piece in enumerate(pieces):
-        with replica.piece(last=i + 1 == len(pieces)):
-            losses = replica.loss(piece)
-            (losses.mean() * (len(piece) * runtime.group.size / batch)).backward()
-        found.append(losses.detach())
-    return found[0] if len(found) == 1 else torch.cat(found)
-
-
-def _check_losses(runtime: PretrainRuntime, segment: Segment, step: int, losses: list[Tensor]) -> None:
-    """Stop at a loss that is no number; show how far it is."""
-    mean = runtime.group.all_reduce_sum(float(torch.stack(losses).mean()))[0] / runtime.group.size
-    if not math.isfinite(mean):
-        where = f"experience {segment.experience}, {segment.role}, step {step - 1} of {segment.steps}"
-        raise FloatingPointError(f"loss is {mean} in {where}, learning rate {segment.rate(step - 1):g}")
-    if runtime.progress is not None:
-        runtime.progress(segment.role, step - segment.first, segment.last - segment.first, mean)
+    model.train()
+    groups = [{**options, "lr": segment.lr} for options in optimizer.param_groups]
+    recipe = Recipe(schedule=segment.schedule, accumulate=pieces.number)
+    part = Part(optimizer, segment.first, step, segment.steps, segment.before, save)
+    steps: dict[str, Any] = {"before_step": optimizer.clip_gradients, "after_step": count, "part": part}
+    fit(runtime, segment.role, model, groups, loss, pieces, recipe, **steps)
 
 
 def check_plan(plan: Sequence[Segment], limit: int | None, tokens_per_step: int) -> None:

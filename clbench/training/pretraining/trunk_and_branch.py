@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from clbench.training.optimizer_state import Adam
 from clbench.training.pretraining.data_cursor import DataCursor
-from clbench.training.pretraining.segments import Adam, Segment
+from clbench.training.pretraining.segments import Segment
 from clbench.training.state import detached
 
 
@@ -40,7 +41,7 @@ class Trunk:
             if segment.optimizer in ("restore", "reset_moments"):
                 self.optimizer.load_state_dict(self.kept["optimizer"])
         if segment.optimizer == "reset":
-            self.optimizer.reset()
+            self.optimizer.state.clear()
         elif segment.optimizer == "reset_moments":
             self.optimizer.reset_moments()
         self.kept = None
