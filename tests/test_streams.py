@@ -383,6 +383,8 @@ def test_stored_manifest_runs(tmp_path: Path):
     x, y = np.zeros((4, 2, 2), np.uint8), np.array([0, 0, 1, 1])
     np.savez(other, train_x=x, train_y=y, test_x=x, test_y=y)
     fails(lambda: build("manifest", path=str(path), dataset=str(other)), "SHA-256", "made for")
+    spans().save(tmp_path / "spans.json")
+    fails(lambda: build("manifest", path=str(tmp_path / "spans.json")), "spans.json", "of tokens")
     entries = scenario.manifest.experiences
     swapped = replace(scenario.manifest, experiences=(replace(entries[0], train=entries[1].train), *entries[1:]))
     fails(lambda: replace(scenario, manifest=swapped), "exp0", "[2, 3]")
