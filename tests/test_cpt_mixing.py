@@ -8,14 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clbench.interfaces import UserError
-from clbench.streams.tokens.data import TokenData
+from clbench.streams.entries import ExperienceEntry
+from clbench.streams.tokens.data import TokenData, text_source
 from clbench.training.pretraining.data_mixture import Mixture, Replay, quotas
 from clbench.training.pretraining.ledger import Ledger
 
 
 def text(domain=0, size=40, batch=8, context=4, steps=10, first=0):
     tokens = np.arange(1000 * domain, 1000 * domain + size * context + 1, dtype=np.uint16)
-    return TokenData.of(f"d{domain}", domain, tokens, context, batch, steps, first, size, key=17 + domain)
+    entry = ExperienceEntry(f"d{domain}", domain=domain, first=first, sequences=size, steps=steps)
+    return TokenData.of(entry, text_source(tokens, context), context, batch, key=17 + domain)
 
 
 @settings(deadline=None, max_examples=60)

@@ -513,6 +513,10 @@ BAD = {
     "late": ({"manifest": {"looks": [[3], []]}}, ("1..2",)),
     "evaluators": ({"manifest": {"evaluators": ["a", "a"]}}, ("twice",)),
     "operators": ({"manifest": {"operators": ["permute"]}}, ("operators",)),
+    "span of an experience": ({"experience": {"steps": 3}}, ("experience 0", "steps", "samples are ids")),
+    "span of a set": ({"eval": {"floor": 0.5}}, ("evaluation set 0", "floor")),
+    "shape": ({"manifest": {"context": 3}}, ("manifest", "context")),
+    "tokens": ({"manifest": {"budget": Budget().rules() | {"processed": 3}}}, ("budget", "processed")),
 }
 
 

@@ -15,12 +15,13 @@ import torch
 from clbench.config.compose import build, compose
 from clbench.config.registry import asks, choices
 from clbench.interfaces import Capabilities, Place, UserError
+from clbench.streams.entries import ExperienceEntry
 from clbench.streams.eval_sets import open_eval
 from clbench.streams.handles import Handle, end, is_live, opened
 from clbench.streams.images.data import ImageBatch, ImageData, open_experience, shuffled
 from clbench.streams.scenario import ArrayImages, FileImages
 from clbench.streams.tokens.class_groups import class_groups
-from clbench.streams.tokens.data import TokenData
+from clbench.streams.tokens.data import TokenData, text_source
 from clbench.testing import adversary, contract, data_reach
 from clbench.testing import trial as trials
 from clbench.testing.anytime import Idle
@@ -235,16 +236,21 @@ def test_a_store_is_asked_for_its_own_images_only(tmp_path):
 # --- texts
 
 
+def part_of(name, tokens, context, first, size):
+    entry = ExperienceEntry(name, first=first, sequences=size, steps=5)
+    return TokenData.of(entry, text_source(tokens, context), context, 2, key=3)
+
+
 def text(size=10, first=4, whole=40, context=4):
     tokens = np.arange(whole * context + 1, dtype=np.uint16)
-    return tokens, TokenData.of("e", 0, tokens, context, 2, 5, first, size, key=3)
+    return tokens, part_of("e", tokens, context, first, size)
 
 
 def test_a_text_gives_its_own_sequences_and_no_other():
     tokens, data = text()
     own = {int(row[0]) for row in data.read(np.arange(10))}
     assert len(own) == 10 and {int(row[0]) for row in data.read(np.arange(200))} == own
-    others = [TokenData.of("o", 0, tokens, 4, 2, 5, first, size, key=3) for first, size in ((0, 4), (14, 26))]
+    others = [part_of("o", tokens, 4, first, size) for first, size in ((0, 4), (14, 26))]
     starts = [{int(row[0]) for row in other.read(np.arange(len(other)))} for other in others]
     assert set().union(own, *starts) == {4 * i for i in range(40)} and not own & (starts[0] | starts[1])
     for numbers in ([10], [-1], [0, 3, 39]):

@@ -1,5 +1,6 @@
 """Orders, generators and manifests: the same hash on every machine, and no sample in two places."""
 
+import functools
 import hashlib
 import importlib
 import inspect
@@ -23,6 +24,7 @@ from clbench.streams import datasets, generators, orders
 from clbench.streams.images.arrays import Pool
 from clbench.streams.manifest import EvalEntry, ExperienceEntry, Manifest, decode_ids, encode_ids
 from clbench.streams.scenario import ArrayImages, Dataset, Scenario
+from clbench.streams.tokens.texts import synthetic
 
 CONF = Path(__file__).parents[1] / "conf" / "scenario"
 DIGITS_MANIFEST = "332b26c07d9d9b74b4f834a079c1f46055017d2de6408bd7737c5b55c795ad22"
@@ -191,6 +193,54 @@ def test_tampering_is_seen(tmp_path: Path):
     fails(lambda: tiny().save(path / "below" / "a_file.json"), "cannot write")
 
 
+def nodes(part, path=()):
+    """Paths to everything in plain JSON."""
+    yield path
+    items = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ()
+    for key, value in items:
+        yield from nodes(value, (*path, key))
+
+
+def spans() -> Manifest:
+    return synthetic(name="s", order=[0, 1], tokens=320, context=8, batch=4, eval_tokens=80).manifest
+
+
+WRONG = (None, True, -1, 3, 10**30, 1.5, float("nan"), "", "x", "0-3", [], [1], [[1]], {}, {"a": 1})
+
+
+@given(st.sampled_from([TINY, spans().to_json()]), st.randoms(use_true_random=False), st.sampled_from(WRONG))
+@settings(max_examples=300, deadline=None)
+def test_a_malformed_manifest_is_refused_in_one_line(text: str, chance: random.Random, value: object):
+    body = json.loads(text)
+    *above, last = chance.choice([path for path in nodes(body) if path])
+    part = functools.reduce(lambda inner, key: inner[key], above, body)
+    if isinstance(part, dict) and chance.random() < 0.3:
+        part.pop(last)
+    else:
+        part[last] = value
+    try:
+        made = Manifest.from_json(json.dumps(body))
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert Manifest.from_json(made.to_json()) == made and made.text()
+
+
+def test_streams_describe_themselves_for_the_record():
+    scenario = build("cil_digits")
+    told = scenario.describe()
+    assert told["scenario"]["manifest_sha256"] == DIGITS_MANIFEST and told["first_seen"] == [0, 1, 2, 3, 4]
+    assert list(map(sum, told["class_n"])) == told["n"] == [len(e.ids) for e in scenario.manifest.evals]
+    assert scenario.text() == scenario.manifest.text(scenario.class_name)
+    made = spans()
+    assert Manifest.from_json(made.to_json()) == made and (made.form, made.asks, made.unit) == ("spans", "loss", "tokens")
+    assert dict(made.experiences[0]) == json.loads(made.to_json())["experiences"][0]
+    fails(lambda: replace(made, discloses_task=True), "discloses_task", "samples are spans")
+    fails(lambda: replace(made, looks=((1, 99), ())), "rising")
+    seen = replace(made, looks=((1, 40), ()), evaluators=("mine",))
+    assert Manifest.from_json(seen.to_json()) == seen != made
+
+
 # generators
 
 
@@ -333,6 +383,8 @@ def test_stored_manifest_runs(tmp_path: Path):
     x, y = np.zeros((4, 2, 2), np.uint8), np.array([0, 0, 1, 1])
     np.savez(other, train_x=x, train_y=y, test_x=x, test_y=y)
     fails(lambda: build("manifest", path=str(path), dataset=str(other)), "SHA-256", "made for")
+    spans().save(tmp_path / "spans.json")
+    fails(lambda: build("manifest", path=str(tmp_path / "spans.json")), "spans.json", "of tokens")
     entries = scenario.manifest.experiences
     swapped = replace(scenario.manifest, experiences=(replace(entries[0], train=entries[1].train), *entries[1:]))
     fails(lambda: replace(scenario, manifest=swapped), "exp0", "[2, 3]")

@@ -180,6 +180,8 @@ def from_manifest(
     A stream of several data sets takes a list of them. `operators` change the stream further.
     """
     manifest = Manifest.load(path)
+    if manifest.form != "ids":
+        raise UserError(f"manifest {path} is of {manifest.unit} for {manifest.kind}: run the scenario that made it")
     parts = manifest.dataset.get("parts")
     found = dataset or ([part["name"] for part in parts] if parts else manifest.dataset["name"])
     if isinstance(found, str):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -184,7 +184,7 @@ def _check_rules(where: str, entry: ExperienceEntry, budget: Mapping[str, Any]) 
     if entry.budget is not None:
         if not isinstance(entry.budget, dict) or not entry.budget:
             raise UserError(f"{where}: budget must be a mapping of what differs, got {entry.budget!r}")
-        checked_keys(entry.budget, (), f"{where}: budget", (item.name for item in fields(Budget)))
+        checked_keys(entry.budget, (), f"{where}: budget", (*RULES["predict"], "in_order"))
         Budget(**{**budget, **entry.budget})
 
 

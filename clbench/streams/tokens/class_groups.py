@@ -119,4 +119,4 @@ def _layout(
         parts.append((held, epochs * held // batch))
     plain = [{"unit": "images", "side": d.pictures.side, "classes": list(d.classes), "augment": d.augment} for d in domains]
     numbers = {d: min(eval_images, len(domains[d].validation)) for d in dict.fromkeys(order)}
-    return laid_out(domains, order, parts, numbers, budget, plain, vocab=256, context=1, batch=batch)
+    return laid_out(domains, order, parts, numbers, vocab=256, context=1, batch=batch, budget=budget, about=plain)

@@ -4,26 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from clbench.streams import rng
+from clbench.streams.entries import ExperienceEntry
 from clbench.streams.handles import Handle, end, opened
 from clbench.streams.tokens import sequences
 
-Read = Callable[[np.ndarray, str, np.ndarray], np.ndarray]  # places [B] in the domain, role, positions [B] -> rows [B, ...]
+
+class Source(NamedTuple):
+    """All training sequences of a domain.
+
+    size      how many
+    itemsize  bytes of one token of a sequence
+    read      (places [B] in the domain, role, positions [B]) -> rows [B, ...]
+    """
+
+    size: int
+    itemsize: int
+    read: Callable[[np.ndarray, str, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
 class _Span:
-    """What the handle of a `TokenData` opens: sequences first..first+size-1 of a domain of `whole`, in the order of `key`.
+    """What the handle of a `TokenData` opens: sequences first..first+size-1 of `source`, in the order of `key`.
 
     Those are spread over the whole domain, so it is held whole (a mapped corpus stays mapped once). Others are refused.
     """
 
     name: str
-    whole: int
-    read: Read
+    source: Source
     first: int
     size: int
     key: int
@@ -31,7 +43,7 @@ class _Span:
     def places(self, numbers: np.ndarray) -> np.ndarray:
         """Own sequences by number 0..size-1 -> [B] int64 places in the domain."""
         inside = sequences.own(numbers, self.size, self.name)
-        return sequences.permuted(rng.key(self.key, "domain"), self.whole, self.first + inside)
+        return sequences.permuted(rng.key(self.key, "domain"), self.source.size, self.first + inside)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,26 +66,12 @@ class TokenData:
     itemsize: int
 
     @staticmethod
-    def open(
-        name: str,
-        domain: int,
-        source: tuple[int, int, Read],
-        context: int,
-        batch: int,
-        steps: int,
-        first: int,
-        size: int,
-        key: int,
-    ) -> TokenData:
-        """Sequences first..first+size-1 of a domain; `source`: how many it has, bytes of a token, how they are read."""
-        whole, itemsize, read = source
-        text = Handle(f"experience {name}", _Span(f"experience {name}", whole, read, first, size, key))
-        return TokenData(name, domain, text, context, batch, steps, first, size, key, itemsize)
-
-    @staticmethod
-    def of(name: str, domain: int, tokens: np.ndarray, context: int, *numbers: int, **named: int) -> TokenData:
-        """The same of a domain's `tokens`, with the other arguments of `open`."""
-        return TokenData.open(name, domain, text_source(tokens, context), context, *numbers, **named)
+    def of(entry: ExperienceEntry, source: Source, context: int, batch: int, key: int) -> TokenData:
+        """What an entry says: so many sequences of a domain, from its first one in the order of `key`."""
+        name = f"experience {entry.name}"
+        text = Handle(name, _Span(name, source, entry.first, entry.sequences, key))
+        shape = (context, batch, entry.steps, entry.first, entry.sequences)
+        return TokenData(entry.name, entry.domain, text, *shape, key, source.itemsize)
 
     def __len__(self) -> int:
         return self.size
@@ -101,17 +99,14 @@ class TokenData:
         Raises `UserError` for a number outside 0..size-1, and after `close`.
         """
         span: _Span = opened(self.text)
-        return span.read(span.places(numbers), role, positions)
+        return span.source.read(span.places(numbers), role, positions)
 
     def close(self) -> None:
         """Let go of the text: the experience is over."""
         end(self.text)
 
 
-def text_source(tokens: np.ndarray, context: int) -> tuple[int, int, Read]:
-    """Windows of a text as `TokenData.open` takes them."""
-
-    def read(places: np.ndarray, role: str, positions: np.ndarray) -> np.ndarray:
-        return sequences.windows(tokens, places, context)
-
-    return sequences.count(len(tokens), context), tokens.dtype.itemsize, read
+def text_source(tokens: np.ndarray, context: int) -> Source:
+    """Windows of a text [context + 1]."""
+    whole = sequences.count(len(tokens), context)
+    return Source(whole, tokens.dtype.itemsize, lambda places, role, positions: sequences.windows(tokens, places, context))

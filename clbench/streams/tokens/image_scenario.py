@@ -12,7 +12,7 @@ import numpy as np
 
 from clbench.streams import rng
 from clbench.streams.tokens import sequences
-from clbench.streams.tokens.data import Read
+from clbench.streams.tokens.data import Source
 from clbench.streams.tokens.mae_images import Pictures, augmented, with_keys
 from clbench.streams.tokens.scenario import Probing, TokenScenario
 
@@ -43,14 +43,14 @@ class ImageDomain:
     sha256: str
     augment: str = "none"
 
-    def source(self, context: int, first: int, key: int) -> tuple[int, int, Read]:
-        """Training images as `TokenData.open` takes them, as rows [B, S * S * 3 + 8] uint8 with the keys of their masks."""
+    def source(self, context: int, first: int, key: int) -> Source:
+        """Training images as rows [B, S * S * 3 + 8] uint8 with the keys of their masks."""
 
         def read(places: np.ndarray, role: str, positions: np.ndarray) -> np.ndarray:
             keys = rng.bits(rng.key(key, "mask", role, first), positions)
             return with_keys(augmented(self.pictures(self.train[places]), keys, self.augment), keys)
 
-        return len(self.train), self.pictures.side**2 * 3, read
+        return Source(len(self.train), self.pictures.side**2 * 3, read)
 
     def evaluation(self, number: int, context: int) -> np.ndarray:
         """Rows of evaluation images [number, S * S * 3 + 8] uint8: whole images, each with a mask that never changes."""

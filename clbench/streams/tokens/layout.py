@@ -15,16 +15,18 @@ def laid_out(
     order: Sequence[int],
     parts: Sequence[tuple[int, int]],
     held: Mapping[int, int],
+    *,
+    vocab: int,
+    context: int,
+    batch: int,
     budget: Mapping[str, Any] | None,
     about: Sequence[Mapping[str, Any]] | None = None,
-    **shape: int,
 ) -> Manifest:
     """The manifest of a stream that reads domain `order[i]` in experience i; those of one domain stand behind each other in it.
 
     parts   sequences and steps of each experience
     held    sequences of each domain's evaluation set
     about   what else the manifest says about each domain
-    shape   vocab, context, batch
     """
     known, experiences, first = about or [{}] * len(domains), [], dict.fromkeys(order, 0)
     for i, (d, (size, steps)) in enumerate(zip(order, parts, strict=True)):
@@ -33,20 +35,21 @@ def laid_out(
         first[d] += size
     return Manifest(
         kind=SPANS,
-        domains=tuple(
-            {"name": d.name, "sha256": d.sha256, **more, **_sizes(d)} for d, more in zip(domains, known, strict=True)
-        ),
+        domains=tuple(_domain(d, more) for d, more in zip(domains, known, strict=True)),
+        vocab=vocab,
+        context=context,
+        batch=batch,
         experiences=tuple(experiences),
-        evals=tuple(_evaluated(domains[d], d, list(order).index(d), number, shape["context"]) for d, number in held.items()),
+        evals=tuple(_evaluated(domains[d], d, list(order).index(d), number, context) for d, number in held.items()),
         budget=budget_of(budget, "loss").rules("loss"),
-        **shape,
     )
 
 
-def _sizes(domain: Any) -> dict[str, int]:
-    return {"train_tokens": len(domain.train), "validation_tokens": len(domain.validation)}
+def _domain(domain: Any, more: Mapping[str, Any]) -> dict[str, Any]:
+    sizes = {"train_tokens": len(domain.train), "validation_tokens": len(domain.validation)}
+    return {"name": domain.name, "sha256": domain.sha256, **more, **sizes}
 
 
 def _evaluated(domain: Any, d: int, first_seen: int, number: int, context: int) -> EvalEntry:
-    known = {name: getattr(domain, name, None) for name in ("floor", "bytes_per_token")}
+    known: dict[str, Any] = {name: getattr(domain, name, None) for name in ("floor", "bytes_per_token")}
     return EvalEntry(domain.name, first_seen=first_seen, domain=d, sequences=number, tokens=number * context, **known)

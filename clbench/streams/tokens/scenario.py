@@ -18,7 +18,7 @@ from clbench.interfaces import Budget, Experience, Facts, UserError
 from clbench.streams import rng
 from clbench.streams.manifest import Manifest
 from clbench.streams.tokens import sequences
-from clbench.streams.tokens.data import Read, TokenData, text_source
+from clbench.streams.tokens.data import Source, TokenData, text_source
 from clbench.streams.tokens.layout import laid_out
 
 
@@ -37,8 +37,8 @@ class Domain:
     floor: float | None = None
     bytes_per_token: float | None = None
 
-    def source(self, context: int, first: int, key: int) -> tuple[int, int, Read]:
-        """Training sequences as `TokenData.open` takes them."""
+    def source(self, context: int, first: int, key: int) -> Source:
+        """Training sequences of all experiences."""
         return text_source(self.train, context)
 
     def evaluation(self, number: int, context: int) -> np.ndarray:
@@ -110,9 +110,7 @@ class TokenScenario:
         m, entry = self.manifest, self.manifest.experiences[index]
         domain = self.domains[entry.domain]
         key = rng.key("order", int(domain.sha256[:16], 16))
-        source = domain.source(m.context, entry.first, key)
-        shape = (m.context, m.batch, entry.steps, entry.first, entry.sequences)
-        return TokenData.open(entry.name, entry.domain, source, *shape, key)
+        return TokenData.of(entry, domain.source(m.context, entry.first, key), m.context, m.batch, key)
 
     def experience(self, index: int, past: bool) -> Experience:
         """What a learner sees of experience `index`; `past`: the texts of earlier ones, too."""
@@ -191,5 +189,5 @@ def scenario(
         number[d] = min(max(1, eval_tokens // context), sequences.count(len(domains[d].validation), context))
         if number[d] < 1:
             raise UserError(f"the validation text of {domains[d].name} is shorter than a context of {context} tokens")
-    made = laid_out(domains, order, parts, number, budget, vocab=vocab, context=context, batch=batch)
+    made = laid_out(domains, order, parts, number, vocab=vocab, context=context, batch=batch, budget=budget)
     return TokenScenario(name, made, tuple(domains), Probing(probe_sequences, probe_evenly))
