@@ -8,16 +8,18 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from clbench.config import compose
 from clbench.config.registry import asks, choices
 from clbench.evaluation import loss_metrics
-from clbench.interfaces import UserError
+from clbench.interfaces import Capabilities, UserError
 from clbench.records import record
 from clbench.records.verify import verify
 from clbench.report import report
 from clbench.report.losses import COLUMNS, rows
 from clbench.run.runner import prepare, run_job
+from clbench.training.fit import fit
 
 LEARNERS = [name for name in choices("learner") if asks("learner", name) == "loss"]
 SMALL = (
@@ -88,6 +90,44 @@ def test_what_is_probed_is_what_is_evaluated(finished, tmp_path):
     for row, at in zip(matrix, ends, strict=True):
         assert [entry["curves"]["loss"][name][at] for name in entry["scenario"]["eval_names"]] == pytest.approx(row, abs=2e-5)
     assert entry["final_state_sha256"] == finished[1]["rewarm_replay"]["final_state_sha256"]  # looking changes nothing
+
+
+class Plain:
+    """Trains through `fit` without a plan."""
+
+    capabilities = Capabilities(asks="loss")
+
+    def __init__(self, model, runtime):
+        self.model, self.runtime, self.steps = model, runtime, 6
+
+    def __call__(self, step):
+        return torch.from_numpy(self.text.read(np.arange(4) + 4 * step))
+
+    def learn(self, experience):
+        self.text = experience.train
+        self.model.train()
+        groups = [{"params": self.model.parameters(), "lr": 0.1}]
+        made = fit(self.runtime, "train", self, groups, lambda tokens: self.model.loss(tokens).mean(), self)
+        del self.text
+        return made
+
+    def loss(self, tokens):
+        return self.model.eval().loss(tokens)
+
+    def state_dict(self):
+        return self.model.state_dict()
+
+    def load_state_dict(self, state):
+        self.model.load_state_dict(state)
+
+
+def test_a_learner_of_losses_without_a_plan(tmp_path):
+    config = job(f"results_dir={tmp_path}", "on_error=raise")
+    config["learner"] = {"_target_": f"{__name__}.Plain"}
+    entry = json.loads(run_job(config).path.read_text())
+    assert entry["status"] == "ok" and entry["steps"] == 18 and entry["plan"] == [] and "fit:train" in entry["seconds"]
+    assert [row["step"] for row in entry["rows"]] == [None] * 4, "looks are those of a plan"
+    assert entry["rows"][1]["sums"]["loss"][0] < entry["rows"][0]["sums"]["loss"][0]
 
 
 def test_a_second_run_is_a_skip(finished):

@@ -17,7 +17,7 @@ from clbench.training.runtime import Runtime
 from clbench.training.schedules import constant
 from clbench.training.state import detached
 
-# Steps whose losses are looked at together: looking makes the processor wait for the device.
+# Steps whose losses are checked together: that makes the processor wait for the device.
 LAG = {"cpu": 1}
 LAGGING = 64  # everywhere else
 
@@ -107,8 +107,8 @@ class _Call:
             return Place(experience, self.step, part.steps, part.before + self.step)
         return Place(experience, self.step, steps, self.runtime.meter.by_name.get(self.name, 0))
 
-    def look(self, least: int = 1) -> None:
-        """Add up the losses since the last look, if there are `least`; FloatingPointError names the first bad one."""
+    def check(self, least: int = 1) -> None:
+        """Add up the losses since the last check, if there are `least`; FloatingPointError names the first bad one."""
         if len(self.unchecked) < least:
             return
         seen, self.unchecked = self.unchecked, []
@@ -124,13 +124,13 @@ class _Call:
             self.loss_sum, self.loss_last = self.loss_sum + value, value
 
     def observe(self, place: Place) -> None:
-        """Let somebody look; the seconds of that are not those of training."""
+        """Let the observer evaluate; the seconds of that are not those of training."""
         self.since += looks.at_step(self.name, place, self.optimizer.param_groups[0]["lr"], self.runtime.used_new)
 
     def pause(self) -> None:
         """Between steps: write a snapshot if somebody asks to stop, or it is time; `Interrupted` on the former."""
         if self.runtime.pause(self.step > self.first):
-            self.look()  # no snapshot of weights that a bad loss has spoilt
+            self.check()  # no snapshot of weights that a bad loss has spoilt
             if self.part is not None:
                 self.part.save(self.step)
             else:
@@ -169,7 +169,7 @@ class _Call:
 
     def end(self, place: Place) -> None:
         """After the last step."""
-        self.look()
+        self.check()
         if self.part is None or place.step == place.steps:
             self.observe(place)
         if self.part is None:
@@ -221,7 +221,7 @@ def fit(
         first = call.step * recipe.accumulate
         group = [batches(i) for i in range(first, min(first + recipe.accumulate, batches.steps))]
         call.unchecked.append((_gradients(call, group, loss_fn), place, rates))
-        call.look(lag)
+        call.check(lag)
         if recipe.clip is not None:
             torch.nn.utils.clip_grad_norm_(call.params, recipe.clip)
         if before_step is not None:
