@@ -59,7 +59,7 @@ class Run:
         return self.status == "ok" if self.loss is None else self.loss["usable"]
 
     @property
-    def options(self) -> Mapping[str, Any]:
+    def options(self) -> dict[str, Any]:
         """Options of a pre-training learner that have columns of their own."""
         return {} if self.loss is None else self.loss["options"]
 

@@ -185,8 +185,8 @@ def number(value: Any) -> Any:
         return value
     if not math.isfinite(value):
         return None
-    short = float(f"{value:.6g}")
-    return int(short) if short == int(short) and abs(short) < 1e15 else short
+    rounded = float(f"{value:.6g}")
+    return int(rounded) if rounded == int(rounded) and abs(rounded) < 1e15 else rounded
 
 
 def _run(run: Run) -> list[Any]:
