@@ -109,6 +109,7 @@ class Leaderboard:
     """What a leaderboard is made of.
 
     part, file, folder  its name on the command line, its CSV file, and the folder with a CSV for each scenario
+    panel     the numbers in the files of the folder, each with its interval; none: they hold all columns
     about     its columns in their order, each with what it means
     headline  the number that stands for a run and ranks the rows; `lower`: less is better
     spread    numbers with a mean and a standard deviation over seeds; `means`: those with a mean alone
@@ -128,6 +129,7 @@ class Leaderboard:
     page: tuple[str, ...]
     note: str
     means: tuple[str, ...] = ()
+    panel: tuple[str, ...] = ()
     ledger: Mapping[str, str] = field(default_factory=dict)
     width: int | None = None
     per_cent: bool = False
@@ -171,6 +173,10 @@ LOSS = Leaderboard(
     headline="final_loss",
     lower=True,
     spread=tuple(loss_metrics.ABOUT),
+    panel=(
+        *("final_loss", "retained_loss", "newest_loss", "learned_loss", "forgetting_after", "regret", "recovery_ratio"),
+        *("gap_depth", "rate_share", "anneal_gain_new", "anneal_gain_old", "final_bpb"),
+    ),
     ledger={
         **{f"tokens_{name}": name for name in LEDGER if name != "replay_bytes"},
         "replay_bytes": "replay_bytes",

@@ -16,12 +16,7 @@ from clbench.report.columns import ACCURACY, LEADERBOARDS, Leaderboard
 from clbench.report.formats import Table, plain, to_csv
 from clbench.report.runs import Filter, Run, Scan, scan
 
-PANEL = (
-    *("final_loss", "retained_loss", "newest_loss", "learned_loss", "forgetting_after", "regret", "recovery_ratio"),
-    *("gap_depth", "rate_share", "anneal_gain_new", "anneal_gain_old", "final_bpb"),
-)
 _PANEL_ROW = ("manifest", "learner", "replay", "model", "variant", "marks", "n_seeds", "seeds")
-_PANEL_COLUMNS = (*_PANEL_ROW, *(f"{name}_{part}" for name in PANEL for part in ("mean", "low", "high")))
 
 
 def report(results_dir: str | pathlib.Path, strict: bool = False, wanted: Filter | None = None) -> tuple[str, int]:
@@ -53,36 +48,35 @@ def write(made: Sequence[Group], board: Leaderboard, results: pathlib.Path) -> l
     held: dict[str, list[Group]] = {}
     for group in made:
         held.setdefault(file_name(group.row["scenario"]), []).append(group)
-    folder = results / board.folder
-    if board is ACCURACY:
-        head, texts = ",".join(board.columns[:5]), {k: table.csv_of([g.row for g in group]) for k, group in held.items()}
-    else:
-        head, texts = (
-            ",".join(_PANEL_ROW),
-            {k: panel(group) for k, group in held.items() if any(g.row["n_seeds"] for g in group)},
-        )
+    folder, texts = results / board.folder, {}
+    for name, group in held.items():
+        if not board.panel:
+            texts[name] = table.csv_of([g.row for g in group], board)
+        elif known := [g for g in group if g.row["n_seeds"]]:
+            texts[name] = panel(known, board)
+    head = ",".join(_PANEL_ROW if board.panel else board.columns[:5])
     for name, text in texts.items():
         record.write_text(folder / f"{name}.csv", text)
     for path in folder.glob("*.csv"):
         if path.stem not in texts and _starts_with(path, head.encode()):
             path.unlink(missing_ok=True)
-    return [results / board.file, *([folder] if texts or board is ACCURACY else [])]
+    return [results / board.file, *([folder] if texts or not board.panel else [])]
 
 
-def panel(made: Sequence[Group]) -> str:
-    """The panel of a pre-training scenario as CSV text: its rows by learner and share of replay, each number with its interval.
+def panel(made: Sequence[Group], board: Leaderboard) -> str:
+    """The rows of a scenario as CSV text, by learner and share of replay, each number of the panel with its interval.
 
     Intervals: 95 % bootstrap of the mean over seeds, none with one seed.
     """
-    known = [group for group in made if group.row["n_seeds"]]
-    lines: list[dict[str, Any]] = [{name: group.row[name] for name in _PANEL_ROW} for group in known]
-    for name in PANEL:
-        values = [[run.values[name] for run in group.runs if name in run.values] for group in known]
+    lines: list[dict[str, Any]] = [{name: group.row[name] for name in _PANEL_ROW} for group in made]
+    for name in board.panel:
+        values = [[run.values[name] for run in group.runs if name in run.values] for group in made]
         for line, v, interval in zip(lines, values, statistics.bootstraps([[v] for v in values]), strict=True):
             low, high = interval or (None, None)
             line |= {f"{name}_mean": statistics.mean_std(v)[0], f"{name}_low": low, f"{name}_high": high}
     lines.sort(key=lambda line: (line["manifest"], line["learner"], line["replay"] or 0.0, line["variant"]))
-    return to_csv(Table("", "", _PANEL_COLUMNS, lines)) + "\n"
+    columns = (*_PANEL_ROW, *(f"{name}_{part}" for name in board.panel for part in ("mean", "low", "high")))
+    return to_csv(Table("", "", columns, lines)) + "\n"
 
 
 def file_name(scenario: str) -> str:

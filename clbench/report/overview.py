@@ -33,11 +33,7 @@ def tables(runs: Sequence[Run], metric: str | None = None) -> list[Table]:
     return [
         Table("rows", f"{title} over class orders and seeds", (*ROWS, *SPLIT), made, (note, _interval_note())),
         _pairs(groups, metric, title),
-        *(
-            [_profiles(groups, metric)]
-            if any(side.first.leaderboard is ACCURACY for _, _, side in groups) or not groups
-            else []
-        ),
+        *([_profiles(groups, metric)] if any(side.first.leaderboard.per_cent for _, _, side in groups) or not groups else []),
     ]
 
 
@@ -120,7 +116,7 @@ def _profiles(groups: Sequence[tuple[tuple[str, str, str], Any, Side]], given: s
     metric = given or ACCURACY.headline
     scores: dict[tuple[str, str], dict[str, list[float]]] = {}
     for (scenario, learner, model), _, side in groups:
-        if not side.first.legacy and side.first.leaderboard is ACCURACY:
+        if not side.first.legacy and side.first.leaderboard.per_cent:
             values = [v for group in strata(side, metric) for v in group]
             scores.setdefault((learner, model), {}).setdefault(scenario, []).extend(values)
     made: list[Mapping[str, Any]] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,7 @@ class Trace:
     sets: Sets
     matrix: np.ndarray
     course: Course | None = None
-    extra: Mapping[str, Any] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +166,7 @@ def read(results: pathlib.Path, wanted: Filter | None = None) -> list[Field]:
             traces[run.run_id] = made
 
     runs = [run for run in scan(results, wanted, take).runs if run.run_id in traces]
-    return [field for board in LEADERBOARDS for field in fields(rank(runs, board), board, traces)]
+    return [made for board in LEADERBOARDS for made in fields(rank(runs, board), board, traces)]
 
 
 def fields(made: Sequence[Group], board: Leaderboard, traces: Mapping[str, Trace]) -> list[Field]:

@@ -123,7 +123,7 @@ def loss(fields: Sequence[Field]) -> Made:
     """Training loss with the learning rate below it, where records have `curves`; a line for each seed."""
     for field in fields:
         for line in field.lines:
-            found = [(t, data) for t in line.traces if (data := _curves((t.extra or {}).get("curves")))]
+            found = [(t, data) for t in line.traces if (data := _curves(t.extra.get("curves")))]
             if not found:
                 continue
             rates = any("lr" in data for _, data in found)
@@ -203,7 +203,7 @@ def stability(fields: Sequence[Field]) -> Made:
 
 def _trace(trace: Trace) -> tuple[np.ndarray, np.ndarray] | None:
     """Accuracies [K, E] and experiences [K], or None where the record has none that hold together."""
-    rows = (trace.extra or {}).get("stability", {}).get("trace")
+    rows = trace.extra.get("stability", {}).get("trace")
     try:
         size = trace.matrix.shape[1]
         a = np.array([[math.nan if c is None else c / n for c, n in zip(r["correct"], r["n"], strict=True)] for r in rows])
