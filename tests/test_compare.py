@@ -15,7 +15,8 @@ from clbench.cli import main
 from clbench.evaluation import accuracy_metrics, metrics, peer_metrics
 from clbench.interfaces import UserError
 from clbench.records import record
-from clbench.report import explain, overview, table
+from clbench.records.variant import variant
+from clbench.report import explain, overview
 from clbench.report.compare import compare
 from clbench.report.formats import render
 from clbench.report.runs import Filter, summarize
@@ -121,7 +122,7 @@ def test_orders_are_strata(tmp_path):
 def test_settings_of_one_learner_by_variant(tmp_path):
     entries = [run(s, "a", last, lr=lr) for lr, lasts in ((0.1, LASTS["a"]), (0.2, LASTS["b"])) for s, last in enumerate(lasts)]
     where = save(tmp_path / "r", *entries)
-    one, two = (table.variant(e) for e in (entries[0], entries[-1]))
+    one, two = (variant(e) for e in (entries[0], entries[-1]))
     (row,) = full(f"a@{one}", f"a@{two[:5]}", where, Filter())
     assert row["verdict"] == f"a@{two[:5]} better" and row["differs"] == "learner.lr 0.1 → 0.2"
     with pytest.raises(UserError, match="no variant 'zz' of a"):

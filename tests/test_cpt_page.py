@@ -9,8 +9,9 @@ from test_html import browser, open_page, saved, written  # noqa: F401
 from test_report import made as accuracy_record
 
 from clbench.records import record
-from clbench.report import losses
-from clbench.report.page import html, loss_contents
+from clbench.report import table
+from clbench.report.columns import LOSS
+from clbench.report.page import contents, html
 from clbench.report.runs import scan
 
 
@@ -32,7 +33,7 @@ def folder(tmp_path_factory):
 
 def test_the_data_are_those_of_the_leaderboard(folder):
     _, data = written(folder)
-    board = losses.board(scan(folder).runs)
+    board = table.rows_of(scan(folder).runs, LOSS)
     assert data["lines"] == [] and data["counts"] == {"failed": 1, "ok": 4} and len(data["lost"]) == 1
     rows = data["losses"]["rows"]
     assert [row["learner"] for row in rows] == [row["learner"] for row in board if row["n_seeds"]]
@@ -48,10 +49,10 @@ def test_the_data_are_those_of_the_leaderboard(folder):
 
 
 def test_details_give_way_to_the_size(folder, monkeypatch):
-    monkeypatch.setattr(loss_contents, "LARGEST", 2000)
+    monkeypatch.setattr(contents, "LARGEST_LOSSES", 2000)
     _, data = written(folder)
     assert sum(len(str(d)) for d in data["losses"]["details"]) < 4000
-    monkeypatch.setattr(loss_contents, "LARGEST", 0)
+    monkeypatch.setattr(contents, "LARGEST_LOSSES", 0)
     _, data = written(folder)
     assert data["losses"]["details"] == [None] * 3
 

@@ -14,8 +14,9 @@ from clbench.evaluation import loss_metrics
 from clbench.interfaces import UserError
 from clbench.records import record
 from clbench.records.verify import verify
-from clbench.report import compare, explain, losses, numbers, overview, report
-from clbench.report.figures import loss_data
+from clbench.report import compare, explain, numbers, overview, report, table
+from clbench.report.columns import LOSS
+from clbench.report.figures import data
 from clbench.report.runs import Filter, scan
 
 
@@ -38,7 +39,7 @@ def test_both_kinds_have_their_tables(folder):
     assert (folder / "leaderboard.csv").exists() and (folder / "leaderboard_loss.csv").exists()
     first, second = ((folder / name).read_text() for name in ("leaderboard.csv", "leaderboard_loss.csv"))
     assert "cpt_synthetic" not in first and "cpt_synthetic" in second and len(second.splitlines()) == 6
-    board = losses.board(scan(folder).runs)
+    board = table.rows_of(scan(folder).runs, LOSS)
     assert board[-1]["vs_best"] is not None or board[-1]["marks"] == "reference"
     assert {row["vs_best"] for row in board if row["marks"]} == {None}
     final = [row["final_loss_mean"] for row in board]
@@ -49,8 +50,8 @@ def test_both_kinds_have_their_tables(folder):
 
 def test_ratios_of_pairs_survive_a_filter(folder):
     """Without replay and joint training are not shown, but known."""
-    (row,) = losses.board(scan(folder, Filter(learner=["infinite"], where=["learner.replay.share=0.25"])).runs)
-    every = {(r["learner"], r["replay"]): r for r in losses.board(scan(folder).runs)}
+    (row,) = table.rows_of(scan(folder, Filter(learner=["infinite"], where=["learner.replay.share=0.25"])).runs, LOSS)
+    every = {(r["learner"], r["replay"]): r for r in table.rows_of(scan(folder).runs, LOSS)}
     without, union = every["infinite", 0]["final_loss_mean"], every["joint_union", 0.0]["final_loss_mean"]
     assert row["recovery_ratio_mean"] == every["infinite", 0.25]["recovery_ratio_mean"]
     assert row["recovery_ratio_mean"] == pytest.approx((without - row["final_loss_mean"]) / (without - union), abs=0.05)
@@ -62,7 +63,7 @@ def test_views_in_other_formats(folder, clbench):
 
     assert "two tables: choose with --scenario" in shown("--format", "csv", code=2).stderr
     table = list(csv.DictReader(io.StringIO(shown("--scenario", "cpt_*", "--format", "csv").stdout)))
-    assert len(table) == 5 and list(table[0]) == list(losses.COLUMNS)
+    assert len(table) == 5 and list(table[0]) == list(LOSS.columns)
     parts = json.loads(shown("--format", "json").stdout)
     assert set(parts) == {"leaderboard", "losses"} and len(parts["losses"]) == 5
     text = shown("--format", "md").stdout
@@ -122,13 +123,13 @@ def test_figures(folder, tmp_path):
 
 
 def test_rows_of_a_stream_are_told_apart(folder):
-    (field,) = loss_data.read(folder)
+    (field,) = [field for field in data.read(folder) if field.board is LOSS]
     labels = {line.label for line in field.lines}
     assert labels == {"joint_union", "infinite 0 %", "infinite 25 %", "rewarm_replay 0 %", "rewarm_replay 25 %"}
     assert [line.label for line in field.lines if line.reference] == ["joint_union"]
     line = field.lines[0]
-    assert line.matrix().shape == (4, 3) and len(line.courses()) == 2
-    assert line.matrix()[-1].mean() == pytest.approx(line.row["final_loss_mean"])
+    assert data.mean_matrix(line).shape == (4, 3) and len(line.courses()) == 2
+    assert data.mean_matrix(line)[-1].mean() == pytest.approx(line.row["final_loss_mean"])
 
 
 def test_the_panel_has_an_interval_for_every_number(folder):
@@ -174,7 +175,7 @@ def test_a_record_is_repeated(folder, clbench, tmp_path):
 
 def test_columns_are_explained():
     words = (ROOT / "results" / "README.md").read_text()
-    for name, text in losses.ABOUT.items():
+    for name, text in LOSS.about.items():
         assert f"| `{name}` | {text} |" in words, name
     for name in loss_metrics.ABOUT:
-        assert f"{name}_mean" in losses.COLUMNS
+        assert f"{name}_mean" in LOSS.columns

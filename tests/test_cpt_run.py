@@ -17,7 +17,8 @@ from clbench.interfaces import Capabilities, UserError
 from clbench.records import record
 from clbench.records.verify import verify
 from clbench.report import report
-from clbench.report.losses import COLUMNS, rows
+from clbench.report.columns import LOSS
+from clbench.report.table import rows
 from clbench.run.runner import prepare, run_job
 from clbench.training.fit import fit
 
@@ -143,7 +144,7 @@ def test_the_leaderboard_of_losses(finished):
     assert code == 0 and "final_loss" in text and "leaderboard_loss.csv" in text and "step_macro" not in text
     with open(folder / "leaderboard_loss.csv") as file:
         table = list(csv.DictReader(file))
-    assert list(table[0]) == list(COLUMNS) and len(table) == len(made)
+    assert list(table[0]) == list(LOSS.columns) and len(table) == len(made)
     streams = {row["scenario"] for row in table}
     assert streams == {"cpt_synthetic", "cpt_iid"}
     values = {(row["scenario"], row["learner"], row["replay"]): row for row in table}
@@ -207,7 +208,7 @@ def test_a_running_record_has_a_row_and_no_numbers(finished):
     bare = {k: v for k, v in made["scratch"].items() if k not in ("sum_loss", "curves", "ledger", "plan")} | {
         "status": "running"
     }
-    (row,) = rows([bare])
+    (row,) = rows([bare], board=LOSS)
     assert row["running"] == 1 and row["n_seeds"] == 0 and row["final_loss_mean"] is None
 
 

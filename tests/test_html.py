@@ -19,6 +19,7 @@ from clbench.interfaces import UserError
 from clbench.records import record
 from clbench.report import cards
 from clbench.report.page import contents, detail, html
+from clbench.report.runs import summarize
 from clbench.report.table import rows
 
 RESULTS = pathlib.Path(__file__).resolve().parent.parent / "results"
@@ -208,7 +209,7 @@ def test_commands_are_those_of_the_cards():
     data = contents.collect(RESULTS)
     found, _ = record.read_all(RESULTS / "records")
     for key, seeds, command in zip(data["keys"], (line[6] for line in data["lines"]), data["commands"], strict=True):
-        first = next(e for e in found if contents.summarize(e).variant == key)
+        first = next(e for e in found if summarize(e).variant == key)
         assert command == cards.command(first, seeds.split(), RESULTS.parent / "conf")
         assert command.startswith("clbench run ") and command.endswith(f"seed={','.join(seeds.split())}")
 
@@ -221,7 +222,7 @@ def test_commands_make_the_runs_of_their_rows():
     for key, command in list(zip(data["keys"], data["commands"], strict=True))[3::7]:
         words = shlex.split(command)[2:]
         jobs = compose.read([word for word in words if word != "-m"], "-m" in words).jobs
-        wanted = [e["config"] for e in found if contents.summarize(e).variant == key]
+        wanted = [e["config"] for e in found if summarize(e).variant == key]
         made = [provenance.identity(job) for job in jobs]
         assert len(wanted) == len(made) and all(one in made for one in wanted), command
 
@@ -416,7 +417,7 @@ def test_opening_by_fragment_and_going_back(committed, open_page):
     assert tab("document.querySelector('#row h1').textContent") == "replay" and tab("document.getElementById('home').hidden")
     assert tab("document.querySelector('#row .command code').textContent") == data["commands"][place]
     shown = tab("[...document.querySelectorAll('#row figure')[0].querySelectorAll('title')].map((t) => t.textContent)")
-    runs = [e for e in record.read_all(RESULTS / "records")[0] if contents.summarize(e).variant == data["keys"][place]]
+    runs = [e for e in record.read_all(RESULTS / "records")[0] if summarize(e).variant == data["keys"][place]]
     mean = sum(e["correct"][-1][0] / e["n"][0] for e in runs) / len(runs)
     assert f"after experience 5, exp0: {100 * mean:.2f} %" in shown
     tab("document.querySelector('#row .back a').click()")

@@ -15,7 +15,9 @@ from clbench.interfaces import UserError
 from clbench.records import record
 from clbench.records.verify import verify
 from clbench.report import costs, report
-from clbench.report.table import ABOUT, COLUMNS, accuracy_matrix_text, rows, table_text, to_csv
+from clbench.report.closing import accuracy_matrix_text
+from clbench.report.columns import ABOUT, COLUMNS
+from clbench.report.table import rows, table_text, to_csv
 
 
 def made(seed=0, learner="ncm", scenario="cil", correct=((8, None), (6, 9)), **changes):

@@ -1,5 +1,5 @@
 """Records in; tables, figures and the page out. Imports no torch."""
 
-from clbench.report.table import report
+from clbench.report.folder import report
 
 __all__ = ["report"]

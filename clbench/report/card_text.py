@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from clbench.report import table
+from clbench.report.formats import plain, safe
 
 COLUMNS = (
     "learner",
@@ -54,7 +54,7 @@ def to_csv(made: Sequence[Line]) -> str:
 def _cell(name: str, value: Any) -> str:
     if name in ("last", "last_std", "average", "average_std"):
         return f"{value:.4f}"
-    return f"{value:.1f}" if name in ("seconds", "tuning_seconds") else table.safe(value)
+    return f"{value:.1f}" if name in ("seconds", "tuning_seconds") else safe(value)
 
 
 def to_markdown(cards: Mapping[str, Any], made: Sequence[Line]) -> str:
@@ -139,7 +139,7 @@ def _per_cent(line: Line, name: str) -> str:
 
 
 def _plain(text: Any) -> str:
-    return table.plain(text).replace("`", "'")
+    return plain(text).replace("`", "'")
 
 
 def _grid(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

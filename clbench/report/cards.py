@@ -18,6 +18,7 @@ from clbench.config import defaults
 from clbench.config.signatures import nearest
 from clbench.interfaces import UserError
 from clbench.records import record
+from clbench.records.variant import variant
 from clbench.report import table
 from clbench.report.card_text import COLUMNS, to_csv, to_markdown
 
@@ -177,7 +178,7 @@ def _line(learner: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _measured(row: Mapping[str, Any], found: Sequence[Mapping[str, Any]], conf: pathlib.Path) -> dict[str, Any]:
     """What a row of the leaderboard gives to a card."""
-    runs = [entry for entry in found if table.variant(entry) == row["variant"]]
+    runs = [entry for entry in found if variant(entry) == row["variant"]]
     return {
         "last": row["last_macro_mean"],
         "last_std": row["last_macro_std"],

@@ -71,7 +71,7 @@ def compare(a: str, b: str, results: str, wanted: Filter, metric: str | None = N
     else:
         matches, notes = _learners(a, b, pathlib.Path(results).expanduser(), wanted)
         names = (plain(a), plain(b))
-    full = [_row(match, metric or numbers.headline(match[0].first), test) for match in matches]
+    full = [_row(match, metric or match[0].first.leaderboard.headline, test) for match in matches]
     name = numbers.said(metric, [one.first for one, _ in matches])
     for row, p in zip(full, statistics.holm([row["p"] for row in full]), strict=True):
         row["p_holm"] = p

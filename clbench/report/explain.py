@@ -1,4 +1,4 @@
-"""`clbench report explain`: every average and forgetting formula, what others call it, and the values on one matrix.
+"""`clbench report explain`: every number that tables have, its formula, what others call it, and its value in one record.
 
 Made from `metrics.FORMULAS`, `metrics.DETAILS` and `peer_metrics.PEERS`: the values are what the functions return. Which
 formula of clbench a peer's number is, is found by trying both on random matrices: it cannot say what the code does not do.
@@ -20,9 +20,9 @@ from clbench.config.signatures import nearest
 from clbench.evaluation import loss_metrics, metrics, peer_metrics, row_metrics
 from clbench.interfaces import UserError
 from clbench.records import loss_facts, record
-from clbench.report import explain_losses
-from clbench.report.columns import ABOUT
+from clbench.report.columns import ACCURACY, LOSS, Leaderboard
 from clbench.report.formats import Table, plain
+from clbench.report.runs import summarize
 
 EXAMPLE = ((80, 90, 10, 5), (85, 70, 15, 8), (75, 72, 60, 20), (60, 65, 75, 80))
 SIZES = (400, 100, 100, 100)
@@ -30,6 +30,11 @@ UNTRAINED = 10.0
 SYMBOLS = (
     "a[i][j]: accuracy on set j after experience i, i and j from 0; n[j]: samples of set j; T experiences; own(j): the "
     "experience of set j; old sets: own(j) < T-1; macro: every set weighs the same, micro: every sample does"
+)
+
+LOSS_SYMBOLS = (
+    "r[i][j]: loss on set j after experience i; own(j): the experience that reads its domain first; old sets: own(j) "
+    "before the last; trunk: the same before the rate was annealed"
 )
 
 
@@ -73,8 +78,9 @@ def of_record(word: str, results: pathlib.Path) -> list[Table]:
     entry = record.read(path)
     names = [plain(entry[part]["name"]) for part in ("scenario", "learner", "model")]
     title = f"record {entry['run_id']}: {' '.join(names)} seed {entry['seed']}"
-    if loss_facts.usable(entry):
-        return explain_losses.tables(entry, f"{title}, {loss_facts.measure_of(entry)}")
+    run = summarize(entry)
+    if run.usable and run.leaderboard is LOSS:
+        return loss_tables(entry, run.values, f"{title}, {loss_facts.measure_of(entry)}")
     if entry["status"] != "ok" or not isinstance(entry.get("correct"), list):
         raise UserError(f"{path} has no accuracies: its status is {entry['status']}")
     a = peer_metrics.percent(entry["correct"], entry["n"])
@@ -82,14 +88,14 @@ def of_record(word: str, results: pathlib.Path) -> list[Table]:
 
 
 def tables(case: Case) -> list[Table]:
-    """`matrix`, `formulas`, `peers`, `details`, `columns` and those of losses."""
-    made = [_matrix(case), _formulas(case), _peers(case), _details(case), _columns()]
-    return made if case.entry else [*made, explain_losses.columns(), _losses()]
+    """`matrix`, `formulas`, `peers`, `details`, `columns`, and without a record those of losses."""
+    made = [_matrix(case), _formulas(case), _peers(case), _details(case), _columns(ACCURACY)]
+    return made if case.entry else [*made, _columns(LOSS), _losses(None)]
 
 
-def _losses() -> Table:
-    rows = [{"name": name, "formula": text} for name, text in loss_metrics.ABOUT.items()]
-    return Table("losses", "numbers of pre-training", ("name", "formula"), rows, (explain_losses.SYMBOLS,))
+def loss_tables(entry: Mapping[str, Any], values: Mapping[str, float], title: str) -> list[Table]:
+    """`matrix`, `numbers`, `gaps`, `ledger` and `columns` of a finished record of pre-training with its numbers."""
+    return [_loss_matrix(entry, title), _losses(values), _gaps(entry), _ledger(entry), _columns(LOSS)]
 
 
 def _matrix(case: Case) -> Table:
@@ -177,6 +183,60 @@ def _details(case: Case) -> Table:
     return Table("details", "calibration, confusion, stability", ("name", "last", "step", "formula"), rows, notes)
 
 
-def _columns() -> Table:
-    rows = [{"column": name, "meaning": text} for name, text in ABOUT.items()]
-    return Table("columns", "columns of leaderboard.csv, in their order", ("column", "meaning"), rows)
+def _columns(board: Leaderboard) -> Table:
+    part = "columns" if board is ACCURACY else "loss columns"
+    rows = [{"column": name, "meaning": text} for name, text in board.about.items()]
+    return Table(part, f"columns of {board.file}, in their order", ("column", "meaning"), rows)
+
+
+def _loss_matrix(entry: Mapping[str, Any], title: str) -> Table:
+    names = tuple(plain(name) for name in entry["scenario"]["eval_names"])
+    tokens, trunks = entry["tokens"], entry.get("sum_loss_trunk") or ()
+    measure = "nats" if loss_facts.unit_of(entry) == "tokens" else "squared error"
+
+    def line(label: str, values: Any, unit: str = measure) -> dict[str, Any]:
+        found = [None if v is None else float(v) for v in values]
+        known = [v for v in found if v is not None and math.isfinite(v)]
+        mean = sum(known) / len(known) if len(known) == len(found) else None
+        return {"after": label, "unit": unit, **dict(zip(names, found, strict=True)), "mean": mean}
+
+    start, *after = loss_metrics.loss_matrix([entry["sum_loss_start"], *entry["sum_loss"]], tokens)
+    rows = [line("before", start)]
+    for i, values in enumerate(after):
+        if i < len(trunks) and trunks[i] is not None:
+            rows.append(line(f"{i} trunk", loss_metrics.loss_matrix([trunks[i]], tokens)[0]))
+        rows.append(line(str(i), values))
+    if any(value is not None for value in entry["floor"]):
+        rows.append(line("floor", entry["floor"]))
+    bits = loss_metrics.bits_per_byte(after[-1], entry["bytes_per_token"])
+    if np.isfinite(bits).any():
+        rows.append(line(f"{len(after) - 1}", [v if np.isfinite(v) else None for v in bits], "bits per byte"))
+    return Table("matrix", title, ("after", "unit", *names, "mean"), rows, (LOSS_SYMBOLS,))
+
+
+def _losses(values: Mapping[str, float] | None) -> Table:
+    """The numbers of pre-training with their formulas; `values` are those of a record."""
+    rows = [{"name": name, "value": (values or {}).get(name), "formula": text} for name, text in loss_metrics.ABOUT.items()]
+    if values is None:
+        return Table("losses", "numbers of pre-training", ("name", "formula"), rows, (LOSS_SYMBOLS,))
+    note = "-: not in this record alone: recovery_ratio and rate_share need other runs, a floor is known of synthetic languages"
+    return Table("numbers", "numbers of pre-training", ("name", "value", "formula"), rows, (note,))
+
+
+def _gaps(entry: Mapping[str, Any]) -> Table:
+    """The stability gap of every old set in every later experience."""
+    curves = entry.get("curves") or {"tokens": ()}
+    found = loss_metrics.gaps(curves, entry["scenario"]["eval_names"], entry["first_seen"]) if curves["tokens"] else []
+    rows = []
+    for gap in found:
+        back = None if gap["tokens"] is None else round(gap["tokens"])
+        rows.append({**gap, "set": plain(gap["set"]), "area": round(gap["area"]), "tokens": back})
+    note = "depth: highest loss within the experience - loss at its start; tokens: until it is back, -: never"
+    return Table(
+        "gaps", "stability gaps", ("experience", "set", "start", "depth", "peak_step", "area", "tokens"), rows, (note,)
+    )
+
+
+def _ledger(entry: Mapping[str, Any]) -> Table:
+    rows = [{"tokens": name, "number": value} for name, value in entry["ledger"].items()]
+    return Table("ledger", "ledger", ("tokens", "number"), rows, ("replay_bytes are bytes, flops operations",), {"number": 0})

@@ -1,4 +1,4 @@
-"""Registry of the numbers in tables: names, whether lower is better, and the main one of a run."""
+"""Registry of the numbers in tables: names, whether lower is better."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ _LOWER = frozenset(
     ("forgetting", "forgetting_diagonal", "ece", "nll", "brier", "within_task", "between_task", "old_to_new", "new_to_old")
 ) | {"stability_gap"}
 _STREAM = ("a_auc", "stability_gap", "min_acc", "wc_acc")
-HEADLINE, HEADLINE_LOSS = "last_macro", "final_loss"
 
 
 def lower(metric: str) -> bool:
@@ -23,14 +22,9 @@ def lower(metric: str) -> bool:
     return metric.removeprefix("last_").removeprefix("step_") in _LOWER
 
 
-def headline(run: Run) -> str:
-    """The number that stands for a run: `last_macro`, of pre-training `final_loss`."""
-    return HEADLINE if run.loss is None else HEADLINE_LOSS
-
-
 def said(metric: str | None, runs: Iterable[Run]) -> str:
     """What a title calls the number: the one asked for, else the headlines of the runs."""
-    return metric or ", ".join(sorted({headline(run) for run in runs}, reverse=True))
+    return metric or ", ".join(sorted({run.leaderboard.headline for run in runs}, reverse=True))
 
 
 def check_metric(metric: str, losses: bool = True) -> None:

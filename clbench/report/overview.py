@@ -8,6 +8,7 @@ from itertools import combinations
 from typing import Any
 
 from clbench.report import numbers, statistics
+from clbench.report.columns import ACCURACY
 from clbench.report.compare import Side, sides
 from clbench.report.formats import Table, plain
 from clbench.report.runs import Run
@@ -26,13 +27,13 @@ def tables(runs: Sequence[Run], metric: str | None = None) -> list[Table]:
     `metric` None: `last_macro`, and `final_loss` of pre-training runs.
     """
     groups = [(name, key, side) for name, held in sorted(sides(runs).items()) for key, side in sorted(held.items())]
-    made = _rows([(name, side, metric or numbers.headline(side.first)) for name, _, side in groups])
+    made = _rows([(name, side, metric or side.first.leaderboard.headline) for name, _, side in groups])
     title = numbers.said(metric, [side.first for _, _, side in groups])
     note = "variance: one-way random effects, class orders are the groups; a negative share of the order is given as 0 and said"
     return [
         Table("rows", f"{title} over class orders and seeds", (*ROWS, *SPLIT), made, (note, _interval_note())),
         _pairs(groups, metric, title),
-        *([_profiles(groups, metric)] if any(side.first.loss is None for _, _, side in groups) or not groups else []),
+        *([_profiles(groups, metric)] if any(side.first.leaderboard.per_cent for _, _, side in groups) or not groups else []),
     ]
 
 
@@ -84,7 +85,7 @@ def _pairs(groups: Sequence[tuple[tuple[str, str, str], tuple[str, bool], Side]]
     for (name, _, one), (other, _, two) in combinations(groups, 2):
         if (name[0], name[2]) != (other[0], other[2]) or one.first.legacy or two.first.legacy:
             continue
-        metric = given or numbers.headline(one.first)
+        metric = given or one.first.leaderboard.headline
         less = numbers.lower(metric)
         have = [{(r.stream, r.seed): r.values[metric] for r in side.runs if metric in r.values} for side in (one, two)]
         shared = sorted(have[0].keys() & have[1].keys())
@@ -112,12 +113,12 @@ def _pairs(groups: Sequence[tuple[tuple[str, str, str], tuple[str, bool], Side]]
 
 def _profiles(groups: Sequence[tuple[tuple[str, str, str], Any, Side]], given: str | None) -> Table:
     """Share of runs above each threshold, each scenario with equal weight; of several settings on one scenario all count."""
+    metric = given or ACCURACY.headline
     scores: dict[tuple[str, str], dict[str, list[float]]] = {}
     for (scenario, learner, model), _, side in groups:
-        if not side.first.legacy and side.first.loss is None:
-            values = [v for group in strata(side, given or numbers.HEADLINE) for v in group]
+        if not side.first.legacy and side.first.leaderboard.per_cent:
+            values = [v for group in strata(side, metric) for v in group]
             scores.setdefault((learner, model), {}).setdefault(scenario, []).extend(values)
-    metric = given or numbers.HEADLINE
     made: list[Mapping[str, Any]] = []
     for (learner, model), held in sorted(scores.items()):
         shares = statistics.profile(held, THRESHOLDS)

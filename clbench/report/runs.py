@@ -8,7 +8,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from clbench.interfaces import UserError
 from clbench.records import loss_facts, record
 from clbench.records.variant import family, variant, weights_of
 from clbench.report import costs
+from clbench.report.columns import ACCURACY, LOSS, Leaderboard
 from clbench.report.formats import plain
 
 
@@ -40,6 +41,31 @@ class Run:
     settings: Mapping[str, Any]
     trouble: str
     loss: Mapping[str, Any] | None = None  # of a pre-training run: `loss_facts.facts_of`
+
+    @property
+    def leaderboard(self) -> Leaderboard:
+        """The one that it belongs to."""
+        return ACCURACY if self.loss is None else LOSS
+
+    @property
+    def group(self) -> tuple[str, str, str, str, bool]:
+        """What it shares with the other runs of its row."""
+        return self.scenario, self.learner, self.model, self.variant, self.legacy
+
+    @property
+    def usable(self) -> bool:
+        """Whether it is finished and its numbers can be read."""
+        return self.status == "ok" if self.loss is None else self.loss["usable"]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of a pre-training learner that have columns of their own."""
+        return {} if self.loss is None else self.loss["options"]
+
+    @property
+    def ledger(self) -> Mapping[str, float]:
+        """What a usable pre-training run used."""
+        return {} if self.loss is None else self.loss["ledger"]
 
 
 def is_legacy(entry: Mapping[str, Any]) -> bool:
@@ -184,38 +210,37 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
 
 
-entries = record.entries
-
-
 @dataclass
 class Scan:
-    """What a results folder holds; `dead` are run ids of runs whose process is gone."""
+    """What a results folder holds, runs in the order of their ids; `dead` are run ids of runs whose process is gone."""
 
     runs: list[Run]
     dead: list[str]
     problems: list[str]
 
 
-def scan(results: pathlib.Path, wanted: Filter | None = None) -> Scan:
-    """Read a results folder. `UserError` if a filter lets nothing through."""
+def scan(results: pathlib.Path, wanted: Filter | None = None, take: Callable[[Any, Run], None] | None = None) -> Scan:
+    """Read a results folder; `take` sees every record that is shown. `UserError` if a filter lets nothing through."""
     keep = wanted or Filter()
     known: dict[str, Any] = {}
     found = Scan([], [], [])
     chosen: set[str] = set()
-    for entry in entries(results / "records", found.problems):
+    for entry in record.entries(results / "records", found.problems):
         try:
             shown = keep(entry)
             if not shown and not loss_facts.is_loss(entry):  # one that is not shown may be what another is compared with
                 continue
-            found.runs.append(summarize(entry, known))
-            if not shown:
-                continue
-            chosen.add(entry["run_id"])
+            run = summarize(entry, known)
+            if shown and take is not None:
+                take(entry, run)
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
             found.problems.append(f"record {entry['run_id']} cannot be summed up: {type(error).__name__}: {error}")
             continue
-        if record.is_dead(entry, results):
-            found.dead.append(entry["run_id"])
+        found.runs.append(run)
+        if shown:
+            chosen.add(run.run_id)
+            if record.is_dead(entry, results):
+                found.dead.append(run.run_id)
     keep.check()
     found.runs = [run for run in loss_facts.join(found.runs) if run.run_id in chosen]
     return found

@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from clbench.config.signatures import nearest
 from clbench.interfaces import UserError
 from clbench.records import record
-from clbench.report import formats, losses, table
-from clbench.report.columns import extra, extra_numbers
-from clbench.report.formats import Table, plain
+from clbench.report import folder, formats, table
+from clbench.report.columns import LEADERBOARDS, extra
+from clbench.report.formats import Table
 from clbench.report.runs import Filter, scan
 
 PAGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -53,20 +52,6 @@ PAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
 }
 _FLAGS = ("--strict", "--standalone", "-h", "--help")  # options without a value
-_READ = (
-    "learner",
-    "model",
-    "variant",
-    "seeds",
-    "step_macro",
-    "last_macro",
-    "95 %",
-    "vs best",
-    "forgetting",
-    "seconds",
-    "MB",
-    "marks",
-)
 
 
 def split(words: Sequence[str]) -> tuple[str, list[str]]:
@@ -140,7 +125,7 @@ def run(args: argparse.Namespace, conf: pathlib.Path) -> tuple[str, int]:
         if args.format or args.out or args.columns:
             text, code = _view(results, wanted, form, args)
             return _given(text, form, args), code
-        text, code = table.report(results, args.strict, wanted)
+        text, code = folder.report(results, args.strict, wanted)
         if not wanted:
             from clbench.report import cards
 
@@ -201,29 +186,24 @@ def _view(results: pathlib.Path, wanted: Filter, form: str, args: argparse.Names
     found = scan(results, wanted)
     if not found.runs:
         raise UserError(f"no records in {results / 'records'}")
-    for line in [*table.troubles(found)[1:], *losses.troubles(found.runs)]:
+    for line in folder.troubles(found)[1:]:
         print(f"clbench: {line}", file=sys.stderr)
-    boards = [("leaderboard", table, table.board(found.runs, found.dead))]
-    boards.append(("losses", losses, losses.board(found.runs, found.dead)))
-    boards = [kind for kind in boards if kind[2]]
+    boards = {board: table.rows_of(found.runs, board, found.dead) for board in LEADERBOARDS}
+    boards = {board: made for board, made in boards.items() if made}
     if len(boards) > 1 and (form == "csv" or args.columns):
         raise UserError("accuracies and losses are two tables: choose with --scenario, or --where kind=continual_pretraining")
+    chosen = {board: _chosen(args.columns, (*board.columns, *extra(made))) for board, made in boards.items()}
     if form == "csv":
-        _, kind, made = boards[0]
-        text = kind.csv_of(made, _chosen(args.columns, (*kind.COLUMNS, *extra(made)))).rstrip("\n")
+        text = "\n".join(table.csv_of(made, board, chosen[board]).rstrip("\n") for board, made in boards.items())
     elif form == "json" or args.columns:
-        digits = {name: 1 for _, kind, _ in boards for name in kind.COLUMNS if name.startswith(("seconds", "peak"))}
-        tables = [
-            Table(part, "", _chosen(args.columns, (*kind.COLUMNS, *extra(made))), made, (), digits)
-            for part, kind, made in boards
-        ]
+        digits = {name: 1 for board in boards for name in board.columns if name.startswith(("seconds", "peak"))}
+        tables = [Table(board.part, "", chosen[board], made, (), digits) for board, made in boards.items()]
         text = formats.render(tables, form)
     elif form == "text":
-        text = "\n\n".join(kind.table_text(made) for _, kind, made in boards)
+        text = "\n\n".join(table.table_text(made, board) for board, made in boards.items())
     else:
-        shown = [*for_people(table.board(found.runs, found.dead)), *losses.for_people(losses.board(found.runs, found.dead))]
-        text = formats.render(shown, form)
-    return text, 1 if args.strict and table.is_bad(found) else 0
+        text = formats.render([part for board, made in boards.items() for part in table.for_people(made, board)], form)
+    return text, 1 if args.strict and folder.is_bad(found) else 0
 
 
 def _chosen(words: str | None, known: tuple[str, ...]) -> tuple[str, ...]:
@@ -236,38 +216,3 @@ def _chosen(words: str | None, known: tuple[str, ...]) -> tuple[str, ...]:
     if not names:
         raise UserError("--columns names no column")
     return names
-
-
-def for_people(made: Sequence[Mapping[str, Any]]) -> list[Table]:
-    """The main columns of each scenario in per cent, for Markdown, LaTeX and HTML."""
-    more = extra_numbers(made)
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in made:
-        line = {name: row[name] for name in ("learner", "model", "variant", "marks")}
-        lost = "".join(f" +{row[k]} {k}" for k in ("failed", "dead", "running") if row[k])
-        line |= {
-            name: _per_cent(row[f"{name}_mean"], row[f"{name}_std"]) for name in ("step_macro", "last_macro", "forgetting")
-        }
-        low, high = row["last_macro_low"], row["last_macro_high"]
-        line["95 %"] = None if low is None else f"{100 * low:.2f} .. {100 * high:.2f}"
-        line |= {"seeds": f"{row['n_seeds']}{lost}", "vs best": row["vs_best"], "seconds": _number(row["seconds_mean"], 1)}
-        line["MB"] = _number(None if row["stored_bytes"] is None else row["stored_bytes"] / 1e6, 3)
-        for name in more:
-            mean, std = _number(row.get(f"{name}_mean"), 4), _number(row.get(f"{name}_std"), 4)
-            line[name] = mean if std is None else f"{mean} ± {std}"
-        groups.setdefault(row["scenario"], []).append(line)
-    notes = (
-        "Accuracies in per cent, mean ± unbiased standard deviation over seeds; 95 %: bootstrap interval of the mean of "
-        "last_macro; vs best: paired t-test on shared seeds, Holm-adjusted.",
-    )
-    return [Table(f"{i}", plain(name), (*_READ, *more), lines, notes) for i, (name, lines) in enumerate(groups.items())]
-
-
-def _per_cent(mean: float | None, std: float | None) -> str | None:
-    if mean is None:
-        return None
-    return formats.fraction(100 * mean, 2) + ("" if std is None else f" ± {100 * std:.2f}")
-
-
-def _number(value: float | None, digits: int) -> str | None:
-    return None if value is None else f"{value:.{digits}f}"

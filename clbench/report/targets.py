@@ -47,7 +47,7 @@ TARGETS: dict[str, str] = {
 
 def table(runs: Sequence[Run]) -> Table:
     """A line for each comparison that the runs allow, and one for each target that they say nothing of."""
-    known = [run for run in runs if run.loss is not None and run.loss["usable"] and not run.legacy]
+    known = [run for run in runs if run.loss is not None and run.usable and not run.legacy]
     rows: list[dict[str, Any]] = []
     for letter, about in TARGETS.items():
         compared = sorted(_MAKERS[letter](known), key=lambda found: found.where)

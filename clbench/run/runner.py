@@ -19,13 +19,14 @@ from typing import Any
 
 from clbench.config.compose import build, load_target
 from clbench.config.run_options import RunOptions
-from clbench.evaluation import evaluators, metrics
+from clbench.evaluation import evaluators
 from clbench.interfaces import Capabilities, UserError, declared, mismatch
 from clbench.models.precision import set_precision
 from clbench.records import record
 from clbench.records.liveness import Heartbeat, this_process
 from clbench.records.rows import rows_of
 from clbench.records.tables import tables
+from clbench.report.closing import closing_text
 from clbench.run import image_stream, provenance, token_stream, tracking
 from clbench.run.loop import KEPT_FLAGS, Loop, StreamKind
 from clbench.run.terminal import bar_of, logging_to, signals
@@ -295,22 +296,6 @@ def write_refusal(config: dict[str, Any], error: UserError) -> pathlib.Path:
         "error": _described(error),
     }
     return record.write(entry, path.parent)
-
-
-def closing_text(entry: dict[str, Any], path: pathlib.Path) -> str:
-    """The matrix and the headline numbers of a finished run."""
-    if "sum_loss" in entry:
-        from clbench.report.losses import closing_text as losses_text
-
-        return losses_text(entry, path)
-    from clbench.report.table import accuracy_matrix_text
-
-    values = metrics.summary(entry)
-    if not isinstance(entry.get("correct"), list):
-        lines = [f"{name} {value:.4f}" for name, value in values.items()]
-        return "\n".join([*lines, f"record {path}"])
-    shown = "   ".join(f"{name} {values[name]:.4f}" for name in ("step_macro", "last_macro", "forgetting") if name in values)
-    return f"{accuracy_matrix_text(entry)}\n\n{shown}\nrecord {path}"
 
 
 def repeat(job: Job, flags: dict[str, Any], stop_after: int) -> dict[str, Any]:

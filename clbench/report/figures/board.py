@@ -18,16 +18,10 @@ Made = Iterator[tuple[str, Figure]]
 ROWS = 50
 
 
-def pages(lines: Sequence[Line], most: int) -> Iterator[tuple[str, Sequence[Line]]]:
-    """Lines in parts that fit on a page, each with the end of its file name: "", "-2", "-3"."""
-    for i in range(0, len(lines), most):
-        yield (f"-{i // most + 1}" if i else ""), lines[i : i + most]
-
-
 def leaderboard(fields: Sequence[Field]) -> Made:
     """Mean of last_macro, its 95 % interval and every run."""
     for field in fields:
-        for end, lines in pages(field.lines, ROWS):
+        for end, lines in style.pages(field.lines, ROWS):
             figure = style.paper(SINGLE, 0.95 + 0.155 * len(lines))
             axes = figure.subplots()
             dots(axes, lines)
@@ -94,7 +88,7 @@ def _key(axes: Axes, lines: Sequence[Line]) -> None:
 def overview(fields: Sequence[Field]) -> Made:
     """The leaderboard beside accuracy over experiences, a few curves named: the picture of a README."""
     for field in fields:
-        for end, lines in pages(field.lines, ROWS):
+        for end, lines in style.pages(field.lines, ROWS):
             figure = style.paper(DOUBLE, max(3.2, 0.95 + 0.155 * len(lines)))
             left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
             dots(left, lines)
@@ -229,7 +223,7 @@ def _stairs(found: Sequence[tuple[Line, float]], right: float) -> list[tuple[flo
 def forgetting(fields: Sequence[Field]) -> Made:
     """Forgetting of each old set: a row for each learner, a column for each set; the best row on top."""
     for field in fields:
-        for end, lines in pages(field.lines, ROWS):
+        for end, lines in style.pages(field.lines, ROWS):
             tables = [100 * forgotten(line) for line in lines]
             old = [j for j in range(len(tables[0])) if np.isfinite([t[j] for t in tables if j < len(t)]).any()]
             if not old:
@@ -245,7 +239,7 @@ def forgetting(fields: Sequence[Field]) -> Made:
                 for (i, j), value in np.ndenumerate(values):
                     ink = "white" if abs(value) > 0.62 * most else INK
                     axes.text(j, i, fraction(value, 0) if np.isfinite(value) else "", ha="center", va="center", color=ink)
-            _sets(axes, [lines[0].set_names[j] for j in old])
+            _sets(axes, [lines[0].traces[0].sets.names[j] for j in old])
             axes.set_yticks(range(len(lines)), [line.label for line in lines])
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)

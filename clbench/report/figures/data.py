@@ -1,42 +1,76 @@
-"""Data of the figures: rows of the leaderboard, each with the accuracies of its runs. No drawing here."""
+"""Data of the figures: rows of a leaderboard, each with the matrices of its runs. No drawing here."""
 
 from __future__ import annotations
 
 import pathlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from clbench.evaluation import metrics
-from clbench.report import table
+from clbench.evaluation import loss_metrics, metrics
+from clbench.records import loss_facts
+from clbench.report.board import Group, rank
+from clbench.report.columns import ACCURACY, LEADERBOARDS, Leaderboard
+from clbench.report.folder import file_name
 from clbench.report.formats import plain
-from clbench.report.runs import Filter, Run, entries, summarize
+from clbench.report.runs import Filter, Run, scan
 
 LONGEST = 30  # characters of a label
 SAID = {"legacy": "legacy", "test_tuned": "test-tuned"}  # marks that a label repeats
+SERIES = ("tokens", "lr", "experience", "step")
+
+
+@dataclass(frozen=True, eq=False)
+class Course:
+    """The looks of one run, P of them: tokens, lr, experience, step [P] each, loss [P, E]; tokens at each boundary."""
+
+    tokens: np.ndarray
+    lr: np.ndarray
+    experience: np.ndarray
+    step: np.ndarray
+    loss: np.ndarray
+    boundaries: tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Sets:
+    """The evaluation sets of a stream: names, samples, own experience [E], and of losses the exact floor or None.
+
+    measure  what the losses are; unit: what is counted, tokens or images
+    """
+
+    names: tuple[str, ...]
+    n: Sequence[int]
+    first_seen: np.ndarray
+    floors: tuple[float | None, ...] = ()
+    measure: str = ""
+    unit: str = ""
 
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """One finished run: accuracy [T, E] (NaN where not evaluated), first_seen [E]; `entry` holds its optional parts."""
+    """One finished run: its matrix, and of pre-training its looks, if any; `extra` holds optional parts of other records.
+
+    matrix  accuracy after each experience [T, E], NaN where not evaluated; or losses before the first and after each [T + 1, E]
+    """
 
     run: Run
-    accuracy: np.ndarray
-    first_seen: np.ndarray
-    extra: Mapping[str, Any]
+    sets: Sets
+    matrix: np.ndarray
+    course: Course | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """One row of the leaderboard with its runs, and the short name that figures give it."""
+    """One row of the leaderboard with its finished runs by seed; `label` tells it from the other rows of its stream."""
 
     row: Mapping[str, Any]
     label: str
     traces: tuple[Trace, ...]
-    set_names: tuple[str, ...]
 
     @property
     def reference(self) -> bool:
@@ -46,21 +80,32 @@ class Line:
     @property
     def file(self) -> str:
         """A part of a file name."""
-        return f"{table.file_name(self.row['learner'])}-{self.row['variant']}"
+        return f"{file_name(self.row['learner'])}-{self.row['variant']}"
 
     @property
     def last(self) -> float:
         """Mean last_macro."""
         return float(self.row["last_macro_mean"])
 
+    def courses(self) -> list[Course]:
+        """The looks of the runs that looked at the same steps as the first one that looked at all."""
+        found = [trace.course for trace in self.traces if trace.course is not None]
+        return [c for c in found if np.array_equal(c.tokens, found[0].tokens)]
+
 
 @dataclass(frozen=True)
 class Field:
-    """All rows on one stream, best first."""
+    """All rows of a leaderboard on one stream, best first."""
 
+    board: Leaderboard
     scenario: str
     manifest: str
     lines: tuple[Line, ...]
+
+    @property
+    def sets(self) -> Sets:
+        """Those of its first run."""
+        return self.lines[0].traces[0].sets
 
     @property
     def title(self) -> str:
@@ -70,7 +115,7 @@ class Field:
     @property
     def file(self) -> str:
         """A part of a file name."""
-        return "-".join(word for word in (table.file_name(self.scenario), self.manifest) if word)
+        return "-".join(word for word in (file_name(self.scenario), self.manifest) if word)
 
 
 def short(text: Any, longest: int = LONGEST) -> str:
@@ -80,45 +125,72 @@ def short(text: Any, longest: int = LONGEST) -> str:
     return word if len(word) <= longest else f"{word[: longest - 1 - half]}…{word[-half:]}"
 
 
+def trace_of(entry: Mapping[str, Any], run: Run) -> Trace | None:
+    """What figures need of a record; None of one without a matrix."""
+    if not run.usable:
+        return None
+    names = entry["scenario"].get("eval_names") or range(1, len(entry["n"]) + 1)
+    known = tuple(plain(name) for name in names), entry["n"], np.asarray(entry["first_seen"])
+    if run.leaderboard is not ACCURACY:
+        sets = Sets(*known, tuple(entry["floor"]), loss_facts.measure_of(entry), loss_facts.unit_of(entry))
+        matrix = loss_metrics.loss_matrix([entry["sum_loss_start"], *entry["sum_loss"]], entry["tokens"])
+        return Trace(run, sets, matrix, course_of(entry))
+    if not isinstance(entry.get("correct"), list):
+        return None
+    extra = {name: entry[name] for name in ("curves", "stability") if isinstance(entry.get(name), Mapping)}
+    return Trace(run, Sets(*known), metrics.accuracy(entry["correct"], entry["n"]).astype(np.float32), extra=extra)
+
+
+def course_of(entry: Mapping[str, Any]) -> Course | None:
+    """The curves of a record as arrays; None where there are none that hold together."""
+    curves = entry.get("curves")
+    try:
+        parts = {name: np.array(curves[name], np.float64) for name in SERIES}  # type: ignore[index]
+        columns = [np.array(curves["loss"][name], np.float64) for name in entry["scenario"]["eval_names"]]  # type: ignore[index]
+        edges = tuple(float(edge) for edge in curves["boundaries"])  # type: ignore[index]
+        loss = np.stack(columns, axis=1)
+    except (LookupError, TypeError, ValueError):
+        return None
+    size = len(parts["tokens"])
+    if not size or len(loss) != size or any(part.shape != (size,) or not np.isfinite(part).all() for part in parts.values()):
+        return None
+    return Course(**parts, loss=loss, boundaries=edges)
+
+
 def read(results: pathlib.Path, wanted: Filter | None = None) -> list[Field]:
-    """The fields of a results folder, by scenario and stream; [] without a finished run."""
-    keep, known = wanted or Filter(), {}
-    traces: dict[tuple[str, str, str, str, bool], list[Trace]] = {}
-    names: dict[tuple[str, str, str, str, bool], tuple[str, ...]] = {}
-    for entry in entries(results / "records", []):
-        if not keep(entry) or entry["status"] != "ok" or not isinstance(entry.get("correct"), list):
-            continue
-        run = summarize(entry, known)
-        key = (run.scenario, run.learner, run.model, run.variant, run.legacy)
-        accuracy = metrics.accuracy(entry["correct"], entry["n"]).astype(np.float32)
-        extra = {name: entry[name] for name in ("curves", "stability") if isinstance(entry.get(name), Mapping)}
-        traces.setdefault(key, []).append(Trace(run, accuracy, np.asarray(entry["first_seen"]), extra))
-        listed = entry["scenario"].get("eval_names") or range(1, len(entry["n"]) + 1)
-        names.setdefault(key, tuple(plain(name) for name in listed))
-    rows = table.board([trace.run for group in traces.values() for trace in group])
-    rows = [row for row in rows if row["last_macro_mean"] is not None]
-    grouped: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        grouped.setdefault((row["scenario"], row["manifest"]), []).append(row)
-    made = []
-    for (scenario, manifest), held in sorted(grouped.items()):
-        held.sort(key=lambda r: (-r["last_macro_mean"], r["learner"], r["model"], r["variant"]))
-        lines = [_line(row, label, traces, names) for row, label in zip(held, _labels(held), strict=True)]
-        made.append(Field(scenario, manifest, tuple(lines)))
-    return made
+    """The fields of a results folder, by leaderboard, scenario and stream; [] without a finished run."""
+    traces: dict[str, Trace] = {}
+
+    def take(entry: Mapping[str, Any], run: Run) -> None:
+        if (made := trace_of(entry, run)) is not None:
+            traces[run.run_id] = made
+
+    runs = [run for run in scan(results, wanted, take).runs if run.run_id in traces]
+    return [made for board in LEADERBOARDS for made in fields(rank(runs, board), board, traces)]
 
 
-def _line(row: Mapping[str, Any], label: str, traces: Mapping[Any, list[Trace]], names: Mapping[Any, Any]) -> Line:
-    key = (row["scenario"], row["learner"], row["model"], row["variant"], "legacy" in row["marks"].split())
-    group = sorted(traces[key], key=lambda t: (t.run.seed, t.run.run_id))
-    return Line(row, label, tuple(group), names[key])
+def fields(made: Sequence[Group], board: Leaderboard, traces: Mapping[str, Trace]) -> list[Field]:
+    """The rows of a leaderboard that have traces, with the traces of their runs by run id."""
+    mean, sign = f"{board.headline}_mean", 1 if board.lower else -1
+    held: dict[tuple[str, str], list[tuple[Mapping[str, Any], tuple[Trace, ...]]]] = {}
+    for row, runs in made:
+        found = tuple(traces[run.run_id] for run in runs if run.run_id in traces)
+        if found and row[mean] is not None:
+            held.setdefault((row["scenario"], row["manifest"]), []).append((row, found))
+    fields = []
+    for (scenario, manifest), rows in sorted(held.items()):
+        rows.sort(key=lambda r: (sign * r[0][mean], r[0]["learner"], r[0]["model"], r[0]["variant"]))
+        labels = (_labels if board is ACCURACY else _labels_by_replay)([row for row, _ in rows])
+        lines = (Line(row, label, found) for (row, found), label in zip(rows, labels, strict=True))
+        fields.append(Field(board, scenario, manifest, tuple(lines)))
+    return fields
 
 
 def _labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The learner; the model where there are several; the variant where that is not enough."""
     several = len({row["model"] for row in rows}) > 1
     words = [" ".join([row["learner"], *([row["model"]] if several else [])]) for row in rows]
-    twice = {word for word, count in Counter(short(word) for word in words).items() if count > 1}
+    twice = _twice([short(word) for word in words])
     made = []
     for row, word in zip(rows, words, strict=True):
         if short(word) in twice:
@@ -128,24 +200,47 @@ def _labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return made
 
 
-def mean_matrix(line: Line) -> np.ndarray:
-    """Mean accuracy over runs [T, E]; NaN where no run evaluated."""
-    stack = np.stack([trace.accuracy for trace in line.traces])
+def _labels_by_replay(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The learner; its replay share, its model, its variant, each only where it is needed to tell rows apart."""
+
+    def words(row: Mapping[str, Any], level: int) -> str:
+        share = row["replay"]
+        parts = [plain(row["learner"]), *([f"{100 * share:g} %"] if level > 0 and isinstance(share, int | float) else [])]
+        return " ".join([*parts, *([plain(row["model"])] if level > 1 else []), *([row["variant"]] if level > 2 else [])])
+
+    made = [words(row, 0) for row in rows]
+    for level in (1, 2, 3):
+        twice = _twice(made)
+        made = [words(row, level) if word in twice else word for row, word in zip(rows, made, strict=True)]
+    return made
+
+
+def _twice(words: Sequence[str]) -> set[str]:
+    return {word for word, count in Counter(words).items() if count > 1}
+
+
+def mean_over(stack: np.ndarray) -> np.ndarray:
+    """Mean over runs [R, T, E] -> [T, E]; NaN where no run has a value."""
     known = ~np.isnan(stack)
     total = np.where(known, stack, 0).sum(0)
-    return np.divide(total, known.sum(0), out=np.full(total.shape, np.nan, np.float32), where=known.any(0))
+    return np.divide(total, known.sum(0), out=np.full(total.shape, np.nan, total.dtype), where=known.any(0))
+
+
+def mean_matrix(line: Line) -> np.ndarray:
+    """Mean over runs of their matrices."""
+    return mean_over(np.stack([trace.matrix for trace in line.traces]))
 
 
 def steps(line: Line) -> np.ndarray:
     """Macro accuracy after each experience, a row for each run [R, T]."""
-    return np.stack([metrics.macro(trace.accuracy, trace.first_seen) for trace in line.traces])
+    return np.stack([metrics.macro(trace.matrix, trace.sets.first_seen) for trace in line.traces])
 
 
 def forgotten(line: Line) -> np.ndarray:
     """Per set, mean over runs of (best since its own experience, before the last) - last [E]; NaN for sets of the last."""
     rows = []
     for trace in line.traces:
-        a, first = trace.accuracy, trace.first_seen
+        a, first = trace.matrix, trace.sets.first_seen
         row = np.full(a.shape[1], np.nan)
         for j, start in enumerate(first):
             if start < len(a) - 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,25 +12,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from clbench.report import statistics, table
+from clbench.report import statistics
 from clbench.report.figures import style
-from clbench.report.figures.data import short
-from clbench.report.figures.loss_data import LossField, LossLine
+from clbench.report.figures.data import Field, Line, mean_matrix, short
 from clbench.report.figures.style import COLOURS, DOUBLE, GREY, INK, SINGLE
 
 Made = Iterator[tuple[str, Figure]]
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.5, 1, 1.5)))
-COLUMNS, PANELS = 4, 24
-
-
-def _file(field: LossField, line: LossLine | None = None) -> str:
-    words = [table.file_name(field.scenario), field.manifest]
-    words += [table.file_name(line.row["learner"]), line.row["variant"]] if line is not None else []
-    return "-".join(word for word in words if word)
-
-
-def _title(field: LossField, line: LossLine | None = None) -> str:
-    return f"{short(field.scenario)} ({field.manifest})" + (f": {line.label}" if line is not None else "")
+PANELS = 24
 
 
 def _millions(axes: Axes, unit: str) -> None:
@@ -37,68 +27,50 @@ def _millions(axes: Axes, unit: str) -> None:
     axes.set_xlabel(f"{unit} trained on")
 
 
-def losses(fields: Sequence[LossField]) -> Made:
+def losses(fields: Sequence[Field]) -> Made:
     """Loss on every set over tokens, mean over seeds with their range; boundaries dotted, floors dashed, the rate below."""
     for field in fields:
         for line in field.lines:
             courses = line.courses()
             if not courses:
                 continue
-            figure = style.paper(SINGLE, 3.1 + 0.13 * (-(-min(len(field.sets), 12) // 2)))
+            figure = style.paper(SINGLE, 3.1 + 0.13 * (-(-min(len(field.sets.names), 12) // 2)))
             grid = figure.subplots(2, 1, sharex=True, height_ratios=(2.4, 1))
             upper, lower = grid.tolist()
             x, stack = courses[0].tokens, np.stack([course.loss for course in courses])
-            for j, name in enumerate(field.sets):
+            for j, name in enumerate(field.sets.names):
                 ink, dash = COLOURS[j % len(COLOURS)], DASHES[(j // len(COLOURS)) % len(DASHES)]
-                label = f"\u200b{style.fitted(name, 20)}" if len(field.sets) <= 12 else "_"
+                label = f"\u200b{style.fitted(name, 20)}" if len(field.sets.names) <= 12 else "_"
                 upper.plot(x, stack[:, :, j].mean(0), color=ink, linestyle=dash, linewidth=1.0, label=label)
                 if len(stack) > 1:
                     upper.fill_between(x, stack[:, :, j].min(0), stack[:, :, j].max(0), color=ink, alpha=0.15, linewidth=0)
-                if (floor := field.floors[j]) is not None:
+                if (floor := field.sets.floors[j]) is not None:
                     upper.axhline(floor, color=ink, linewidth=0.5, linestyle=(0, (5, 3)))
             lower.plot(x, np.mean([course.lr for course in courses], axis=0), color=INK, linewidth=0.8)
             for axes in (upper, lower):
                 for edge in courses[0].boundaries[1:]:
                     axes.axvline(edge, color=GREY, linewidth=0.6, linestyle=":")
-            upper.set_ylabel(f"loss ({field.measure})")
+            upper.set_ylabel(f"loss ({field.sets.measure})")
             upper.grid(axis="y")
             lower.set_ylabel("learning rate")
             lower.set_ylim(bottom=0)
-            _millions(lower, field.unit)
-            if len(field.sets) <= 12:
+            _millions(lower, field.sets.unit)
+            if len(field.sets.names) <= 12:
                 figure.legend(*upper.get_legend_handles_labels(), loc="outside lower left", ncols=3, columnspacing=1)
-            yield _file(field, line), style.titled(figure, _title(field, line))
+            yield f"{field.file}-{line.file}", style.titled(figure, f"{field.title}: {line.label}")
 
 
-def loss_matrix(fields: Sequence[LossField]) -> Made:
+def loss_matrix(fields: Sequence[Field]) -> Made:
     """Loss on each set (columns) before and after each experience (rows), mean over seeds, a panel for each row."""
     for field in fields:
-        for start in range(0, len(field.lines), PANELS):
-            lines = field.lines[start : start + PANELS]
-            means = [line.matrix() for line in lines]
-            low, high = min(m.min() for m in means), max(m.max() for m in means)
-            columns = min(COLUMNS, len(lines))
-            rows = -(-len(lines) // columns)
-            height = 0.95 + 1.5 * rows
-            figure = style.paper(DOUBLE if columns > 2 else SINGLE, height)
-            grid = figure.subplots(rows, columns, squeeze=False)
-            panels = [axes for row in grid for axes in row]
-            image = None
-            for axes, line, mean in zip(panels, lines, means, strict=False):
-                image = _matrix(axes, mean, low, high)
-                axes.set_title(style.fitted(line.label, 25), fontsize=7, pad=2)
-            for axes in panels[len(lines) :]:
-                axes.remove()
-            assert image is not None
-            bar = figure.colorbar(
-                image, ax=panels[: len(lines)], orientation="horizontal", aspect=60, shrink=0.6, pad=0.15 / height
-            )
-            bar.set_label(f"loss ({field.measure})")
-            end = f"-{start // PANELS + 1}" if start else ""
-            yield f"{_file(field)}{end}", style.titled(figure, _title(field))
+        for end, lines in style.pages(field.lines, PANELS):
+            maps = [(style.fitted(line.label, 25), mean_matrix(line)) for line in lines]
+            draw = functools.partial(_matrix, low=min(m.min() for _, m in maps), high=max(m.max() for _, m in maps))
+            figure = style.heat_maps(maps, draw, 4, 1.5, f"loss ({field.sets.measure})")
+            yield f"{field.file}{end}", style.titled(figure, field.title)
 
 
-def _matrix(axes: Axes, r: np.ndarray, low: float, high: float) -> Any:
+def _matrix(axes: Axes, r: np.ndarray, bottom: bool, left: bool, low: float, high: float) -> Any:
     """One heat map, light where the loss is low; numbers where the cells have room for them."""
     image = axes.imshow(r, cmap="cividis_r", vmin=low, vmax=high, aspect="auto", interpolation="nearest")
     if max(r.shape) <= 6:
@@ -112,14 +84,13 @@ def _matrix(axes: Axes, r: np.ndarray, low: float, high: float) -> Any:
     axes.set_xlabel("set")
     axes.set_ylabel("after")
     axes.tick_params(length=2)
-    axes.spines[:].set_visible(False)
     return image
 
 
-def replay(fields: Sequence[LossField]) -> Made:
+def replay(fields: Sequence[Field]) -> Made:
     """Final loss on old sets and on the newest one against the share of replay: mean and 95 % interval, a line a learner."""
     for field in fields:
-        groups: dict[tuple[str, str], list[LossLine]] = {}
+        groups: dict[tuple[str, str], list[Line]] = {}
         for line in field.lines:
             if isinstance(line.row["replay"], int | float) and not line.reference:
                 groups.setdefault((line.row["learner"], line.row["model"]), []).append(line)
@@ -136,14 +107,14 @@ def replay(fields: Sequence[LossField]) -> Made:
                 _against_share(axes, held, name, shares, i, len(groups), label)
             axes.set_xticks(range(len(shares)), [f"{100 * share:g}" for share in shares])
             axes.set_xlabel("replay (% of each batch)")
-            axes.set_ylabel(f"final loss, {words} ({field.measure})")
+            axes.set_ylabel(f"final loss, {words} ({field.sets.measure})")
             axes.grid(axis="y")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
-        yield _file(field), style.titled(figure, _title(field))
+        yield field.file, style.titled(figure, field.title)
 
 
 def _against_share(
-    axes: Axes, held: Sequence[LossLine], name: str, shares: Sequence[float], i: int, number: int, label: str
+    axes: Axes, held: Sequence[Line], name: str, shares: Sequence[float], i: int, number: int, label: str
 ) -> None:
     """One learner: points beside each other at the same share, their intervals, and a thin line through them."""
     ink, points = COLOURS[i % len(COLOURS)], []
@@ -159,12 +130,11 @@ def _against_share(
         axes.vlines(x, low, high, color=ink, linewidth=1.0)
 
 
-def gaps(fields: Sequence[LossField]) -> Made:
+def gaps(fields: Sequence[Field]) -> Made:
     """The stability gap: rise of the loss on old sets above that at the boundary, over the steps of later experiences."""
     for field in fields:
         drawn = [(line, found) for line in field.lines if (found := _rise(field, line)) is not None]
-        for start in range(0, len(drawn), 6):
-            part = drawn[start : start + 6]
+        for end, part in style.pages(drawn, 6):
             figure = style.paper(SINGLE, 2.5 + 0.13 * len(part))
             axes = figure.subplots()
             for i, (line, (steps, mean, low, high)) in enumerate(part):
@@ -176,13 +146,13 @@ def gaps(fields: Sequence[LossField]) -> Made:
             axes.set_xlim(left=0)
             axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
             axes.set_xlabel("steps after the boundary")
-            axes.set_ylabel(f"rise on old sets ({field.measure})")
+            axes.set_ylabel(f"rise on old sets ({field.sets.measure})")
             axes.grid(axis="y")
             figure.legend(loc="outside lower left", ncols=2)
-            yield f"{_file(field)}{f'-{start // 6 + 1}' if start else ''}", style.titled(figure, _title(field))
+            yield f"{field.file}{end}", style.titled(figure, field.title)
 
 
-def _rise(field: LossField, line: LossLine) -> tuple[np.ndarray, ...] | None:
+def _rise(field: Field, line: Line) -> tuple[np.ndarray, ...] | None:
     """Steps [S], and mean, lowest and highest over seeds [S] of the rise, over later experiences and the sets old in them."""
     seeds: list[np.ndarray] = []
     steps: np.ndarray | None = None
@@ -190,7 +160,7 @@ def _rise(field: LossField, line: LossLine) -> tuple[np.ndarray, ...] | None:
         rises = []
         for k in sorted(set(course.experience.astype(int).tolist())):
             at = np.flatnonzero(course.experience == k)
-            old = [j for j, own in enumerate(field.first_seen) if own < k]
+            old = [j for j, own in enumerate(field.sets.first_seen) if own < k]
             if old and (steps is None or np.array_equal(course.step[at], steps)):
                 steps = course.step[at]
                 rises.append((course.loss[at][:, old] - course.loss[at[0], old]).mean(1))

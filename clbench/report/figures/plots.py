@@ -16,6 +16,7 @@ from typing import Any
 from clbench.config.signatures import nearest
 from clbench.interfaces import UserError
 from clbench.records import record
+from clbench.report.columns import LOSS
 from clbench.report.runs import Filter
 
 KINDS: dict[str, str] = {
@@ -61,19 +62,17 @@ def write(
     if form not in FORMS:
         raise UserError(f"no format {form!r}{nearest(form, FORMS)} (one of: {', '.join(FORMS)})")
     makers = _makers()
-    from clbench.report.figures import data, loss_data
+    from clbench.report.figures import data
 
-    fields, lower = data.read(results, wanted), loss_data.read(results, wanted)
-    if wanted is not None:
-        wanted.check()
-    if not fields and not lower:
+    fields = data.read(results, wanted)
+    if not fields:
         raise UserError(f"no finished run in {results / 'records'}, so there is nothing to draw")
     record.ensure_writable(out)
     made: list[pathlib.Path] = []
     with _ink():
         for kind in dict.fromkeys(kinds or KINDS):
             found: list[pathlib.Path] = []
-            for name, figure in makers[kind](lower if kind in LOSSES else fields):
+            for name, figure in makers[kind]([field for field in fields if (field.board is LOSS) == (kind in LOSSES)]):
                 again = sum(path.stem == f"{kind}-{name}" for path in found)
                 end = f"-again{len(found)}" if again else ""
                 found.append(_save(figure, out / f"{kind}-{name}{end}.{form}", form))

@@ -13,7 +13,6 @@ from matplotlib.ticker import MaxNLocator
 
 from clbench.report import statistics
 from clbench.report.figures import style
-from clbench.report.figures.board import pages
 from clbench.report.figures.data import Field, Line, Trace, mean_matrix, short, steps
 from clbench.report.figures.style import COLOURS, DOUBLE, GREY, INK, SINGLE, Series
 
@@ -24,41 +23,20 @@ PANELS = 30
 def matrix(fields: Sequence[Field]) -> Made:
     """Accuracy on each set (columns) after each experience (rows), mean over runs, a panel for each learner."""
     for field in fields:
-        for end, lines in pages(field.lines, PANELS):
-            columns = min(5, len(lines))
-            rows = -(-len(lines) // columns)
-            height = 0.95 + 1.34 * rows
-            figure = style.paper(DOUBLE if columns > 2 else SINGLE, height)
-            grid = figure.subplots(rows, columns, squeeze=False)
-            panels = [axes for row in grid for axes in row]
-            image = None
-            for i, (axes, line) in enumerate(zip(panels, lines, strict=False)):
-                image = _matrix(axes, mean_matrix(line))
-                axes.set_title(style.fitted(line.label, 21), fontsize=7, pad=2)
-                _corner(axes, bottom=i // columns == rows - 1, left=i % columns == 0)
-            for axes in panels[len(lines) :]:
-                axes.remove()
-            assert image is not None
-            bar = figure.colorbar(
-                image, ax=panels[: len(lines)], orientation="horizontal", aspect=60, shrink=0.6, pad=0.15 / height
-            )
-            bar.set_label("accuracy (%)")
+        for end, lines in style.pages(field.lines, PANELS):
+            maps = [(style.fitted(line.label, 21), mean_matrix(line)) for line in lines]
+            figure = style.heat_maps(maps, _matrix, 5, 1.34, "accuracy (%)")
             yield f"{field.file}{end}", style.titled(figure, field.title)
 
 
-def _matrix(axes: Axes, a: np.ndarray) -> Any:
-    """One heat map; numbers where the cells have room for them."""
+def _matrix(axes: Axes, a: np.ndarray, bottom: bool, left: bool) -> Any:
+    """One heat map; numbers where the cells have room for them, words and ticks at the outer panels only."""
     image = axes.imshow(100 * a, cmap="cividis", vmin=0, vmax=100, aspect="auto", interpolation="nearest")
     if max(a.shape) <= 6:
         for (i, j), value in np.ndenumerate(a):
             if np.isfinite(value):
                 ink = INK if value > 0.55 else "white"
                 axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=ink)
-    return image
-
-
-def _corner(axes: Axes, bottom: bool, left: bool) -> None:
-    """Words and ticks at the outer panels only."""
     style.whole_numbers(axes)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5, min_n_ticks=1))
     for axis in (axes.xaxis, axes.yaxis):
@@ -66,14 +44,14 @@ def _corner(axes: Axes, bottom: bool, left: bool) -> None:
     axes.tick_params(length=2, labelbottom=bottom, labelleft=left)
     axes.set_xlabel("set" if bottom else "")
     axes.set_ylabel("after" if left else "")
-    axes.spines[:].set_visible(False)
+    return image
 
 
 def curves(fields: Sequence[Field]) -> Made:
     """Accuracy over experiences on the sets seen so far: mean over runs, the band is their range."""
     for field in fields:
         every = [_series(line) for line in field.lines]
-        for end, part in pages(field.lines, PANELS):
+        for end, part in style.pages(field.lines, PANELS):
             some = [_series(line) for line in part]
             figure = _drawn(some, every, "experience", "accuracy (%)")
             yield f"{field.file}{end}", style.titled(figure, field.title)
@@ -210,7 +188,7 @@ def stability(fields: Sequence[Field]) -> Made:
             for j in range(a.shape[1]):
                 shade = COLOURS[j % len(COLOURS)]
                 dash = ("-", "--", ":", "-.")[(j // len(COLOURS)) % 4]
-                name = style.fitted(line.set_names[j], 12) if a.shape[1] <= 12 else "_"
+                name = style.fitted(line.traces[0].sets.names[j], 12) if a.shape[1] <= 12 else "_"
                 axes.plot(x, 100 * a[:, j], color=shade, linestyle=dash, linewidth=0.9, label=f"\u200b{name}")
             for edge in np.flatnonzero(np.diff(steps_of)):
                 axes.axvline(edge + 1.5, color=GREY, linewidth=0.5, linestyle=":")
@@ -227,7 +205,7 @@ def _trace(trace: Trace) -> tuple[np.ndarray, np.ndarray] | None:
     """Accuracies [K, E] and experiences [K], or None where the record has none that hold together."""
     rows = trace.extra.get("stability", {}).get("trace")
     try:
-        size = trace.accuracy.shape[1]
+        size = trace.matrix.shape[1]
         a = np.array([[math.nan if c is None else c / n for c, n in zip(r["correct"], r["n"], strict=True)] for r in rows])
         experiences = np.array([int(r["experience"]) for r in rows])
     except (TypeError, ValueError, KeyError, ZeroDivisionError, AttributeError):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,6 +144,31 @@ def many_panels(figure: Figure, series: Sequence[Series], columns: int, behind: 
     for axes in panels[len(series) :]:
         axes.remove()
     return panels[: len(series)]
+
+
+def pages(lines: Sequence[Any], most: int) -> Iterator[tuple[str, Sequence[Any]]]:
+    """Lines in parts that fit on a page, each with the end of its file name: "", "-2", "-3"."""
+    for i in range(0, len(lines), most):
+        yield (f"-{i // most + 1}" if i else ""), lines[i : i + most]
+
+
+def heat_maps(maps: Sequence[tuple[str, np.ndarray]], draw: Any, columns: int, tall: float, words: str) -> Figure:
+    """A panel for each (label, matrix) by `draw(axes, matrix, bottom, left)`, which gives an image; one colour bar for all."""
+    columns = min(columns, len(maps))
+    rows = -(-len(maps) // columns)
+    height = 0.95 + tall * rows
+    figure = paper(DOUBLE if columns > 2 else SINGLE, height)
+    panels = [axes for line in figure.subplots(rows, columns, squeeze=False) for axes in line]
+    image: Any = None
+    for i, (axes, (label, matrix)) in enumerate(zip(panels, maps, strict=False)):
+        image = draw(axes, matrix, i // columns == rows - 1, i % columns == 0)
+        axes.spines[:].set_visible(False)
+        axes.set_title(label, fontsize=7, pad=2)
+    for axes in panels[len(maps) :]:
+        axes.remove()
+    bar = figure.colorbar(image, ax=panels[: len(maps)], orientation="horizontal", aspect=60, shrink=0.6, pad=0.15 / height)
+    bar.set_label(words)
+    return figure
 
 
 def fitted(label: str, longest: int) -> str:

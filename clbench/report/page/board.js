@@ -60,7 +60,7 @@ function streamCard(place) {
   if (contenders(rows).length === 1) node.append(el('p', { class: 'quiet' }, 'The only contender on this stream.'));
   const reference = rows.filter((r) => r.reference && !r.legacy && has(r.mean));
   if (reference.length) node.append(el('p', { class: 'quiet' }, 'Reference, keeps all data: ', reference.slice(0, 3).flatMap((r, k) => [k ? ', ' : '', link(r), ` ${per(r.mean)} %`])));
-  node.append(el('details', {}, el('summary', {}, 'Run the best one'), commandBox(top)));
+  node.append(el('details', {}, el('summary', {}, 'Run the best one'), commandBox(D.commands[top.i])));
   return node;
 }
 

@@ -72,7 +72,7 @@ function showVersus(a, b) {
   );
   const figures = el('div', { class: 'figures' });
   main.append(figures, el('div', { class: 'columns' }, ratioTable(a, b), seedTable(j)), differTable(a, b),
-    el('section', { class: 'runs' }, el('h2', {}, 'Run them'), el('p', {}, 'A'), commandBox(a), el('p', {}, 'B'), commandBox(b)));
+    el('section', { class: 'runs' }, el('h2', {}, 'Run them'), el('p', {}, 'A'), commandBox(D.commands[a.i]), el('p', {}, 'B'), commandBox(D.commands[b.i])));
   const [da, db] = [detail(a), detail(b)];
   if (da.curve && db.curve && da.lower === db.lower) figures.append(overFigure(a, b, da, db));
   if (da.mean && db.mean && !da.lower && !db.lower && D.stream[a.i] === D.stream[b.i]) figures.append(dumbbell(a, b, da, db));
@@ -135,11 +135,6 @@ function dumbbell(a, b, da, db) {
 }
 
 const ratio = (x, y) => (has(x) && has(y) && x > 0 ? `\u00d7\u2009${Number((y / x).toPrecision(y / x < 10 ? 2 : 3))}` : NONE);
-function simpleTable(title, head, lines, words) {
-  return el('section', {}, el('h2', {}, title), el('div', { class: 'scroll', tabindex: 0, role: 'region', 'aria-label': title }, el('table', { class: `bare${words ? ' words' : ''}` }, el('caption', { class: 'unseen' }, title),
-    el('thead', {}, el('tr', {}, head.map((word, k) => el('th', { scope: 'col', class: k ? 'num' : null }, word)))),
-    el('tbody', {}, lines.map(([name, ...cells]) => el('tr', {}, el('th', { scope: 'row' }, name), cells.map((v) => el('td', { class: 'num' }, v))))))));
-}
 function ratioTable(a, b) {
   const lines = [['Average accuracy', 'step_macro_mean', per], ['Forgetting', 'forgetting_mean', per], ['Plasticity', 'plasticity_mean', per]].map(([name, key, show]) => { const [u, v] = [column(key, a.i), column(key, b.i)]; return [name, show(u), show(v), has(u) && has(v) ? signed(v - u) : NONE]; });
   const costs = [['Time', (r) => r.seconds, duration], ['Bytes held', (r) => r.held, bytes], ['Peak memory', (r) => (has(r.memory) ? r.memory * 1e6 : null), bytes], ['Parameters trained', (r) => column('parameters_trained', r.i), amount], ['Training passes', (r) => column('passes_train_mean', r.i), amount], ['Optimiser steps', (r) => column('steps_mean', r.i), amount], ['Exemplars', (r) => column('exemplars', r.i), amount]];

@@ -12,95 +12,82 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clbench.evaluation import metrics
+from clbench.evaluation import loss_metrics, metrics, row_metrics
 from clbench.interfaces import UserError
 from clbench.records import record
-from clbench.report import cards, table
-from clbench.report.columns import ABOUT, about, extra
+from clbench.report import cards
+from clbench.report.board import rank
+from clbench.report.columns import ABOUT, ACCURACY, LEADERBOARDS, LOSS, extra, extra_numbers
+from clbench.report.figures import data
 from clbench.report.formats import plain
-from clbench.report.page import detail, loss_contents
-from clbench.report.runs import Run, entries, summarize
+from clbench.report.page import detail
+from clbench.report.page.detail import short
+from clbench.report.runs import Run, scan
+from clbench.report.statistics import mean_std
 
 LONGEST = 300
 LONGEST_DIFFERENCE = 160
 LONGEST_COMMAND = 4000
 LARGEST = 2_800_000  # characters of data: with script and style the page stays under 3 MB
+LARGEST_LOSSES = 900_000  # of these, details of pre-training
 LEAST_ROOM = 100_000  # for details, however large the table itself is
 LARGEST_POOL = 500_000  # characters of different settings; beyond, the page has none but those in commands
 MOST_LINES = 200  # of failed runs and of files that are no records; all are counted
 _WORDS = ("scenario", "learner", "model", "variant", "manifest", "marks", "seeds", "n_seeds")
 _RUN = ("last_macro", "step_macro", "forgetting", "last_micro")
+_LOSS_RUN = ("final_loss", "retained_loss", "newest_loss", "forgetting_after", "gap_depth")
 _COST = ("seconds", "peak_memory_mb")
-Key = tuple[str, str, str, str, bool]
 
 
 class _Folder:
     """The records of a folder, read one at a time and summarized to what the page needs."""
 
     def __init__(self, results: pathlib.Path):
-        self.runs: list[Run] = []
-        self.dead: list[str] = []
-        self.problems: list[str] = []
-        self.groups: dict[Key, list[Run]] = {}
         self.details: dict[str, detail.Detail] = {}
-        self.first: dict[Key, dict[str, Any]] = {}  # the record that stands for a row
+        self.traces: dict[str, data.Trace] = {}  # of pre-training
+        self.first: dict[Any, dict[str, Any]] = {}  # the record that stands for a row
         self.streams: dict[tuple[str, str], dict[str, Any]] = {}
         self.newest = ""
-        self.losses, self.others = loss_contents.Losses(), []
-        known: dict[str, Mapping[str, Any]] = {}
-        for entry in entries(results / "records", self.problems):
-            run = summarize(entry, known)
-            if run.loss is not None:
-                self._loss(entry, run, results)
-                continue
-            key = (run.scenario, run.learner, run.model, run.variant, run.legacy)
-            self.runs.append(run)
-            self.groups.setdefault(key, []).append(run)
-            if key not in self.first or (entry["status"] == "ok" and self.first[key]["status"] != "ok"):
-                names = {part: {"name": entry[part]["name"]} for part in ("learner", "scenario", "model")}
-                self.first[key] = names | {name: entry[name] for name in ("config", "status")}
-            if run.status == "ok":
-                self.details[run.run_id] = detail.of(entry)
-                self.newest = max(self.newest, _day(entry.get("finished")))
-            self.streams.setdefault((run.scenario, run.stream), _stream(entry))
-            if record.is_dead(entry, results):
-                self.dead.append(run.run_id)
+        found = scan(results, None, self._take)
+        self.runs, self.dead, self.problems = found.runs, found.dead, found.problems
+        self.boards = {board: rank(self.runs, board, self.dead) for board in LEADERBOARDS}
 
-    def _loss(self, entry: dict[str, Any], run: Run, results: pathlib.Path) -> None:
-        """A record of pre-training has tables of its own; lost runs are counted with the others."""
-        self.losses.add(entry, run)
-        self.others.append(run)
+    def _take(self, entry: Mapping[str, Any], run: Run) -> None:
+        if run.group not in self.first or (run.usable and not self.first[run.group]["usable"]):
+            names = {part: {"name": entry[part]["name"]} for part in ("learner", "scenario", "model")}
+            self.first[run.group] = names | {"config": entry["config"], "usable": run.usable}
         if run.status == "ok":
             self.newest = max(self.newest, _day(entry.get("finished")))
-        if record.is_dead(entry, results):
-            self.dead.append(run.run_id)
+        if run.leaderboard is ACCURACY:
+            self.streams.setdefault((run.scenario, run.stream), _stream(entry))
+            if run.usable:
+                self.details[run.run_id] = detail.of(entry)
+        elif (trace := data.trace_of(entry, run)) is not None:
+            self.traces[run.run_id] = trace
 
 
 def collect(results: pathlib.Path, beside: bool = False) -> dict[str, Any]:
     """A results folder -> the data of its page. `beside`: the page lies in the folder, so it can link to records."""
-    folder = _Folder(results)
-    board = table.board(folder.runs, folder.dead)
-    keys = [_key(row, folder.groups) for row in board]
-    groups = [sorted(folder.groups[key], key=lambda r: (r.seed, r.run_id)) for key in keys]
-    done = [[run for run in group if run.status == "ok"] for group in groups]
+    folder, conf = _Folder(results), _conf()
+    board, groups = [group.row for group in folder.boards[ACCURACY]], [group.runs for group in folder.boards[ACCURACY]]
+    done = [[run for run in group if run.usable] for group in groups]
     names = sorted({name for group in done for run in group for name in run.values if "/" not in name})
     pool: dict[str, int] = {}
     settings: list[Any] = [_settings(group, pool) for group in groups]
     if sum(map(len, pool)) > LARGEST_POOL:
         pool, settings = {}, [None] * len(groups)
-    conf = _conf()
     made = {
-        "losses": folder.losses.collect(lambda first, group: _command(first, group, conf)),
+        "losses": _losses(folder, conf),
         "links": beside,
         "keys": _ids(board),
         "differs": _differs(board, groups),
-        "lines": [_lines(row, key) for row, key in zip(board, keys, strict=True)],
+        "lines": [_lines(row, group[0].legacy) for row, group in zip(board, groups, strict=True)],
         "columns": _columns(board),
-        "about": {name: ABOUT[name] for name in table.COLUMNS} | about(extra(board)),
+        "about": ABOUT | extra(board),
         "formulas": {n: metrics.FORMULAS[n].text for n in names if n in metrics.FORMULAS} | _detailed(names),
         "names": names,
         "runs": [[_run(run) for run in group] for group in done],
-        "commands": [_command(folder.first[key], group, conf) for key, group in zip(keys, groups, strict=True)],
+        "commands": [_command(folder.first[group[0].group], group, conf) for group in groups],
         "pool": list(pool),
         **_whole(folder, groups),
     }
@@ -113,12 +100,49 @@ def collect(results: pathlib.Path, beside: bool = False) -> dict[str, Any]:
     return made | {"details": kept, "left": left}
 
 
+def _losses(folder: _Folder, conf: pathlib.Path) -> dict[str, Any]:
+    """Rows of the leaderboard of losses with their streams, matrices and courses."""
+    fields = data.fields(folder.boards[LOSS], LOSS, folder.traces)
+    lines = [(place, line) for place, field in enumerate(fields) for line in field.lines]
+    board = [line.row for _, line in lines]
+    details, _ = detail.fit([detail.loss_levels(line) for _, line in lines], LARGEST_LOSSES + len(lines))
+    return {
+        "streams": [_loss_stream(field) for field in fields],
+        "rows": [_loss_row(line, i, key, folder, conf) for (i, line), key in zip(lines, _ids(board), strict=True)],
+        "about": loss_metrics.ABOUT | dict.fromkeys(extra_numbers(board), row_metrics.ABOUT),
+        "details": details,
+    }
+
+
+def _loss_stream(field: data.Field) -> dict[str, Any]:
+    sets = field.sets
+    made = {"scenario": _cut(field.scenario), "manifest": field.manifest, "sets": [_cut(name, 60) for name in sets.names]}
+    made |= {"n": sets.n, "first": sets.first_seen.tolist(), "floors": [short(floor) for floor in sets.floors]}
+    return made | {"measure": sets.measure, "unit": sets.unit}
+
+
+def _loss_row(line: data.Line, stream: int, key: str, folder: _Folder, conf: pathlib.Path) -> dict[str, Any]:
+    row, runs = line.row, [trace.run for trace in line.traces]
+    names = [n for n in (*LOSS.spread, *extra_numbers([row])) if row[f"{n}_mean"] is not None]
+    known = {name: _cut(row[name]) for name in ("learner", "model", "variant", "marks")}
+    known |= {"stream": stream, "key": key, "label": _cut(line.label), "replay": row["replay"], "reference": line.reference}
+    known |= {"low": short(row["final_loss_low"]), "high": short(row["final_loss_high"]), "vs": row["vs_best"]}
+    known |= {"p": short(row["vs_best_p"]), "seconds": short(row["seconds_mean"])}
+    known["numbers"] = {n: [short(row[f"{n}_mean"]), short(row[f"{n}_std"])] for n in names}
+    known["ledger"] = {name: row[column] for column, name in LOSS.ledger.items()} | {"flops": short(row["flops"])}
+    values = [[*(short(run.values.get(name)) for name in _LOSS_RUN), short(run.costs.get("seconds"))] for run in runs]
+    known["runs"] = [[run.seed, run.run_id, *v] for run, v in zip(runs, values, strict=True)]
+    known["command"] = _command(folder.first[runs[0].group], runs, conf)
+    lost = Counter(run.status for run in folder.runs if run.variant == row["variant"] and run.status != "ok")
+    return known | {"lost": dict(sorted(lost.items()))}
+
+
 def _whole(folder: _Folder, groups: Sequence[Sequence[Run]]) -> dict[str, Any]:
     """What is said of the folder and its streams."""
-    dead, runs = set(folder.dead), [*folder.runs, *folder.others]
+    dead = set(folder.dead)
     streams = {name: i for i, name in enumerate(sorted(folder.streams))}
     return {
-        "counts": dict(sorted(Counter("dead" if run.run_id in dead else run.status for run in runs).items())),
+        "counts": dict(sorted(Counter("dead" if run.run_id in dead else run.status for run in folder.runs).items())),
         "newest": folder.newest,
         "streams": [folder.streams[name] for name in streams],
         "stream": [streams[group[0].scenario, group[0].stream] for group in groups],
@@ -126,13 +150,6 @@ def _whole(folder: _Folder, groups: Sequence[Sequence[Run]]) -> dict[str, Any]:
         "problems": [_cut(line) for line in folder.problems[:MOST_LINES]],
         "num_problems": len(folder.problems),
     }
-
-
-def _key(row: Mapping[str, Any], groups: Mapping[Key, Any]) -> Key:
-    """The group that a row was made of; of two that differ only in being legacy, the marks decide."""
-    known = (row["scenario"], row["learner"], row["model"], row["variant"])
-    found = [key for flag in (False, True) if (key := (*known, flag)) in groups]
-    return found[-1] if "legacy" in row["marks"].split() else found[0]
 
 
 def _ids(board: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -145,16 +162,16 @@ def _ids(board: Sequence[Mapping[str, Any]]) -> list[str]:
     return made
 
 
-def _lines(row: Mapping[str, Any], key: Key) -> list[Any]:
+def _lines(row: Mapping[str, Any], legacy: bool) -> list[Any]:
     """The texts of a row, and its flags: reference, legacy, marked in any way."""
     marks = row["marks"].split()
-    return [*(_cut(row[name]) for name in _WORDS[:-1]), "reference" in marks, key[-1], bool(marks)]
+    return [*(_cut(row[name]) for name in _WORDS[:-1]), "reference" in marks, legacy, bool(marks)]
 
 
 def _columns(board: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """The other columns of the leaderboard that any row has."""
     made = {}
-    for name in (*table.COLUMNS, *extra(board)):
+    for name in (*ACCURACY.columns, *extra(board)):
         if name not in _WORDS[:-1]:
             values = [number(row.get(name)) for row in board]
             if any(value is not None for value in values):
@@ -168,8 +185,8 @@ def number(value: Any) -> Any:
         return value
     if not math.isfinite(value):
         return None
-    short = float(f"{value:.6g}")
-    return int(short) if short == int(short) and abs(short) < 1e15 else short
+    rounded = float(f"{value:.6g}")
+    return int(rounded) if rounded == int(rounded) and abs(rounded) < 1e15 else rounded
 
 
 def _run(run: Run) -> list[Any]:
@@ -179,7 +196,7 @@ def _run(run: Run) -> list[Any]:
 
 def _values(runs: Sequence[Run], names: Sequence[str]) -> list[Any]:
     """Mean and standard deviation of every number of the runs, in the order of the names."""
-    found = [table.mean_std([run.values[name] for run in runs if name in run.values]) for name in names]
+    found = [mean_std([run.values[name] for run in runs if name in run.values]) for name in names]
     return [[number(mean), number(std)] for mean, std in found]
 
 
@@ -225,7 +242,7 @@ def _stream(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def _command(first: Mapping[str, Any], runs: Sequence[Run], conf: pathlib.Path) -> str:
     """The command that makes a row; '' where it would be too long, or hides characters that are not shown."""
-    done = [run for run in runs if run.status == "ok"] or runs
+    done = [run for run in runs if run.usable] or runs
     try:
         text = cards.command(first, [str(seed) for seed in dict.fromkeys(run.seed for run in done)], conf)
     except (TypeError, ValueError, AttributeError, OSError, UserError):  # a configuration of another shape, a name no file has
@@ -246,7 +263,7 @@ def _detailed(names: Sequence[str]) -> dict[str, str]:
 
 def _lost(folder: _Folder, dead: set[str]) -> list[list[Any]]:
     """Runs without a result: status, run, names, seed, why."""
-    lost = [run for run in (*folder.runs, *folder.others) if run.status != "ok"]
+    lost = [run for board in LEADERBOARDS for run in folder.runs if run.leaderboard is board and run.status != "ok"]
     return [
         ["dead" if r.run_id in dead else r.status, r.run_id, *map(_cut, (r.scenario, r.learner)), r.seed, _cut(r.trouble)]
         for r in lost[:MOST_LINES]

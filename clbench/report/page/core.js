@@ -133,8 +133,18 @@ function copyButton(text, what) {
   });
   return button;
 }
-function commandBox(row) {
-  const text = D.commands[row.i];
+function commandBox(text) {
   if (!text) return el('p', { class: 'quiet' }, 'The command would be too long or holds characters that are not shown: take the configuration from the record.');
   return el('div', { class: 'command' }, el('code', { tabindex: 0 }, text), copyButton(text, 'command'));
 }
+
+// A small table under a title; `kinds`: the class of each column, the last one of all that follow.
+function bareTable(title, caption, head, lines, kinds, words) {
+  const kind = (k) => kinds[Math.min(k, kinds.length - 1)];
+  return el('section', {}, el('h2', {}, title), el('div', { class: 'scroll', tabindex: 0, role: 'region', 'aria-label': title }, el('table', { class: `bare${words ? ' words' : ''}` }, el('caption', { class: 'unseen' }, caption),
+    el('thead', {}, el('tr', {}, head.map((word, k) => el('th', { scope: 'col', class: kind(k) === 'num' ? 'num' : null }, word)))),
+    el('tbody', {}, lines.map(([name, ...cells]) => el('tr', {}, el('th', { scope: 'row' }, name), cells.map((v, k) => el('td', { class: kind(k + 1) }, v))))))));
+}
+const simpleTable = (title, head, lines, words) => bareTable(title, title, head, lines, [null, 'num'], words);
+const runsTable = (names, runs) => bareTable('Runs', 'Runs of this row', ['Seed', 'Record', ...names], runs.map(([seed, id, ...values]) => [String(seed), D.links ? el('a', { href: `records/${id}.json` }, el('code', {}, id)) : el('code', {}, id), ...values]), [null, null, 'num']);
+const formulasTable = (title, caption, lines) => bareTable(title, caption, ['Name', 'Mean', 'Std', 'Formula'], lines.map(([name, ...cells]) => [el('code', {}, name), ...cells]), [null, 'num', 'num', 'quiet']);

@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 
 from clbench.evaluation import metrics
+from clbench.report.figures.data import Course, Line, mean_matrix, mean_over
 
+LOOKS = 400  # of a course of pre-training
 POINTS = 300  # of a curve; the lowest and highest of what lies between are kept
 STEPS = 200  # evaluations inside experiences
 FEW = 60  # of either, at level 1
@@ -55,11 +57,11 @@ def _losses(entry: Mapping[str, Any]) -> list[list[float | None]]:
     width = len(entry["n"])
     if not isinstance(given, list) or not all(isinstance(row, list) and len(row) == width for row in given):
         return []
-    return [[_finite(v) for v in row] for row in given]
+    return [[short(v) for v in row] for row in given]
 
 
-def _finite(value: Any) -> float | None:
-    """A number of moderate size, else None."""
+def short(value: Any) -> float | None:
+    """Five digits of a number of moderate size, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
         return None
     return float(f"{value:.5g}")
@@ -68,7 +70,7 @@ def _finite(value: Any) -> float | None:
 def _numbers(value: Any, size: int | None = None) -> list[float | None] | None:
     if not isinstance(value, list) or not value or (size is not None and len(value) != size):
         return None
-    made = [_finite(v) for v in value]
+    made = [short(v) for v in value]
     return made if any(v is not None for v in made) else None
 
 
@@ -116,7 +118,7 @@ def _stability(given: Any, width: int) -> list[list[Any]] | None:
         right, n = row.get("correct"), row.get("n")
         if not isinstance(right, list) or not isinstance(n, list) or len(right) != width or len(n) != width:
             continue
-        known = [(_finite(a), _finite(b)) for a, b in zip(right, n, strict=True)]
+        known = [(short(a), short(b)) for a, b in zip(right, n, strict=True)]
         made.append([row["experience"], [round(1000 * a / b) if a is not None and b else None for a, b in known]])
     return [made[i] for i in _even(len(made), STEPS)] or None
 
@@ -129,7 +131,7 @@ def levels(runs: Sequence[Detail], values: Sequence[Any], settings: Sequence[int
     alike = [run for run in known if run.n == known[0].n and run.lower == known[0].lower]
     stacked = [_accuracy(run) for run in alike]
     stacked = [a for a in stacked if a.shape == stacked[0].shape]
-    mean = _mean(np.stack(stacked))
+    mean = mean_over(np.stack(stacked))
     lower, scale = alike[0].lower, 1 if alike[0].lower else 1000
     own = []
     for run in runs:
@@ -140,6 +142,32 @@ def levels(runs: Sequence[Detail], values: Sequence[Any], settings: Sequence[int
     curve = _text([_cell(v, scale) for v in metrics.macro(mean, alike[0].first)])
     made = [f'{{"r":[{",".join(own)}],{more}}}', f'{{"m":{matrix},{_one(runs)}{more}}}', f'{{"m":{matrix},{more}}}']
     return [*made, f'{{"k":{curve},"low":{int(lower)}}}', "null"]
+
+
+def loss_levels(line: Line) -> list[str]:
+    """The same of pre-training: every run; the mean matrix and the course of the first run; the mean matrix; nothing."""
+    mean, courses = _grid(mean_matrix(line)), [_course(trace.course) for trace in line.traces]
+    every = [[_grid(trace.matrix), course] for trace, course in zip(line.traces, courses, strict=True)]
+    first = next((course for course in courses if course is not None), None)
+    return [_text(level) for level in ({"m": mean, "r": every}, {"m": mean, "r": [[None, first]]}, {"m": mean, "r": []}, None)]
+
+
+def _course(course: Course | None) -> dict[str, Any] | None:
+    """Looks of one run, thinned out evenly but for the first ones of each experience, which are the gap."""
+    if course is None:
+        return None
+    keep = np.arange(len(course.tokens))
+    if len(keep) > LOOKS:
+        late = course.step > 64
+        keep = np.unique(np.concatenate([np.flatnonzero(~late)[:LOOKS], np.linspace(0, len(late) - 1, LOOKS).astype(int)]))
+    whole = {"x": course.tokens, "step": course.step, "experience": course.experience}
+    made: dict[str, Any] = {name: [int(v) for v in column[keep]] for name, column in whole.items()}
+    made["lr"] = [short(v) for v in course.lr[keep]]
+    return made | {"loss": _grid(course.loss[keep].T), "edges": [int(edge) for edge in course.boundaries[1:]]}
+
+
+def _grid(matrix: np.ndarray) -> list[list[float | None]]:
+    return [[short(v) for v in row] for row in matrix.tolist()]
 
 
 def _one(runs: Sequence[Detail]) -> str:
@@ -164,13 +192,6 @@ def _even(size: int, most: int) -> list[int]:
 
 def _accuracy(run: Detail) -> np.ndarray:
     return metrics.accuracy(json.loads(run.table), run.n)
-
-
-def _mean(stack: np.ndarray) -> np.ndarray:
-    """Mean over runs [R, T, E] -> [T, E]; NaN where no run has a value."""
-    known = ~np.isnan(stack)
-    total = np.where(known, stack, 0).sum(0)
-    return np.divide(total, known.sum(0), out=np.full(total.shape, np.nan), where=known.any(0))
 
 
 def _cell(value: float, scale: int) -> float | None:

@@ -104,7 +104,7 @@ function showLoss(row) {
     el('p', { class: 'chips' }, [['scenario', row.stream.scenario], ['model', row.model], ['variant', row.variant], ['manifest', row.stream.manifest], ['marks', row.marks]].filter(([, v]) => v).map(([k, v]) => el('span', {}, el('small', {}, k), ' ', el('bdi', {}, v)))),
     el('dl', { class: 'factsheet' }, fact('Final loss', nats(row.of('final_loss')), has(row.low) ? `95 % interval ${nats(row.low)}\u2013${nats(row.high)}` : 'no interval from one seed'),
       number('retained_loss', 'On old sets'), number('newest_loss', 'On the newest set'), number('forgetting_after', 'Forgetting'), number('regret', 'Regret'), number('gap_depth', 'Stability gap'), number('anneal_gain_new', 'Anneal gain'), number('final_bpb', 'Bits per byte'), fact('Trained on', amount(trained(row)), `${row.stream.unit}, trunk and branch`), fact('Time', duration(row.seconds), `mean of ${plural(row.n, 'run')}`)),
-    el('section', {}, el('h2', {}, 'Run it'), row.command ? el('div', { class: 'command' }, el('code', { tabindex: 0 }, row.command), copyButton(row.command, 'command')) : el('p', { class: 'quiet' }, 'The command would be too long or holds characters that are not shown: take the configuration from the record.')),
+    el('section', {}, el('h2', {}, 'Run it'), commandBox(row.command)),
     el('div', { class: 'figures' }, [courses.length ? courseFigure(row, courses) : null, d ? lossMatrix(row, d.m, runs) : null, courses.length ? gapFigure(row, courses) : null, d && d.r.length === row.n ? null : el('p', { class: 'notice' }, 'To keep this page small, single seeds of this row were left out; the records hold them.')]),
     el('div', { class: 'columns' }, lossRuns(row), lossNumbers(row)));
 }
@@ -219,17 +219,10 @@ function gapFigure(row, courses) {
   }).node;
 }
 
-function lossRuns(row) {
-  const head = ['Seed', 'Record', 'Final', 'Old sets', 'Newest', 'Forgetting', 'Gap', 'Time'];
-  return el('section', {}, el('h2', {}, 'Runs'), el('div', { class: 'scroll', tabindex: 0, role: 'region', 'aria-label': 'Runs' }, el('table', { class: 'bare' }, el('caption', { class: 'unseen' }, 'Runs of this row'),
-    el('thead', {}, el('tr', {}, head.map((word, k) => el('th', { scope: 'col', class: k > 1 ? 'num' : null }, word)))),
-    el('tbody', {}, row.runs.map(([seed, id, ...values]) => el('tr', {}, el('th', { scope: 'row' }, String(seed)), el('td', {}, D.links ? el('a', { href: `records/${id}.json` }, el('code', {}, id)) : el('code', {}, id)), values.map((v, k) => el('td', { class: 'num' }, k === values.length - 1 ? duration(v) : nats(v)))))))));
-}
+const lossRuns = (row) => runsTable(['Final', 'Old sets', 'Newest', 'Forgetting', 'Gap', 'Time'], row.runs.map(([seed, id, ...values]) => [seed, id, ...values.slice(0, -1).map((v) => nats(v)), duration(values[values.length - 1])]));
 function lossNumbers(row) {
-  const lines = Object.keys(D.losses.about).filter((name) => has(row.of(name)));
-  const ledger = Object.entries(row.ledger).filter(([, v]) => has(v));
-  return el('section', {}, el('h2', {}, 'Every number'), el('div', { class: 'scroll', tabindex: 0, role: 'region', 'aria-label': 'Every number' }, el('table', { class: 'bare' }, el('caption', { class: 'unseen' }, 'Every number of this row, mean and standard deviation over seeds, and its ledger'),
-    el('thead', {}, el('tr', {}, ['Name', 'Mean', 'Std', 'Formula'].map((word, k) => el('th', { scope: 'col', class: k === 1 || k === 2 ? 'num' : null }, word)))),
-    el('tbody', {}, lines.map((name) => el('tr', {}, el('th', { scope: 'row' }, el('code', {}, name)), el('td', { class: 'num' }, nats(row.of(name))), el('td', { class: 'num' }, nats(row.std(name))), el('td', { class: 'quiet' }, D.losses.about[name]))),
-      ledger.map(([name, v]) => el('tr', {}, el('th', { scope: 'row' }, el('code', {}, name)), el('td', { class: 'num' }, amount(v)), el('td', {}), el('td', { class: 'quiet' }, name === 'flops' ? 'floating-point operations' : name === 'replay_bytes' ? 'bytes of old text held' : 'tokens, largest over the runs')))))));
+  const lines = Object.entries(D.losses.about).filter(([name]) => has(row.of(name))).map(([name, formula]) => [name, nats(row.of(name)), nats(row.std(name)), formula]);
+  const words = { flops: 'floating-point operations', replay_bytes: 'bytes of old text held' };
+  const ledger = Object.entries(row.ledger).filter(([, v]) => has(v)).map(([name, v]) => [name, amount(v), null, words[name] || 'tokens, largest over the runs']);
+  return formulasTable('Every number', 'Every number of this row, mean and standard deviation over seeds, and its ledger', [...lines, ...ledger]);
 }

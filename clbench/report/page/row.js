@@ -28,32 +28,23 @@ function showRow(row) {
       fact('Peak memory', has(row.memory) ? bytes(row.memory * 1e6) : NONE),
       fact('Parameters trained', amount(column('parameters_trained', row.i)), has(column('parameters_total', row.i)) ? `of ${amount(column('parameters_total', row.i))} in the model` : '')),
     el('p', { class: 'verdict' }, verdict),
-    el('section', {}, el('h2', {}, 'Run it'), commandBox(row)),
+    el('section', {}, el('h2', {}, 'Run it'), commandBox(D.commands[row.i])),
   );
   const figures = el('div', { class: 'figures' });
   if (d.mean) figures.append(heatFigure(row, d));
   if (d.curve) figures.append(curveFigure(row, d));
   for (const made of [d.mean && !d.lower ? forgettingFigure(row, d) : null, stabilityFigure(row, d), lossFigure(row, d), phaseFigure(row)]) if (made) figures.append(made);
   if (d.poor) figures.prepend(el('p', { class: 'notice' }, d.mean ? 'To keep this page small, single seeds of this row were left out; the records hold them.' : d.curve ? 'To keep this page small, the matrix of this row was left out; its records hold it.' : row.n ? 'This row has no accuracy matrix, or it was left out to keep this page small; its records hold everything.' : 'No finished run: nothing to draw.'));
-  main.append(figures, el('div', { class: 'columns' }, runsTable(row), numbersTable(row, d)), settingsTable(d));
+  main.append(figures, el('div', { class: 'columns' }, rowRuns(row), numbersTable(row, d)), settingsTable(d));
 }
 
-function runsTable(row) {
-  const head = ['Seed', 'Record', 'Last', 'Average', 'Forgetting', 'Time', 'Memory'];
-  return el('section', {}, el('h2', {}, 'Runs'), el('div', { class: 'scroll', tabindex: 0, role: 'region', 'aria-label': 'Runs' }, el('table', { class: 'bare' }, el('caption', { class: 'unseen' }, 'Runs of this row'),
-    el('thead', {}, el('tr', {}, head.map((word, k) => el('th', { scope: 'col', class: k > 1 ? 'num' : null }, word)))),
-    el('tbody', {}, row.runs.map((r) => el('tr', {}, el('th', { scope: 'row' }, String(r.seed)), el('td', {}, D.links ? el('a', { href: `records/${r.id}.json` }, el('code', {}, r.id)) : el('code', {}, r.id)),
-      [per(r.last, 2), per(r.step, 2), per(r.forgetting, 2), duration(r.seconds), has(r.memory) ? bytes(r.memory * 1e6) : NONE].map((v) => el('td', { class: 'num' }, v))))))));
-}
+const rowRuns = (row) => runsTable(['Last', 'Average', 'Forgetting', 'Time', 'Memory'], row.runs.map((r) => [r.seed, r.id, per(r.last, 2), per(r.step, 2), per(r.forgetting, 2), duration(r.seconds), has(r.memory) ? bytes(r.memory * 1e6) : NONE]));
 
 function numbersTable(row, d) {
-  if (!d.values) return null;
-  const lines = D.names.map((name, k) => [name, ...d.values[k]]).filter(([, v]) => has(v));
+  const lines = (d.values || []).map(([mean, std], k) => [D.names[k], mean, std]).filter(([, mean]) => has(mean));
   if (!lines.length) return null;
-  const form = (name, v) => (/nll|brier/.test(name) || d.lower ? fixed(v, 4) : per(v, 2));
-  return el('section', {}, el('h2', {}, 'Every number'), el('div', { class: 'scroll', tabindex: 0, role: 'region', 'aria-label': 'Every number' }, el('table', { class: 'bare' }, el('caption', { class: 'unseen' }, 'Every number of this row, mean and standard deviation over seeds'),
-    el('thead', {}, el('tr', {}, el('th', { scope: 'col' }, 'Name'), el('th', { scope: 'col', class: 'num' }, 'Mean'), el('th', { scope: 'col', class: 'num' }, 'Std'), el('th', { scope: 'col' }, 'Formula'))),
-    el('tbody', {}, lines.map(([name, mean, std]) => el('tr', {}, el('th', { scope: 'row' }, el('code', {}, name)), el('td', { class: 'num' }, form(name, mean)), el('td', { class: 'num' }, has(std) ? form(name, std) : NONE), el('td', { class: 'quiet' }, D.formulas[name] || '')))))));
+  const form = (name, v) => (!has(v) ? NONE : /nll|brier/.test(name) || d.lower ? fixed(v, 4) : per(v, 2));
+  return formulasTable('Every number', 'Every number of this row, mean and standard deviation over seeds', lines.map(([name, mean, std]) => [name, form(name, mean), form(name, std), D.formulas[name] || '']));
 }
 
 function settingsTable(d) {
