@@ -21,7 +21,6 @@ from clbench.config.moved import current
 from clbench.config.signatures import problems, split_target
 from clbench.interfaces import UserError
 from clbench.records import record
-from clbench.records.loss_facts import is_loss
 
 HERE = pathlib.Path(__file__).resolve().parent
 MODELS = HERE.parent / "models"
@@ -96,23 +95,13 @@ def _manifest(entry: Entry, place: Place, gaps: list[str]) -> Iterator[str]:
 
 
 def _told(entry: Entry, manifest: Any) -> dict[str, tuple[Any, Any]]:
-    """What a record says of its stream, by name, and what a manifest of the same kind says."""
-    told = entry["scenario"]
-    pairs: dict[str, tuple[Any, Any]] = {"budget": (told["budget"], dict(manifest.budget))}
-    if is_loss(entry):
-        pairs |= {key: (told[key], getattr(manifest, key)) for key in ("context", "batch", "vocab")}
-        pairs["experiences"] = told["experiences"], [dict(e) for e in manifest.experiences]
-        pairs |= {key: (entry[key], [e[key] for e in manifest.evals]) for key in ("floor", "bytes_per_token", "first_seen")}
-        pairs["n"] = entry["n"], [e["tokens"] for e in manifest.evals]
-        return pairs | {"eval_names": (told["eval_names"], [e["name"] for e in manifest.evals])}
-    steps = [(e["name"], e["classes"], e["task"], e["num_train"]) for e in told["experiences"]]
-    return pairs | {
-        "n": (entry["n"], [len(e.ids) for e in manifest.evals]),
-        "first_seen": (entry["first_seen"], [e.first_seen for e in manifest.evals]),
-        "eval_classes": (entry.get("eval_classes"), [list(e.classes) for e in manifest.evals]),
-        "class_order": (told["class_order"], list(manifest.class_order)),
-        "experiences": (steps, [(e.name, list(e.classes), e.task, len(e.train)) for e in manifest.experiences]),
-    }
+    """What a record says of its stream, by name, and what the manifest says."""
+    from clbench.streams.manifest_text import described
+
+    found = described(manifest)
+    about = found.pop("scenario")
+    pairs = {name: (entry["scenario"][name], value) for name, value in about.items() if name in entry["scenario"]}
+    return pairs | {name: (entry.get(name), value) for name, value in found.items()}
 
 
 def _weights(entry: Entry, place: Place, gaps: list[str]) -> Iterator[str]:

@@ -174,7 +174,7 @@ def describe(job: Any, command: list[str]) -> dict[str, Any]:
             "processes": job.group.size,
             "command": command_line(command),
         },
-        **(job.scenario.describe() if job.scenario.asks == "loss" else describe_images(job)),
+        **job.scenario.describe(),
         "learner": {
             "name": learner_name(config),
             "target": config["learner"]["_target_"],
@@ -194,33 +194,3 @@ def describe(job: Any, command: list[str]) -> dict[str, Any]:
         "marks": marks,
         "error": None,
     }
-
-
-def describe_images(job: Any) -> dict[str, Any]:
-    """The stream and the evaluation sets of the image families."""
-    manifest = job.scenario.manifest
-    return {
-        "scenario": {
-            "name": job.scenario.name,
-            "kind": manifest.kind,
-            "manifest_sha256": manifest.sha256,
-            "num_experiences": len(manifest.experiences),
-            "eval_names": [e.name for e in manifest.evals],
-            "class_order": list(manifest.class_order),
-            "experiences": [
-                {"name": e.name, "classes": list(e.classes), "task": e.task, "num_train": len(e.train)}
-                for e in manifest.experiences
-            ],
-            "budget": job.scenario.budget.rules(),
-        },
-        "n": [len(e.ids) for e in manifest.evals],
-        "first_seen": [e.first_seen for e in manifest.evals],
-        "eval_classes": [list(e.classes) for e in manifest.evals],
-        "class_n": [class_counts(job.scenario, e) for e in manifest.evals],
-    }
-
-
-def class_counts(scenario: Any, entry: Any) -> list[int]:
-    """Samples of each class of an evaluation set, in the order of its classes."""
-    labels = scenario.labels(entry)
-    return [int((labels == c).sum()) for c in entry.classes]

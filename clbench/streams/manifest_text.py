@@ -1,10 +1,10 @@
-"""A manifest for people: a line for each experience and each evaluation set."""
+"""What a manifest says: to people, a line for each experience and each evaluation set; and in a record."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clbench.streams.entries import EvalEntry, ExperienceEntry
 
@@ -57,3 +57,27 @@ def _spans(m: Manifest) -> Iterator[str]:
     for e in m.evals:
         known = "" if e.floor is None else f", floor {e.floor:.4f} nats a token"
         yield f"  evaluate {e.name:<14} {e.tokens:>7} {m.unit}, first read in experience {e.first_seen}{known}"
+
+
+def described(m: Manifest) -> dict[str, Any]:
+    """What a record says of its stream and evaluation sets, as far as the manifest knows it: {scenario, n, first_seen, ...}."""
+    spans = m.form == "spans"
+    about: dict[str, Any] = {
+        "kind": m.kind,
+        "manifest_sha256": m.sha256,
+        "num_experiences": len(m.experiences),
+        "eval_names": [e.name for e in m.evals],
+        "experiences": [dict(e) if spans else _experience(e) for e in m.experiences],
+        "budget": dict(m.budget),
+    }
+    sets: dict[str, Any] = {"first_seen": [e.first_seen for e in m.evals]}
+    if spans:
+        about |= {name: getattr(m, name) for name in ("unit", "context", "batch", "vocab", "iid")}
+        sets |= {name: [e[name] for e in m.evals] for name in ("tokens", "floor", "bytes_per_token")}
+        return {"scenario": about, "n": sets["tokens"], **sets}
+    about["class_order"] = list(m.class_order)
+    return {"scenario": about, "n": [len(e.ids) for e in m.evals], "eval_classes": [list(e.classes) for e in m.evals], **sets}
+
+
+def _experience(e: ExperienceEntry) -> dict[str, Any]:
+    return {"name": e.name, "classes": list(e.classes), "task": e.task, "num_train": len(e.train)}

@@ -11,6 +11,7 @@ import numpy as np
 
 from clbench.interfaces import Budget, Facts, UserError
 from clbench.streams.manifest import EvalEntry, ExperienceEntry, Manifest
+from clbench.streams.manifest_text import described
 
 AUGMENT = ("profile", "none", "shift")
 
@@ -155,28 +156,9 @@ class Scenario:
 
     def describe(self) -> dict[str, Any]:
         """What a record says about the stream and its evaluation sets."""
-        m = self.manifest
-        experiences = [
-            {"name": e.name, "classes": list(e.classes), "task": e.task, "num_train": len(e.train)} for e in m.experiences
-        ]
-        about = {
-            "name": self.name,
-            "kind": m.kind,
-            "manifest_sha256": m.sha256,
-            "num_experiences": len(m.experiences),
-            "eval_names": [e.name for e in m.evals],
-            "class_order": list(m.class_order),
-            "experiences": experiences,
-            "budget": self.budget.rules(),
-        }
-        labels = [self.labels(e) for e in m.evals]
-        return {
-            "scenario": about,
-            "n": [len(e.ids) for e in m.evals],
-            "first_seen": [e.first_seen for e in m.evals],
-            "eval_classes": [list(e.classes) for e in m.evals],
-            "class_n": [[int((y == c).sum()) for c in e.classes] for y, e in zip(labels, m.evals, strict=True)],
-        }
+        found, evals = described(self.manifest), self.manifest.evals
+        counts = [[int((y == c).sum()) for c in e.classes] for y, e in zip(map(self.labels, evals), evals, strict=True)]
+        return {**found, "scenario": {"name": self.name, **found["scenario"]}, "class_n": counts}
 
     def facts(self) -> Facts:
         """What is compared with a learner's capabilities."""

@@ -17,6 +17,7 @@ import numpy as np
 from clbench.interfaces import Budget, Experience, Facts, UserError
 from clbench.streams import rng
 from clbench.streams.manifest import Manifest
+from clbench.streams.manifest_text import described
 from clbench.streams.tokens import sequences
 from clbench.streams.tokens.data import Source, TokenData, text_source
 from clbench.streams.tokens.layout import laid_out
@@ -128,25 +129,8 @@ class TokenScenario:
 
     def describe(self) -> dict[str, Any]:
         """What a record says about the stream and its evaluation sets."""
-        m = self.manifest
-        about = {
-            "name": self.name,
-            "kind": m.kind,
-            "unit": m.unit,
-            "manifest_sha256": m.sha256,
-            "num_experiences": len(m.experiences),
-            "eval_names": [e.name for e in m.evals],
-            "experiences": [dict(e) for e in m.experiences],
-            "context": m.context,
-            "batch": m.batch,
-            "vocab": m.vocab,
-            "iid": m.iid,
-            "probing": asdict(self.probing),
-            "budget": dict(m.budget),
-        }
-        columns = ("tokens", "floor", "bytes_per_token", "first_seen")
-        numbers = {name: [e[name] for e in m.evals] for name in columns}
-        return {"scenario": about, "n": numbers["tokens"], **numbers}
+        found = described(self.manifest)
+        return {**found, "scenario": {"name": self.name, **found["scenario"], "probing": asdict(self.probing)}}
 
 
 def scenario(
