@@ -19,7 +19,6 @@ from clbench.records import record, rerun
 from clbench.records.verify import verify
 from clbench.report import report
 from clbench.run.runner import prepare, run_job
-from clbench.run.token_stream import experience_of
 from clbench.streams import rng
 from clbench.streams.manifest import Manifest
 from clbench.streams.tokens.class_groups import class_groups
@@ -99,7 +98,7 @@ def test_images_come_with_the_keys_of_their_masks():
 
 def test_replayed_images_displace_new_ones():
     made = class_groups(**OPTIONS, num_classes=4)
-    some = [experience_of(made, i, True) for i in range(2)]
+    some = [made.experience(i, True) for i in range(2)]
     old, new, replay = some[0].train, some[1].train, Replay(share=0.25, source="reshuffled")
     mixture = Mixture(new, [old], replay, replay.table(20, [40]), seen=[40])
     assert mixture.used(0, 20).tolist() == [40, 120]

@@ -11,7 +11,6 @@ from token_models import Bigram
 from clbench.interfaces import UserError
 from clbench.learners.pretrain import Pretrain
 from clbench.learners.skill_it import SkillIt
-from clbench.run.token_stream import experience_of
 from clbench.streams.tokens.scenario import Domain, content_sha256, scenario
 from clbench.training.checkpoint import Journal, unpack
 from clbench.training.pretraining.data_mixture import Mixture, Replay
@@ -50,7 +49,7 @@ def learner(kind=Pretrain, folder=None, **options):
 
 def experiences(number=3):
     made = stream()
-    return [experience_of(made, i, True) for i in range(number)]
+    return [made.experience(i, True) for i in range(number)]
 
 
 def learn(made, some):

@@ -32,9 +32,9 @@ def plans(tmp_path, *words):
         lines = (f"<|doc|>{d}\n" + " ".join(f"{(d * 7 + k * (i + 3)) % 97}" for k in range(90)) for d in range(20))
         (tmp_path / f"{name}.txt").write_text("\n".join(lines))
     job = prepare(compose.compose([*TEXTS, f"data_root='{tmp_path}'", f"results_dir='{tmp_path}'", *words])[0])
-    from clbench.run.token_stream import experience_of, keeps_text
+    from clbench.run.token_stream import keeps_text
 
-    return [job.learner.plan(experience_of(job.scenario, i, keeps_text(job))) for i in range(3)]
+    return [job.learner.plan(job.scenario.experience(i, keeps_text(job))) for i in range(3)]
 
 
 def test_steps_before_are_those_that_were_taken(tmp_path):

@@ -27,13 +27,11 @@ MOVED = {
     "report.rerun": "records.rerun",
     "report.loss_facts": "records.loss_facts",
     "report.html": "report.page.html",
-    "report.page_losses": "report.page.contents",
     "report.page_data": "report.page.contents",
     "report.page_detail": "report.page.detail",
     "report.pages": "report.subcommands",
     "report.plots": "report.figures.plots",
     "report.figures_board": "report.figures.board",
-    "report.loss_data": "report.figures.data",
     "report.figures_data": "report.figures.data",
     "report.figures_losses": "report.figures.losses",
     "report.figures_runs": "report.figures.runs",
@@ -95,6 +93,11 @@ MOVED = {
     "training.trunk": "training.pretraining.trunk_and_branch",
 }
 JOINED = {  # what became part of a module that goes by another name of the first edition
+    "report.explain_losses": "report.explain",
+    "report.loss_data": "report.figures.data",
+    "report.loss_panel": "report.folder",
+    "report.losses": "report.table",
+    "report.page_losses": "report.page.contents",
     "streams.token_manifest": "streams.manifest",
     "testing_loss": "testing.contract",
 }

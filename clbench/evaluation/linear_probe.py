@@ -31,8 +31,11 @@ def hits(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: n
 
 
 def linear_probe(scenario: Any, model: Any, device: torch.device, batch: int, ledger: Any) -> LinearProbe | None:
-    """The linear probe of a stream of images; features of whole images are counted in `ledger`. None for tokens."""
-    if not isinstance(scenario, ImageScenario):
+    """The linear probe of a stream that has labelled images beside its own, None of another stream.
+
+    Features of whole images are counted in `ledger`.
+    """
+    if not hasattr(scenario, "labelled"):
         return None
     cost = 3 * float(getattr(model, "feature_flops", 0.0))  # the ledger takes a third of what training costs
 
@@ -59,7 +62,7 @@ class LinearProbe:
     """
 
     def __init__(self, scenario: ImageScenario, device: torch.device, batch: int, count: Callable[[int], None]):
-        self.first_seen = [entry["first_seen"] for entry in scenario.manifest.evals]
+        self.first_seen = [entry.first_seen for entry in scenario.manifest.evals]
         self.sets = [scenario.labelled(j) for j in range(len(self.first_seen))]
         self.numbers = scenario.probing
         self.device, self.batch, self.count = device, batch, count

@@ -206,9 +206,7 @@ class Loop:
         seconds = self.before + time.perf_counter() - self.start
         words, numbers = self.stream.described(self.rows, index)
         experiences = self.job.scenario.manifest.experiences
-        entry = experiences[index]
-        name = entry["name"] if isinstance(entry, Mapping) else entry.name
-        log.info("experience %d/%d  %s  %s  %.1f s", index + 1, len(experiences), name, words, seconds)
+        log.info("experience %d/%d  %s  %s  %.1f s", index + 1, len(experiences), experiences[index].name, words, seconds)
         numbers |= {f"learn/{key}": value for key, value in self.logs[index].items() if value is not None}
         self.tracker.log(index, numbers | {"seconds": seconds})
 

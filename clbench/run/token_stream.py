@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,19 +27,6 @@ if TYPE_CHECKING:
     from clbench.run.runner import Job
 
 
-def experience_of(scenario: TokenScenario, index: int, past: bool) -> Experience:
-    """What a learner sees of experience `index`; `past`: earlier texts too."""
-    data: Any = [scenario.data(i) for i in range(index + 1)]
-    made = Experience(index, data[-1].name, data[-1], (), (), (), 0, None, scenario.facts().budget)
-    return replace(made, past=tuple(data[:-1])) if past else made
-
-
-def close(experience: Experience) -> None:
-    """It is over: its text, and the earlier ones that came with it, cannot be read any more."""
-    for data in (experience.train, *experience.past):
-        data.close()  # type: ignore[attr-defined]
-
-
 def make_runtime(job: Job) -> PretrainRuntime:
     """The runtime of a pre-training run."""
     return PretrainRuntime(
@@ -54,7 +40,7 @@ def make_runtime(job: Job) -> PretrainRuntime:
         group=job.group,
         compiled=job.options.compile,
         processed_limit=None if job.capabilities.stores_all_data else job.scenario.budget.processed,
-        stream_steps=tuple(entry["steps"] for entry in job.scenario.manifest.experiences),
+        stream_steps=tuple(entry.steps for entry in job.scenario.manifest.experiences),
     )
 
 
@@ -90,7 +76,7 @@ def check_learner(job: Job) -> None:
     job.group.check_batch(scenario.manifest.batch, job.options.micro_batch)
     size, limit = scenario.manifest.batch * scenario.manifest.context, job.runtime.processed_limit
     for index in range(len(scenario.manifest.experiences)):
-        check_plan(job.learner.plan(experience_of(scenario, index, keeps_text(job))), limit, size)
+        check_plan(job.learner.plan(scenario.experience(index, keeps_text(job))), limit, size)
 
 
 def keeps_text(job: Job) -> bool:
@@ -131,10 +117,10 @@ def seconds_of(job: Job) -> float:
         job.model.loss(tokens).mean().backward()
         times.append(time.perf_counter() - start)
     job.model.zero_grad(set_to_none=True)
-    steps = sum(e["steps"] for e in m.experiences)
+    steps = sum(e.steps for e in m.experiences)
     if job.config["learner"].get("data") == "union":
-        steps = sum(e["steps"] * (i + 1) for i, e in enumerate(m.experiences))
-    seen = (len(m.experiences) + 1) * sum(e["tokens"] for e in m.evals)
+        steps = sum(e.steps * (i + 1) for i, e in enumerate(m.experiences))
+    seen = (len(m.experiences) + 1) * sum(e.tokens for e in m.evals)
     return min(times) * (steps + seen / 3 / (m.batch * m.context))
 
 
@@ -162,12 +148,13 @@ class TokenStream:
     def open(self, index: int) -> Experience:
         """An experience, with earlier texts for learners that replay or keep them."""
         self.observer.begin()
-        return experience_of(self.job.scenario, index, keeps_text(self.job))
+        return self.job.scenario.experience(index, keeps_text(self.job))
 
     def close(self, experience: Experience) -> None:
         """End its handles unless the learner keeps all data."""
         if not self.job.capabilities.stores_all_data:
-            close(experience)
+            for data in (experience.train, *experience.past):
+                data.close()  # type: ignore[attr-defined]
 
     def held(self, index: int, state: Mapping[str, Any]) -> dict[str, Any]:
         """Bytes of old text and of the state; `UserError` where the budget allows less."""
@@ -199,7 +186,7 @@ class TokenStream:
     def described(self, rows: list[Row], index: int) -> tuple[str, dict[str, float]]:
         """The mean loss on each set."""
         last = next(r for r in reversed(rows) if r["evaluator"] == self.evaluator and r["step"] is None and "role" not in r)
-        means = [total / e["tokens"] for total, e in zip(last["sums"]["loss"], self.entries, strict=True)]
+        means = [total / e.tokens for total, e in zip(last["sums"]["loss"], self.entries, strict=True)]
         shown = "  ".join(f"{e['name']} {mean:.4f}" for e, mean in zip(self.entries, means, strict=True))
         numbers = {f"loss/{e['name']}": mean for e, mean in zip(self.entries, means, strict=True)}
         return f"loss {shown}", numbers | {"loss/mean": sum(means) / len(means)}

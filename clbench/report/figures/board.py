@@ -75,7 +75,7 @@ def _key(axes: Axes, lines: Sequence[Line]) -> None:
         ("worse", COLOURS[0], "o", COLOURS[0], "worse"),
         ("too few seeds", COLOURS[0], "o", "white", "too few shared seeds to tell"),
         ("no spread", COLOURS[0], "o", "white", "same difference on every seed: cannot be told"),
-        ("reference", INK, "s", "white", "reference"),
+        ("reference", INK, "s", "white", "reference or legacy"),
     )
     for name, ink, mark, fill, label in words:
         if name in found:
