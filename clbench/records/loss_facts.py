@@ -22,11 +22,6 @@ def is_loss(entry: Entry) -> bool:
     return entry["scenario"].get("kind") == KIND
 
 
-def usable(entry: Entry) -> bool:
-    """Whether everything that the table of losses needs is there and of the right kind."""
-    return is_loss(entry) and summary_of(entry) is not None
-
-
 def summary_of(entry: Entry) -> dict[str, float] | None:
     """The numbers of a finished record, also those that are not finite; None for one of pre-training that is not usable."""
     if not is_loss(entry):
@@ -51,7 +46,7 @@ def unit_of(entry: Entry) -> str:
 
 
 def facts_of(entry: Entry, is_usable: bool) -> dict[str, Any]:
-    """Options, ledger, and digests under which the runs to compare with are found. `is_usable`: what `usable` says of it."""
+    """Options, ledger (where `summary_of` finds numbers: `is_usable`), digests under which the runs to compare with are found."""
     learner = entry["config"].get("learner", {})
     made: dict[str, Any] = {"options": _options(entry), "usable": is_usable, "iid": bool(entry["scenario"].get("iid"))}
     if not made["usable"]:

@@ -26,13 +26,13 @@ _LOSSES = (
 
 def closing_text(entry: Mapping[str, Any], path: pathlib.Path) -> str:
     """The matrix, the headline numbers and of pre-training the ledger of a finished run."""
+    values = {k: v for k, v in metrics.summary(entry).items() if math.isfinite(v)}
     if "sum_loss" in entry:
-        values = {k: v for k, v in loss_metrics.summary(entry).items() if math.isfinite(v)}
         lines = [loss_matrix_text(entry), "", _numbers(values, _LOSSES), _ledger(entry)]
     elif isinstance(entry.get("correct"), list):
-        lines = [accuracy_matrix_text(entry), "", _numbers(metrics.summary(entry), _NUMBERS)]
+        lines = [accuracy_matrix_text(entry), "", _numbers(values, _NUMBERS)]
     else:
-        lines = [f"{name} {value:.4f}" for name, value in metrics.summary(entry).items()]
+        lines = [f"{name} {value:.4f}" for name, value in values.items()]
     return "\n".join([*lines, f"record {path}"])
 
 
