@@ -46,16 +46,16 @@ def unit_of(entry: Entry) -> str:
 
 
 def facts_of(entry: Entry, is_usable: bool) -> dict[str, Any]:
-    """Options, ledger (where `summary_of` finds numbers: `is_usable`), digests under which the runs to compare with are found."""
+    """Options, ledger (where `summary_of` finds numbers: `is_usable`), digests that the runs to compare with share."""
     learner = entry["config"].get("learner", {})
     made: dict[str, Any] = {"options": _options(entry), "usable": is_usable, "iid": bool(entry["scenario"].get("iid"))}
     if not made["usable"]:
         return made
     alone = not made["options"]["replay"] and learner.get("data", "new") == "new"
-    kin, model, sha = _without(learner, "replay"), _model(entry), entry["scenario"]["manifest_sha256"]
+    but_replay, model, sha = _without(learner, "replay"), _model(entry), entry["scenario"]["manifest_sha256"]
     made |= {"ledger": {name: entry["ledger"][name] for name in LEDGER} | {"flops": float(entry["ledger"]["flops"])}}
     made |= {"alone": alone, "union": learner.get("data") == "union"}
-    made |= {"kin": record.digest([kin, model, entry["seed"], sha]), "stream": record.digest([sha, model])}
+    made |= {"but_replay": record.digest([but_replay, model, entry["seed"], sha]), "stream": record.digest([sha, model])}
     rise = loss_metrics.first_rise(entry["curves"], entry["scenario"]["eval_names"][0])
     return made | {"first": _first_set(entry), "rise": rise}
 
@@ -88,7 +88,7 @@ def _first_set(entry: Entry) -> str:
 def join(runs: Sequence[Any]) -> list[Any]:
     """Runs with what only two or three of them say together: `recovery_ratio`, and `rate_share` against the IID control."""
     known = [run for run in runs if run.loss is not None and run.loss["usable"]]
-    plain = {run.loss["kin"]: run.values["final_loss"] for run in known if run.loss["alone"]}
+    plain = {run.loss["but_replay"]: run.values["final_loss"] for run in known if run.loss["alone"]}
     unions: dict[str, list[float]] = {}
     for run in known:
         if run.loss["union"]:
@@ -97,7 +97,7 @@ def join(runs: Sequence[Any]) -> list[Any]:
 
     def more(run: Any) -> dict[str, float]:
         loss, made = run.loss, {}
-        without, union = plain.get(loss["kin"]), unions.get(loss["stream"])
+        without, union = plain.get(loss["but_replay"]), unions.get(loss["stream"])
         if without is not None and union and loss["options"]["replay"]:
             final = run.values["final_loss"]
             made["recovery_ratio"] = loss_metrics.recovery_ratio(without, final, sum(union) / len(union))

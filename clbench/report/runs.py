@@ -81,7 +81,7 @@ def summarize(entry: Mapping[str, Any], known: dict[str, Any] | None = None) -> 
         settings = {key: value for key, value in flat(entry["config"]).items() if key != "seed"}
         settings |= {"numbers_version": entry["numbers_version"], "weights": str(weights_of(entry))[:8]}
         known[name] = (settings | {"plug-in": entry["learner"].get("plugin")}, family(entry))
-    settings, kin = known[name]
+    settings, of_family = known[name]
     losses = loss_facts.is_loss(entry)
     found = loss_facts.summary_of(entry) if done else None
     values = {k: v for k, v in (found or {}).items() if math.isfinite(v)}
@@ -95,7 +95,7 @@ def summarize(entry: Mapping[str, Any], known: dict[str, Any] | None = None) -> 
         model=entry["model"]["name"],
         seed=entry["seed"],
         variant=name,
-        family=kin,
+        family=of_family,
         stream=str(entry["scenario"].get("manifest_sha256", "")),
         marks=tuple(sorted({*entry.get("marks", ()), *(("legacy",) if legacy else ())})),
         legacy=legacy,
