@@ -205,6 +205,6 @@ LOSS: Checks = {
     "state_round_trip": check_state_round_trip,
     "resume_in_mid_learn": check_resume_in_mid_learn,
     "ledger": loss_checks.check_ledger,
-    "only_own_text_is_reachable": data_reach.check_only_own_data_is_reachable,
+    "only_own_text_is_reachable": data_reach.check_only_own_text_is_reachable,
     "text_adversary": data_reach.check_text_adversary,
 }

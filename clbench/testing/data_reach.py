@@ -187,10 +187,19 @@ class _Walk:
 
 
 def check_only_own_data_is_reachable(trial: Any) -> None:
-    """Nothing that hangs on experience, batches, model, runtime or learner is somebody else's sample, nor of what has ended."""
+    """Nothing that hangs on experience, batches, model, runtime or learner is another's image, nor of what has ended."""
+    _check_reach(trial, _Images)
+
+
+def check_only_own_text_is_reachable(trial: Any) -> None:
+    """The same of sequences."""
+    _check_reach(trial, _Texts)
+
+
+def _check_reach(trial: Any, kind: Any) -> None:
     learner, runtime, pipeline = trial.start()
     for index in range(2):
-        at = (_Images if trial.scenario.asks == "predict" else _Texts)(trial, learner, runtime, pipeline, index)
+        at = kind(trial, learner, runtime, pipeline, index)
         found = at.look(at.given(), True)
         assert found is None, f"before learn, a sample of somebody else can be reached at {found}"
         walk = _Walk(at)

@@ -57,10 +57,14 @@ class Trial:
     def learn(self, learner: Any, runtime: Any, pipeline: Any, index: int) -> Experience:
         """Let it learn experience `index` as the runner does -> the experience."""
         experience = self.open(index, pipeline)
-        runtime.begin(index, len(experience.train) if self.scenario.asks == "predict" else None)
+        runtime.begin(index, self.size(experience))
         result = learner.learn(experience)
         assert result is None or all(isinstance(v, float | int) for v in result.values()), "learn must return numbers by name"
         return experience
+
+    def size(self, experience: Experience) -> int | None:
+        """Samples that the budget counts."""
+        return len(experience.train)
 
     def scores(self, learner: Any, pipeline: Any, j: int, size: int) -> Tensor:
         """Predictions on evaluation set j in batches of `size` -> [N, K]."""
@@ -100,6 +104,9 @@ class LossTrial(Trial):
 
     def open(self, index: int, pipeline: Any) -> Experience:
         return self.scenario.experience(index, self.keeps_past)
+
+    def size(self, experience: Experience) -> None:
+        """The ledger counts tokens instead."""
 
     @property
     def keeps_past(self) -> bool:
