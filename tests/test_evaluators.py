@@ -161,6 +161,20 @@ def test_counts_by_entry_point_and_by_path(outside, name):
     assert "1 repeated: 1 verified" in again
 
 
+def test_an_evaluator_of_other_code_makes_another_run(outside, tmp_path):
+    """What it counts depends on its code: the record of the run before is no answer."""
+    words = ("run", "learner=ncm", *TINY, *EXACT, asked("top3"))
+    outside(*words)
+    assert "is done already" in outside(*words).stdout
+    with (tmp_path / "site" / "toppkg" / "__init__.py").open("a") as file:
+        file.write("# another version\n")
+    outside(*words)
+    first, second = outside.records()
+    assert first["run_id"] != second["run_id"] and first["config"] == second["config"]
+    assert first["evaluators"]["top3"].startswith("toppkg 1.2 ") and first["evaluators"] != second["evaluators"]
+    assert "2 records: 2 verified" in outside("verify", "results").stdout
+
+
 def test_a_wrong_count_is_noticed_by_a_repeat(outside):
     outside("run", "learner=ncm", *TINY, *EXACT, asked("top3"))
     (path,) = (outside.folder / "results" / "records").glob("*.json")
@@ -330,7 +344,7 @@ def test_a_record_imports_nothing_that_is_not_registered(handed):
     entry = json.loads(path.read_text())
     entry["config"]["scenario"]["operators"] = ["loose.identity"]
     sha, weights = entry["scenario"]["manifest_sha256"], entry["model"]["state_sha256"]
-    entry["run_id"] = record.run_id(entry["config"], sha, weights, None, entry["numbers_version"])
+    entry["run_id"] = record.run_id(entry["config"], sha, weights, None, entry["numbers_version"], entry["evaluators"])
     path.unlink()
     path = path.with_name(f"{entry['run_id']}.json")
     path.write_text(json.dumps(entry | {"checksum": record.checksum(entry)}))

@@ -211,6 +211,7 @@ class Record(BaseModel):
     pid: Count | None = None
     resumed: Count = 0
     marks: list[Text] = []
+    evaluators: dict[str, Text] = {}
     checksum: Text | None = None
 
 

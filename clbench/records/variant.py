@@ -17,6 +17,7 @@ def variant(entry: Mapping[str, Any]) -> str:
     """
     config = {key: value for key, value in entry["config"].items() if key != "seed"}
     parts = [config, entry["scenario"].get("manifest_sha256"), weights_of(entry), entry["numbers_version"]]
+    parts += [entry["evaluators"]] if entry.get("evaluators") else []
     return record.digest([*parts, entry["learner"].get("plugin")])[:8]
 
 

@@ -132,7 +132,7 @@ def _identity(file: pathlib.Path, entry: Mapping[str, Any]) -> Iterator[str]:
         yield f"the file is named {file.stem}, the record says run {entry['run_id']}"
     plugin, version = entry["learner"].get("plugin"), entry["numbers_version"]
     sha, weights = entry["scenario"]["manifest_sha256"], entry["model"]["state_sha256"]
-    if record.run_id(entry["config"], sha, weights, plugin, version) != entry["run_id"]:
+    if record.run_id(entry["config"], sha, weights, plugin, version, entry.get("evaluators")) != entry["run_id"]:
         yield "run_id is not the hash of its configuration, manifest and weights"
     if entry["config"].get("seed") != entry["seed"]:
         yield "seed differs from the configuration's"

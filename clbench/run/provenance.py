@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import datetime
 import functools
+import hashlib
 import importlib.metadata
+import inspect
 import os
 import pathlib
 import platform
@@ -13,6 +15,7 @@ import resource
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -93,23 +96,24 @@ def model_name(config: dict[str, Any]) -> str:
 
 def plugin_version(target: str) -> str | None:
     """The "name version" of the distribution that a learner comes from, a file hash for a loose file, None for clbench."""
-    package = target.split(".", 1)[0]
-    if package == "clbench":
-        return None
-    found = importlib.metadata.packages_distributions().get(package)
-    if found:
-        return f"{found[0]} {importlib.metadata.version(found[0])} {_source_hash(target)}"
-    return f"{target} {_source_hash(target)}"
-
-
-def _source_hash(target: str) -> str:
-    import hashlib
-    import inspect
-
     from clbench.config.compose import load_target
 
-    source = inspect.getsourcefile(load_target(target))
-    return hashlib.sha256(pathlib.Path(source).read_bytes()).hexdigest()[:16] if source else "unknown"
+    return None if target.split(".", 1)[0] == "clbench" else _version(target, load_target(target))
+
+
+def evaluator_versions(evaluators: Sequence[Any]) -> dict[str, str]:
+    """Name -> version of every evaluator, as `plugin_version` gives it: what is counted depends on the code."""
+    made = [one if inspect.isfunction(one) else type(one) for one in evaluators]
+    return {
+        one.name: _version(f"{kind.__module__}.{kind.__qualname__}", kind) for one, kind in zip(evaluators, made, strict=True)
+    }
+
+
+def _version(target: str, made: Any) -> str:
+    found = importlib.metadata.packages_distributions().get(target.split(".", 1)[0])
+    name = f"{found[0]} {importlib.metadata.version(found[0])}" if found else target
+    source = inspect.getsourcefile(made)
+    return f"{name} {hashlib.sha256(pathlib.Path(source).read_bytes()).hexdigest()[:16] if source else 'unknown'}"
 
 
 @functools.cache
@@ -193,4 +197,5 @@ def describe(job: Any, command: list[str]) -> dict[str, Any]:
         "resumed": 0,
         "marks": marks,
         "error": None,
+        **({"evaluators": evaluator_versions(job.evaluators)} if job.evaluators else {}),
     }

@@ -141,7 +141,8 @@ def _assemble(config: dict[str, Any], options: RunOptions, parallel: str, device
     model = arithmetic.pin(model, flags)
     plugin = provenance.plugin_version(config["learner"]["_target_"])
     identity = provenance.identity(config, capabilities)
-    run_id = record.run_id(identity, scenario.manifest.sha256, model.identity["state_sha256"], plugin)
+    sha, weights, code = scenario.manifest.sha256, model.identity["state_sha256"], provenance.evaluator_versions(asked)
+    run_id = record.run_id(identity, sha, weights, plugin, evaluators=code)
     pipeline = kind.make_pipeline(scenario, model, device)
     return Job(config, options, run_id, scenario, kind, model, capabilities, pipeline, flags, device, asked)
 
