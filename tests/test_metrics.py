@@ -251,6 +251,9 @@ def test_stability_by_hand():
     assert values["a_auc"] == pytest.approx((0.5 + 0.25 + 0.6) / 3) and values["stability_gap"] == pytest.approx(0.8 - 0.2)
     assert values["min_acc"] == pytest.approx(0.2) and values["wc_acc"] == pytest.approx(0.9 / 2 + 0.1)
     assert "a_auc" not in metrics.summary(entry)
+    alone = {"correct": [[8]], "n": [10], "first_seen": [0]}
+    values = metrics.summary(alone | {"stability": {"trace": [{"experience": 0, "correct": [5], "n": [10]}]}})
+    assert values["wc_acc"] == pytest.approx(0.8) and math.isnan(values["min_acc"]), "of one experience nothing is old"
 
 
 @pytest.mark.parametrize(

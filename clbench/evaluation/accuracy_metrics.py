@@ -296,7 +296,8 @@ def stability(record: Mapping[str, Any]) -> dict[str, float]:
     lowest = [min([*ends[first[j] + 1 :, j], *(float(x.min()) for _, k, x in inside if k == j and len(x))]) for j in old]
     values["min_acc"] = _mean(np.array(lowest))
     newest = [ends[-1, j] for j, i in enumerate(first) if i == len(ends) - 1]
-    values["wc_acc"] = _mean(np.array(newest)) / len(ends) + (1 - 1 / len(ends)) * values["min_acc"]
+    now, t = _mean(np.array(newest)), len(ends)
+    values["wc_acc"] = now / t + (1 - 1 / t) * values["min_acc"] if t > 1 else now  # of one experience nothing is old
     return values
 
 
