@@ -1,6 +1,7 @@
 """The command line as a person types it: what it says, what it exits with, what it loads; sweeps whose jobs die."""
 
 import ast
+import contextlib
 import json
 import multiprocessing
 import os
@@ -232,7 +233,11 @@ def test_ctrl_c_exits_130_and_the_same_command_goes_on(clbench, small, words):
     while not list(clbench.folder.glob("results/runs/*/journal/*")) and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # whatever it started ends with the test
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130 and "the same command goes on where" in err
     assert "Traceback" not in err
     assert [r["status"] for r in clbench.records()] == ["running"]
