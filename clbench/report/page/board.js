@@ -47,7 +47,11 @@ function streamCard(place) {
   const node = el('article', { class: 'card' },
     el('h2', {}, el('bdi', { title: stream.scenario }, briefly(streamName(stream), 60))),
     el('p', { class: 'quiet' }, about(stream)));
-  if (!top) { node.append(el('p', {}, 'No contender with a result.')); return node; }
+  if (!top) {
+    const old = rows.some((r) => has(r.mean) && r.legacy);
+    node.append(el('p', {}, old ? 'Results of older code only (legacy): they are ranked and tested against nothing.' : 'No contender with a result.'));
+    return node;
+  }
   const of = (what) => rows.filter((r) => r.vs === what).sort((a, b) => b.mean - a.mean);
   const [same, unknown, level] = [of('not distinguishable'), of('too few seeds'), of('no spread')];
   node.append(
