@@ -93,6 +93,7 @@ class Capabilities:
     adapts_at_test      changes its state while predicting: marks the record (without these two, small test sets share a batch)
     supports_parallel   one model may be trained by several processes (torchrun)
     anytime             can be asked inside `learn`, after any step of `fit`: needed where a stream has looks
+    trains              has weights that `fit` trains: needed where a run keeps the optimiser's moments (optimizer_state)
     """
 
     asks: Literal["predict", "loss"] = "predict"
@@ -109,6 +110,7 @@ class Capabilities:
     adapts_at_test: bool = False
     supports_parallel: bool = False
     anytime: bool = False
+    trains: bool = True
 
 
 @dataclass(frozen=True)

@@ -238,7 +238,7 @@ def test_ctrl_c_exits_130_and_the_same_command_goes_on(clbench, small, words):
     finally:
         with contextlib.suppress(ProcessLookupError):  # whatever it started ends with the test
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 130 and "the same command goes on where" in err
+    assert process.returncode == 130 and "clbench: stopped; the same command goes on where" in err
     assert "Traceback" not in err
     assert [r["status"] for r in clbench.records()] == ["running"]
     if words:

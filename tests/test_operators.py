@@ -717,6 +717,9 @@ def test_operators_from_outside(clbench, tmp_path):
     (clbench.folder / "mine.py").write_text(textwrap.dedent(OUTSIDE))
     shown = clbench("manifest", "show", *SMALL, "scenario.operators=[mine.halve]").stdout
     assert "exp0            12 samples" in shown and '{"mine.halve": {"part": 2}}' in shown
+    (clbench.folder / "three.py").write_text("number = 3\n")
+    err = clbench("plan", "learner=ncm", "scenario.operators=[three.number]", code=2).stderr
+    assert err == "clbench: operator three.number must be a function stream -> stream, got int\n"
     err = clbench("run", "scenario.operators=[{mine.halve:{prt:3}}]", code=2).stderr
     assert err == "clbench: operator mine.halve.prt: halve has no argument 'prt'; did you mean 'part'?\n"
     site = tmp_path / "site packages"

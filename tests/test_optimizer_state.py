@@ -233,8 +233,12 @@ def test_fresh_leaves_the_identity_as_it_was():
 
 
 def test_refusals(clbench, small):
-    err = clbench("run", "learner=ncm", "optimizer_state=keep", *small, code=None)
-    assert err.returncode and "optimizer_state=keep has no effect: NearestClassMean does not train through fit" in err.stderr
+    for learner in ("ncm", "fecam", "ranpac pet=none"):
+        for command in ("plan", "run"):
+            err = clbench(command, *f"learner={learner}".split(), "optimizer_state=keep", *small, code=2).stderr
+            assert err == f"clbench: optimizer_state=keep has no effect: {learner.split()[0]} does not train through fit\n"
+    err = clbench("run", "learner.lr=-1", *small, code=1).stderr
+    assert "a learning rate must be a finite number from 0, got -" in err
     err = clbench("run", "scenario=cpt_synthetic", "learner=constant_lr", "optimizer_state=keep", code=2).stderr
     assert err.startswith("clbench: optimizer_state has no effect in scenario") and err.count("\n") == 1
     err = clbench("run", "learner=ncm", "optimizer_state=kept", code=2).stderr

@@ -142,7 +142,7 @@ def test_four_parts_of_packages_outside_pass_check_and_run_under_joblib(clbench)
         assert entry["scenario"]["experiences"][0]["num_train"] < 300, "a third of five classes"
     table = (clbench.folder / "results" / "leaderboard.csv").read_text().splitlines()[0] if clbench("report").stdout else ""
     assert "my_evaluator/hits_mean" in table
-    assert "2 verified" in clbench("verify", "results").stdout or "2 self-reported" in clbench("verify", "results").stdout
+    assert "2 records: 2 verified" in clbench("verify", "results").stdout
 
 
 def test_new_refuses(clbench):

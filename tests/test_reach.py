@@ -501,14 +501,14 @@ def test_the_check_finds_a_runtime_or_a_text_that_leads_elsewhere(kind):
                 vars(e.train)["tokens"] = self.scenario.domains[2].train
             return e
 
-    failing(data_reach.check_only_own_data_is_reachable, Leaking(made.config, made.scenario, made.capabilities))
+    failing(data_reach.check_only_own_text_is_reachable, Leaking(made.config, made.scenario, made.capabilities))
 
 
 @pytest.mark.parametrize("kind", [text_trial, mae_trial])
 @pytest.mark.parametrize("name", LOSS)
 def test_own_learners_of_texts_and_of_masked_images(name, kind):
     made = kind(name)
-    data_reach.check_only_own_data_is_reachable(made)
+    data_reach.check_only_own_text_is_reachable(made)
     data_reach.check_text_adversary(made)
 
 

@@ -177,7 +177,7 @@ def _capabilities(learner: ast.ClassDef) -> str:
         if isinstance(node, ast.AnnAssign | ast.Assign) and isinstance(node.value, ast.Call):
             names = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
             if "capabilities" in (ast.unparse(n) for n in names):
-                given = [(k.arg, ast.unparse(k.value)) for k in node.value.keywords]
+                given = [(k.arg, ast.unparse(k.value)) for k in node.value.keywords if k.arg != "trains"]
                 words += [str(arg) if value == "True" else f"{arg}={value}" for arg, value in given]
         elif isinstance(node, ast.FunctionDef) and node.name == "capabilities_of":
             words.append("(more with some options)")

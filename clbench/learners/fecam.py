@@ -103,12 +103,12 @@ def distances(x: Tensor, mean_KD: Tensor, whiten_KDD: Tensor) -> Tensor:
 class Fecam:
     """State: counts, means, means and scatter matrices of what covariances are taken of; the network where it is trained."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities()
+    capabilities: ClassVar[Capabilities] = Capabilities(trains=False)
 
     @staticmethod
     def capabilities_of(*, train_first: bool = False, **options: Any) -> Capabilities:
         """A network that is trained first needs the samples again for its statistics."""
-        return replace(Fecam.capabilities, needs_random_access=train_first)
+        return replace(Fecam.capabilities, needs_random_access=train_first, trains=train_first)
 
     def __init__(
         self,

@@ -51,7 +51,7 @@ class RanPac:
     def capabilities_of(*, pet: Any = None, **options: Any) -> Capabilities:
         """With a module to adapt, the first experience's samples are needed again for the sums."""
         adapts = not (isinstance(pet, Mapping) and str(pet.get("_target_")).endswith(".none"))
-        return replace(RanPac.capabilities, needs_random_access=adapts)
+        return replace(RanPac.capabilities, needs_random_access=adapts, trains=adapts)
 
     def __init__(
         self,

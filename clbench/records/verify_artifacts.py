@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clbench.config.moved import current
+from clbench.config.registry import operators_after
 from clbench.config.signatures import problems, split_target
 from clbench.interfaces import UserError
 from clbench.records import record
@@ -62,7 +63,8 @@ def _unresolved(group: str, node: Any) -> list[str]:
     if not isinstance(node, Mapping) or "_target_" not in node:
         return [f"{group} names no _target_"]
     try:
-        return problems(node, group, ("model", "runtime") if group == "learner" else ())
+        plain = node if operators_after(node) is None else {key: node[key] for key in node if key != "operators"}
+        return problems(plain, group, ("model", "runtime") if group == "learner" else ())
     except (UserError, OSError, ValueError) as error:
         return [f"{group}: {error}"]
 

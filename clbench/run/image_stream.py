@@ -35,9 +35,11 @@ _PACES: dict[str, tuple[float, float]] = {}  # by model: seconds of an image for
 
 
 def check(scenario: Scenario, options: RunOptions, parallel: str, learner: str, can: Capabilities) -> None:
-    """One process, and no options of pre-training."""
+    """One process, and no options without effect."""
     if parallel != "none":
         raise UserError(f"scenario {scenario.name} is made of images: such a run is for one process, without torchrun")
+    if options.optimizer_state == "keep" and not can.trains:
+        raise UserError(f"optimizer_state=keep has no effect: {learner} does not train through fit")
     if option := next((name for name in ("micro_batch", "compile") if getattr(options, name)), None):
         raise UserError(f"{option} has no effect in scenario {scenario.name}, which is made of images")
 

@@ -223,7 +223,7 @@ def _lead(job: Job, command: list[str] | None, progress: bool, tuning: dict[str,
                 finished = _run(job, journal, entry, progress)
             path = record.write(finished, job.results / "records")
         except (Interrupted, distributed.Lost) as error:
-            text = f"{error or 'stopped'}; the same command goes on where {job.run_id} was"
+            text = f"{str(error) or 'stopped'}; the same command goes on where {job.run_id} was"
             return Outcome(job.run_id, "interrupted", text, job.record_path)
         except Exception as error:
             outcome = _failed(job, journal, entry, error)

@@ -88,6 +88,8 @@ class _Call:
             raise UserError(f"fit {name!r}: no parameter to train")
         self.params = [p for group in groups for p in group["params"]]
         self.rates = [float(group["lr"]) for group in groups]
+        if wrong := [rate for rate in self.rates if not 0 <= rate < math.inf]:
+            raise UserError(f"fit {name!r}: a learning rate must be a finite number from 0, got {wrong[0]:g}")
         self.loss_sum, self.loss_last = 0.0, math.nan
         self.unchecked: list[tuple[Tensor, Place, list[float]]] = []
         self.since = time.perf_counter()

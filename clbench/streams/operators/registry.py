@@ -57,13 +57,16 @@ def target_of(name: str) -> str:
 def _load(name: str) -> Callable[..., Any]:
     module, _, function = target_of(name).rpartition(".")
     try:
-        return getattr(importlib.import_module(module), function)
+        found = getattr(importlib.import_module(module), function)
     except ModuleNotFoundError as error:
         if error.name and (module == error.name or module.startswith(f"{error.name}.")):
             raise UserError(f"no module {module} (from operator {name})") from None
         raise
     except AttributeError:
         raise UserError(f"module {module} has no '{function}' (from operator {name})") from None
+    if not callable(found):
+        raise UserError(f"operator {name} must be a function stream -> stream, got {type(found).__name__}")
+    return found
 
 
 def apply(stream: Scenario, operators: Sequence[Any], data_root: str | None = None, download: bool = False) -> Scenario:
