@@ -99,7 +99,7 @@ def run_alone(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str,
     ended, stopped, deadline = None, False, None
     while ended is None:
         try:
-            if ours.poll(0.2 if deadline else None):
+            if ours.poll(0.2 if deadline else 1.0):  # another thread may be given the signal: look again
                 ended = ours.recv()
             elif deadline and time.monotonic() > deadline:
                 child.kill()
