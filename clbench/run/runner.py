@@ -26,7 +26,6 @@ from clbench.records import record
 from clbench.records.liveness import Heartbeat, this_process
 from clbench.records.rows import rows_of
 from clbench.records.tables import tables
-from clbench.report.closing import closing_text
 from clbench.run import image_stream, provenance, token_stream, tracking
 from clbench.run.loop import KEPT_FLAGS, Loop, StreamKind
 from clbench.run.terminal import bar_of, logging_to, signals
@@ -233,7 +232,14 @@ def _lead(job: Job, command: list[str] | None, progress: bool, tuning: dict[str,
             gc.collect()
             return outcome
         journal.clear()
-    return Outcome(job.run_id, "ok", closing_text(record.read(path), path), job.record_path)
+    return Outcome(job.run_id, "ok", _closing_text(record.read(path), path), job.record_path)
+
+
+def _closing_text(entry: dict[str, Any], path: pathlib.Path) -> str:
+    """What is shown at the end; reports are imported for nothing earlier."""
+    from clbench.report.closing import closing_text
+
+    return closing_text(entry, path)
 
 
 def _old(job: Job) -> dict[str, Any] | None:
@@ -246,7 +252,7 @@ def _done(job: Job, old: dict[str, Any] | None) -> Outcome | None:
     if old is None or old["status"] != "ok" or job.options.force:
         return None
     job.group.broadcast_object("skipped")
-    text = f"{job.run_id} is done already (force=true repeats it)\n\n{closing_text(old, job.record_path)}"
+    text = f"{job.run_id} is done already (force=true repeats it)\n\n{_closing_text(old, job.record_path)}"
     return Outcome(job.run_id, "skipped", text, job.record_path)
 
 
