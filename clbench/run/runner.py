@@ -135,7 +135,7 @@ def _assemble(config: dict[str, Any], options: RunOptions, parallel: str, device
     if why := mismatch(learner, capabilities, scenario.facts(), pretrained):
         raise UserError(why)
     kind.check(scenario, options, parallel, learner, capabilities)
-    asked = evaluators.load(getattr(scenario.manifest, "evaluators", ()), config["scenario"])
+    asked = evaluators.load(scenario.manifest.evaluators, config["scenario"])
     model = set_precision(kind.build_model(build, config["model"], scenario), options.precision).to(device)
     model = arithmetic.pin(model, flags)
     plugin = provenance.plugin_version(config["learner"]["_target_"])
