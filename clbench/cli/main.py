@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from clbench import __version__
-from clbench.cli import corpus_command, schedule_command
 from clbench.cli.help_text import ABOUT, EXAMPLES
 from clbench.config.registry import conf_dir
 from clbench.config.signatures import nearest
@@ -113,8 +112,12 @@ def _add_arguments(parser: Parser, name: str, page: str) -> None:
 
         verify_command.add_arguments(parser)
     if name == "schedule":
+        from clbench.cli import schedule_command
+
         schedule_command.add_arguments(parser)
     if name == "manifest corpus":
+        from clbench.cli import corpus_command
+
         corpus_command.add_arguments(parser)
     if name == "bench":
         from clbench.bench.options import add_arguments as add_measures
@@ -189,6 +192,14 @@ def dispatch(argv: Sequence[str]) -> int:
         text, code = command.run(args) if name == "bench" else command.run_tokens(args)
         print(text)
         return code
+    if name == "schedule":
+        from clbench.cli import schedule_command
+
+        return schedule_command.run(args)
+    if name == "manifest corpus":
+        from clbench.cli import corpus_command
+
+        return corpus_command.run(args)
     work = {
         "plan": commands.plan,
         "list": commands.show_choices,
@@ -196,8 +207,6 @@ def dispatch(argv: Sequence[str]) -> int:
         "report": commands.report,
         "verify": commands.verify,
         "new": commands.new,
-        "schedule": schedule_command.run,
-        "manifest corpus": corpus_command.run,
         "manifest": commands.manifest,
     }
     return work[name](args)

@@ -22,10 +22,15 @@ def is_loss(entry: Entry) -> bool:
     return entry["scenario"].get("kind") == KIND
 
 
-def summary_of(entry: Entry) -> dict[str, float] | None:
-    """The numbers of a finished record, also those that are not finite; None for one of pre-training that is not usable."""
+def numbers_of(entry: Entry) -> tuple[dict[str, float] | None, dict[str, Any] | None]:
+    """Numbers of a record, also those that are not finite (None: not finished, or of no use), and what pre-training adds."""
     if not is_loss(entry):
-        return metrics.summary(entry)
+        return (metrics.summary(entry) if entry["status"] == "ok" else None), None
+    found = _summary_of(entry)
+    return found, _facts_of(entry, found is not None)
+
+
+def _summary_of(entry: Entry) -> dict[str, float] | None:
     try:
         if entry["status"] != "ok" or not all(isinstance(entry["ledger"][name], int) for name in LEDGER):
             return None
@@ -45,8 +50,8 @@ def unit_of(entry: Entry) -> str:
     return "images" if entry["scenario"].get("unit") == "images" else "tokens"
 
 
-def facts_of(entry: Entry, is_usable: bool) -> dict[str, Any]:
-    """Options, ledger (where `summary_of` finds numbers: `is_usable`), digests that the runs to compare with share."""
+def _facts_of(entry: Entry, is_usable: bool) -> dict[str, Any]:
+    """Options, ledger (where there are numbers: `is_usable`), digests that the runs to compare with share."""
     learner = entry["config"].get("learner", {})
     made: dict[str, Any] = {"options": _options(entry), "usable": is_usable, "iid": bool(entry["scenario"].get("iid"))}
     if not made["usable"]:

@@ -153,8 +153,13 @@ def read(path: pathlib.Path, details: bool = True) -> dict[str, Any]:
 
 def load(path: pathlib.Path) -> Any:
     """The JSON of a file as it lies there; `UserError` names the file."""
+    from pydantic_core import from_json  # twice as fast as json, which says better what is wrong
+
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
+        with contextlib.suppress(ValueError):
+            return from_json(text)
+        return json.loads(text.decode("utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:

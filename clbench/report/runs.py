@@ -40,7 +40,7 @@ class Run:
     costs: Mapping[str, float]
     settings: Mapping[str, Any]
     trouble: str
-    loss: Mapping[str, Any] | None = None  # of a pre-training run: `loss_facts.facts_of`
+    loss: Mapping[str, Any] | None = None  # of a pre-training run: what `loss_facts.numbers_of` adds
 
     @property
     def leaderboard(self) -> Leaderboard:
@@ -82,8 +82,7 @@ def summarize(entry: Mapping[str, Any], known: dict[str, Any] | None = None) -> 
         settings |= {"numbers_version": entry["numbers_version"], "weights": str(weights_of(entry))[:8]}
         known[name] = (settings | {"plug-in": entry["learner"].get("plugin")}, family(entry))
     settings, of_family = known[name]
-    losses = loss_facts.is_loss(entry)
-    found = loss_facts.summary_of(entry) if done else None
+    found, losses = loss_facts.numbers_of(entry)
     values = {k: v for k, v in (found or {}).items() if math.isfinite(v)}
     error = entry.get("error") or {}
     trouble = f"{plain(error.get('type', ''))}: {plain(error.get('message', ''))[:160]}" if entry["status"] == "failed" else ""
@@ -103,7 +102,7 @@ def summarize(entry: Mapping[str, Any], known: dict[str, Any] | None = None) -> 
         costs=costs.of(entry) if done else {},
         settings=settings,
         trouble=trouble,
-        loss=loss_facts.facts_of(entry, found is not None) if losses else None,
+        loss=losses,
     )
 
 
