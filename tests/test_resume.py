@@ -101,6 +101,17 @@ def test_the_same_run_is_a_skip_and_force_repeats(clbench, small):
     clbench(*words, "force=true")
     again = json.loads(path.read_text())
     assert again["rows"] == json.loads(before)["rows"] and again["created"] >= json.loads(before)["created"]
+    path.write_text("{")
+    for command in ("run", "plan"):
+        refused = clbench(command, *words[1:], code=None)
+        assert (
+            refused.returncode
+            and f"{path} is not a record" in refused.stderr
+            and "force=true makes the run anew" in refused.stderr
+        )
+    assert "new" in clbench("plan", *words[1:], "force=true").stdout
+    clbench(*words, "force=true")
+    assert json.loads(path.read_text())["rows"] == again["rows"]
 
 
 def test_machine_options_do_not_change_the_identity(clbench, small):

@@ -9,7 +9,7 @@ from typing import Any
 
 from clbench.records import record
 from clbench.run import provenance
-from clbench.run.runner import Job, previewed
+from clbench.run.runner import Job, earlier, previewed
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,7 @@ def plan_job(config: Mapping[str, Any]) -> PlanRow:
 def _row(job: Job) -> PlanRow:
     names = (job.scenario.name, provenance.learner_name(job.config), str(job.model.identity["name"]))
     state = "new"
-    if job.record_path.exists():
-        old = record.read(job.record_path)
+    if (old := earlier(job)) is not None:
         state = {"ok": "done", "failed": "failed"}.get(old["status"], "running")
         if state == "running" and record.is_dead(old, job.results):
             state = "resumable"

@@ -195,7 +195,7 @@ def _lead(job: Job, command: list[str] | None, progress: bool, tuning: dict[str,
     options = job.options
     record.ensure_writable(job.results / "records")
     refusal_path(job.config).unlink(missing_ok=True)
-    if (done := _done(job, _old(job))) is not None:
+    if (done := _done(job, earlier(job))) is not None:
         return done
     record.ensure_writable(job.folder)
     try:
@@ -204,7 +204,7 @@ def _lead(job: Job, command: list[str] | None, progress: bool, tuning: dict[str,
         job.group.broadcast_object("busy")
         return Outcome(job.run_id, "busy", f"{job.run_id} is being run by another process", job.record_path)
     with held, Heartbeat(job.folder), logging_to(job.folder / "run.log"):
-        old = _old(job)
+        old = earlier(job)
         if (done := _done(job, old)) is not None:  # another process ended it between the look and the lock
             return done
         journal = Journal(job.folder / "journal", options.checkpoint_seconds, job.group, job.scenario.manifest.sha256)
@@ -242,9 +242,16 @@ def _closing_text(entry: dict[str, Any], path: pathlib.Path) -> str:
     return closing_text(entry, path)
 
 
-def _old(job: Job) -> dict[str, Any] | None:
-    """The record that is there."""
-    return record.read(job.record_path) if job.record_path.exists() else None
+def earlier(job: Job) -> dict[str, Any] | None:
+    """The record that is there; one that cannot be read is replaced by `force`, else it raises `UserError`."""
+    if not job.record_path.exists():
+        return None
+    try:
+        return record.read(job.record_path)
+    except UserError as error:
+        if job.options.force:
+            return None
+        raise UserError(f"{error}; force=true makes the run anew, and so does deleting the file") from None
 
 
 def _done(job: Job, old: dict[str, Any] | None) -> Outcome | None:

@@ -56,7 +56,7 @@ class Manifest:
         ),
         "spans": (
             ("kind", "vocab", "context", "batch", "domains", "experiences", "evals", "budget", "schema"),
-            ("looks", "evaluators", "operators"),
+            ("operators",),
         ),
     }
     kind: str

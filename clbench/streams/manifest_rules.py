@@ -195,7 +195,6 @@ def _check_looks(manifest: Manifest) -> None:
     for i, (looks, entry) in enumerate(zip(manifest.looks, manifest.experiences, strict=False)):
         rising = all(a < b for a, b in pairwise(looks))
         visits = len(entry.train) * int((entry.budget or manifest.budget).get("epochs", manifest.budget.get("epochs", 1)))
-        visits = entry.steps * manifest.batch if manifest.form == "spans" else visits
         if not all(_whole(look) for look in looks) or not rising or (looks and looks[-1] > visits):
             raise UserError(f"experience {i}: looks must be rising whole numbers in 1..{visits}")
     if not all(isinstance(name, str) and name for name in manifest.evaluators):
