@@ -217,6 +217,10 @@ class EvaluationSet(Protocol):
         """Scores [B, num_seen] float32 and labels [B] int64 of a batch each, on the CPU. All evaluators share one pass."""
         ...
 
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """The samples without labels, as `predict` is given them; each can be decoded until the next is asked for."""
+        ...
+
 
 class Evaluator(Protocol):
     """What is counted of a learner's answers on one evaluation set. `name` stands in the record and before its columns.

@@ -12,10 +12,10 @@ import difflib
 import importlib
 import importlib.metadata
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from clbench.interfaces import Evaluator, UserError
+from clbench.interfaces import Batch, Evaluator, UserError
 from clbench.streams.operators.registry import parsed
 
 if TYPE_CHECKING:
@@ -23,16 +23,23 @@ if TYPE_CHECKING:
 
 GROUP = "clbench.evaluators"
 BUILT_IN = ("accuracy", "token_loss", "reconstruction", "linear_probe")  # names that a plug-in cannot have
+OWN = {"activations": "clbench.evaluation.activations.Activations"}  # what a scenario may name
 
 
 class Answered:
     """An evaluation set whose answers are there; implements `interfaces.EvaluationSet`."""
 
     def __init__(
-        self, name: str, classes: tuple[int, ...], num_seen: int, task: int | None, parts: Sequence[tuple[Tensor, Tensor]]
+        self,
+        name: str,
+        classes: tuple[int, ...],
+        num_seen: int,
+        task: int | None,
+        parts: Sequence[tuple[Tensor, Tensor]],
+        batches: Callable[[int], Iterator[tuple[Batch, Tensor]]] | None = None,
     ):
         self.name, self.classes, self.num_seen, self.task = name, classes, num_seen, task
-        self._parts = parts
+        self._parts, self._batches = parts, batches
 
     def __len__(self) -> int:
         return sum(len(labels) for _, labels in self._parts)
@@ -40,6 +47,11 @@ class Answered:
     def answers(self, learner: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """Scores [B, num_seen] float32 and labels [B] int64 of a batch each, on the CPU."""
         yield from self._parts
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """The samples without labels."""
+        assert self._batches is not None
+        return (batch for batch, _ in self._batches(batch_size))
 
 
 def load(names: Sequence[str], scenario: Mapping[str, Any]) -> list[Evaluator]:
@@ -50,17 +62,18 @@ def load(names: Sequence[str], scenario: Mapping[str, Any]) -> list[Evaluator]:
     for name in names:
         if name in registered:
             made = registered[name].load()
-        elif "." in name.strip(".") and name in written:
-            module, _, attribute = name.rpartition(".")
+        elif name in OWN or ("." in name.strip(".") and name in written):
+            module, _, attribute = OWN.get(name, name).rpartition(".")
             try:
                 made = getattr(importlib.import_module(module), attribute)
             except (ModuleNotFoundError, AttributeError) as error:
                 raise UserError(f"evaluator {name} cannot be imported: {error}") from None
         else:
-            raise UserError(_unknown(name, list(registered)))
+            raise UserError(_unknown(name, [*OWN, *registered]))
         made = made() if isinstance(made, type) else made
         label = getattr(made, "name", None)
-        if not callable(made) or not isinstance(label, str) or not label or label in BUILT_IN or "/" in label:
+        taken = label in BUILT_IN or (label in OWN and name not in OWN)
+        if not callable(made) or not isinstance(label, str) or not label or taken or "/" in label:
             raise UserError(f"evaluator {name} must be callable and have a `name` of its own that holds no '/'")
         found.append(made)
     labels = [one.name for one in found]
@@ -77,7 +90,7 @@ def _unknown(name: str, registered: Sequence[str]) -> str:
 
 def unknown(names: Any) -> Iterator[str]:
     """A line for each name that is neither registered nor a dotted path; imports nothing."""
-    registered = [entry.name for entry in importlib.metadata.entry_points(group=GROUP)]
+    registered = [*OWN, *(entry.name for entry in importlib.metadata.entry_points(group=GROUP))]
     for name in names if isinstance(names, list | tuple) else ():
         if isinstance(name, str) and name not in registered and "." not in name.strip("."):
             yield _unknown(name, registered)

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clbench.evaluation import loss_metrics, metrics
+from clbench.evaluation import loss_metrics, metrics, setting_metrics
 from clbench.records.loss_facts import LEDGER
 from clbench.report.formats import plain
 
@@ -30,7 +30,7 @@ def closing_text(entry: Mapping[str, Any], path: pathlib.Path) -> str:
     if "sum_loss" in entry:
         lines = [loss_matrix_text(entry), "", _numbers(values, _LOSSES), _ledger(entry)]
     elif isinstance(entry.get("correct"), list):
-        lines = [accuracy_matrix_text(entry), "", _numbers(values, _NUMBERS)]
+        lines = [accuracy_matrix_text(entry), "", _numbers(values, (*_NUMBERS, *setting_metrics.named(entry)))]
     else:
         lines = [f"{name} {value:.4f}" for name, value in values.items()]
     return "\n".join([*lines, f"record {path}"])

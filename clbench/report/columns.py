@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from clbench.evaluation import loss_metrics, metrics, row_metrics
+from clbench.evaluation import loss_metrics, metrics, row_metrics, setting_metrics
 from clbench.records.loss_facts import LEDGER
 from clbench.report import costs
 
@@ -19,7 +19,7 @@ DETAILS = (
     *(f"last_{name}" for name in ("task_identity", "within_task", "between_task", "old_to_new", "new_to_old")),
     *("a_auc", "stability_gap", "min_acc", "wc_acc"),
 )
-EXTRA = "..."  # where the numbers of other evaluators stand among the columns that people read
+EXTRA = "..."  # where numbers that only some records have stand among the columns that people read
 
 
 def _spread(numbers: Mapping[str, str]) -> dict[str, str]:
@@ -196,15 +196,16 @@ LEADERBOARDS = (ACCURACY, LOSS)
 
 
 def numbers_of(values: Iterable[str]) -> list[str]:
-    """The numbers of other evaluators, EVALUATOR/SUM, among names of numbers."""
-    return sorted({name for name in values if "/" in name})
+    """Numbers that only some records have, among names: of their setting, then of other evaluators (EVALUATOR/SUM)."""
+    found = set(values)
+    return [*(name for name in setting_metrics.ABOUT if name in found), *sorted(name for name in found if "/" in name)]
 
 
 def extra_numbers(made: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The numbers of other evaluators that any row of a leaderboard has."""
-    return [name.removesuffix("_mean") for name in numbers_of(name for row in made for name in row if name.endswith("_mean"))]
+    """The numbers of settings and of other evaluators that any row of a leaderboard has."""
+    return numbers_of(name.removesuffix("_mean") for row in made for name in row if name.endswith("_mean"))
 
 
 def extra(made: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """The columns of other evaluators that any row of a leaderboard has, each with what it means."""
-    return _spread(dict.fromkeys(extra_numbers(made), row_metrics.ABOUT))
+    """The columns of settings and other evaluators that any row of a leaderboard has, each with what it means."""
+    return _spread({name: setting_metrics.ABOUT.get(name, row_metrics.ABOUT) for name in extra_numbers(made)})

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from clbench.config.signatures import nearest
-from clbench.evaluation import loss_metrics, metrics, peer_metrics, row_metrics
+from clbench.evaluation import loss_metrics, metrics, peer_metrics, row_metrics, setting_metrics
 from clbench.interfaces import UserError
 from clbench.records import loss_facts, record
 from clbench.report.columns import ACCURACY, LOSS, Leaderboard
@@ -176,11 +176,18 @@ def _details(case: Case) -> Table:
     for name, text in metrics.DETAILS.items():
         last = found.get(name, found.get(f"last_{name}"))
         rows.append({"name": name, "last": last, "step": found.get(f"step_{name}"), "formula": text})
-    rows += [{"name": n, "last": v, "step": None, "formula": row_metrics.ABOUT} for n, v in found.items() if "/" in n]
+    about = setting_metrics.ABOUT | dict.fromkeys((name for name in found if "/" in name), row_metrics.ABOUT)
+    rows += [{"name": name, "last": found.get(name), "step": None, "formula": text} for name, text in about.items()]
     notes = (
         "fractions, not per cent; last: after the last experience, step: mean over experiences; -: the record does not have it",
     )
-    return Table("details", "calibration, confusion, stability", ("name", "last", "step", "formula"), rows, notes)
+    return Table(
+        "details",
+        "calibration, confusion, stability, and what a setting adds",
+        ("name", "last", "step", "formula"),
+        rows,
+        notes,
+    )
 
 
 def _columns(board: Leaderboard) -> Table:

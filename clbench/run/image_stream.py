@@ -196,7 +196,7 @@ class ImageStream:
             seen = [one.first_seen <= index for one in self.sets]
             made = [place | {"evaluator": "accuracy"} | sums_of(counts, seen, len(self.job.scenario.manifest.experiences))]
         asked = [
-            Answered(one.name, one.classes, num_seen, one.task, (kept or {})[j]) if j in (kept or {}) else None
+            Answered(one.name, one.classes, num_seen, one.task, (kept or {})[j], one.batches) if j in (kept or {}) else None
             for j, one in enumerate(self.sets)
         ]
         return made + [place | row_of(evaluator, self.learner, asked) for evaluator in self.evaluators]

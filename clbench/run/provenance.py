@@ -102,11 +102,10 @@ def plugin_version(target: str) -> str | None:
 
 
 def evaluator_versions(evaluators: Sequence[Any]) -> dict[str, str]:
-    """Name -> version of every evaluator, as `plugin_version` gives it: what is counted depends on the code."""
-    made = [one if inspect.isfunction(one) else type(one) for one in evaluators]
-    return {
-        one.name: _version(f"{kind.__module__}.{kind.__qualname__}", kind) for one, kind in zip(evaluators, made, strict=True)
-    }
+    """Name -> version of every evaluator that is not clbench's own: what is counted depends on the code."""
+    kinds = {one.name: one if inspect.isfunction(one) else type(one) for one in evaluators}
+    outside = {name: kind for name, kind in kinds.items() if kind.__module__.split(".", 1)[0] != "clbench"}
+    return {name: _version(f"{kind.__module__}.{kind.__qualname__}", kind) for name, kind in outside.items()}
 
 
 def _version(target: str, made: Any) -> str:
@@ -197,5 +196,5 @@ def describe(job: Any, command: list[str]) -> dict[str, Any]:
         "resumed": 0,
         "marks": marks,
         "error": None,
-        **({"evaluators": evaluator_versions(job.evaluators)} if job.evaluators else {}),
+        **({"evaluators": outside} if (outside := evaluator_versions(job.evaluators)) else {}),
     }

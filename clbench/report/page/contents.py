@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clbench.evaluation import loss_metrics, metrics, row_metrics
+from clbench.evaluation import loss_metrics, metrics, row_metrics, setting_metrics
 from clbench.interfaces import UserError
 from clbench.records import record
 from clbench.report import cards
@@ -257,8 +257,9 @@ def _conf() -> pathlib.Path:
 
 
 def _detailed(names: Sequence[str]) -> dict[str, str]:
-    stems = {name: name.removeprefix("last_").removeprefix("step_") for name in names}
-    return {name: metrics.DETAILS[stem] for name, stem in stems.items() if stem in metrics.DETAILS}
+    stems, about = {name: name.removeprefix("last_").removeprefix("step_") for name in names}, setting_metrics.ABOUT
+    made = {name: metrics.DETAILS[stem] for name, stem in stems.items() if stem in metrics.DETAILS}
+    return made | {name: about[name] for name in names if name in about}
 
 
 def _lost(folder: _Folder, dead: set[str]) -> list[list[Any]]:
