@@ -126,7 +126,8 @@ def _again(file: Path, data_root: str | None) -> Verdict:
         return Verdict(
             file.name, "self-reported", (f"its configuration is run {job.run_id} here: other code made its numbers",)
         )
-    steps = min(STEPS, len(job.scenario.manifest.experiences))
+    stream = job.scenario.manifest
+    steps = min(max(STEPS, stream.evaluate_every), len(stream.experiences))
     flags = (entry.get("machine") or {}).get("flags") or {}
     return rerun.compare(file.name, entry, runner.repeat(job, flags, steps))
 

@@ -25,7 +25,7 @@ from clbench.config.run_options import wrong_options
 from clbench.config.signatures import problems, signature
 from clbench.evaluation import evaluators
 from clbench.interfaces import UserError
-from clbench.streams.operators import registry
+from clbench.streams.operators import composition, registry
 
 log = logging.getLogger("clbench")
 GROUPS = ("scenario", "learner", "model", "schedule", "pet", "sweep", "machine")
@@ -224,6 +224,7 @@ def _check_operators(config: Mapping[str, Any]) -> Iterator[str]:
     """Names and options of the stream's operators, against their signatures."""
     node = config.get("scenario")
     operators = node.get("operators") if isinstance(node, Mapping) else None
+    listed = []
     for one in operators if isinstance(operators, list | tuple) else ():
         try:
             name, options = registry.parsed(one)
@@ -234,7 +235,11 @@ def _check_operators(config: Mapping[str, Any]) -> Iterator[str]:
         if name == "evaluators":
             yield from evaluators.unknown(options.get("names"))
         found = problems({**options, "_target_": target}, f"operator {name}", registry.SUPPLIED)
+        listed.append((name, options))
+        if not found and (why := composition.refused(name, options)) is not None:
+            yield why
         yield from (line.replace(f"(from _target_={target})", f"(from scenario.operators={name})") for line in found)
+    yield from composition.misplaced(listed)
 
 
 def operators_listing() -> Iterator[str]:

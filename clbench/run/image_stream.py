@@ -89,7 +89,8 @@ def seconds_of(job: Job) -> float:
         visits = sum(sizes) * (2 if job.capabilities.stores_exemplars else 1)
     wanted = job.config["learner"].get("epochs") or job.scenario.budget.epochs
     manifest = job.scenario.manifest
-    seen = sum(len(e.ids) for i in range(len(sizes)) for j, e in enumerate(manifest.evals) if manifest.evaluable(j, i))
+    rows = [i for i in range(len(sizes)) if manifest.is_evaluated(i)]
+    seen = sum(len(e.ids) for i in rows for j, e in enumerate(manifest.evals) if manifest.evaluable(j, i))
     if not trains:
         seen = sum(len(e.ids) for e in manifest.evals)
     forward, training = _pace(job)
@@ -134,6 +135,8 @@ class ImageStream:
         self.sets = [open_eval(job.scenario, j, job.pipeline) for j in range(len(manifest.evals))]
         seen = [manifest.num_seen(i) for i in range(len(manifest.experiences))]
         self.origin = [i for i, (a, b) in enumerate(zip([0, *seen], seen, strict=False)) for _ in range(b - a)]
+        if manifest.evaluate_every > 1:  # a row with a count for each row would not be linear in the rows
+            self.origin = []
         self.evaluators = job.evaluators
         self.past: list[Any] = []
         self.observer = ImageLooks(self)
@@ -188,13 +191,13 @@ class ImageStream:
             joined=not (can.transductive or can.adapts_at_test),
             kept=kept,
         )
-        place: Row = {"experience": index, "step": step}
+        place: Row = {"experience": index // self.job.scenario.manifest.evaluate_every, "step": step}
         if step is not None:
             sums = {"correct": [None if c is None else c.correct for c in counts]}
             made = [place | {"evaluator": "accuracy", "sums": sums | {"n": [None if c is None else c.n for c in counts]}}]
         else:
             seen = [one.first_seen <= index for one in self.sets]
-            made = [place | {"evaluator": "accuracy"} | sums_of(counts, seen, len(self.job.scenario.manifest.experiences))]
+            made = [place | {"evaluator": "accuracy"} | sums_of(counts, seen, self.job.scenario.manifest.rows)]
         asked = [
             Answered(one.name, one.classes, num_seen, one.task, (kept or {})[j], one.batches) if j in (kept or {}) else None
             for j, one in enumerate(self.sets)
@@ -204,9 +207,10 @@ class ImageStream:
     def described(self, rows: list[Row], index: int) -> tuple[str, dict[str, float]]:
         """Accuracy over the sets seen; accuracies, macro, micro and forgetting for a tracker."""
         ends = [row["sums"]["correct"] for row in rows if row["evaluator"] == "accuracy" and row["step"] is None]
-        first, n = [one.first_seen for one in self.sets], [len(one.data) for one in self.sets]
+        every = self.job.scenario.manifest.evaluate_every
+        first, n = [one.first_seen // every for one in self.sets], [len(one.data) for one in self.sets]
         a = metrics.accuracy(ends, n)
-        count = sum(c is not None and i <= index for c, i in zip(ends[-1], first, strict=True))
+        count = sum(c is not None and i <= index // every for c, i in zip(ends[-1], first, strict=True))
         macro = float(metrics.macro(a, first)[-1])
         shown = {"macro": macro, "micro": metrics.micro(a, n, first)[-1], "forgetting": metrics.forgetting(a, first)}
         shown |= {f"accuracy/{one.name}": value for one, value in zip(self.sets, a[-1], strict=True)}

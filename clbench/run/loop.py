@@ -160,7 +160,7 @@ class Loop:
         """Evaluate before the first experience, or the experience that an earlier process learned and did not evaluate."""
         if self.first == 0:
             self.rows += self.stream.before()
-        if self.evaluated < self.first:
+        if self.evaluated < self.first and self.job.scenario.manifest.is_evaluated(self.first - 1):
             self.evaluate(self.first - 1)
 
     def learn(self, index: int) -> None:

@@ -351,7 +351,8 @@ def _run(job: Job, journal: Journal, entry: dict[str, Any], progress: bool, stop
                 loop.begin()
                 for index in range(loop.first, stop_after or len(job.scenario.manifest.experiences)):
                     loop.learn(index)
-                    loop.evaluate(index)
+                    if job.scenario.manifest.is_evaluated(index):
+                        loop.evaluate(index)
     finally:
         stream.close_stream()
     return loop.finish()

@@ -36,6 +36,8 @@ class Manifest:
     """The whole stream. Two manifests are equal when their hashes are.
 
     looks        per experience the numbers of its samples after which the learner is evaluated; empty: at its end alone
+    evaluate_every  the learner is evaluated after each so many experiences, and after the last. Those between two evaluations
+                 count as one in a record (`manifest_text.described`)
     evaluators   names of what is asked of the learner; empty: what the kind of stream asks for
     operators    what made this stream of a generator's, in order, as {name: options}
 
@@ -52,7 +54,7 @@ class Manifest:
     FIELDS: ClassVar[Fields] = {
         "ids": (
             ("kind", "dataset", "class_order", "experiences", "evals", "discloses_task", "has_boundaries", "budget", "schema"),
-            ("looks", "evaluators", "operators"),
+            ("looks", "evaluate_every", "evaluators", "operators"),
         ),
         "spans": (
             ("kind", "vocab", "context", "batch", "domains", "experiences", "evals", "budget", "schema"),
@@ -69,6 +71,7 @@ class Manifest:
     budget: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
     looks: tuple[tuple[int, ...], ...] = ()
+    evaluate_every: int = 1
     evaluators: tuple[str, ...] = ()
     operators: tuple[dict[str, dict[str, Any]], ...] = ()
     domains: tuple[dict[str, Any], ...] = ()
@@ -131,6 +134,15 @@ class Manifest:
     def evaluable(self, j: int, i: int) -> bool:
         """Whether all classes of evaluation set j have been seen after experience i."""
         return all(self.renumber[c] < self.num_seen(i) for c in self.evals[j].classes)
+
+    def is_evaluated(self, i: int) -> bool:
+        """Whether the learner is evaluated after experience i."""
+        return (i + 1) % self.evaluate_every == 0 or i == len(self.experiences) - 1
+
+    @property
+    def rows(self) -> int:
+        """Number of evaluations; experience i belongs to number i // evaluate_every."""
+        return -(-len(self.experiences) // self.evaluate_every)
 
     def to_json(self) -> str:
         """Canonical JSON text, without the hash."""

@@ -189,7 +189,11 @@ def _check_rules(where: str, entry: ExperienceEntry, budget: Mapping[str, Any]) 
 
 
 def _check_looks(manifest: Manifest) -> None:
-    """Looks, evaluators and operators: their form."""
+    """Looks, evaluations, evaluators and operators: their form."""
+    if not _whole(manifest.evaluate_every) or (manifest.evaluate_every > 1 and manifest.looks):
+        raise UserError("manifest: evaluate_every must be a whole number from 1, and 1 where a stream has looks")
+    if manifest.evaluate_every > len(manifest.experiences):
+        raise UserError(f"evaluate_every={manifest.evaluate_every}, the stream has {len(manifest.experiences)} experiences")
     if manifest.looks and len(manifest.looks) != len(manifest.experiences):
         raise UserError(f"manifest: looks of {len(manifest.looks)} experiences, there are {len(manifest.experiences)}")
     for i, (looks, entry) in enumerate(zip(manifest.looks, manifest.experiences, strict=False)):

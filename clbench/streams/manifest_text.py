@@ -16,6 +16,7 @@ def lines(m: Manifest, name: Callable[[int], str]) -> Iterator[str]:
     """The lines; `name` names an original class id."""
     yield f"{m.kind}, {_domains(m) if m.domains else m.dataset['name']}, sha256 {m.sha256}"
     yield from (f"  operator {json.dumps(one, sort_keys=True)}" for one in m.operators)
+    yield from [f"  evaluated after every {m.evaluate_every} experiences, {m.rows} times"] if m.evaluate_every > 1 else ()
     yield from _spans(m) if m.domains else _ids(m, name)
 
 
@@ -60,17 +61,22 @@ def _spans(m: Manifest) -> Iterator[str]:
 
 
 def described(m: Manifest) -> dict[str, Any]:
-    """What a record says of its stream and evaluation sets, as far as the manifest knows it: {scenario, n, first_seen, ...}."""
+    """What a record says of its stream and evaluation sets, as far as the manifest knows it: {scenario, n, first_seen, ...}.
+
+    The experiences between two evaluations are one: a record has a row for each evaluation, and so an experience for each.
+    """
     spans = m.form == "spans"
     about: dict[str, Any] = {
         "kind": m.kind,
         "manifest_sha256": m.sha256,
-        "num_experiences": len(m.experiences),
+        "num_experiences": m.rows,
         "eval_names": [e.name for e in m.evals],
         "experiences": [dict(e) if spans else _experience(e) for e in m.experiences],
         "budget": dict(m.budget),
     }
-    sets: dict[str, Any] = {"first_seen": [e.first_seen for e in m.evals]}
+    if m.evaluate_every > 1:
+        about |= {"experiences": _joined(m), "learned": len(m.experiences), "evaluate_every": m.evaluate_every}
+    sets: dict[str, Any] = {"first_seen": [e.first_seen // m.evaluate_every for e in m.evals]}
     if spans:
         about |= {name: getattr(m, name) for name in ("unit", "context", "batch", "vocab", "iid")}
         sets |= {name: [e[name] for e in m.evals] for name in ("tokens", "floor", "bytes_per_token")}
@@ -81,3 +87,16 @@ def described(m: Manifest) -> dict[str, Any]:
 
 def _experience(e: ExperienceEntry) -> dict[str, Any]:
     return {"name": e.name, "classes": list(e.classes), "task": e.task, "num_train": len(e.train)}
+
+
+def _joined(m: Manifest) -> list[dict[str, Any]]:
+    """The experiences between two evaluations as one, each."""
+    found = []
+    for first in range(0, len(m.experiences), m.evaluate_every):
+        several = m.experiences[first : first + m.evaluate_every]
+        name = several[0].name if len(several) == 1 else f"{several[0].name}..{several[-1].name}"
+        classes = list(dict.fromkeys(c for e in several for c in e.classes))
+        tasks = {e.task for e in several}
+        task = tasks.pop() if len(tasks) == 1 else None
+        found.append({"name": name, "classes": classes, "task": task, "num_train": sum(len(e.train) for e in several)})
+    return found

@@ -3,6 +3,7 @@
     {"permute": {"seed": 0, "number": 3}}                     the fixed pixel permutation `number` of `seed`
     {"rotate": {"degrees": 45.0, "interpolation": "nearest"}} counter-clockwise about the centre, size kept, black outside
     {"resize": {"size": 28}}                                  both sides to `size`, bicubic
+    {"corrupt": {"kind": "fog", "severity": 3, ...}}          one of the fifteen common corruptions, see `images.corruptions`
 
 A sample under a transform is another picture, so it has an id of its own (`picture_ids`): features that are remembered by id
 never meet those of the plain sample. A package may bring steps of its own with entry points in the group
@@ -26,6 +27,11 @@ from clbench.streams import rng
 
 PLUGINS = "clbench.transforms"
 INTERPOLATIONS = ("nearest", "bilinear")
+CORRUPTIONS = (  # in the order of Hendrycks & Dietterich 2019
+    *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow"),
+    *("frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+)
+CORRUPTION_TABLES = ("auto", "cifar", "imagenet")
 _ID_BITS = 27  # sample ids are below 2 ** 27 (`manifest.MAX_SAMPLES`)
 Steps = tuple[dict[str, dict[str, Any]], ...]
 
@@ -60,7 +66,14 @@ def resize(image: np.ndarray, *, size: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC), dtype=np.uint8)
 
 
-_STEPS = {"permute": permute, "rotate": rotate, "resize": resize}
+def corrupt(image: np.ndarray, sample: int, **options: Any) -> np.ndarray:
+    """[H, W, 3] of a sample by its id, corrupted; the noise is that of the id."""
+    from clbench.streams.images import corruptions
+
+    return corruptions.corrupt(image, sample, **options)
+
+
+_STEPS = {"permute": permute, "rotate": rotate, "resize": resize, "corrupt": corrupt}
 _FIELDS = {
     "permute": {"seed": lambda v: _whole(v, 0), "number": lambda v: _whole(v, 0)},
     "rotate": {
@@ -68,6 +81,12 @@ _FIELDS = {
         "interpolation": lambda v: v in INTERPOLATIONS,
     },
     "resize": {"size": lambda v: _whole(v, 1) and v <= 4096},
+    "corrupt": {
+        "kind": lambda v: v in CORRUPTIONS,
+        "severity": lambda v: _whole(v, 1) and v <= 5,
+        "seed": lambda v: _whole(v, 0),
+        "table": lambda v: v in CORRUPTION_TABLES,
+    },
 }
 
 
@@ -98,8 +117,8 @@ def _plugin(name: str) -> importlib.metadata.EntryPoint | None:
     return next(iter(importlib.metadata.entry_points(group=PLUGINS, name=name)), None)
 
 
-def transformed(images: Sequence[np.ndarray], steps: Steps) -> list[np.ndarray]:
-    """Images uint8 [H, W, 3] each, after all steps."""
+def transformed(images: Sequence[np.ndarray], steps: Steps, samples: Sequence[int] = ()) -> list[np.ndarray]:
+    """Images uint8 [H, W, 3] each, after all steps. `samples` are their ids, where a step draws numbers for each of them."""
     for step in steps:
         ((name, options),) = step.items()
         if name in _STEPS:
@@ -110,6 +129,8 @@ def transformed(images: Sequence[np.ndarray], steps: Steps) -> list[np.ndarray]:
             work = entry.load()
         if name == "permute" and len({image.shape for image in images}) == 1:
             images = list(permute(np.stack(images), **options))
+        elif name == "corrupt":
+            images = [corrupt(image, sample, **options) for image, sample in zip(images, samples, strict=True)]
         else:
             images = [work(image, **options) for image in images]
     return list(images)
@@ -124,10 +145,13 @@ def picture_ids(ids: np.ndarray, steps: Steps) -> np.ndarray:
 
 
 class TransformedImages:
-    """A source of stored pixels seen through steps; implements `scenario.ImageSource`."""
+    """A source of stored pixels seen through steps; implements `scenario.ImageSource`.
 
-    def __init__(self, source: Any, steps: Steps):
-        self.source, self.steps = source, steps
+    first  the sample id of its first image: noise belongs to the sample, wherever it lies
+    """
+
+    def __init__(self, source: Any, steps: Steps, first: int = 0):
+        self.source, self.steps, self.first = source, steps, first
         sizes = [step["resize"]["size"] for step in steps if "resize" in step]
         known = all(next(iter(step)) in _STEPS for step in steps)
         self.shape = (sizes[-1],) * 2 if sizes and known else source.shape if known else None
@@ -137,4 +161,4 @@ class TransformedImages:
 
     def raw(self, ids: np.ndarray) -> list[np.ndarray]:
         """Pixels of samples by id: uint8 [H, W, 3] each."""
-        return transformed(self.source.raw(ids), self.steps)
+        return transformed(self.source.raw(ids), self.steps, (np.asarray(ids, np.int64) + self.first).tolist())

@@ -255,9 +255,10 @@ def bound(scenario: Scenario, entry: ExperienceEntry | EvalEntry, pipeline: Pipe
     unlabelled = isinstance(entry, ExperienceEntry) and not entry.labelled
     y = np.full(len(rows), -1, np.int64) if unlabelled else table[scenario.labels(entry)]
     ids = np.array(picture_ids(rows, entry.transform), np.int64)
+    first = int(rows[0])
     if isinstance(images, JoinedPools):
         images, rows = images.part(rows)
-    source = TransformedImages(images, entry.transform) if entry.transform else images
+    source = TransformedImages(images, entry.transform, first - int(rows[0])) if entry.transform else images
     return ImageData(source, rows, ids, y, pipeline, task, name)
 
 

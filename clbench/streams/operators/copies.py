@@ -35,6 +35,13 @@ def flag(value: Any, what: str) -> bool:
     return value
 
 
+def share(value: Any, what: str, least: float = 0.0, most: float = 1.0) -> float:
+    """A number in least..most, or `UserError`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise UserError(f"{what} must be a number in {least:g}..{most:g}, got {value!r}")
+    return float(value)
+
+
 def copied(stream: Scenario, number: int, word: str, operator: str) -> Scenario:
     """Every sample of the stream in each of `number` experiences `word`0, `word`1, ..., with an evaluation set each.
 

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from clbench.streams.scenario import Scenario
 
 GROUP = "clbench.operators"
-_NAMES = ("permute", "rotate", "relabel", "concatenate", "single_pass", "looks", "evaluators")
+_NAMES = (
+    *("permute", "rotate", "corrupt", "relabel", "label_noise", "long_tail", "shots", "blur", "repeat", "drift", "order"),
+    *("concatenate", "shuffle", "single_pass", "hide_boundaries", "looks", "evaluate", "evaluators"),
+)
 BUILT_IN = {name: f"{__package__}.{name}.{name}" for name in _NAMES}
 SUPPLIED = ("stream", "data_root", "download")  # arguments that clbench gives, those that an operator has
 
@@ -75,10 +78,13 @@ def apply(stream: Scenario, operators: Sequence[Any], data_root: str | None = No
     Raises:
         UserError: for an unknown name, a wrong option, or a stream that an operator cannot take; one line.
     """
+    from clbench.streams.operators.composition import misplaced
     from clbench.streams.scenario import Scenario
 
     if isinstance(operators, str | Mapping) or not isinstance(operators, Sequence):
         raise UserError(f"scenario.operators must be a list such as [permute], got {operators!r}")
+    for line in misplaced([parsed(one) for one in operators]):
+        raise UserError(line)
     for one in operators:
         name, options = parsed(one)
         work = _load(name)
@@ -118,6 +124,6 @@ def without_folders(operators: Sequence[Any]) -> list[Any]:
     found = []
     for one in operators:
         name, options = parsed(one)
-        cleaned = {key: cut(value) if key in ("datasets", "dataset") else value for key, value in options.items()}
+        cleaned = {key: cut(value) if key in ("datasets", "dataset", "support") else value for key, value in options.items()}
         found.append({name: cleaned} if isinstance(one, Mapping) else name)
     return found

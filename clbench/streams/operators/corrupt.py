@@ -1,0 +1,158 @@
+"""Corrupted images: noise, blur, weather and digital artefacts, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+
+from clbench.interfaces import UserError
+from clbench.streams import rng
+from clbench.streams.manifest import EvalEntry
+from clbench.streams.operators.copies import chosen, copied, flag, whole, with_transforms
+from clbench.streams.scenario import Scenario
+from clbench.streams.transforms import CORRUPTION_TABLES, CORRUPTIONS
+
+TO = ("copies", "stream", "sets")
+ORDERS = (  # the ten of CoTTA (Wang et al., CVPR 2022, arXiv 2203.13591), places in CORRUPTIONS
+    (10, 13, 0, 5, 6, 4, 2, 14, 3, 12, 1, 8, 7, 9, 11),
+    (14, 1, 6, 8, 11, 9, 3, 12, 0, 10, 4, 2, 13, 7, 5),
+    (11, 3, 0, 1, 7, 8, 4, 6, 12, 14, 13, 10, 2, 5, 9),
+    (1, 9, 4, 13, 7, 12, 10, 2, 3, 8, 11, 0, 5, 14, 6),
+    (13, 4, 6, 7, 9, 2, 10, 5, 8, 14, 0, 1, 11, 3, 12),
+    (5, 7, 9, 1, 3, 11, 6, 10, 8, 12, 4, 0, 13, 14, 2),
+    (8, 2, 14, 11, 6, 4, 13, 7, 3, 5, 10, 12, 1, 9, 0),
+    (4, 6, 2, 9, 7, 14, 0, 8, 1, 10, 11, 5, 13, 3, 12),
+    (3, 5, 6, 1, 0, 4, 14, 9, 11, 13, 8, 7, 10, 12, 2),
+    (11, 0, 3, 6, 8, 4, 14, 9, 13, 12, 1, 2, 7, 5, 10),
+)
+
+
+def corrupt(
+    stream: Scenario,
+    kinds: Sequence[str] | None = None,
+    severity: int = 5,
+    to: Literal["copies", "stream", "sets"] = "copies",
+    order: int | None = None,
+    gradual: bool = False,
+    rounds: int = 1,
+    clean_first: bool = True,
+    batch_size: int | None = None,
+    sorted_labels: bool = False,
+    seed: int = 0,
+    table: Literal["auto", "cifar", "imagenet"] = "auto",
+) -> Scenario:
+    """Images under the common corruptions, in experiences of their own or as sets to adapt to at test time.
+
+    kinds          names of `transforms.CORRUPTIONS`, in this order; null: all fifteen in the order of Hendrycks & Dietterich
+    severity       1 to 5
+    to             copies: every image in each of the experiences, a corruption each. stream: the experiences there are take the
+                   corruptions in turn. sets: the experiences stay; after the last one every corruption is an evaluation set of
+                   all test images, to be answered in this order (continual test-time adaptation; arXiv 2203.13591)
+    order          instead of kinds: number 0..9 of the ten orders of CoTTA
+    gradual        severities 1 to `severity` and back for each corruption; the first one begins at `severity`
+    rounds         so many times through all of them
+    clean_first    copies and stream: the first experience has the images as they are. sets: plain sets come first and last
+    batch_size     of sets: samples that are answered together; null: the run's
+    sorted_labels  of sets: samples by class, else in a seeded order
+    seed           of the noise; every image has noise of its own, the same in every run
+    table          constants of CIFAR-10-C or ImageNet-C; auto: by the shorter side, see `images.corruptions`
+    """
+    chosen(to, "corrupt.to", TO)
+    chosen(table, "corrupt.table", CORRUPTION_TABLES)
+    whole(seed, "corrupt.seed")
+    for name, value in (("gradual", gradual), ("clean_first", clean_first), ("sorted_labels", sorted_labels)):
+        flag(value, f"corrupt.{name}")
+    if to != "sets" and (batch_size is not None or sorted_labels):
+        raise UserError(f"corrupt.{'batch_size' if batch_size is not None else 'sorted_labels'} needs corrupt.to=sets")
+    if batch_size is not None:
+        whole(batch_size, "corrupt.batch_size", 1)
+    steps = _sequence(_kinds(kinds, order), severity, gradual, whole(rounds, "corrupt.rounds", 1))
+    listed: list[Any] = [
+        ({"corrupt": {"kind": kind, "severity": level, "seed": seed, "table": table}},) for kind, level in steps
+    ]
+    if to == "sets":
+        return _sets(stream, listed, _names(steps), batch_size, sorted_labels, clean_first, seed)
+    listed = [(), *listed] if clean_first else listed
+    if to == "copies":
+        made = with_transforms(copied(stream, len(listed), "corrupt", "corrupt"), listed)
+        return _named(made, ["clean", *_names(steps)] if clean_first else _names(steps))
+    number = len(stream.manifest.experiences)
+    if clean_first and number == 1:
+        raise UserError("operator corrupt has no effect on one experience: say corrupt.clean_first=false, or corrupt.to=copies")
+    return with_transforms(stream, [listed[i % len(listed)] for i in range(number)])
+
+
+def _kinds(kinds: Any, order: Any) -> list[str]:
+    if order is not None:
+        if kinds is not None:
+            raise UserError("corrupt.order excludes corrupt.kinds: leave one of them null")
+        return [CORRUPTIONS[k] for k in ORDERS[_below(order, "corrupt.order", len(ORDERS))]]
+    if kinds is None:
+        return list(CORRUPTIONS)
+    if isinstance(kinds, str) or not isinstance(kinds, Sequence) or not kinds:
+        raise UserError(f"corrupt.kinds must be a list of corruptions, got {kinds!r}")
+    return [chosen(kind, "corrupt.kinds", CORRUPTIONS) for kind in kinds]
+
+
+def _below(value: Any, what: str, end: int) -> int:
+    if whole(value, what) >= end:
+        raise UserError(f"{what} must be a whole number in 0..{end - 1}, got {value}")
+    return value
+
+
+def _sequence(kinds: Sequence[str], severity: Any, gradual: bool, rounds: int) -> list[tuple[str, int]]:
+    """(corruption, severity) of every step."""
+    most = 1 + _below(whole(severity, "corrupt.severity", 1) - 1, "corrupt.severity - 1", 5)
+    if gradual and most == 1:
+        raise UserError("corrupt.gradual has no effect with corrupt.severity=1")
+    up, down = list(range(1, most + 1)), list(range(most - 1, 0, -1))
+    found = []
+    for k, kind in enumerate(list(kinds) * rounds):
+        levels = [most] if not gradual else [most, *down] if k == 0 else [*up, *down]
+        found += [(kind, level) for level in levels]
+    return found
+
+
+def _names(steps: Sequence[tuple[str, int]]) -> list[str]:
+    """fog5, and fog5#2 where it comes again."""
+    names: list[str] = []
+    count: dict[tuple[str, int], int] = {}
+    for kind, level in steps:
+        count[kind, level] = again = count.get((kind, level), 0) + 1
+        names.append(f"{kind}{level}" + (f"#{again}" if again > 1 else ""))
+    return names
+
+
+def _named(stream: Scenario, names: Sequence[str]) -> Scenario:
+    steps = tuple(replace(e, name=name) for e, name in zip(stream.manifest.experiences, names, strict=True))
+    sets = tuple(replace(e, name=names[e.first_seen]) for e in stream.manifest.evals)
+    return replace(stream, manifest=replace(stream.manifest, experiences=steps, evals=sets))
+
+
+def _sets(
+    stream: Scenario, steps: Sequence[Any], names: Sequence[str], size: int | None, by_label: bool, clean: bool, seed: int
+) -> Scenario:
+    """Evaluation sets in the place of those there are: all test images under each step, in an order that stands in the hash."""
+    manifest = stream.manifest
+    evals = manifest.evals
+    if any(e.transform != evals[0].transform or e.labels is not None or e.order != "any" for e in evals):
+        raise UserError("operator corrupt: the evaluation sets differ in more than their samples; put corrupt.to=sets before")
+    ids = np.concatenate([e.ids for e in evals])
+    if len(np.unique(ids)) < len(ids):
+        raise UserError("operator corrupt: samples are in several evaluation sets already")
+    last, present = len(manifest.experiences) - 1, set(stream.dataset.y[ids].tolist())
+    classes = tuple(c for c in manifest.class_order if c in present)
+    made = []
+    listed = list(zip(steps, names, strict=True))
+    listed = [((), "clean"), *listed, ((), "clean after")] if clean else listed
+    for k, (step, name) in enumerate(listed):
+        order = rng.permutation(rng.key("corrupt order", seed, 0 if name.startswith("clean") else k), len(ids))
+        shown = ids[order]
+        shown = shown[np.argsort(stream.dataset.y[shown], kind="stable")] if by_label else shown
+        made.append(
+            EvalEntry(name, None, classes, shown, last, transform=(*evals[0].transform, *step), order="given", batch_size=size)
+        )
+    return replace(stream, manifest=replace(manifest, evals=tuple(made)))
