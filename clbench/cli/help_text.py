@@ -99,6 +99,13 @@ EXAMPLES: dict[str, tuple[str, tuple[str, ...]]] = {
             "clbench tune learner=replay tune.space=replay tune.protocol=test results_dir=cheating",
         ),
     ),
+    "orders": (
+        "run learners on a stream in many orders of its experiences: spread, extremes, and whether similarity predicts them",
+        (
+            "clbench orders learner=finetune,replay scenario.num_classes=5 scenario.increment=1 --orders all",
+            "clbench orders learner=slca scenario=cil_cifar100 --orders 24 seed=0,1,2",
+        ),
+    ),
     "manifest": (
         "write, check or show the exact stream of a scenario",
         (
