@@ -1,5 +1,6 @@
 """Numbers of settings by hand, and the evaluator of activations against plain loops."""
 
+import csv
 import json
 import math
 
@@ -85,9 +86,9 @@ def test_plasticity_and_error():
 
 def test_other_streams_have_none_of_them_and_explain_names_all():
     assert numbers([[9]], [10], [0]) == {} == setting_metrics.summary({"correct": None, "config": {}})
-    assert set(setting_metrics.FORMULAS) == set(setting_metrics.ABOUT) <= set(metrics.ABOUT)
+    assert {*setting_metrics.FORMULAS, *setting_metrics.PAIRED} == set(setting_metrics.ABOUT) <= set(metrics.ABOUT)
     named = {name for names in (*setting_metrics.SETTINGS.values(), *setting_metrics.KINDS.values()) for name in names}
-    assert named == set(setting_metrics.ABOUT)
+    assert named == set(setting_metrics.FORMULAS)
 
 
 def test_numbers_reach_terminal_table_and_page(clbench, small):
@@ -102,6 +103,28 @@ def test_numbers_reach_terminal_table_and_page(clbench, small):
     page = (clbench.folder / "results" / "report.html").read_text()
     assert "average_anytime" in page and setting_metrics.ABOUT["average_anytime"].split(" of ")[0] in page
     assert "average_anytime" in clbench("report", "explain", "--part", "details").stdout
+
+
+def test_pairs_by_hand(clbench, small):
+    noise = "scenario.operators=[{label_noise: {share: 0.4}}]"
+    words = ("num_threads=1", *small)
+    clbench("run", "-m", "learner=finetune,joint", "seed=0,1", *words)
+    clbench("run", "learner=finetune", noise, *words)
+    clbench("report")
+    made = {(one["learner"]["name"], one["seed"], "operators" in one["config"]["scenario"]): one for one in clbench.records()}
+    clean, noisy = made["finetune", 0, False], made["finetune", 0, True]
+    own = {key: metrics.summary(one)["plasticity"] for key, one in made.items()}
+    last = [metrics.summary(one)["last_macro"] for one in (clean, noisy)]
+    with (clbench.folder / "results" / "leaderboard.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    by = {(row["learner"], row["n_seeds"]): row for row in rows}
+    lost = [own["joint", seed, False] - own["finetune", seed, False] for seed in (0, 1)]
+    assert float(by["finetune", "2"]["intransigence_mean"]) == pytest.approx(sum(lost) / 2, abs=1e-4)
+    assert float(by["finetune", "1"]["noise_robustness_mean"]) == pytest.approx(last[1] / last[0], abs=1e-4)
+    assert by["joint", "2"]["intransigence_mean"] == "" == by["finetune", "2"]["noise_robustness_mean"]
+    assert by["finetune", "1"]["intransigence_mean"] == ""  # no reference on the noisy stream
+    alone = clbench("report", "--learner", "finetune", "--format", "csv").stdout
+    assert "intransigence_mean" in alone and "noise_robustness" in clbench("report").stdout
 
 
 class Batch:

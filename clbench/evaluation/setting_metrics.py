@@ -32,6 +32,11 @@ ABOUT: dict[str, str] = {
     "plasticity_loss": "accuracy on the newest sets: mean over the first tenth of the experiences - mean over the last tenth",
     "mean_error": "mean over the sets of the last experience of 1 - accuracy, answers as given while the learner adapts",
 }
+PAIRED = {  # of two runs, see `report.paired`
+    "intransigence": "plasticity of the reference (joint training) on the same stream - the run's (Chaudhry et al. 2018: I)",
+    "noise_robustness": "last_macro under label noise / last_macro of the same run without",
+}
+ABOUT |= PAIRED
 _DOMAINS = ("in_domain", "next_domain", "forward_domain", "backward_domain")
 SETTINGS: dict[str, tuple[str, ...]] = {
     "shots": ("performance_drop", "base_accuracy", "novel_accuracy", "harmonic_mean"),

@@ -16,7 +16,7 @@ from clbench.config.signatures import nearest
 from clbench.interfaces import UserError
 from clbench.records import loss_facts, record
 from clbench.records.variant import family, variant, weights_of
-from clbench.report import costs
+from clbench.report import costs, paired
 from clbench.report.columns import ACCURACY, LOSS, Leaderboard
 from clbench.report.formats import plain
 
@@ -225,15 +225,15 @@ def scan(results: pathlib.Path, wanted: Filter | None = None, take: Callable[[An
     found = Scan([], [], [])
     chosen: set[str] = set()
     for entry in record.entries(results / "records", found.problems):
+        shown = True
         try:
             shown = keep(entry)
-            if not shown and not loss_facts.is_loss(entry):  # one that is not shown may be what another is compared with
-                continue
-            run = summarize(entry, known)
+            run = summarize(entry, known)  # one that is not shown may be what another is compared with
             if shown and take is not None:
                 take(entry, run)
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
-            found.problems.append(f"record {entry['run_id']} cannot be summed up: {type(error).__name__}: {error}")
+            if shown:
+                found.problems.append(f"record {entry['run_id']} cannot be summed up: {type(error).__name__}: {error}")
             continue
         found.runs.append(run)
         if shown:
@@ -241,5 +241,5 @@ def scan(results: pathlib.Path, wanted: Filter | None = None, take: Callable[[An
             if record.is_dead(entry, results):
                 found.dead.append(run.run_id)
     keep.check()
-    found.runs = [run for run in loss_facts.join(found.runs) if run.run_id in chosen]
+    found.runs = [run for run in paired.join(loss_facts.join(found.runs)) if run.run_id in chosen]
     return found

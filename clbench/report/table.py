@@ -92,7 +92,12 @@ def for_people(made: Sequence[Mapping[str, Any]], board: Leaderboard = ACCURACY)
 
 
 def _columns(names: Sequence[str], made: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    return tuple(word for name in names for word in (extra_numbers(made) if name == EXTRA else (name,)))
+    return tuple(word for name in names for word in (_read(made) if name == EXTRA else (name,)))
+
+
+def _read(made: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Numbers that only some records have, and that people read; `intransigence` is in the files, plasticity says the same."""
+    return [name for name in extra_numbers(made) if name != "intransigence"]
 
 
 def _cell(board: Leaderboard, row: Mapping[str, Any], name: str, page: bool = False) -> str | None:

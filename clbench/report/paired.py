@@ -1,0 +1,61 @@
+"""Numbers that two runs on images give together: a reference and a contender, a noisy stream and the clean one."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+
+def join(runs: Sequence[Any]) -> list[Any]:
+    """The runs with `intransigence` and `noise_robustness` where the folder holds what they are compared with.
+
+    intransigence     plasticity of the reference on the same stream, model and version of numbers (of the same seed, else the
+                      mean of its seeds) - the run's own
+    noise_robustness  last_macro / that of the same run, seed included, without the operator `label_noise`
+    """
+    done = [run for run in runs if run.loss is None and run.usable]
+    known: dict[tuple[Any, ...], dict[int, float]] = {}
+    clean: dict[str, float] = {}
+    for run in done:
+        if "reference" in run.marks and "plasticity" in run.values:
+            known.setdefault(_stream(run), {})[run.seed] = run.values["plasticity"]
+        if not _noise(run) and "last_macro" in run.values:
+            clean[_key(run)] = run.values["last_macro"]
+
+    def more(run: Any) -> dict[str, float]:
+        made, of_seeds = {}, known.get(_stream(run), {})
+        if of_seeds and "reference" not in run.marks and "plasticity" in run.values:
+            made["intransigence"] = of_seeds.get(run.seed, sum(of_seeds.values()) / len(of_seeds)) - run.values["plasticity"]
+        if _noise(run) and clean.get(_key(run), 0.0) > 0 and "last_macro" in run.values:
+            made["noise_robustness"] = run.values["last_macro"] / clean[_key(run)]
+        return {name: value for name, value in made.items() if math.isfinite(value)}
+
+    chosen = {id(run) for run in done}
+    return [replace(run, values={**run.values, **more(run)}) if id(run) in chosen else run for run in runs]
+
+
+def _stream(run: Any) -> tuple[Any, ...]:
+    """What a reference shares with the runs that it is the reference of; a legacy run is compared with legacy ones alone."""
+    return run.stream, run.model, run.legacy, run.settings.get("weights"), run.settings.get("precision")
+
+
+def _operators(run: Any) -> list[Any]:
+    found = run.settings.get("scenario.operators")
+    return list(found) if isinstance(found, Sequence) and not isinstance(found, str) else []
+
+
+def _is_noise(one: Any) -> bool:
+    return one == "label_noise" or (isinstance(one, Mapping) and "label_noise" in one)
+
+
+def _noise(run: Any) -> bool:
+    return any(_is_noise(one) for one in _operators(run))
+
+
+def _key(run: Any) -> str:
+    """Everything that a run was given, but for label noise."""
+    settings = {**run.settings, "scenario.operators": [one for one in _operators(run) if not _is_noise(one)]}
+    return json.dumps([settings, run.seed, run.legacy], sort_keys=True, default=str)
