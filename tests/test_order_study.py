@@ -8,7 +8,7 @@ import pytest
 
 from clbench.config import compose
 from clbench.interfaces import UserError
-from clbench.tuning import order_study
+from clbench.studies import orders as order_study
 
 
 def test_numbers_of_a_learner_by_hand():

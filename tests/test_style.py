@@ -21,6 +21,7 @@ LAYERS = [
     {"report"},
     {"run"},
     {"testing", "tuning"},
+    {"studies"},
     {"bench"},
     {"cli"},
     {"__main__"},

@@ -106,6 +106,10 @@ EXAMPLES: dict[str, tuple[str, tuple[str, ...]]] = {
             "clbench orders learner=slca scenario=cil_cifar100 --orders 24 seed=0,1,2",
         ),
     ),
+    "effects": (
+        "what the literature says a setting does, shown on small streams: runs, claims, and whether each holds over seeds",
+        ("clbench effects --list", "clbench effects noise repetition --seeds 5 results_dir=out"),
+    ),
     "manifest": (
         "write, check or show the exact stream of a scenario",
         (

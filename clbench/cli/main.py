@@ -127,10 +127,10 @@ def _add_arguments(parser: Parser, name: str, page: str) -> None:
         from clbench.bench.token_options import add_arguments as add_paces
 
         add_paces(parser)
-    if name == "orders":
-        from clbench.tuning import order_study
+    if name in ("orders", "effects"):
+        from clbench.studies import effects, orders
 
-        order_study.add_arguments(parser)
+        (orders if name == "orders" else effects).add_arguments(parser)
     if name == "new":
         parser.add_argument("kind", choices=("learner", "scenario", "operator", "evaluator"))
         parser.add_argument("name", help="a Python name in lower case, such as my_method")
@@ -190,10 +190,10 @@ def dispatch(argv: Sequence[str]) -> int:
         from clbench.tuning import study
 
         return study.run(args, ["clbench", *argv])
-    if name == "orders":
-        from clbench.tuning import order_study
+    if name in ("orders", "effects"):
+        from clbench.studies import effects, orders
 
-        return order_study.run(args, ["clbench", *argv])
+        return (orders if name == "orders" else effects).run(args, ["clbench", *argv])
     if name in ("bench", "bench tokens"):
         from clbench.bench import command
 

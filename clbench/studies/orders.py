@@ -31,11 +31,10 @@ from clbench.records import record
 from clbench.report import numbers
 from clbench.report.formats import Table, csv_text, to_text
 from clbench.run import provenance
-from clbench.run.subprocess_job import run_alone
 from clbench.streams import rng
 from clbench.streams.operators import similarity
 from clbench.streams.scenario import Scenario
-from clbench.tuning.trials import finished, work
+from clbench.studies.jobs import record_of
 
 MOST = 720  # orders of `--orders all`: six experiences
 COLUMNS = ("learner", "seed", "order", "name", "score", "value", "effectiveness", "run")
@@ -78,7 +77,7 @@ def run(args: argparse.Namespace, command: list[str]) -> int:
     rows, lost = [], 0
     for number, (job, label) in enumerate(zip(composed.jobs, labels, strict=True)):
         for place, order in enumerate(orders):
-            entry = _ended(job, order, results, command)
+            entry = record_of(in_order(job, order), command)
             head = f"[{number * len(orders) + place + 1}/{len(composed.jobs) * len(orders)}] {label} seed {job['seed']}"
             if isinstance(entry, str):
                 lost += 1
@@ -147,17 +146,13 @@ def _value_at(job: Mapping[str, Any], key: str) -> Any:
     return value
 
 
-def _ended(job: Mapping[str, Any], order: Order, results: Path, command: list[str]) -> dict[str, Any] | str:
-    """The record of one run, or why there is none."""
-    made: dict[str, Any] = {**copy.deepcopy(dict(job)), "on_error": "record"}
+def in_order(job: Mapping[str, Any], order: Order) -> dict[str, Any]:
+    """A run's configuration with its experiences in another order."""
+    made = copy.deepcopy(dict(job))
     if order.places != tuple(range(len(order.places))):
         one = {"order": {"of": "experiences", "by": list(order.places)}}
         made["scenario"]["operators"] = [*(made["scenario"].get("operators") or ()), one]
-    ended = run_alone(work, made, command, None)
-    if ended["stopped"] or ended["status"] == "interrupted":
-        raise KeyboardInterrupt
-    entry = finished(results, ended)
-    return entry if entry is not None else (ended["text"].splitlines() or ["?"])[0]
+    return made
 
 
 def _row(entry: Mapping[str, Any], label: str, order: Order, metric: str) -> dict[str, Any]:

@@ -1,0 +1,78 @@
+"""`clbench effects`: claims judged by hand, the files checked, the real command."""
+
+import json
+
+import pytest
+
+from clbench.interfaces import UserError
+from clbench.studies import effects
+
+
+def values(**runs):
+    return {name: {seed: {"last_macro": v} for seed, v in enumerate(vs)} for name, vs in runs.items()}
+
+
+def test_more_and_less_are_paired_by_seed():
+    claim = {"number": "last_macro", "more": "a", "less": "b"}
+    row = effects.judged(claim, values(a=[0.5, 0.6, 0.9], b=[0.4, 0.5, 0.7]), 3)
+    assert row["value"] == pytest.approx(0.4 / 3) and row["verdict"] == "holds" and row["seeds"] == 3
+    assert effects.judged(claim, values(a=[0.4, 0.5], b=[0.5, 0.7]), 2)["verdict"] == "fails"
+    assert effects.judged(claim, values(a=[0.4, 0.7], b=[0.5, 0.5]), 2)["verdict"] == "not shown"
+    assert effects.judged(claim, values(a=[0.5], b=[0.4]), 1)["verdict"] == "holds (1 seed)"
+    assert effects.judged(claim, values(a=[0.5], b=[]), 1)["verdict"] == "no value"
+    assert effects.judged(claim, values(a=[0.5, 0.5], b=[0.5, 0.5]), 2)["verdict"] == "fails"
+
+
+def test_above_and_below():
+    given = values(a=[0.2, 0.4])
+    above = effects.judged({"number": "last_macro", "run": "a", "above": 0.1}, given, 2)
+    assert above["value"] == pytest.approx(0.2) and above["verdict"] == "holds" and above["claim"] == "a > 0.1"
+    assert effects.judged({"number": "last_macro", "run": "a", "below": 0.1}, given, 2)["verdict"] == "fails"
+
+
+def test_spread_over_orders_by_hand():
+    # seeds 0 and 1, orders 0 and 1: keys seed + 2 * order
+    found = {0: 0.1, 1: 0.2, 2: 0.7, 3: 0.6}
+    over_seeds = (0.005**0.5 + 0.005**0.5) / 2
+    assert effects.spread(found, 2) == pytest.approx([0.18**0.5 - over_seeds, 0.08**0.5 - over_seeds])
+    assert effects.spread({0: 0.1, 1: 0.3}, 1) == []
+
+
+@pytest.mark.parametrize("name", effects.names())
+def test_every_file_composes_and_claims_numbers_that_exist(name):
+    from clbench.report.numbers import check_metric
+
+    effect = effects.load(name)
+    jobs = dict(effects._jobs(effect, [], 0))
+    assert list(jobs) == list(effect["runs"]) and effect["claims"] and len(effect["about"]) > 20
+    for claim in effect["claims"]:
+        check_metric(claim["number"], losses=False)
+
+
+def test_wrong_files_and_words_are_one_line(tmp_path, monkeypatch, clbench):
+    with pytest.raises(UserError, match="did you mean 'noise'"):
+        effects.load("noises")
+    (tmp_path / "effect").mkdir()
+    monkeypatch.setattr(effects.registry, "conf_dir", lambda: tmp_path)
+    for text, word in (
+        ("# x\nruns: {a: []}\nclaims: [{number: n, more: a}]", "a claim has number and more"),
+        ("# x\nruns: {a: []}\nclaims: [{number: n, more: a, less: b}]", "run 'b', which is not there"),
+        ("# x\nclaims: []", "an effect has common, runs, claims"),
+    ):
+        (tmp_path / "effect" / "wrong.yaml").write_text(text)
+        with pytest.raises(UserError, match=word):
+            effects.load("wrong")
+    assert "--seeds must be" in clbench("effects", "noise", "--seeds", "0", code=2).stderr
+    assert "effect noise, run 0 %" in clbench("effects", "noise", "scenario.nope=1", code=2).stderr
+
+
+def test_the_command(clbench, small):
+    words = ("effects", "noise", "--seeds", "1", "num_threads=1", *small)
+    out = clbench(*words).stdout
+    made = json.loads((clbench.folder / "results" / "effects" / "noise.json").read_text())
+    assert [claim["number"] for claim in made["claims"]] == ["plasticity"] * 2 and made["lost"] == 0
+    assert "(1 seed)" in out and len(clbench.records()) == 3
+    rows = (clbench.folder / "results" / "effects" / "noise.csv").read_text().splitlines()
+    assert len(rows) == 4 and rows[1].startswith("0 %,0,")
+    assert clbench(*words).stdout == out
+    assert "noise" in clbench("effects", "--list").stdout
