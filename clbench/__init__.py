@@ -144,6 +144,8 @@ sys.meta_path.append(moved.Finder)
 def __getattr__(name: str) -> Any:
     """A public name, imported when it is first asked for."""
     if name not in _HOME:
+        if (place := moved.current(f"clbench.{name}")) != f"clbench.{name}":
+            raise ImportError(f"clbench.{name} is now {place}; plug-ins import from clbench itself", name=f"clbench.{name}")
         near = difflib.get_close_matches(name, __all__, 1, 0.6)
         hint = f"; did you mean {near[0]!r}?" if near else f" (it has {', '.join(__all__)})"
         raise AttributeError(f"clbench has no public name {name!r}{hint}")

@@ -140,7 +140,7 @@ class Batch(Protocol):
     """Some samples. `x` is decoded, augmented and moved to the device when it is first asked for; `UserError` if that is after
     the end of the experience.
 
-    ids   [B] int64, stable over runs and machines
+    ids   [B] int64, stable over runs and machines; at test time numbers that say nothing of a sample's place or class
     y     [B] int64, classes renumbered by order of appearance; None at test time
     task  the task of all samples where the scenario discloses it, else None
     x     [B, C, H, W] float, normalised as the model wants it

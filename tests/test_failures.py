@@ -152,6 +152,7 @@ FAILURES = [
     ("images", "1:3", MemoryError("a lot"), OFTEN, "in experience 2 of 3", "inside experience 2"),
     ("images", "2:end", OSError(28, "No space left on device"), SELDOM, "in experience 3 of 3", "after experience 2"),
     ("images", "1:evaluate", RuntimeError("stale handle"), SELDOM, "after experience 2 of 3", "after experience 2"),
+    ("images", "2:evaluate", RuntimeError("at the very end"), SELDOM, "after experience 3 of 3", "after experience 3"),
     ("images", "1:2", BudgetExceeded("too many visits"), SELDOM, "in experience 2 of 3", "after experience 1"),
     ("texts", "1:5", torch.OutOfMemoryError("CUDA out of memory"), SELDOM, "in experience 2 of 2", "after experience 1"),
     ("texts", "1:11", MemoryError("in a branch"), OFTEN, "in experience 2 of 2", "inside experience 2"),
@@ -171,6 +172,8 @@ def test_a_failure_costs_at_most_its_experience(tmp_path, straight, kind, place,
     assert again.status == "ok", again
     entry = record.read(again.path)
     assert numbers(entry, kind) == numbers(straight[kind], kind) and entry["resumed"] == 1 and "process" not in entry
+    held = ("exemplars", "exemplar_bytes", "stored_bytes")
+    assert {key: entry.get(key) for key in held} == {key: straight[kind].get(key) for key in held}
     learned = {place.partition(":")[0] for place in Doomed.reached if not place.endswith("evaluate")}
     assert "0" not in learned, "the first experience is learned again"
     if number == "evaluate":

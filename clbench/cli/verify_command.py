@@ -16,6 +16,7 @@ from clbench.config.signatures import signature
 from clbench.evaluation import evaluators
 from clbench.interfaces import UserError
 from clbench.records import record, rerun
+from clbench.records.safe_text import plain
 from clbench.records.verify import Verdict, line, verdicts, verify
 from clbench.streams.operators import registry as operators
 
@@ -83,6 +84,9 @@ def repeat(path: Path, number: int, seed: int, data_root: str | None) -> tuple[s
                 hint = "" if data_root else " (--data-root DIR names the folder of data and weights)"
                 raise UserError(f"{file.name} cannot be repeated here: {error}{hint}") from None
             made.append(Verdict(file.name, "self-reported", (f"it cannot be repeated here: {error}",)))
+        except Exception as error:  # whatever a learner raises: the other records are repeated all the same
+            why = f"its repeat raises {type(error).__name__}: {plain(str(error))[:200]}"
+            made.append(Verdict(file.name, "failed", (why,)))
     good = sum(v.verdict == "verified" for v in made)
     text = "\n".join([*map(line, made), f"{len(made)} repeated: {good} verified"])
     return text, 1 if any(v.verdict == "failed" for v in made) else 0

@@ -209,10 +209,18 @@ def _unknown_key(message: str, overrides: Sequence[str]) -> str:
         return " ".join(message.split())
     key = next((k for k in map(key_of, overrides) if k == found[1] or k.endswith(f".{found[1]}")), found[1])
     others = [w for w in overrides if key_of(w) != key and "." not in key_of(w)]
-    known = list(dotted(resolve(_compose(others)))) if others != list(overrides) else []
+    known = _names(_compose(others)) if others != list(overrides) else []
     if key in known:
         return f"'{key}' takes no new parts at once: write +{key}.NAME=VALUE for each"
     return f"no key '{key}'{nearest(key, [*known, *GROUPS])}"
+
+
+def _names(config: Any) -> list[str]:
+    """Dotted keys of a composed configuration, also of one whose values are still missing."""
+    from omegaconf import OmegaConf
+
+    plain: Any = OmegaConf.to_container(config, resolve=False)
+    return list(dotted({key: value for key, value in plain.items() if key != "hydra"}))
 
 
 def resolve(config: Any) -> dict[str, Any]:

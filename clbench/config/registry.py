@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import math
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -79,14 +80,14 @@ def origin(path: Path) -> str:
 
 def listing(words: Sequence[str] = ()) -> str:
     """Names and first comment lines of the groups (plurals), or of all; of `learners`, if asked for, what there is to know."""
-    plurals = [*(f"{group}s" for group in GROUPS), "operators"]
+    plurals = [*(f"{group}s" for group in GROUPS), "operators", "evaluators"]
     for word in words:
         if f"{word.removesuffix('s')}s" not in plurals:
             raise UserError(f"no group '{word}'{nearest(word, plurals)} (one of: {', '.join(plurals)})")
     lines, known = [], stored()
-    for group in [word.removesuffix("s") for word in words] or (*GROUPS, "operator"):
+    for group in [word.removesuffix("s") for word in words] or (*GROUPS, "operator", "evaluator"):
         lines.append(f"{group}s")
-        lines += operators_listing() if group == "operator" else ()
+        lines += operators_listing() if group == "operator" else evaluators.listing() if group == "evaluator" else ()
         for name, (path, *_) in choices(group).items():
             mark = "" if origin(path) == "clbench" else f"  [{origin(path)}]"
             lines.append(f"  {name:<18} {description(path)}{mark}".rstrip())
@@ -196,9 +197,22 @@ def check(config: Mapping[str, Any]) -> None:
             left = () if operators_after(node) is None else ("operators",)
             found = _check_node({k: v for k, v in node.items() if k not in left}, group, _SUPPLIED.get(group, ()))
             lines += [line for line in found if line.split()[0].split(".")[-1] not in options]
-    lines += _check_operators(config)
+    lines += [*_check_operators(config), *_check_ranges(config.get("learner"))]
     if lines:
         raise UserError("\n".join(dict.fromkeys(lines)))
+
+
+def _check_ranges(learner: Any) -> Iterator[str]:
+    """Numbers of a learner of clbench's that no run can have: rates below 0, no epochs, no samples in a batch."""
+    if not isinstance(learner, Mapping) or not str(learner.get("_target_", "")).startswith("clbench."):
+        return
+    for name, value in learner.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if (name == "lr" or name.endswith("_lr")) and not 0 <= value < math.inf:
+            yield f"learner.{name} must be a finite number from 0, got {value:g}"
+        if name in ("epochs", "batch_size") and value < 1:
+            yield f"learner.{name} must be at least 1, got {value:g}"
 
 
 def operators_after(node: Mapping[str, Any]) -> Any:

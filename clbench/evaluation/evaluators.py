@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 GROUP = "clbench.evaluators"
 BUILT_IN = ("accuracy", "token_loss", "reconstruction", "linear_probe")  # names that a plug-in cannot have
 OWN = {"activations": "clbench.evaluation.activations.Activations"}  # what a scenario may name
+_ABOUT = {"activations": "shares of dormant units and ranks of features, which say what a network can still learn"}
 
 
 class Answered:
@@ -45,8 +46,8 @@ class Answered:
         return sum(len(labels) for _, labels in self._parts)
 
     def answers(self, learner: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        """Scores [B, num_seen] float32 and labels [B] int64 of a batch each, on the CPU."""
-        yield from self._parts
+        """Scores [B, num_seen] float32 and labels [B] int64 of a batch each, on the CPU: copies, an evaluator's own."""
+        yield from ((scores.clone(), labels.clone()) for scores, labels in self._parts)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """The samples without labels."""
@@ -94,6 +95,13 @@ def unknown(names: Any) -> Iterator[str]:
     for name in names if isinstance(names, list | tuple) else ():
         if isinstance(name, str) and name not in registered and "." not in name.strip("."):
             yield _unknown(name, registered)
+
+
+def listing() -> list[str]:
+    """A line for each evaluator that a scenario may name; those of packages are not imported."""
+    own = [f"  {name:<18} {_ABOUT[name]}" for name in OWN]
+    entries = importlib.metadata.entry_points(group=GROUP)
+    return own + [f"  {entry.name:<18} {entry.value.replace(':', '.')}  [{entry.value.split('.')[0]}]" for entry in entries]
 
 
 def asked_for(scenario: Mapping[str, Any]) -> Iterator[str]:

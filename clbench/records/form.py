@@ -212,6 +212,7 @@ class Record(BaseModel):
     resumed: Count = 0
     marks: list[Text] = []
     evaluators: dict[str, Text] = {}
+    code: dict[str, Text] = {}
     checksum: Text | None = None
 
 

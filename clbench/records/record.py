@@ -66,15 +66,16 @@ def run_id(
     weights_sha256: str,
     plugin: str | None,
     version: int | None = None,
-    evaluators: Mapping[str, str] | None = None,
+    outside: Mapping[str, str] | None = None,
 ) -> str:
     """Identity of a run, 16 hex digits: configuration without machine options, stream, weights, plug-in, numbers version.
 
-    `version`: `numbers_version(config)` where None. `evaluators`: versions of those that come from outside, by name.
+    `version`: `numbers_version(config)` where None. `outside`: versions of evaluators, scenario and
+    operators that are not clbench's, by name.
     """
     version = numbers_version(config) if version is None else version
     parts = [version, _first_names(config), manifest_sha256, weights_sha256, plugin]
-    return digest([*parts, dict(evaluators)] if evaluators else parts)[:16]
+    return digest([*parts, dict(outside)] if outside else parts)[:16]
 
 
 def _first_names(node: Any) -> Any:

@@ -17,7 +17,7 @@ def variant(entry: Mapping[str, Any]) -> str:
     """
     config = {key: value for key, value in entry["config"].items() if key != "seed"}
     parts = [config, entry["scenario"].get("manifest_sha256"), weights_of(entry), entry["numbers_version"]]
-    parts += [entry["evaluators"]] if entry.get("evaluators") else []
+    parts += [outside] if (outside := outside_of(entry)) else []
     return record.digest([*parts, entry["learner"].get("plugin")])[:8]
 
 
@@ -27,6 +27,11 @@ def family(entry: Mapping[str, Any]) -> str:
     if isinstance(config.get("scenario"), Mapping):
         config["scenario"] = {key: value for key, value in config["scenario"].items() if key not in ORDER}
     return record.digest([config, weights_of(entry), entry["numbers_version"], entry["learner"].get("plugin"), "family"])[:8]
+
+
+def outside_of(entry: Mapping[str, Any]) -> dict[str, str]:
+    """Versions of the code outside clbench, but the learner's, on which a record's numbers depend."""
+    return {**(entry.get("evaluators") or {}), **(entry.get("code") or {})}
 
 
 def weights_of(entry: Mapping[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 from clbench.interfaces import UserError
 from clbench.records import loss_facts, record, verify_artifacts, verify_counts, verify_losses, verify_rows
 from clbench.records.safe_text import plain
-from clbench.records.variant import variant
+from clbench.records.variant import outside_of, variant
 from clbench.records.verify_artifacts import Place
 
 
@@ -132,7 +132,7 @@ def _identity(file: pathlib.Path, entry: Mapping[str, Any]) -> Iterator[str]:
         yield f"the file is named {file.stem}, the record says run {entry['run_id']}"
     plugin, version = entry["learner"].get("plugin"), entry["numbers_version"]
     sha, weights = entry["scenario"]["manifest_sha256"], entry["model"]["state_sha256"]
-    if record.run_id(entry["config"], sha, weights, plugin, version, entry.get("evaluators")) != entry["run_id"]:
+    if record.run_id(entry["config"], sha, weights, plugin, version, outside_of(entry)) != entry["run_id"]:
         yield "run_id is not the hash of its configuration, manifest and weights"
     if entry["config"].get("seed") != entry["seed"]:
         yield "seed differs from the configuration's"

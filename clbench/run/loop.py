@@ -160,6 +160,8 @@ class Loop:
         """Evaluate before the first experience, or the experience that an earlier process learned and did not evaluate."""
         if self.first == 0:
             self.rows += self.stream.before()
+        if self.first:
+            self.entry |= self.stream.held(self.first - 1, self.learner.state_dict())
         if self.evaluated < self.first and self.job.scenario.manifest.is_evaluated(self.first - 1):
             self.evaluate(self.first - 1)
 

@@ -22,6 +22,7 @@ from typing import Any
 from clbench import __version__
 from clbench.interfaces import Capabilities
 from clbench.records import record
+from clbench.streams.operators import registry as operators
 from clbench.streams.operators.registry import without_folders
 from clbench.training import hardware
 
@@ -108,11 +109,52 @@ def evaluator_versions(evaluators: Sequence[Any]) -> dict[str, str]:
     return {name: _version(f"{kind.__module__}.{kind.__qualname__}", kind) for name, kind in outside.items()}
 
 
+def stream_versions(scenario: dict[str, Any]) -> dict[str, str]:
+    """Version of the code outside clbench that makes a scenario: its own, and that of its operators."""
+    from clbench.config.compose import load_target
+
+    names = [operators.parsed(one)[0] for one in scenario.get("operators") or ()]
+    targets = {"scenario": scenario["_target_"]} | {f"operator {name}": operators.target_of(name) for name in names}
+    outside = {name: target for name, target in targets.items() if target.split(".", 1)[0] != "clbench"}
+    return {name: _version(target, load_target(target)) for name, target in outside.items()}
+
+
 def _version(target: str, made: Any) -> str:
     found = importlib.metadata.packages_distributions().get(target.split(".", 1)[0])
     name = f"{found[0]} {importlib.metadata.version(found[0])}" if found else target
+    files = _source_files(made)
+    text = b"".join(file.read_bytes() for file in files)
+    return f"{name} {hashlib.sha256(text).hexdigest()[:16] if files else 'unknown'}"
+
+
+def _source_files(made: Any) -> list[pathlib.Path]:
+    """The file of a class or function, then those of the modules of its own that it uses, directly or through others.
+
+    Its own are those that lie in the same folder, or below it: helpers beside a loose file, the other modules of a package.
+    """
     source = inspect.getsourcefile(made)
-    return f"{name} {hashlib.sha256(pathlib.Path(source).read_bytes()).hexdigest()[:16] if source else 'unknown'}"
+    if source is None:
+        return []
+    home = pathlib.Path(source).resolve().parent
+    package = sys.modules.get(made.__module__.split(".", 1)[0])
+    if package is not None and (init := getattr(package, "__file__", None)) and hasattr(package, "__path__"):
+        home = pathlib.Path(init).resolve().parent
+    found, waiting = {made.__module__: pathlib.Path(source)}, [sys.modules.get(made.__module__)]
+    while waiting:
+        for value in list(vars(waiting.pop() or object).values()):
+            name = value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", None)
+            module = sys.modules.get(name) if isinstance(name, str) and name not in found else None
+            file = getattr(module, "__file__", None)
+            if module is not None and file and _is_below(pathlib.Path(file).resolve(), home):
+                found[module.__name__] = pathlib.Path(file)
+                waiting.append(module)
+    first = found.pop(made.__module__)
+    return [first, *(found[name] for name in sorted(found))]
+
+
+def _is_below(file: pathlib.Path, home: pathlib.Path) -> bool:
+    """Whether a source file lies below a folder, but not in an environment that lies there too."""
+    return file.suffix == ".py" and file.is_relative_to(home) and "site-packages" not in file.relative_to(home).parts
 
 
 @functools.cache
@@ -197,4 +239,5 @@ def describe(job: Any, command: list[str]) -> dict[str, Any]:
         "marks": marks,
         "error": None,
         **({"evaluators": outside} if (outside := evaluator_versions(job.evaluators)) else {}),
+        **({"code": made_by} if (made_by := stream_versions(job.config["scenario"])) else {}),
     }

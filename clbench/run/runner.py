@@ -140,8 +140,9 @@ def _assemble(config: dict[str, Any], options: RunOptions, parallel: str, device
     model = arithmetic.pin(model, flags)
     plugin = provenance.plugin_version(config["learner"]["_target_"])
     identity = provenance.identity(config, capabilities)
-    sha, weights, code = scenario.manifest.sha256, model.identity["state_sha256"], provenance.evaluator_versions(asked)
-    run_id = record.run_id(identity, sha, weights, plugin, evaluators=code)
+    sha, weights = scenario.manifest.sha256, model.identity["state_sha256"]
+    code = provenance.evaluator_versions(asked) | provenance.stream_versions(config["scenario"])
+    run_id = record.run_id(identity, sha, weights, plugin, outside=code)
     pipeline = kind.make_pipeline(scenario, model, device)
     return Job(config, options, run_id, scenario, kind, model, capabilities, pipeline, flags, device, asked)
 
@@ -289,7 +290,7 @@ def refusal_path(config: dict[str, Any]) -> pathlib.Path:
     return results / "records" / f"{record.run_id(provenance.identity(config), '', '', None)}.json"
 
 
-def write_refusal(config: dict[str, Any], error: UserError) -> pathlib.Path:
+def write_refusal(config: dict[str, Any], error: Exception) -> pathlib.Path:
     """A job of a sweep that cannot even start is a failed record too; it goes when the same job starts after all."""
     path = refusal_path(config)
     entry = {

@@ -192,6 +192,11 @@ def _run(config: dict[str, Any], command: list[str], progress: bool) -> dict[str
         with suppress(UserError):
             write_refusal(config, error)
         return {"run_id": "", "status": "failed", "text": str(error)}
+    except Exception as error:  # before there was a record: of a scenario or an operator; later ones are in the record
+        if config.get("on_error") != "raise":
+            with suppress(UserError):
+                write_refusal(config, error)
+        raise
     return {"run_id": outcome.run_id, "status": outcome.status, "text": outcome.text}
 
 

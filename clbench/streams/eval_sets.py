@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clbench.streams import rng
 from clbench.streams.images.data import ImageBatch, ImageData, bound
 from clbench.streams.images.pixels import Pipeline
 from clbench.streams.scenario import Scenario
@@ -62,15 +63,24 @@ def eval_batches(
 def _issued(
     sets: Sequence[EvalSet], pieces: Sequence[tuple[int, np.ndarray]]
 ) -> Iterator[tuple[ImageBatch, Tensor, list[tuple[int, slice]]]]:
-    """One batch behind handles of its own, which end when it was answered."""
+    """One batch behind handles of its own, which end when it was answered.
+
+    Its ids are numbers of their own: places in a data set that is sorted by class would name the class.
+    """
     ends = np.cumsum([len(rows) for _, rows in pieces]).tolist()
     owners = [(i, slice(end - len(rows), end)) for (i, rows), end in zip(pieces, ends, strict=True)]
     parts = [sets[i].data if len(rows) == len(sets[i].data) else sets[i].data.subset(rows) for i, rows in pieces]
     data = ImageData.join(parts).cut()
     batch = data.batch(np.arange(len(data)))
     batch.y = None
-    yield batch, torch.from_numpy(data.y), owners
+    batch.ids = opaque(data.ids)
+    yield batch, torch.from_numpy(data.y.copy()), owners
     data.stored.end()
+
+
+def opaque(ids: np.ndarray) -> Tensor:
+    """Sample ids [B] -> other numbers [B] int64, the same on every machine, that say nothing of where a sample lies."""
+    return torch.from_numpy((rng.bits(rng.key("test ids"), ids) >> np.uint64(1)).astype(np.int64))
 
 
 def open_eval(scenario: Scenario, index: int, pipeline: Pipeline) -> EvalSet:

@@ -39,7 +39,7 @@ def check_shapes(trial: Trial) -> None:
 
 
 def check_test_batches(trial: Trial) -> None:
-    """Scores depend neither on the size of a test batch, nor on its other samples, nor on their order."""
+    """Scores depend neither on the size of a test batch, nor on its other samples, their order, or the ids of samples."""
     if trial.capabilities.transductive or trial.capabilities.adapts_at_test:
         return
     learner, runtime, pipeline = trial.start()
@@ -55,6 +55,13 @@ def check_test_batches(trial: Trial) -> None:
             z = main(learner.predict(batch)).float()
         gap = ((z - reference[rows]).abs().max() / scale).item()
         assert gap < 1e-4, f"scores change by {gap:.1e} (relative) with the other samples of the batch"
+    batch, _ = next(open_eval(trial.scenario, 0, pipeline).batches(len(data)))
+    batch.ids = batch.ids.flip(0)
+    with torch.no_grad():
+        gap = ((main(learner.predict(batch)).float() - reference).abs().max() / scale).item()
+    assert gap < 1e-4, (
+        f"scores change by {gap:.1e} (relative) with the ids of samples: in a sorted data set they name the class"
+    )
 
 
 def check_budget(trial: Trial) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from clbench.interfaces import Budget, BudgetExceeded
+from clbench.interfaces import Budget, BudgetExceeded, UserError
 from clbench.streams import rng
 from clbench.training import looks
 from clbench.training.checkpoint import Journal
@@ -98,6 +98,8 @@ class Runtime:
     def epochs(self, wanted: int | None) -> int:
         """Passes a learner makes: what it wants, or all that the budget allows when it does not say (None)."""
         allowed = self.budget.epochs
+        if wanted is not None and wanted < 1:
+            raise UserError(f"learner.epochs must be at least 1, got {wanted}")
         if wanted is not None and wanted > allowed and not self.exempt:
             raise BudgetExceeded(f"the learner wants {wanted} epochs, the scenario's budget allows {allowed}")
         return allowed if wanted is None else wanted

@@ -97,7 +97,11 @@ def apply(stream: Scenario, operators: Sequence[Any], data_root: str | None = No
             raise UserError(f"operator {name}: {error}{_near_option(options, takes)}") from None
         filled.apply_defaults()
         noted = {key: value for key, value in list(filled.arguments.items())[1:] if key not in SUPPLIED}
-        made = work(*filled.args, **filled.kwargs)
+        try:
+            made = work(*filled.args, **filled.kwargs)
+        except Exception as error:
+            error.add_note(f"raised in operator {name} of scenario.operators, with {noted}")
+            raise
         if not isinstance(made, Scenario):
             raise UserError(f"operator {name} must return a Scenario, got {type(made).__name__}")
         note = without_folders([{name: noted}])[0]
