@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from clbench import __version__
-from clbench.cli import corpus_command, schedule_command
+from clbench.cli import corpus_command, manifest_command, schedule_command
 from clbench.cli.help_text import ABOUT, EXAMPLES
 from clbench.config.registry import conf_dir
 from clbench.config.signatures import nearest
@@ -131,7 +131,7 @@ def _add_arguments(parser: Parser, name: str, page: str) -> None:
     if name == "manifest":
         parser.add_argument("action", choices=("write", "check", "show"))
         parser.add_argument(
-            "overrides", nargs="*", metavar="NAME=VALUE | FILE", help="for check: the file; else choices, options"
+            "overrides", nargs="*", metavar="NAME=VALUE | FILE", help="choices and options; for check: files, too"
         )
         parser.add_argument("--out", metavar="FILE", help="for write: the file to write")
 
@@ -198,7 +198,7 @@ def dispatch(argv: Sequence[str]) -> int:
         "new": commands.new,
         "schedule": schedule_command.run,
         "manifest corpus": corpus_command.run,
-        "manifest": commands.manifest,
+        "manifest": manifest_command.run,
     }
     return work[name](args)
 

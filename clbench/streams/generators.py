@@ -55,13 +55,14 @@ def class_incremental(
     budget: Mapping[str, int | None] | None = None,
     classes: Sequence[int | str] | None = None,
     operators: Sequence[Any] = (),
+    test_share: float | None = None,
+    test_seed: int = 0,
 ) -> Scenario:
     """New classes in every experience, tasks undisclosed: "B0 IncN" (base=0), "Bm IncN" (base=m), or explicit `sizes`.
 
     name                     name of the scenario in records
     dataset                  see `datasets.load`; also data_root, download, sha256 (expected identity, or None)
-    base, increment          classes of the first experience (0: as many as in the others) and of each later one; what
-                             remains is a smaller last one
+    base, increment          classes of the first experience (0: as many as in the others) and of each later one but the last
     sizes                    classes of each experience, instead of base and increment
     order                    a name from `orders.names()` or a list of class ids; order_seed is for order=random alone
     num_classes              keep only the data set's first classes (by original id, whatever the order)
@@ -72,12 +73,10 @@ def class_incremental(
     budget                   fields of `interfaces.Budget`
     classes                  keep only these, by original id (a number) or by name (text), instead of num_classes
     operators                functions of `streams.operators` that change the stream, left to right: names, or {name: options}
-
-    Raises:
-        UserError: for any value that does not fit; one line.
+    test_share, test_seed    share of each class (of each domain) drawn as test samples, where the data has none of its own
     """
     rules = budget_of(budget, "predict")
-    data = datasets.load(dataset, data_root, download, sha256)
+    data = datasets.load(dataset, data_root, download, sha256, test_share, test_seed)
     kept = kept_classes(data, num_classes, classes)
     ordered = appearance(order, order_seed, data.num_classes, kept, classes is not None)
     train, evaluate = select(data, kept, limit_train, limit_test, validation, validation_seed, evaluate_on)
@@ -118,6 +117,8 @@ def task_incremental(
     budget: Mapping[str, int | None] | None = None,
     classes: Sequence[int | str] | None = None,
     operators: Sequence[Any] = (),
+    test_share: float | None = None,
+    test_seed: int = 0,
 ) -> Scenario:
     """`class_incremental` with the task of every sample disclosed, in training and at test time: task i = experience i."""
     scenario = class_incremental(**{**locals(), "operators": ()})
@@ -148,13 +149,15 @@ def domain_incremental(
     budget: Mapping[str, int | None] | None = None,
     classes: Sequence[int | str] | None = None,
     operators: Sequence[Any] = (),
+    test_share: float | None = None,
+    test_seed: int = 0,
 ) -> Scenario:
     """The same classes in every experience, from another domain each time; one evaluation set per domain.
 
     `domains` names the domains in order (None: all, in the data set's order); other arguments as in `class_incremental`.
     """
     rules = budget_of(budget, "predict")
-    data = datasets.load(dataset, data_root, download, sha256)
+    data = datasets.load(dataset, data_root, download, sha256, test_share, test_seed)
     kept = kept_classes(data, num_classes, classes)
     train, evaluate = select(data, kept, limit_train, limit_test, validation, validation_seed, evaluate_on)
     steps = []
@@ -185,7 +188,8 @@ def from_manifest(
     parts = manifest.dataset.get("parts")
     found = dataset or ([part["name"] for part in parts] if parts else manifest.dataset["name"])
     if isinstance(found, str):
-        data = datasets.load(found, data_root, download)
+        drawn = {key: manifest.dataset[key] for key in ("test_share", "test_seed") if key in manifest.dataset}
+        data = datasets.load(found, data_root, download, **drawn)
     elif parts and len(found) == len(parts):
         loaded = [datasets.load(one, data_root, download) for one in found]
         data = concatenated(loaded, manifest.dataset["classes"])
@@ -201,7 +205,7 @@ def _build(kind: str, name: str, data: Dataset, steps: Sequence[Step], budget: B
             raise UserError(f"scenario {name}: experience {step.name} has no samples to evaluate on")
     manifest = Manifest(
         kind=kind,
-        dataset={"name": data.name, "sha256": data.sha256, "num_samples": len(data)},
+        dataset={"name": data.name, "sha256": data.sha256, "num_samples": len(data), **data.drawn},
         class_order=tuple(dict.fromkeys(int(c) for step in steps for c in step.classes)),
         experiences=tuple(ExperienceEntry(step.name, None, tuple(step.classes), step.train) for step in steps),
         evals=tuple(
