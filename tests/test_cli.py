@@ -104,7 +104,8 @@ def test_list_learners_tells_paper_capabilities_and_bytes_without_torch(clbench)
         lines[at + 2]
         .strip()
         .startswith(
-            "needs_pretrained needs_new_classes needs_disjoint_classes needs_random_access; holds 3.2 kB a class + 331.3 kB an experience + "
+            "needs_pretrained needs_new_classes needs_disjoint_classes needs_random_access; "
+            "holds 3.2 kB a class + 331.3 kB an experience + "
         )
     )
     assert sum("; holds " in line for line in lines) == len(registry.choices("learner"))

@@ -12,7 +12,7 @@ EXTENSIONS = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .ppm .pgm .pbm .pnm .tif .tiff .gif .jp2 .avif".split()
 )  # upper case too
 SYSTEM = frozenset(("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information"))  # folders that no user made
-CIRCLES, HIDDEN, LOOSE = "link(s) to folders read already", "hidden or of the system", "file(s) beside the class folders"
+CIRCLES, HIDDEN, LOOSE = "link(s) in a circle or to folders read already", "hidden or of the system", "file(s) beside the class folders"
 
 
 class Listing:
@@ -37,9 +37,13 @@ class Listing:
         return sorted(names)
 
     def images(self, folder: Path) -> list[Path]:
-        """Image files of a class, sorted by name below its folder, at any depth. Every folder is read once, links last."""
+        """Image files of a class, sorted by name below its folder, at any depth.
+
+        Every folder is read once, links last; a link to a folder above the class leads in a circle and is not followed.
+        """
         found: list[Path] = []
-        todo, links, seen = [folder], [], set()
+        todo, links = [folder], []
+        seen = {(one.st_dev, one.st_ino) for one in map(os.stat, folder.resolve().parents)}
         while todo or links:
             place = todo.pop() if todo else links.pop(0)
             status = place.stat()
