@@ -12,7 +12,11 @@ EXTENSIONS = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .ppm .pgm .pbm .pnm .tif .tiff .gif .jp2 .avif".split()
 )  # upper case too
 SYSTEM = frozenset(("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information"))  # folders that no user made
-CIRCLES, HIDDEN, LOOSE = "link(s) in a circle or to folders read already", "hidden or of the system", "file(s) beside the class folders"
+CIRCLES, HIDDEN, LOOSE = (
+    "link(s) in a circle or to folders read already",
+    "hidden or of the system",
+    "file(s) beside the class folders",
+)
 
 
 class Listing:
