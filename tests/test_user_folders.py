@@ -230,6 +230,11 @@ def test_the_draw_is_in_the_manifest_and_repeated_from_it(tmp_path: Path):
     made[1].manifest.save(tmp_path / "m.json")
     again = generators.from_manifest(str(tmp_path / "m.json"), dataset=str(root))
     assert again.manifest.sha256 == made[1].manifest.sha256 and again.dataset.sha256 == made[1].dataset.sha256
+    operators = [{"concatenate": {"datasets": ["digits"]}}]
+    both = generators.class_incremental("m", str(root), increment=1, test_share=0.3, operators=operators).manifest
+    both.save(tmp_path / "both.json")
+    again = generators.from_manifest(str(tmp_path / "both.json"), dataset=[str(root), "digits"])
+    assert again.manifest.sha256 == both.sha256
 
 
 def test_a_share_without_effect_or_sense_is_refused(tree: Path, tmp_path: Path):

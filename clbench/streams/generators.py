@@ -188,15 +188,19 @@ def from_manifest(
     parts = manifest.dataset.get("parts")
     found = dataset or ([part["name"] for part in parts] if parts else manifest.dataset["name"])
     if isinstance(found, str):
-        drawn = {key: manifest.dataset[key] for key in ("test_share", "test_seed") if key in manifest.dataset}
-        data = datasets.load(found, data_root, download, **drawn)
+        data = datasets.load(found, data_root, download, **_drawn(manifest.dataset))
     elif parts and len(found) == len(parts):
-        loaded = [datasets.load(one, data_root, download) for one in found]
+        loaded = [datasets.load(one, data_root, download, **_drawn(part)) for one, part in zip(found, parts, strict=True)]
         data = concatenated(loaded, manifest.dataset["classes"])
     else:
         raise UserError(f"scenario.dataset names {len(found)} data sets, manifest {path} was made of {len(parts or '1')}")
     scenario = Scenario(name or Path(path).stem, manifest, data, Budget(**manifest.budget), augment)
     return apply(scenario, operators, data_root, download)
+
+
+def _drawn(dataset: Mapping[str, Any]) -> dict[str, Any]:
+    """How the test samples of a manifest's data set were drawn, as options of `datasets.load`."""
+    return {key: dataset[key] for key in ("test_share", "test_seed") if key in dataset}
 
 
 def _build(kind: str, name: str, data: Dataset, steps: Sequence[Step], budget: Budget, augment: str) -> Scenario:

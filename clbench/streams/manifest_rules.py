@@ -169,7 +169,7 @@ def _check_parts(dataset: Mapping[str, Any]) -> None:
     if not isinstance(parts, list | tuple) or classes not in ("disjoint", "named"):
         raise UserError("manifest: dataset.parts must be a list, dataset.classes disjoint or named")
     for i, part in enumerate(parts):
-        checked_keys(part, ("name", "sha256", "num_samples"), f"dataset part {i}")
+        checked_keys(part, DATASET_KEYS[0], f"dataset part {i}", ("test_share", "test_seed"))
     if not all(_whole(p["num_samples"]) and isinstance(p["name"], str) for p in parts):
         raise UserError("manifest: dataset.parts must have names and numbers of samples")
     if sum(p["num_samples"] for p in parts) != dataset["num_samples"]:
