@@ -15,7 +15,7 @@ import numpy as np
 
 from clbench.interfaces import UserError
 from clbench.streams import splits
-from clbench.streams.images import arrays, arrow, folders, foreign_files, tables, vision
+from clbench.streams.images import arrays, arrow, domain_folders, folders, foreign_files, tables, vision
 from clbench.streams.images.arrays import Pool
 from clbench.streams.images.class_folders import EXTENSIONS
 from clbench.streams.scenario import ArrayImages, Dataset, FileImages, ImageSource
@@ -32,7 +32,7 @@ _SOURCES = {
 
 def names() -> tuple[str, ...]:
     """All names that `load` knows (a path works as well)."""
-    return ("digits", "pacs", *vision.TABLE, *splits.FOLDERS)
+    return ("digits", "pacs", *domain_folders.SETS, *vision.TABLE, *splits.FOLDERS)
 
 
 def load(
@@ -42,6 +42,7 @@ def load(
     sha256: str | None = None,
     test_share: float | None = None,
     test_seed: int = 0,
+    by_domain: bool = False,
 ) -> Dataset:
     """Load a data set.
 
@@ -54,6 +55,7 @@ def load(
         test_share: the share of every class (of every domain) that is drawn as test samples, for folders, tables and arrays
             without test samples of their own.
         test_seed: what it is drawn by.
+        by_domain: a folder that is given holds <domain>/<class>/, not train/<class>/ and test/<class>/.
 
     Raises:
         UserError: what is missing, where it was looked for and where it comes from; or what is wrong with the data.
@@ -63,7 +65,7 @@ def load(
     share = Share.of(test_share, test_seed)
     place = data_root or os.environ.get("CLBENCH_DATA")
     root = _path(place) if place else None
-    dataset = _load(name, root, download, share)
+    dataset = _load(name, root, download, share, by_domain)
     if sha256 is not None:
         _check_sha256(dataset, name, root, sha256)
     return dataset
@@ -77,15 +79,15 @@ def _path(text: str) -> Path:
         return Path(text)
 
 
-def _load(name: str, root: Path | None, download: bool, share: Share | None) -> Dataset:
+def _load(name: str, root: Path | None, download: bool, share: Share | None, by_domain: bool = False) -> Dataset:
     folder = name not in names() and not splits.variants(name) and _path(name).is_dir()
     if folder or name.lower().endswith((".npz", *tables.SUFFIXES)) or "/" in name or os.sep in name:
-        return _from_path(name, root, share)
+        return _from_path(name, root, share, by_domain)
     if splits.variants(name):
         raise UserError(
             f"data set {name} has several splits with different results; choose {' or '.join(splits.variants(name))}"
         )
-    if share is not None and name in names():
+    if share is not None and name in names() and name not in domain_folders.SETS:
         raise UserError(f"scenario.test_share has no effect: data set {name} has test images of its own")
     if name == "digits":
         return _digits()
@@ -94,10 +96,12 @@ def _load(name: str, root: Path | None, download: bool, share: Share | None) -> 
         raise UserError(f"data set {name}: no data root; set data_root=PATH or the environment variable CLBENCH_DATA")
     if name in splits.FOLDERS:
         return _finish(name, folders.read_variant(root, name))
+    if name in domain_folders.SETS and not (root / f"{name}.npz").is_file():
+        return _finish(name, domain_folders.read_set(name, root, share), share=share)
     if (root / f"{name}.npz").is_file():
         return _npz(name, root / f"{name}.npz", share)
     if folders.is_tree(root / name) or arrow.is_saved(root / name) or (share is not None and (root / name).is_dir()):
-        return _folder(name, root / name, share)
+        return _folder(name, root / name, share, by_domain)
     if name in vision.TABLE:
         return _finish(name, vision.read(name, root, download), str(root))
     _refuse_unknown(name, root)
@@ -118,12 +122,12 @@ def _refuse_unknown(name: str, root: Path | None = None) -> None:
     raise UserError(f"unknown data set {name!r}; {hint}{looked} (a path needs a slash or .npz)")
 
 
-def _from_path(name: str, root: Path | None, share: Share | None) -> Dataset:
+def _from_path(name: str, root: Path | None, share: Share | None, by_domain: bool) -> Dataset:
     path = _path(name)
     if not path.exists() and not path.is_absolute() and root is not None and (root / path).exists():
         path = root / path
     if path.is_dir():
-        return _folder(path.resolve().name, path, share)
+        return _folder(path.resolve().name, path, share, by_domain)
     if not path.exists():
         also = f" or in {root}" if root is not None and not path.is_absolute() else ""
         raise UserError(
@@ -138,9 +142,9 @@ def _from_path(name: str, root: Path | None, share: Share | None) -> Dataset:
     return _npz(path.stem, path, share)
 
 
-def _folder(name: str, path: Path, share: Share | None) -> Dataset:
-    pool = arrow.read_saved(path, share) if arrow.is_saved(path) else folders.read_tree(path, share)
-    return _finish(name, pool, str(path), share)
+def _folder(name: str, path: Path, share: Share | None, by_domain: bool) -> Dataset:
+    read = arrow.read_saved if arrow.is_saved(path) else domain_folders.read_domains if by_domain else folders.read_tree
+    return _finish(name, read(path, share), str(path), share)
 
 
 @lru_cache(maxsize=1)

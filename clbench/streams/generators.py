@@ -91,9 +91,15 @@ def _dealt(ordered: Sequence[int], sizes: Sequence[int], train: Cells, evaluate:
     for i, size in enumerate(sizes):
         present = ordered[start : start + size]
         chosen = [cell for cell in sorted(train) if cell[1] in present]
-        steps.append(Step(f"exp{i}", present, _join(train, chosen), _join(evaluate, chosen)))
+        tested = [cell for cell in sorted(evaluate) if cell[1] in present] if _apart(train, evaluate) else chosen
+        steps.append(Step(f"exp{i}", present, _join(train, chosen), _join(evaluate, tested)))
         start += size
     return steps
+
+
+def _apart(train: Cells, evaluate: Cells) -> bool:
+    """Whether the test samples come from domains of their own."""
+    return not {d for d, _ in train} & {d for d, _ in evaluate}
 
 
 def task_incremental(
@@ -154,18 +160,24 @@ def domain_incremental(
 ) -> Scenario:
     """The same classes in every experience, from another domain each time; one evaluation set per domain.
 
-    `domains` names the domains in order (None: all, in the data set's order); other arguments as in `class_incremental`.
+    `domains` names the domains in order (None: all that have training samples, in the data set's order); other arguments as in
+    `class_incremental`. Where no domain has test samples of its own (CORe50), those of the others are one common set.
     """
     rules = budget_of(budget, "predict")
-    data = datasets.load(dataset, data_root, download, sha256, test_share, test_seed)
+    data = datasets.load(dataset, data_root, download, sha256, test_share, test_seed, by_domain=True)
     kept = kept_classes(data, num_classes, classes)
     train, evaluate = select(data, kept, limit_train, limit_test, validation, validation_seed, evaluate_on)
+    apart = _apart(train, evaluate)
     steps = []
-    for d in _domains(data, domains):
+    for d in _domains(data, domains, sorted({d for d, _ in train})):
         chosen = [cell for cell in sorted(train) if cell[0] == d]
         present = [c for _, c in chosen]
-        steps.append(Step(data.domain_names[d], present, _join(train, chosen), _join(evaluate, chosen)))
+        tested = sorted(evaluate) if apart else chosen
+        steps.append(Step(data.domain_names[d], present, _join(train, chosen), _join(evaluate, tested)))
     made = _build("domain_incremental", name, data, steps, rules, augment)
+    if apart:
+        manifest = made.manifest
+        made = replace(made, manifest=replace(manifest, evals=(replace(manifest.evals[0], name="test"),)))
     return apply(made, operators, data_root, download)
 
 
@@ -188,7 +200,8 @@ def from_manifest(
     parts = manifest.dataset.get("parts")
     found = dataset or ([part["name"] for part in parts] if parts else manifest.dataset["name"])
     if isinstance(found, str):
-        data = datasets.load(found, data_root, download, **_drawn(manifest.dataset))
+        by_domain = manifest.kind == "domain_incremental"
+        data = datasets.load(found, data_root, download, **_drawn(manifest.dataset), by_domain=by_domain)
     elif parts and len(found) == len(parts):
         loaded = [datasets.load(one, data_root, download, **_drawn(part)) for one, part in zip(found, parts, strict=True)]
         data = concatenated(loaded, manifest.dataset["classes"])
@@ -250,17 +263,19 @@ def _sizes(total: int, base: int, increment: int | None, sizes: Sequence[int] | 
     return first + [increment] * full + ([rest] if rest else [])
 
 
-def _domains(data: Dataset, chosen: Sequence[str] | None) -> list[int]:
+def _domains(data: Dataset, chosen: Sequence[str] | None, trained: Sequence[int]) -> list[int]:
     if data.domain is None or not data.domain_names:
         raise UserError(f"data set {data.name} has no domains, so no domain-incremental stream can be made of it")
     if chosen is None:
-        return list(range(len(data.domain_names)))
+        return list(trained)
     positions = []
     for domain in chosen:
         if domain not in data.domain_names:
             near = difflib.get_close_matches(str(domain), data.domain_names, 1, 0.0)[0]
             raise UserError(f"unknown domain {domain!r} of {data.name}; did you mean {near}? ({', '.join(data.domain_names)})")
         positions.append(data.domain_names.index(domain))
+        if positions[-1] not in trained:
+            raise UserError(f"domain {domain} of {data.name} has no training samples")
     if not positions or len(set(positions)) != len(positions):
         raise UserError(f"scenario.domains must name each domain at most once, and at least one; got {list(chosen)}")
     return positions

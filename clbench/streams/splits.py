@@ -23,6 +23,7 @@ class FolderSplit:
     """A data set of folders, <root>/<name@variant>/{train,test}/<class>/<image>, with what must be found there.
 
     names_sha256  SHA-256 of the sorted "class/file" names joined by newlines, (train, test), where known
+    folder        the name of its folder as published, where it is another
     """
 
     classes: int
@@ -30,6 +31,7 @@ class FolderSplit:
     test: int
     source: str
     names_sha256: tuple[str, str] | None = None
+    folder: str = ""
 
 
 FOLDERS: dict[str, FolderSplit] = {
@@ -52,6 +54,9 @@ FOLDERS: dict[str, FolderSplit] = {
     "imagenet_a@revisiting": FolderSplit(200, 5_981, 1_519, _REVISITING),
     "objectnet@revisiting": FolderSplit(200, 26_509, 6_628, _REVISITING),
     "omnibenchmark@revisiting": FolderSplit(300, 89_697, 5_985, _REVISITING),
+    "tiny_imagenet@official": FolderSplit(
+        200, 100_000, 10_000, "http://cs231n.stanford.edu/tiny-imagenet-200.zip", folder="tiny-imagenet-200"
+    ),
     "vtab@revisiting": FolderSplit(50, 1_796, 8_619, _REVISITING),
 }
 

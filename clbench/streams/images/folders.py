@@ -106,6 +106,8 @@ def read_variant(root: Path, full: str) -> Pool:
     candidates = [root / full]
     if split.names_sha256:  # the list of names proves the variant, so the folder need not say it
         candidates.append(root / full.split("@")[0])
+    if split.folder:
+        candidates.append(root / split.folder)
     folder = next((path for path in candidates if is_tree(path)), None)
     if folder is None:
         raise UserError(
