@@ -198,3 +198,39 @@ def test_counts_of_the_published_sets_add_up():
     assert [sum(c[part] for c in counts["domainnet"]) for part in (0, 1)] == [409_832, 176_743]
     assert sum(c[0] for c in counts["office_home"]) == 15_588
     assert sum(domain_folders.SETS["core50"].total or ()) == 164_866
+
+
+@pytest.mark.parametrize(
+    "name",
+    "cil_cars cil_core50 cil_domainnet cil_imagenet cil_tiny_imagenet dil_core50 dil_domainnet dil_office_home".split(),
+)
+def test_presets_of_published_sets_say_where_their_data_comes_from(name: str, tmp_path: Path):
+    from clbench.config import compose, registry
+
+    (job,) = compose.compose([f"scenario={name}", f"data_root={tmp_path}"])
+    registry.check(job)
+    assert job["scenario"]["dataset"] in datasets.names() and job["scenario"]["name"] == name
+    fails(lambda: compose.build(job["scenario"]), job["scenario"]["dataset"], "not found", str(tmp_path), "http")
+
+
+def test_two_lists_of_imagenet_100(tmp_path: Path, monkeypatch):
+    """One keeps the first hundred folder names, the other names its classes."""
+    from clbench.config import compose
+    from clbench.streams.images import vision
+
+    (cmc,), (podnet,) = (compose.compose([f"scenario=cil_imagenet100_{name}"]) for name in ("cmc", "podnet"))
+    listed = cmc["scenario"]["classes"]
+    assert len(set(listed)) == 100 and {"n02869837", "n02090622"} <= set(listed) and podnet["scenario"]["num_classes"] == 100
+    names = sorted({*listed, *(f"n0144{i:04d}" for i in range(60))})
+    content = tmp_path / "one.png"
+    picture(content)
+    for part in ("train", "val"):
+        for name in names:
+            (tmp_path / "imagenet" / part / name).mkdir(parents=True)
+            (tmp_path / "imagenet" / part / name / "0.png").write_bytes(content.read_bytes())
+    known = vision.TABLE["imagenet"]
+    assert known.sizes == (1000, 1_281_167, 50_000)
+    monkeypatch.setitem(vision.TABLE, "imagenet", replace(known, sizes=(len(names),) * 3))
+    for job, expected in ((cmc, sorted(listed)), (podnet, names[:100])):
+        made = compose.build(job["scenario"] | {"data_root": str(tmp_path)})
+        assert list(made.class_names().values()) == expected and len(made.manifest.experiences) == 10
