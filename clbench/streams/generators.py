@@ -164,7 +164,7 @@ def domain_incremental(
     `class_incremental`. Where no domain has test samples of its own (CORe50), those of the others are one common set.
     """
     rules = budget_of(budget, "predict")
-    data = datasets.load(dataset, data_root, download, sha256, test_share, test_seed, by_domain=True)
+    data = datasets.load(dataset, data_root, download, sha256, test_share, test_seed, True)
     kept = kept_classes(data, num_classes, classes)
     train, evaluate = select(data, kept, limit_train, limit_test, validation, validation_seed, evaluate_on)
     apart = _apart(train, evaluate)
@@ -201,9 +201,9 @@ def from_manifest(
     found = dataset or ([part["name"] for part in parts] if parts else manifest.dataset["name"])
     if isinstance(found, str):
         by_domain = manifest.kind == "domain_incremental"
-        data = datasets.load(found, data_root, download, **_drawn(manifest.dataset), by_domain=by_domain)
+        data = datasets.load(found, data_root, download, None, *_drawn(manifest.dataset), by_domain)
     elif parts and len(found) == len(parts):
-        loaded = [datasets.load(one, data_root, download, **_drawn(part)) for one, part in zip(found, parts, strict=True)]
+        loaded = [datasets.load(one, data_root, download, None, *_drawn(p)) for one, p in zip(found, parts, strict=True)]
         data = concatenated(loaded, manifest.dataset["classes"])
     else:
         raise UserError(f"scenario.dataset names {len(found)} data sets, manifest {path} was made of {len(parts or '1')}")
@@ -211,9 +211,9 @@ def from_manifest(
     return apply(scenario, operators, data_root, download)
 
 
-def _drawn(dataset: Mapping[str, Any]) -> dict[str, Any]:
-    """How the test samples of a manifest's data set were drawn, as options of `datasets.load`."""
-    return {key: dataset[key] for key in ("test_share", "test_seed") if key in dataset}
+def _drawn(dataset: Mapping[str, Any]) -> tuple[float | None, int]:
+    """How the test samples of a manifest's data set were drawn: test_share and test_seed of `datasets.load`."""
+    return dataset.get("test_share"), dataset.get("test_seed", 0)
 
 
 def _build(kind: str, name: str, data: Dataset, steps: Sequence[Step], budget: Budget, augment: str) -> Scenario:
