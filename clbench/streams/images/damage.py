@@ -21,6 +21,7 @@ MOST_LINES = 20
 _TAIL = 4096
 _FIRST = 64  # images after which the time for all is known
 _ORIENTATION = 0x0112
+_LOOKED: set[tuple[str, str, float]] = set()  # streams without damage: data set, manifest, seconds
 
 
 class EncodedSource(Protocol):
@@ -78,8 +79,12 @@ def _suspect(file: IO[bytes]) -> bool:
 def look(scenario: Any, seconds: float = LOOK_SECONDS) -> None:
     """Raise `UserError` with the first image that cannot be decoded, among those seen in `seconds`.
 
-    Only files whose first and last bytes are suspect are decoded: empty and truncated ones, and those that are no images.
+    Only files whose first and last bytes are suspect are decoded: empty and truncated ones, and those that are no images. A
+    stream is looked at once a process, so that the jobs of a sweep do not repeat it.
     """
+    key = (getattr(getattr(scenario, "dataset", None), "sha256", ""), scenario.manifest.sha256, seconds)
+    if key in _LOOKED:
+        return
     end = time.monotonic() + seconds
     for source, i in encoded_in(scenario):
         file, name = source.opened(i)
@@ -89,7 +94,8 @@ def look(scenario: Any, seconds: float = LOOK_SECONDS) -> None:
             except UserError as error:
                 raise UserError(f"{error}; clbench manifest check with the same scenario names all such files") from None
         if time.monotonic() > end:
-            return
+            break
+    _LOOKED.add(key)
 
 
 @dataclass
