@@ -82,6 +82,7 @@ class Capabilities:
     needs_task_id       predicts only where the task of a test sample is disclosed
     needs_boundaries    must be told where an experience ends
     needs_new_classes   every experience must bring classes of its own (no domain-incremental streams)
+    needs_disjoint_classes  no experience may bring a class of an earlier one back, beside new ones either
     needs_pretrained    makes no sense on random weights
     needs_passes        the least number of passes over an experience's data (2: cannot run in a single-pass stream)
     needs_random_access asks for samples of an experience by row, or again after training (memories filled at its end,
@@ -100,6 +101,7 @@ class Capabilities:
     needs_task_id: bool = False
     needs_boundaries: bool = True
     needs_new_classes: bool = False
+    needs_disjoint_classes: bool = False
     needs_pretrained: bool = False
     needs_passes: int = 1
     needs_random_access: bool = False
@@ -247,6 +249,7 @@ class Facts:
     budget: Budget = field(default_factory=Budget)
     every_experience_has_labels: bool = True
     has_looks: bool = False
+    every_class_comes_once: bool = True
 
 
 @runtime_checkable
@@ -298,6 +301,8 @@ def mismatch(learner: str, can: Capabilities, facts: Facts, pretrained: bool) ->
         "needs_boundaries, and the scenario has none": can.needs_boundaries and not facts.has_boundaries,
         "needs_new_classes, and some experience brings none": can.needs_new_classes
         and not facts.every_experience_has_new_classes,
+        "needs_disjoint_classes, and some experience brings classes of an earlier one": can.needs_disjoint_classes
+        and not facts.every_class_comes_once,
         f"needs_passes={can.needs_passes}, and the budget is {facts.budget.epochs} epoch(s)": can.needs_passes
         > facts.budget.epochs,
         "needs_random_access, and an experience's samples come once, in stream order": can.needs_random_access

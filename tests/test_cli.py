@@ -54,7 +54,7 @@ def test_help_of_each_command_has_examples(clbench, name):
         (["check"], "say what to check: learner=NAME or scenario=NAME"),
         (["check", "--measure", "learner=slac"], "no learner 'slac'; did you mean 'slca'? (one of: "),
         (["manifest", "write"], "say where to: clbench manifest write ... --out FILE"),
-        (["manifest", "check"], "say which file: clbench manifest check FILE"),
+        (["manifest", "check"], "say what to check: clbench manifest check FILE, or scenario=NAME"),
         (["new", "lerner", "x"], "argument kind: invalid choice: 'lerner'"),
     ],
 )
@@ -103,7 +103,10 @@ def test_list_learners_tells_paper_capabilities_and_bytes_without_torch(clbench)
     assert (
         lines[at + 2]
         .strip()
-        .startswith("needs_pretrained needs_new_classes needs_random_access; holds 3.2 kB a class + 331.3 kB an experience + ")
+        .startswith(
+            "needs_pretrained needs_new_classes needs_disjoint_classes needs_random_access; "
+            "holds 3.2 kB a class + 331.3 kB an experience + "
+        )
     )
     assert sum("; holds " in line for line in lines) == len(registry.choices("learner"))
     assert "(more with some options); holds" in done.stdout and "no special needs; holds 1.3 kB a class + 0 B" in done.stdout

@@ -303,7 +303,7 @@ def test_drawn_shares():
     y = np.repeat(np.arange(4), [1, 2, 7, 100])
     split = splits.stratified(y)
     assert [int(split[y == c].sum()) for c in range(4)] == [0, 1, 1, 20]
-    assert not np.array_equal(split, splits.stratified(y, seed=1))
+    assert not np.array_equal(split, splits.stratified(y, None, splits.Share(seed=1)))
 
 
 @pytest.mark.data

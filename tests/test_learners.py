@@ -10,7 +10,8 @@ from clbench.config.registry import asks, choices
 from clbench.interfaces import BudgetExceeded, Capabilities, Facts, UserError, mismatch
 from clbench.streams.eval_sets import open_eval
 from clbench.streams.images.data import open_experience
-from clbench.testing.contract import Trial, check_learner, small_stream
+from clbench.testing.contract import Trial, check_learner, mixed_stream, small_stream
+from clbench.testing.score_checks import check_shapes
 from clbench.training.memory import Memory
 from clbench.training.state import detached
 
@@ -174,6 +175,7 @@ def test_an_unlimited_budget_needs_a_number(name):
         (Capabilities(needs_task_id=True), {}, "does not disclose tasks"),
         (Capabilities(needs_boundaries=True), {"has_boundaries": False}, "needs_boundaries"),
         (Capabilities(needs_new_classes=True), {"every_experience_has_new_classes": False}, "needs_new_classes"),
+        (Capabilities(needs_disjoint_classes=True), {"every_class_comes_once": False}, "needs_disjoint_classes"),
         (Capabilities(needs_passes=2), {}, "needs_passes=2"),
         (Capabilities(needs_pretrained=True), {}, "random weights"),
     ],
@@ -182,6 +184,37 @@ def test_mismatch_names_both(can, facts, words):
     all_facts = {"asks": "predict", "discloses_task": False, "has_boundaries": True, "every_experience_has_new_classes": True}
     why = mismatch("mine", can, Facts("stream", **(all_facts | facts)), pretrained=False)
     assert why is not None and words in why and "mine" in why and "stream" in why
+
+
+def old_beside_new(tmp_path):
+    """Domains with the classes 0 1 2, 1 2 3 and 0 3 4: later ones bring old classes and one new class together."""
+    draw, arrays = np.random.default_rng(0), {}
+    for part, number in (("train", 6), ("test", 3)):
+        y = np.repeat([0, 1, 2, 1, 2, 3, 0, 3, 4], number)
+        arrays |= {f"{part}_y": y, f"domain_{part}": np.repeat([0, 1, 2], 3 * number)}
+        arrays[f"{part}_x"] = draw.integers(0, 256, (len(y), 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "mixed.npz", **arrays)
+    return ("scenario=dil_pacs", f"scenario.dataset={tmp_path / 'mixed.npz'}", "scenario.name=mixed")
+
+
+NEED_DISJOINT = ("ease", "seed_ensemble", "slca", "slca_pp", "ssiat")
+
+
+@pytest.mark.parametrize("name", NEED_DISJOINT)
+def test_heads_of_new_classes_alone_refuse_old_ones_beside_them(name, tmp_path, clbench):
+    words = (*old_beside_new(tmp_path), f"learner={name}")
+    for command in ("plan", "run"):
+        err = clbench(command, *words, code=2).stderr
+        assert err.count("\n") == 1 and "needs_disjoint_classes, and some experience brings classes of an earlier one" in err
+
+
+def test_all_others_learn_old_classes_beside_new_ones():
+    """The contract runs such a stream for every learner that does not declare the need; those above would fail there."""
+    for name in NEED_DISJOINT:
+        (config,) = compose([f"learner={name}"])
+        config["learner"]["epochs"] = None
+        with pytest.raises((IndexError, RuntimeError), match=r"out of bounds|non-negative"):
+            check_shapes(Trial(config, mixed_stream(2), Capabilities()))
 
 
 def test_fresh_norm_needs_a_norm():

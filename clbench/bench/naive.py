@@ -181,7 +181,7 @@ def run(job: Job, workers: int) -> Stage:
     facts = job.scenario.facts()
     if name not in known():
         raise UserError(f"learner {name} has no naive version to compare with (those that have: {', '.join(known())})")
-    if facts.discloses_task or not facts.every_experience_has_new_classes:
+    if facts.discloses_task or not (facts.every_experience_has_new_classes and facts.every_class_comes_once):
         raise UserError(f"naive versions are of class-incremental streams, {job.scenario.name} is none")
     runtime = Runtime(seed=job.config["seed"], device=job.device, budget=job.scenario.budget)
     stage = Stage(job, runtime, workers)

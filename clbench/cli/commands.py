@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import textwrap
 import threading
 import time
 from argparse import Namespace
@@ -180,7 +181,13 @@ def plan_text(rows: Sequence[Any]) -> str:
     time_text = _duration(sum(r.seconds or 0 for r in open_rows)) + ("" if known else " and what is unknown")
     disk = _size(sum(r.bytes or 0 for r in open_rows))
     counted = ", ".join(f"{n} {state}" for state, n in sorted(states.items())) or "none can run"
+    lines += [f"classes of {name}: {textwrap.shorten(text, 400, placeholder=' ...')}" for name, text in _named_classes(rows)]
     return "\n".join([*lines, "", f"{len(rows)} jobs: {counted}; still to do: {time_text} one after another, {disk} of disk"])
+
+
+def _named_classes(rows: Sequence[Any]) -> list[tuple[str, str]]:
+    """(scenario, names of its classes by id) of every stream whose classes have names, once each."""
+    return list(dict.fromkeys((r.scenario, r.classes) for r in rows if r.classes))
 
 
 def _duration(seconds: float | None) -> str:
@@ -269,33 +276,4 @@ def new(args: Namespace) -> int:
     from clbench.cli.scaffold import write
 
     print(write(args.kind, args.name, Path(args.to)))
-    return 0
-
-
-def manifest(args: Namespace) -> int:
-    """Write, check or show the stream of a scenario."""
-    from clbench.streams.manifest import Manifest
-
-    if args.out and args.action != "write":
-        raise UserError(f"--out has no effect with manifest {args.action}")
-    if args.action == "check":
-        if not args.overrides:
-            raise UserError("say which file: clbench manifest check FILE")
-        for path in args.overrides:
-            print(f"{path}: ok, sha256 {Manifest.load(path).sha256}")
-        return 0
-    found = compose.compose(args.overrides)[0]
-    registry.check(found)
-    scenario = compose.build(found["scenario"])
-    made = scenario.manifest
-    if args.action == "show":
-        print(scenario.text())
-        return 0
-    if not args.out:
-        raise UserError("say where to: clbench manifest write ... --out FILE")
-    out = Path(args.out)
-    if out.exists() and Manifest.load(out).sha256 != made.sha256:
-        raise UserError(f"{out} holds another stream; choose another name or remove it first")
-    made.save(out)
-    print(f"{out}: sha256 {made.sha256}")
     return 0

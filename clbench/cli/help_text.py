@@ -111,11 +111,12 @@ EXAMPLES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("clbench effects --list", "clbench effects noise repetition --seeds 5 results_dir=out"),
     ),
     "manifest": (
-        "write, check or show the exact stream of a scenario",
+        "write, check or show the exact stream of a scenario; check decodes its images",
         (
             "clbench manifest show scenario=cil_digits",
             "clbench manifest write scenario=cil_digits scenario.order=random --out stream.json",
             "clbench manifest check stream.json",
+            "clbench manifest check scenario=cil_folder scenario.dataset=./photos",
         ),
     ),
     "manifest corpus": (

@@ -138,7 +138,7 @@ def _add_arguments(parser: Parser, name: str, page: str) -> None:
     if name == "manifest":
         parser.add_argument("action", choices=("write", "check", "show"))
         parser.add_argument(
-            "overrides", nargs="*", metavar="NAME=VALUE | FILE", help="for check: the file; else choices, options"
+            "overrides", nargs="*", metavar="NAME=VALUE | FILE", help="choices and options; for check: files, too"
         )
         parser.add_argument("--out", metavar="FILE", help="for write: the file to write")
 
@@ -208,6 +208,10 @@ def dispatch(argv: Sequence[str]) -> int:
         from clbench.cli import corpus_command
 
         return corpus_command.run(args)
+    if name == "manifest":
+        from clbench.cli import manifest_command
+
+        return manifest_command.run(args)
     work = {
         "plan": commands.plan,
         "list": commands.show_choices,
@@ -215,7 +219,6 @@ def dispatch(argv: Sequence[str]) -> int:
         "report": commands.report,
         "verify": commands.verify,
         "new": commands.new,
-        "manifest": commands.manifest,
     }
     return work[name](args)
 

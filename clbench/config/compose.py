@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from clbench.config.overrides import check_groups, dotted, key_of, unknown_choice
+from clbench.config.overrides import check_groups, dotted, key_of, looks_like_path, unknown_choice
 from clbench.config.registry import (
     GROUPS,
     answering,
@@ -72,7 +73,9 @@ def read(overrides: Sequence[str], multirun: bool = False) -> Composed:
         base = _compose([override for override in overrides if override not in sweeping])
         multirun = multirun or str(base.hydra.mode or "").endswith("MULTIRUN")
         if sweeping and not multirun:
-            raise UserError(f"{sweeping[0]} asks for several runs: add -m")
+            key, _, value = str(sweeping[0]).partition("=")
+            one = f"; for one value with a comma, write {quoted(key, value)}" if "/" in value else ""
+            raise UserError(f"{sweeping[0]} asks for several runs: add -m{one}")
         launcher = str(base.hydra.launcher._target_)
         if not multirun:
             return Composed([resolve(base)], overrides, False, launcher)
@@ -158,7 +161,7 @@ def _loose_targets(overrides: list[str]) -> list[str]:
 
 
 def _parsable(override: str, parser: Any) -> str:
-    """The override as Hydra's grammar wants it: a value that it cannot read and that has a slash is a path, and is quoted."""
+    """The override as Hydra's grammar wants it: a value that it cannot read and that looks like a path is quoted."""
     from hydra.errors import OverrideParseException
 
     if not key_of(override) or override.startswith("="):
@@ -170,11 +173,24 @@ def _parsable(override: str, parser: Any) -> str:
         if not equals and not override.startswith("~"):
             known = nearest(override, ("-m", "--multirun", "--cfg")) if override.startswith("-") else ""
             raise UserError(f"{override!r}: write NAME=VALUE{known}") from None
-        if "/" not in value or "'" in value:
-            reason = str(error).splitlines()[-1].split(":")[0].strip()
-            raise UserError(f"cannot read {override!r}: {reason}; put a value with special characters in quotes") from None
-        return f"{key}='{value}'"
+        if not looks_like_path(key, value):
+            reason = next((line for line in str(error).splitlines() if not line.startswith("See ")), "").strip()
+            raise UserError(f"cannot read {override!r} ({reason}); if the value is text, write {quoted(key, value)}") from None
+        return f"{key}={_in_quotes(value)}"
     return override
+
+
+def _in_quotes(value: str) -> str:
+    """A text as Hydra's grammar quotes it."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(text=value, quote=Quote.single).with_quotes()
+
+
+def quoted(key: str, value: str) -> str:
+    """What to type at a shell, so that Hydra takes a value as one text."""
+    word = f"{key}={_in_quotes(value)}"
+    return shlex.quote(word) if re.search(r'["$`\\!]', word) else f'"{word}"'
 
 
 def _compose(overrides: Sequence[str]) -> Any:
@@ -239,7 +255,9 @@ def resolve(config: Any) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         missing = f"{key} needs a value: add {key}=..." if key and "missing" in str(error).lower() else None
-        raise UserError(missing or " ".join(str(error).split())) from None
+        text = " ".join(str(error).split())
+        hint = "; ${...} stands for another option, a text with these characters is written \\${...}"
+        raise UserError(missing or text + (hint if "nterpolation" in text else "")) from None
     plain["names"] = {g: chosen[g] for g in ("scenario", "learner", "model") if chosen.get(g) not in (None, _LOOSE)}
     for part in ("schedule", "pet"):
         node = plain.pop(part, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -32,6 +33,14 @@ def key_of(override: str) -> str:
     """`learner.lr` of `+learner.lr=0.1`; the override itself where it has no key."""
     found = _KEY.match(override)
     return found[1].strip() if found else override
+
+
+def looks_like_path(key: str, value: str) -> bool:
+    """Whether a value that is no valid expression is taken for a path: by its option, a slash or a suffix. No list is one."""
+    named = key_of(key).rpartition(".")[2] in ("dataset", "path", "data_root", "results_dir", "weights")
+    pathlike = named or "/" in value or os.sep in value or re.search(r"\.\w{1,8}$", value) is not None
+    structured = value[:1] in "'\"" or (value[:1], value[-1:]) in (("[", "]"), ("{", "}"))
+    return pathlike and not structured
 
 
 def dotted(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -58,7 +58,9 @@ class Ease:
     With `pretrained_weight` also class means under the bare network [K, D].
     """
 
-    capabilities: ClassVar[Capabilities] = Capabilities(needs_pretrained=True, needs_new_classes=True, needs_random_access=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        needs_pretrained=True, needs_new_classes=True, needs_disjoint_classes=True, needs_random_access=True
+    )
 
     def __init__(
         self,

@@ -92,7 +92,9 @@ def vote(log_densities: list[Tensor], num_classes: int, temperature: float) -> T
 class SeedEnsemble:
     """State: the experts, and for each its means and Cholesky factors of the classes it knows (the last K_e)."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(needs_new_classes=True, needs_random_access=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        needs_new_classes=True, needs_disjoint_classes=True, needs_random_access=True
+    )
 
     def __init__(
         self,

@@ -42,7 +42,9 @@ from clbench.training.state import collect, groups_of, restore
 class Slca:
     """State: backbone, heads as trained, aligned heads (deployed), Gaussians, the experience of each class."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(needs_new_classes=True, needs_random_access=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        needs_new_classes=True, needs_disjoint_classes=True, needs_random_access=True
+    )
 
     def __init__(
         self,

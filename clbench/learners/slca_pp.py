@@ -72,7 +72,9 @@ class FlooredRecipe(Recipe):
 class SlcaPP:
     """State: what is trained of the backbone, heads as trained, aligned heads (deployed), Gaussians, classes' experiences."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(needs_new_classes=True, needs_random_access=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        needs_new_classes=True, needs_disjoint_classes=True, needs_random_access=True
+    )
 
     def __init__(
         self,

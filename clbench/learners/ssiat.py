@@ -52,7 +52,9 @@ def margin_logits(cosines: Tensor, y: Tensor, scale: float, margin: float) -> Te
 class Ssiat:
     """State: the adapter, the cosine classifier, Gaussians, the experience of each class."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(needs_pretrained=True, needs_new_classes=True, needs_random_access=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        needs_pretrained=True, needs_new_classes=True, needs_disjoint_classes=True, needs_random_access=True
+    )
 
     def __init__(
         self,

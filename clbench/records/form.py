@@ -34,7 +34,10 @@ AmountPerBin = Annotated[list[Amount], Field(min_length=BINS, max_length=BINS)]
 
 
 class Scenario(BaseModel):
-    """The stream: its manifest's hash, what the experiences bring, what the learner may use."""
+    """The stream: its manifest's hash, what the experiences bring, what the learner may use.
+
+    `class_names` stand in the order of `class_order`; they are left out where every class is named by its id.
+    """
 
     model_config = _FORM
     name: Text
@@ -43,6 +46,7 @@ class Scenario(BaseModel):
     manifest_sha256: Text | None = None
     num_experiences: Count | None = None
     class_order: list[Whole] | None = None
+    class_names: list[Text] | None = None
     experiences: list[Object] | None = None
     budget: Object | None = None
 

@@ -19,6 +19,7 @@ from clbench.models import feature_store
 from clbench.run.build_model import build_classifier
 from clbench.run.loop import Row
 from clbench.streams.eval_sets import open_eval
+from clbench.streams.images import damage
 from clbench.streams.images.data import open_experience
 from clbench.streams.images.pixels import Pipeline
 from clbench.streams.scenario import Scenario
@@ -35,13 +36,14 @@ _PACES: dict[str, tuple[float, float]] = {}  # by model: seconds of an image for
 
 
 def check(scenario: Scenario, options: RunOptions, parallel: str, learner: str, can: Capabilities) -> None:
-    """One process, and no options without effect."""
+    """One process, no options without effect, no image that is seen at once to be damaged."""
     if parallel != "none":
         raise UserError(f"scenario {scenario.name} is made of images: such a run is for one process, without torchrun")
     if options.optimizer_state == "keep" and not can.trains:
         raise UserError(f"optimizer_state=keep has no effect: {learner} does not train through fit")
     if option := next((name for name in ("micro_batch", "compile") if getattr(options, name)), None):
         raise UserError(f"{option} has no effect in scenario {scenario.name}, which is made of images")
+    damage.look(scenario)
 
 
 def make_pipeline(scenario: Scenario, model: Any, device: Any) -> Pipeline:

@@ -24,6 +24,7 @@ class PlanRow:
     state: str
     seconds: float | None
     bytes: float | None
+    classes: str = ""  # their names by id, where they differ
 
 
 def plan_job(config: Mapping[str, Any]) -> PlanRow:
@@ -47,7 +48,9 @@ def _row(job: Job) -> PlanRow:
         and entry["scenario"]["manifest_sha256"] == job.scenario.manifest.sha256
     ]
     seconds = sum(known) / len(known) if known else job.kind.seconds_of(job)
-    return PlanRow(*names, job.options.seed, job.run_id, state, seconds, job.kind.disk_of(job))
+    names_of = getattr(job.scenario, "class_names", dict)()
+    classes = " ".join(f"{c}={name}" for c, name in names_of.items())
+    return PlanRow(*names, job.options.seed, job.run_id, state, seconds, job.kind.disk_of(job), classes)
 
 
 @cache

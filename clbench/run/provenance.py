@@ -77,7 +77,8 @@ def identity(config: dict[str, Any], can: Capabilities | None = None) -> dict[st
         del kept["learner"]["head_init"]  # what heads started from before there was a choice
     if kept.get("optimizer_state") == "fresh":  # what every run did before there was another way
         del kept["optimizer_state"]
-    for key in ("operators", "classes"):  # streams that take neither keep the identity that they had before there were these
+    # streams that take none of these keep the identity that they had before
+    for key in ("operators", "classes", "test_share", "test_seed"):
         if key in kept["scenario"] and not kept["scenario"][key]:
             del kept["scenario"][key]
     if "operators" in kept["scenario"]:

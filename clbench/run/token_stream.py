@@ -16,6 +16,7 @@ from clbench.evaluation.linear_probe import linear_probe, look_at
 from clbench.interfaces import Capabilities, Experience, Place, UserError
 from clbench.run.build_model import build_reader
 from clbench.run.loop import Row
+from clbench.streams.images import damage
 from clbench.streams.tokens.scenario import TokenScenario
 from clbench.training import looks
 from clbench.training.checkpoint import Journal
@@ -53,6 +54,7 @@ def check(scenario: TokenScenario, options: RunOptions, parallel: str, learner: 
         raise UserError(f"optimizer_state has no effect in scenario {scenario.name}: its learners have options of their own")
     if parallel != "none" and not can.supports_parallel:
         raise UserError(f"learner {learner} does not declare supports_parallel: it trains in one process, without torchrun")
+    damage.look(scenario)
 
 
 def make_pipeline(scenario: TokenScenario, model: Any, device: Any) -> None:

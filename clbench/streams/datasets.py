@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import logging
 import os
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from clbench.interfaces import UserError
 from clbench.streams import splits
-from clbench.streams.images import arrays, folders, vision
+from clbench.streams.images import arrays, arrow, domain_folders, folders, foreign_files, tables, vision
 from clbench.streams.images.arrays import Pool
-from clbench.streams.scenario import ArrayImages, Dataset, FileImages
+from clbench.streams.images.class_folders import EXTENSIONS
+from clbench.streams.scenario import ArrayImages, Dataset, FileImages, ImageSource
+from clbench.streams.splits import Share
+
+log = logging.getLogger("clbench")
 
 HASHED_CONTENT = 256 << 20  # bytes of image files up to which the contents are hashed, not only names and sizes
 _SIZES = {"digits": (10, 1_438, 359), "pacs": (7, None, None)}
@@ -26,50 +32,76 @@ _SOURCES = {
 
 def names() -> tuple[str, ...]:
     """All names that `load` knows (a path works as well)."""
-    return ("digits", "pacs", *vision.TABLE, *splits.FOLDERS)
+    return ("digits", "pacs", *domain_folders.SETS, *vision.TABLE, *splits.FOLDERS)
 
 
-def load(name: str, data_root: str | None = None, download: bool = False, sha256: str | None = None) -> Dataset:
+def load(
+    name: str,
+    data_root: str | None = None,
+    download: bool = False,
+    sha256: str | None = None,
+    test_share: float | None = None,
+    test_seed: int = 0,
+    by_domain: bool = False,
+) -> Dataset:
     """Load a data set.
 
     Args:
         name: one of `names()`, the name of <data_root>/<name>.npz or of a folder <data_root>/<name>/ with train/ and test/,
-            or a path (with a slash, or ending in .npz).
+            or a path (with a slash, or ending in .npz, .csv, .tsv or .parquet).
         data_root: where data lies; None means the environment variable CLBENCH_DATA.
         download: let torchvision fetch what is missing.
         sha256: expected identity of the content (`Dataset.sha256`) or of the .npz file.
+        test_share: the share of every class (of every domain) that is drawn as test samples, for folders, tables and arrays
+            without test samples of their own.
+        test_seed: what it is drawn by.
+        by_domain: a folder that is given holds <domain>/<class>/, not train/<class>/ and test/<class>/.
 
     Raises:
         UserError: what is missing, where it was looked for and where it comes from; or what is wrong with the data.
     """
     if not isinstance(name, str) or not name.strip():
         raise UserError(f"scenario.dataset must be a name or a path, got {name!r}")
-    root = data_root or os.environ.get("CLBENCH_DATA")
-    dataset = _load(name, Path(root).expanduser() if root else None, download)
+    share = Share.of(test_share, test_seed)
+    place = data_root or os.environ.get("CLBENCH_DATA")
+    root = _path(place) if place else None
+    dataset = _load(name, root, download, share, by_domain)
     if sha256 is not None:
-        _check_sha256(dataset, name, Path(root).expanduser() if root else None, sha256)
+        _check_sha256(dataset, name, root, sha256)
     return dataset
 
 
-def _load(name: str, root: Path | None, download: bool) -> Dataset:
-    if name == "digits":
-        return _digits()
-    folder = name not in names() and not splits.variants(name) and Path(name).is_dir()
-    if folder or name.endswith(".npz") or "/" in name or os.sep in name:
-        return _from_path(name, root)
+def _path(text: str) -> Path:
+    """A path as typed; only a leading ~ is the home folder."""
+    try:
+        return Path(text).expanduser() if text.startswith("~") else Path(text)
+    except RuntimeError:  # no such user
+        return Path(text)
+
+
+def _load(name: str, root: Path | None, download: bool, share: Share | None, by_domain: bool = False) -> Dataset:
+    folder = name not in names() and not splits.variants(name) and _path(name).is_dir()
+    if folder or name.lower().endswith((".npz", *tables.SUFFIXES)) or "/" in name or os.sep in name:
+        return _from_path(name, root, share, by_domain)
     if splits.variants(name):
         raise UserError(
             f"data set {name} has several splits with different results; choose {' or '.join(splits.variants(name))}"
         )
+    if share is not None and name in names() and name not in domain_folders.SETS:
+        raise UserError(f"scenario.test_share has no effect: data set {name} has test images of its own")
+    if name == "digits":
+        return _digits()
     if root is None:
         _refuse_unknown(name)
         raise UserError(f"data set {name}: no data root; set data_root=PATH or the environment variable CLBENCH_DATA")
     if name in splits.FOLDERS:
         return _finish(name, folders.read_variant(root, name))
+    if name in domain_folders.SETS and not (root / f"{name}.npz").is_file():
+        return _finish(name, domain_folders.read_set(name, root, share), share=share)
     if (root / f"{name}.npz").is_file():
-        return _npz(name, root / f"{name}.npz")
-    if folders.is_tree(root / name):
-        return _finish(name, folders.read_tree(root / name), str(root / name))
+        return _npz(name, root / f"{name}.npz", share)
+    if folders.is_tree(root / name) or arrow.is_saved(root / name) or (share is not None and (root / name).is_dir()):
+        return _folder(name, root / name, share, by_domain)
     if name in vision.TABLE:
         return _finish(name, vision.read(name, root, download), str(root))
     _refuse_unknown(name, root)
@@ -81,6 +113,8 @@ def _load(name: str, root: Path | None, download: bool) -> Dataset:
 def _refuse_unknown(name: str, root: Path | None = None) -> None:
     if name in names():
         return
+    if _path(name).is_file():
+        raise foreign_files.refusal(_path(name), EXTENSIONS)
     family = [known for known in names() if known.split("@")[0] == name.split("@")[0]]
     near = difflib.get_close_matches(name, names(), 1, 0.0)[0]
     hint = f"choose {' or '.join(family)}" if family else f"did you mean {near}?"
@@ -88,18 +122,29 @@ def _refuse_unknown(name: str, root: Path | None = None) -> None:
     raise UserError(f"unknown data set {name!r}; {hint}{looked} (a path needs a slash or .npz)")
 
 
-def _from_path(name: str, root: Path | None) -> Dataset:
-    path = Path(name).expanduser()
+def _from_path(name: str, root: Path | None, share: Share | None, by_domain: bool) -> Dataset:
+    path = _path(name)
     if not path.exists() and not path.is_absolute() and root is not None and (root / path).exists():
         path = root / path
     if path.is_dir():
-        return _finish(path.resolve().name, folders.read_tree(path), str(path))
+        return _folder(path.resolve().name, path, share, by_domain)
     if not path.exists():
         also = f" or in {root}" if root is not None and not path.is_absolute() else ""
         raise UserError(
-            f"no data set at {path}{also}: expected an .npz file with {arrays.LAYOUT}, or a folder with train/ and test/"
+            f"no data set at {path}{also}: expected an .npz file with {arrays.LAYOUT}, a folder with train/ and test/, "
+            "or a table (.csv, .parquet) of paths and labels"
         )
-    return _npz(path.stem, path)
+    suffix = path.suffix.lower()
+    if suffix in tables.SUFFIXES:
+        return _finish(path.stem, tables.read_table(path, share), str(path), share)
+    if suffix != ".npz":
+        raise foreign_files.refusal(path, EXTENSIONS)
+    return _npz(path.stem, path, share)
+
+
+def _folder(name: str, path: Path, share: Share | None, by_domain: bool) -> Dataset:
+    read = arrow.read_saved if arrow.is_saved(path) else domain_folders.read_domains if by_domain else folders.read_tree
+    return _finish(name, read(path, share), str(path), share)
 
 
 @lru_cache(maxsize=1)
@@ -107,26 +152,34 @@ def _digits() -> Dataset:
     return _finish("digits", arrays.digits())
 
 
-def _npz(name: str, path: Path) -> Dataset:
+def _npz(name: str, path: Path, share: Share | None) -> Dataset:
     try:
         status = path.stat()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    return _npz_at(name, path.resolve(), status.st_size, status.st_mtime_ns)
+    return _npz_at(name, path.resolve(), status.st_size, status.st_mtime_ns, share)
 
 
 @lru_cache(maxsize=1)  # a sweep in one process reads its data once
-def _npz_at(name: str, path: Path, size: int, mtime_ns: int) -> Dataset:
-    return _finish(name, arrays.read_npz(path), str(path))
+def _npz_at(name: str, path: Path, size: int, mtime_ns: int, share: Share | None) -> Dataset:
+    return _finish(name, arrays.read_npz(path, share), str(path), share)
 
 
-def _finish(name: str, pool: Pool, where: str = "") -> Dataset:
+@cache
+def _say(line: str) -> None:
+    """A line for the user, once a process."""
+    log.warning(line)
+
+
+def _finish(name: str, pool: Pool, where: str = "", share: Share | None = None) -> Dataset:
     """Compare with the declared sizes, bring into canonical order, hash, and make it read-only."""
     entry = vision.TABLE.get(name)
     classes, train, test = entry.sizes if entry else _SIZES.get(name, (None, None, None))
     folders.check_counts(name, pool, classes, train or None, test or None, where)
     if entry and entry.cls.startswith("CIFAR") and isinstance(pool.images, ArrayImages):
         pool = _canonical(pool, pool.images.array)
+    if pool.passed_over:
+        _say(f"{where or name}: passed over {pool.passed_over}")
     for array in (pool.y, pool.split, pool.domain):
         if array is not None:
             array.flags.writeable = False
@@ -139,6 +192,7 @@ def _finish(name: str, pool: Pool, where: str = "") -> Dataset:
         sha256=content_sha256(pool),
         domain=pool.domain,
         domain_names=pool.domain_names,
+        drawn=share.options() if share is not None else {},
     )
 
 
@@ -166,22 +220,38 @@ def content_sha256(pool: Pool) -> str:
         digest.update(str(pool.images.array.shape).encode())
         digest.update(np.ascontiguousarray(pool.images.array).data)
         return digest.hexdigest()
-    assert isinstance(pool.images, FileImages)
+    sizes = _sizes(pool.images)
+    with_content = sum(sizes) <= HASHED_CONTENT
+    for i, (name, size) in enumerate(zip(pool.files, sizes, strict=True)):
+        content = hashlib.sha256(_content(pool.images, i)).hexdigest() if with_content else ""
+        digest.update(f"{name}\0{size}\0{content}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _sizes(images: ImageSource) -> list[int]:
+    """Bytes of every encoded image."""
+    if isinstance(images, arrow.EncodedImages):
+        return images.sizes()
+    assert isinstance(images, FileImages)
     try:
-        sizes = [path.stat().st_size for path in pool.images.paths]
-        with_content = sum(sizes) <= HASHED_CONTENT
-        for path, name, size in zip(pool.images.paths, pool.files, sizes, strict=True):
-            content = hashlib.sha256(path.read_bytes()).hexdigest() if with_content else ""
-            digest.update(f"{name}\0{size}\0{content}\n".encode("utf-8", "surrogateescape"))
+        return [path.stat().st_size for path in images.paths]
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror or error}") from None
-    return digest.hexdigest()
+
+
+def _content(images: Any, i: int) -> bytes:
+    try:
+        file, _ = images.opened(i)
+        with file:
+            return file.read()
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror or error}") from None
 
 
 def _check_sha256(dataset: Dataset, name: str, root: Path | None, expected: str) -> None:
     expected = str(expected).lower().removeprefix("sha256:")
     found = [dataset.sha256]
-    candidates = [Path(name).expanduser()] + ([root / name, root / f"{name}.npz"] if root else [])
+    candidates = [_path(name)] + ([root / name, root / f"{name}.npz"] if root else [])
     path = next((p for p in candidates if p.suffix == ".npz" and p.is_file()), None)
     if path is not None and expected not in found:
         with path.open("rb") as file:

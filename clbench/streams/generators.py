@@ -55,13 +55,14 @@ def class_incremental(
     budget: Mapping[str, int | None] | None = None,
     classes: Sequence[int | str] | None = None,
     operators: Sequence[Any] = (),
+    test_share: float | None = None,
+    test_seed: int = 0,
 ) -> Scenario:
     """New classes in every experience, tasks undisclosed: "B0 IncN" (base=0), "Bm IncN" (base=m), or explicit `sizes`.
 
     name                     name of the scenario in records
     dataset                  see `datasets.load`; also data_root, download, sha256 (expected identity, or None)
-    base, increment          classes of the first experience (0: as many as in the others) and of each later one; what
-                             remains is a smaller last one
+    base, increment          classes of the first experience (0: as many as in the others) and of each later one but the last
     sizes                    classes of each experience, instead of base and increment
     order                    a name from `orders.names()` or a list of class ids; order_seed is for order=random alone
     num_classes              keep only the data set's first classes (by original id, whatever the order)
@@ -72,12 +73,10 @@ def class_incremental(
     budget                   fields of `interfaces.Budget`
     classes                  keep only these, by original id (a number) or by name (text), instead of num_classes
     operators                functions of `streams.operators` that change the stream, left to right: names, or {name: options}
-
-    Raises:
-        UserError: for any value that does not fit; one line.
+    test_share, test_seed    share of each class (of each domain) drawn as test samples, where the data has none of its own
     """
     rules = budget_of(budget, "predict")
-    data = datasets.load(dataset, data_root, download, sha256)
+    data = datasets.load(dataset, data_root, download, sha256, test_share, test_seed)
     kept = kept_classes(data, num_classes, classes)
     ordered = appearance(order, order_seed, data.num_classes, kept, classes is not None)
     train, evaluate = select(data, kept, limit_train, limit_test, validation, validation_seed, evaluate_on)
@@ -92,9 +91,15 @@ def _dealt(ordered: Sequence[int], sizes: Sequence[int], train: Cells, evaluate:
     for i, size in enumerate(sizes):
         present = ordered[start : start + size]
         chosen = [cell for cell in sorted(train) if cell[1] in present]
-        steps.append(Step(f"exp{i}", present, _join(train, chosen), _join(evaluate, chosen)))
+        tested = [cell for cell in sorted(evaluate) if cell[1] in present] if _apart(train, evaluate) else chosen
+        steps.append(Step(f"exp{i}", present, _join(train, chosen), _join(evaluate, tested)))
         start += size
     return steps
+
+
+def _apart(train: Cells, evaluate: Cells) -> bool:
+    """Whether the test samples come from domains of their own."""
+    return not {d for d, _ in train} & {d for d, _ in evaluate}
 
 
 def task_incremental(
@@ -118,6 +123,8 @@ def task_incremental(
     budget: Mapping[str, int | None] | None = None,
     classes: Sequence[int | str] | None = None,
     operators: Sequence[Any] = (),
+    test_share: float | None = None,
+    test_seed: int = 0,
 ) -> Scenario:
     """`class_incremental` with the task of every sample disclosed, in training and at test time: task i = experience i."""
     scenario = class_incremental(**{**locals(), "operators": ()})
@@ -148,21 +155,29 @@ def domain_incremental(
     budget: Mapping[str, int | None] | None = None,
     classes: Sequence[int | str] | None = None,
     operators: Sequence[Any] = (),
+    test_share: float | None = None,
+    test_seed: int = 0,
 ) -> Scenario:
     """The same classes in every experience, from another domain each time; one evaluation set per domain.
 
-    `domains` names the domains in order (None: all, in the data set's order); other arguments as in `class_incremental`.
+    `domains` names the domains in order (None: all that have training samples, in the data set's order); other arguments as in
+    `class_incremental`. Where no domain has test samples of its own (CORe50), those of the others are one common set.
     """
     rules = budget_of(budget, "predict")
-    data = datasets.load(dataset, data_root, download, sha256)
+    data = datasets.load(dataset, data_root, download, sha256, test_share, test_seed, True)
     kept = kept_classes(data, num_classes, classes)
     train, evaluate = select(data, kept, limit_train, limit_test, validation, validation_seed, evaluate_on)
+    apart = _apart(train, evaluate)
     steps = []
-    for d in _domains(data, domains):
+    for d in _domains(data, domains, sorted({d for d, _ in train})):
         chosen = [cell for cell in sorted(train) if cell[0] == d]
         present = [c for _, c in chosen]
-        steps.append(Step(data.domain_names[d], present, _join(train, chosen), _join(evaluate, chosen)))
+        tested = sorted(evaluate) if apart else chosen
+        steps.append(Step(data.domain_names[d], present, _join(train, chosen), _join(evaluate, tested)))
     made = _build("domain_incremental", name, data, steps, rules, augment)
+    if apart:
+        manifest = made.manifest
+        made = replace(made, manifest=replace(manifest, evals=(replace(manifest.evals[0], name="test"),)))
     return apply(made, operators, data_root, download)
 
 
@@ -185,14 +200,20 @@ def from_manifest(
     parts = manifest.dataset.get("parts")
     found = dataset or ([part["name"] for part in parts] if parts else manifest.dataset["name"])
     if isinstance(found, str):
-        data = datasets.load(found, data_root, download)
+        by_domain = manifest.kind == "domain_incremental"
+        data = datasets.load(found, data_root, download, None, *_drawn(manifest.dataset), by_domain)
     elif parts and len(found) == len(parts):
-        loaded = [datasets.load(one, data_root, download) for one in found]
+        loaded = [datasets.load(one, data_root, download, None, *_drawn(p)) for one, p in zip(found, parts, strict=True)]
         data = concatenated(loaded, manifest.dataset["classes"])
     else:
         raise UserError(f"scenario.dataset names {len(found)} data sets, manifest {path} was made of {len(parts or '1')}")
     scenario = Scenario(name or Path(path).stem, manifest, data, Budget(**manifest.budget), augment)
     return apply(scenario, operators, data_root, download)
+
+
+def _drawn(dataset: Mapping[str, Any]) -> tuple[float | None, int]:
+    """How the test samples of a manifest's data set were drawn: test_share and test_seed of `datasets.load`."""
+    return dataset.get("test_share"), dataset.get("test_seed", 0)
 
 
 def _build(kind: str, name: str, data: Dataset, steps: Sequence[Step], budget: Budget, augment: str) -> Scenario:
@@ -201,7 +222,7 @@ def _build(kind: str, name: str, data: Dataset, steps: Sequence[Step], budget: B
             raise UserError(f"scenario {name}: experience {step.name} has no samples to evaluate on")
     manifest = Manifest(
         kind=kind,
-        dataset={"name": data.name, "sha256": data.sha256, "num_samples": len(data)},
+        dataset={"name": data.name, "sha256": data.sha256, "num_samples": len(data), **data.drawn},
         class_order=tuple(dict.fromkeys(int(c) for step in steps for c in step.classes)),
         experiences=tuple(ExperienceEntry(step.name, None, tuple(step.classes), step.train) for step in steps),
         evals=tuple(
@@ -242,17 +263,19 @@ def _sizes(total: int, base: int, increment: int | None, sizes: Sequence[int] | 
     return first + [increment] * full + ([rest] if rest else [])
 
 
-def _domains(data: Dataset, chosen: Sequence[str] | None) -> list[int]:
+def _domains(data: Dataset, chosen: Sequence[str] | None, trained: Sequence[int]) -> list[int]:
     if data.domain is None or not data.domain_names:
         raise UserError(f"data set {data.name} has no domains, so no domain-incremental stream can be made of it")
     if chosen is None:
-        return list(range(len(data.domain_names)))
+        return list(trained)
     positions = []
     for domain in chosen:
         if domain not in data.domain_names:
             near = difflib.get_close_matches(str(domain), data.domain_names, 1, 0.0)[0]
             raise UserError(f"unknown domain {domain!r} of {data.name}; did you mean {near}? ({', '.join(data.domain_names)})")
         positions.append(data.domain_names.index(domain))
+        if positions[-1] not in trained:
+            raise UserError(f"domain {domain} of {data.name} has no training samples")
     if not positions or len(set(positions)) != len(positions):
         raise UserError(f"scenario.domains must name each domain at most once, and at least one; got {list(chosen)}")
     return positions

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,7 +24,7 @@ import numpy as np
 from clbench.interfaces import UserError
 from clbench.streams.entries import EvalEntry, ExperienceEntry, Fields, Form, written
 from clbench.streams.id_runs import MAX_SAMPLES, decode_ids, decode_labels, encode_ids, encode_labels
-from clbench.streams.manifest_rules import check, checked_keys, kept_rules, of_form
+from clbench.streams.manifest_rules import DATASET_KEYS, check, checked_keys, kept_rules, of_form
 from clbench.streams.manifest_text import lines
 
 SCHEMA = 1
@@ -162,9 +162,14 @@ class Manifest:
             raise UserError(f"not a manifest: {error}") from None
         return _parse(body)
 
-    def save(self, path: str | Path) -> None:
-        """Write the manifest with its hash to `path`, in one move: nobody ever sees half a file."""
-        _write(Path(path), json.dumps({"sha256": self.sha256, **json.loads(self.to_json())}, indent=1) + "\n")
+    def save(self, path: str | Path, class_names: Mapping[int, str] | None = None) -> None:
+        """Write the manifest with its hash to `path`, in one move: nobody ever sees half a file.
+
+        `class_names` (original id -> name) are for people: they stand beside the hash, not under it.
+        """
+        head: dict[str, Any] = {"sha256": self.sha256}
+        head |= {"class_names": {str(c): name for c, name in class_names.items()}} if class_names else {}
+        _write(Path(path), json.dumps({**head, **json.loads(self.to_json())}, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Manifest:
@@ -176,6 +181,7 @@ class Manifest:
         except (ValueError, RecursionError) as error:
             raise UserError(f"manifest {path} is not JSON: {error}") from None
         claimed = body.pop("sha256", None) if isinstance(body, dict) else None
+        body.pop("class_names", None) if isinstance(body, dict) else None
         try:
             manifest = _parse(body)
         except UserError as error:
@@ -235,7 +241,7 @@ def _parse(body: Any) -> Manifest:
 
 
 def _total(dataset: Any) -> int:
-    total = checked_keys(dataset, ("name", "sha256", "num_samples"), "dataset", ("parts", "classes"))["num_samples"]
+    total = checked_keys(dataset, *DATASET_KEYS)["num_samples"]
     if type(total) is not int or not 0 < total <= MAX_SAMPLES:
         raise UserError(f"dataset.num_samples must be a positive whole number, got {total!r}")
     return total

@@ -14,12 +14,14 @@ import numpy as np
 from clbench.interfaces import RULES, Budget, UserError
 from clbench.streams import transforms
 from clbench.streams.entries import EvalEntry, ExperienceEntry, Form, differing
+from clbench.streams.splits import Share
 from clbench.streams.tokens import sequences
 
 if TYPE_CHECKING:
     from clbench.streams.manifest import Manifest
 
 MAX_CLASSES = 1 << 20
+DATASET_KEYS = (("name", "sha256", "num_samples"), "dataset", ("parts", "classes", "test_share", "test_seed"))
 
 
 def checked_keys(body: Any, expected: Iterable[str], where: str, optional: Iterable[str] = ()) -> dict[str, Any]:
@@ -93,10 +95,11 @@ def check(manifest: Manifest) -> None:
 
 def _check_ids(manifest: Manifest) -> None:
     """Samples that are ids of a data set."""
-    dataset = checked_keys(manifest.dataset, ("name", "sha256", "num_samples"), "dataset", ("parts", "classes"))
+    dataset = checked_keys(manifest.dataset, *DATASET_KEYS)
     if not all(isinstance(dataset[key], str) for key in ("name", "sha256")):
         raise UserError("manifest: dataset.name and dataset.sha256 must be text")
     _check_parts(dataset)
+    Share.of(dataset.get("test_share"), dataset.get("test_seed", 0))
     if not all(0 <= c < MAX_CLASSES for c in manifest.class_order):
         raise UserError(f"manifest: class ids must be in 0..{MAX_CLASSES - 1}")
     total = dataset["num_samples"]
@@ -166,7 +169,7 @@ def _check_parts(dataset: Mapping[str, Any]) -> None:
     if not isinstance(parts, list | tuple) or classes not in ("disjoint", "named"):
         raise UserError("manifest: dataset.parts must be a list, dataset.classes disjoint or named")
     for i, part in enumerate(parts):
-        checked_keys(part, ("name", "sha256", "num_samples"), f"dataset part {i}")
+        checked_keys(part, DATASET_KEYS[0], f"dataset part {i}", ("test_share", "test_seed"))
     if not all(_whole(p["num_samples"]) and isinstance(p["name"], str) for p in parts):
         raise UserError("manifest: dataset.parts must have names and numbers of samples")
     if sum(p["num_samples"] for p in parts) != dataset["num_samples"]:

@@ -84,6 +84,6 @@ def described(parts: Sequence[Dataset], whole: Dataset, classes: str) -> dict[st
         "name": whole.name,
         "sha256": whole.sha256,
         "num_samples": len(whole),
-        "parts": [{"name": p.name, "sha256": p.sha256, "num_samples": len(p)} for p in parts],
+        "parts": [{"name": p.name, "sha256": p.sha256, "num_samples": len(p), **p.drawn} for p in parts],
         "classes": classes,
     }

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import IO, Any, Literal, Protocol
 
 import numpy as np
 
 from clbench.interfaces import Budget, Facts, UserError
+from clbench.streams.images.decoding import decode
 from clbench.streams.manifest import EvalEntry, ExperienceEntry, Manifest
 from clbench.streams.manifest_text import described
 
@@ -67,18 +67,12 @@ class FileImages:
         """Pixels of samples by id: uint8 [H, W, 3] each. A file that cannot be decoded raises `UserError` with its path."""
         return [decode(self.paths[int(i)]) for i in ids]
 
-
-def decode(path: Path) -> np.ndarray:
-    """One image file -> uint8 [H, W, 3]. A truncated, corrupt or oversized file raises `UserError` naming it."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image, warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            rgba = image.mode in ("P", "PA", "LA") and "transparency" in image.info
-            return np.asarray((image.convert("RGBA") if rgba else image).convert("RGB"), dtype=np.uint8)
-    except Exception as error:  # Pillow's decoders raise many kinds (OSError, SyntaxError, struct.error, ...)
-        raise UserError(f"cannot decode image {path}: {error}") from None
+    def opened(self, i: int) -> tuple[IO[bytes], str]:
+        """The file of image i, open for reading, and its path."""
+        try:
+            return self.paths[i].open("rb"), str(self.paths[i])
+        except OSError as error:
+            raise UserError(f"cannot read image {self.paths[i]}: {error.strerror or error}") from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +83,7 @@ class Dataset:
     split        [N] uint8, 0 training, 1 test
     domain       [N] int64 positions in `domain_names`, or None
     sha256       identity of the content, the same on every machine (see `datasets.content_sha256`)
+    drawn        {"test_share", "test_seed"} where the test samples were drawn on request; else empty
     """
 
     name: str
@@ -99,6 +94,7 @@ class Dataset:
     sha256: str
     domain: np.ndarray | None = None
     domain_names: tuple[str, ...] = ()
+    drawn: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.y)
@@ -150,6 +146,11 @@ class Scenario:
         again, c = divmod(original, len(names))
         return f"{names[c]} ({again + 1})" if again else names[c]
 
+    def class_names(self) -> dict[int, str]:
+        """Original class id -> name of the stream's classes, in order of appearance; empty where all are named by their ids."""
+        names = {c: self.class_name(c) for c in self.manifest.class_order}
+        return names if any(name != str(c) for c, name in names.items()) else {}
+
     def text(self) -> str:
         """The stream for people, with the names of its classes."""
         return self.manifest.text(self.class_name)
@@ -158,14 +159,17 @@ class Scenario:
         """What a record says about the stream and its evaluation sets."""
         found, evals = described(self.manifest), self.manifest.evals
         counts = [[int((y == c).sum()) for c in e.classes] for y, e in zip(map(self.labels, evals), evals, strict=True)]
-        return {**found, "scenario": {"name": self.name, **found["scenario"]}, "class_n": counts}
+        about = {"name": self.name, **found["scenario"]}
+        about |= {"class_names": list(names.values())} if (names := self.class_names()) else {}
+        return {**found, "scenario": about, "class_n": counts}
 
     def facts(self) -> Facts:
         """What is compared with a learner's capabilities."""
         seen: set[int] = set()
-        brings_new = []
+        brings_new, brings_old = [], []
         for entry in self.manifest.experiences:
             brings_new.append(bool(set(entry.classes) - seen))
+            brings_old.append(bool(set(entry.classes) & seen))
             seen |= set(entry.classes)
         return Facts(
             name=self.name,
@@ -173,6 +177,7 @@ class Scenario:
             discloses_task=self.manifest.discloses_task,
             has_boundaries=self.manifest.has_boundaries and all(e.boundary for e in self.manifest.experiences),
             every_experience_has_new_classes=all(brings_new),
+            every_class_comes_once=not any(brings_old),
             budget=self._tightest(),
             every_experience_has_labels=all(e.labelled for e in self.manifest.experiences),
             has_looks=any(self.manifest.looks),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from clbench.interfaces import UserError
 from clbench.streams import rng
 
 _REVISITING = "https://github.com/LAMDA-CL/RevisitingCIL (section 'Datasets': ready-made archive)"
@@ -22,6 +23,7 @@ class FolderSplit:
     """A data set of folders, <root>/<name@variant>/{train,test}/<class>/<image>, with what must be found there.
 
     names_sha256  SHA-256 of the sorted "class/file" names joined by newlines, (train, test), where known
+    folder        the name of its folder as published, where it is another
     """
 
     classes: int
@@ -29,6 +31,7 @@ class FolderSplit:
     test: int
     source: str
     names_sha256: tuple[str, str] | None = None
+    folder: str = ""
 
 
 FOLDERS: dict[str, FolderSplit] = {
@@ -51,6 +54,9 @@ FOLDERS: dict[str, FolderSplit] = {
     "imagenet_a@revisiting": FolderSplit(200, 5_981, 1_519, _REVISITING),
     "objectnet@revisiting": FolderSplit(200, 26_509, 6_628, _REVISITING),
     "omnibenchmark@revisiting": FolderSplit(300, 89_697, 5_985, _REVISITING),
+    "tiny_imagenet@official": FolderSplit(
+        200, 100_000, 10_000, "http://cs231n.stanford.edu/tiny-imagenet-200.zip", folder="tiny-imagenet-200"
+    ),
     "vtab@revisiting": FolderSplit(50, 1_796, 8_619, _REVISITING),
 }
 
@@ -60,8 +66,36 @@ def variants(name: str) -> list[str]:
     return [full for full in FOLDERS if full.split("@")[0] == name]
 
 
-def stratified(y: np.ndarray, domain: np.ndarray | None = None, percent: int = 20, seed: int = 0) -> np.ndarray:
-    """Draw `percent` of every class (of every domain) as test samples: y [N], domain [N] -> split [N] uint8, 1 is test.
+@dataclass(frozen=True)
+class Share:
+    """The share of every class that becomes test samples where a data set has none of its own, and the seed it is drawn by."""
+
+    ten_thousandths: int = 2_000
+    seed: int = 0
+
+    @staticmethod
+    def of(share: float | None, seed: int) -> Share | None:
+        """The options scenario.test_share and scenario.test_seed, checked; None where no share is asked for."""
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise UserError(f"scenario.test_seed must be a whole number from 0, got {seed!r}")
+        if share is None:
+            if seed:
+                raise UserError(f"scenario.test_seed={seed} has no effect without scenario.test_share")
+            return None
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0001 <= share < 1:
+            raise UserError(f"scenario.test_share must be a share in 0.0001..1 (1 excluded), got {share!r}")
+        return Share(round(share * 10_000), seed)
+
+    def options(self) -> dict[str, float | int]:
+        """The options that ask for it."""
+        return {"test_share": self.ten_thousandths / 10_000, "test_seed": self.seed}
+
+
+FIFTH = Share()
+
+
+def stratified(y: np.ndarray, domain: np.ndarray | None = None, share: Share = FIFTH) -> np.ndarray:
+    """Draw a share of every class (of every domain) as test samples: y [N], domain [N] -> split [N] uint8, 1 is test.
 
     Counts are rounded half up; a group of two or more gives at least one sample to each side. Integer arithmetic only.
     """
@@ -70,7 +104,7 @@ def stratified(y: np.ndarray, domain: np.ndarray | None = None, percent: int = 2
     for d in np.unique(groups).tolist():
         for c in np.unique(y[groups == d]).tolist():
             ids = np.flatnonzero((groups == d) & (y == c))
-            split[drawn(ids, percent * 100, "split", seed, d, c)] = 1
+            split[drawn(ids, share.ten_thousandths, "split", share.seed, d, c)] = 1
     return split
 
 

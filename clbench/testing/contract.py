@@ -20,7 +20,7 @@ from clbench.config.compose import build, load_target
 from clbench.interfaces import UserError, declared
 from clbench.streams.manifest import Manifest
 from clbench.testing import anytime, data_reach, loss_checks, score_checks
-from clbench.testing.trial import LossTrial, Trial, repeated_stream, small_stream, small_texts
+from clbench.testing.trial import LossTrial, Trial, mixed_stream, repeated_stream, small_stream, small_texts
 from clbench.training import arithmetic
 from clbench.training.runtime import Interrupted
 from clbench.training.state import fingerprint
@@ -50,6 +50,8 @@ def check_learner(config: dict[str, Any]) -> list[Result]:
         results += _run({"task_incremental": shapes}, Trial(config, tasks, can))
     if not can.needs_new_classes:
         results += _run({"classes_come_back": shapes}, Trial(config, repeated_stream(epochs), can))
+    if not can.needs_disjoint_classes:
+        results += _run({"old_classes_beside_new": shapes}, Trial(config, mixed_stream(epochs), can))
     if not (can.needs_random_access or can.stores_all_data or can.needs_passes > 1):
         once = small_stream(kind, operators=["single_pass"], budget=budget | {"epochs": 1})
         results += _run({"single_pass": shapes}, Trial(config, once, can))

@@ -6,6 +6,7 @@ import pathlib
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -155,6 +156,17 @@ def repeated_stream(epochs: int) -> Scenario:
     parts = [replace(whole, name=f"part {i}", train=whole.train[i::2]) for i in range(2)]
     manifest = replace(manifest, experiences=tuple(parts), kind="data_incremental")
     return replace(scenario, manifest=manifest)
+
+
+def mixed_stream(epochs: int) -> Scenario:
+    """The small stream whose second experience brings one new class beside an old one."""
+    scenario = small_stream(sizes=[3, 1], num_classes=4, limit_train=24, budget={"epochs": epochs, "exemplars": 12})
+    manifest, y = scenario.manifest, scenario.dataset.y
+    first, second = manifest.experiences
+    back = first.train[y[first.train] == first.classes[1]][::2]
+    first = replace(first, train=first.train[~np.isin(first.train, back)])
+    second = replace(second, classes=(first.classes[1], *second.classes), train=np.concatenate([back, second.train]))
+    return replace(scenario, manifest=replace(manifest, experiences=(first, second), kind="mixed_classes"))
 
 
 def small_texts() -> TokenScenario:

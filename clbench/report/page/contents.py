@@ -237,7 +237,17 @@ def _stream(entry: Mapping[str, Any]) -> dict[str, Any]:
     made = {"scenario": _cut(scenario["name"]), "manifest": _cut(str(scenario.get("manifest_sha256", ""))[:8])}
     made |= {"kind": _cut(scenario.get("kind", "")), "sets": [_cut(name, 60) for name in names]}
     made |= {"n": entry["n"], "first": entry["first_seen"], "classes": classes}
+    made |= {"brings": _brings(scenario)} if isinstance(scenario.get("class_names"), list) else {}
     return made | {"order": len(order) if isinstance(order, list) else None}
+
+
+def _brings(scenario: Mapping[str, Any]) -> list[str]:
+    """The names of the classes of each experience."""
+    order, names = scenario.get("class_order") or (), map(str, scenario["class_names"])
+    known = dict(zip(map(str, order), names, strict=False))
+    parts = [part for part in scenario.get("experiences") or () if isinstance(part, Mapping)]
+    classes = [part["classes"] if isinstance(part.get("classes"), list) else [] for part in parts]
+    return [_cut(", ".join(known.get(str(c), str(c)) for c in one)) for one in classes]
 
 
 def _command(first: Mapping[str, Any], runs: Sequence[Run], conf: pathlib.Path) -> str:

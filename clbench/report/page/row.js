@@ -19,6 +19,7 @@ function showRow(row) {
     el('div', { class: 'headline' }, el('h1', { title: row.learner }, el('bdi', {}, briefly(row.learner, 90))), el('div', { class: 'tools' }, top && top !== row ? el('a', { class: 'button', href: versusHash(row, top) }, 'Compare with the best') : null, el('a', { class: 'button', href: versusHash(row) }, top && top !== row ? 'with another' : 'Compare'))),
     el('p', { class: 'chips' }, [['scenario', row.scenario], ['model', row.model], ['variant', row.variant], ['manifest', row.manifest], ['marks', row.marks]].filter(([, v]) => v).map(([k, v]) => el('span', {}, el('small', {}, k), ' ', el('bdi', {}, v)))),
     el('p', { class: 'quiet' }, about(row.stream), row.differs ? [' \u00b7 differs from other rows of this learner in ', el('bdi', {}, row.differs)] : null),
+    ...(row.stream.brings ? [el('details', { class: 'settings' }, el('summary', {}, 'Classes of each experience'), el('ol', {}, row.stream.brings.map((text) => el('li', {}, el('bdi', {}, text)))))] : []),
     el('dl', { class: 'factsheet' },
       fact('Last accuracy', has(row.mean) ? `${per(row.mean)}\u2009%` : NONE, has(row.low) ? `95 % interval ${intervalText(row)}${row.n < 5 ? ', too narrow below 5 seeds' : ''}` : 'no interval from one seed'),
       fact('Average over experiences', has(column('step_macro_mean', row.i)) ? `${per(column('step_macro_mean', row.i))}\u2009%` : NONE, pm('step_macro')),

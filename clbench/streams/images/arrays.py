@@ -12,7 +12,7 @@ import numpy as np
 
 from clbench.interfaces import UserError
 from clbench.streams.scenario import ArrayImages, ImageSource
-from clbench.streams.splits import stratified
+from clbench.streams.splits import FIFTH, Share, stratified
 
 SPLIT_KEYS = ("train_x", "train_y", "test_x", "test_y")
 LAYOUT = "train_x, train_y, test_x, test_y (or x, y and perhaps split, domain)"
@@ -20,7 +20,11 @@ LAYOUT = "train_x, train_y, test_x, test_y (or x, y and perhaps split, domain)"
 
 @dataclass
 class Pool:
-    """What a reader found: N samples before they are named and hashed. `files`: relative names, where images lie in files."""
+    """What a reader found: N samples before they are named and hashed.
+
+    files        relative names, where images lie in files
+    passed_over  what a folder or a table holds besides, counted, in a few words
+    """
 
     images: ImageSource
     y: np.ndarray
@@ -29,6 +33,7 @@ class Pool:
     domain: np.ndarray | None = None
     domain_names: tuple[str, ...] = ()
     files: list[str] = field(default_factory=list)
+    passed_over: str = ""
 
 
 def digits() -> Pool:
@@ -84,13 +89,17 @@ def missing_ids(present: np.ndarray) -> list[int]:
     return list(islice((c for c in count() if c not in found), min(gaps, 5)))
 
 
-def read_npz(path: Path) -> Pool:
-    """Read and check one `.npz` file. Every flaw raises a one-line `UserError` that names the file and the array."""
+def read_npz(path: Path, share: Share | None = None) -> Pool:
+    """Read and check one `.npz` file. Every flaw raises a one-line `UserError` that names the file and the array.
+
+    Where it has x and y without split, a fifth of every class is drawn as test images, or `share`.
+    """
     stored = _read(path)
     try:
-        if "train_x" in stored or "test_x" in stored:
-            return _two_parts(stored)
-        return _one_part(stored)
+        two = "train_x" in stored or "test_x" in stored
+        if share is not None and (two or "split" in stored):
+            raise UserError("scenario.test_share has no effect: the file has test images of its own")
+        return _two_parts(stored) if two else _one_part(stored, share or FIFTH)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except MemoryError:
@@ -136,13 +145,13 @@ def _two_parts(stored: dict[str, np.ndarray]) -> Pool:
     return _pool(stored, np.concatenate(parts), np.concatenate(ys), split, domain)
 
 
-def _one_part(stored: dict[str, np.ndarray]) -> Pool:
+def _one_part(stored: dict[str, np.ndarray], share: Share) -> Pool:
     x, y = _need(stored, ("x", "y")) if {"x", "y"} & set(stored) else _need(stored, SPLIT_KEYS)[:2]
     x = rgb(x, "x")
     y = labels(y, len(x), "y")
     domain = labels(stored["domain"], len(x), "domain") if "domain" in stored else None
     if "split" not in stored:
-        return _pool(stored, x, y, stratified(y, domain), domain)
+        return _pool(stored, x, y, stratified(y, domain, share), domain)
     split = labels(stored["split"], len(x), "split")
     if split.max() > 1:
         raise UserError(f"split must hold 0 (training) and 1 (test), got {int(split.max())}")

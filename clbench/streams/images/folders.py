@@ -1,24 +1,24 @@
 """Images in folders, one per class: <root>/{train,test}/<class>/..., of any size, decoded when asked for.
 
-Tiny-ImageNet as it is published is read as well: its validation images lie in one folder beside val_annotations.txt, and are
-the test images here; its own test images have no labels.
+A class's id is its position among the folder names sorted as text (10 comes before 2), its name is the folder's. Without a test
+folder, <root>/train/<class>/ or <root>/<class>/ is divided on request. Tiny-ImageNet as it is published is read as well: its
+validation images lie in one folder beside val_annotations.txt, and are the test images here; its own have no labels.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
 
 from clbench.interfaces import UserError
 from clbench.streams.images.arrays import Pool, check_classes
+from clbench.streams.images.class_folders import EXTENSIONS, Listing
 from clbench.streams.scenario import FileImages
-from clbench.streams.splits import FOLDERS, FolderSplit
+from clbench.streams.splits import FOLDERS, FolderSplit, Share, stratified
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm"}
-TEST_NAMES = ("test", "val")
+TEST_NAMES = ("test", "val", "valid", "validation")
 ANNOTATIONS = "val/val_annotations.txt"  # of Tiny-ImageNet: file, class, box; separated by tabs
 
 
@@ -27,30 +27,65 @@ def is_tree(root: Path) -> bool:
     return (root / "train").is_dir() and any((root / name).is_dir() for name in TEST_NAMES)
 
 
-def read_tree(root: Path) -> Pool:
+def read_tree(root: Path, share: Share | None = None) -> Pool:
     """Read the names below `root`; class ids are positions in the sorted folder names, samples are sorted by name.
 
-    Hidden files, hidden folders and files that are no images are ignored. An empty or missing class raises `UserError`.
+    `share` of every class is drawn as test images where there is no test folder. What is no image is counted in
+    `Pool.passed_over`. An empty or missing class raises `UserError`.
     """
     if not is_tree(root):
-        raise UserError(f"{root} must hold the folders train/<class>/ and test/<class>/ (or val/<class>/)")
+        return _undivided(root, share)
+    if share is not None:
+        raise UserError(f"scenario.test_share has no effect: {root} has test images of its own")
+    listing = Listing()
     listed = _annotated(root) if (root / ANNOTATIONS).is_file() else None
-    test = next(root / name for name in TEST_NAMES if (root / name).is_dir()) if listed is None else root / "val"
-    classes = _classes(root / "train")
-    unknown = sorted(set(_classes(test) if listed is None else listed) - set(classes))
+    found = [root / name for name in TEST_NAMES if (root / name).is_dir()]
+    test = found[0] if listed is None else root / "val"
+    classes = listing.classes(root / "train")
+    unknown = sorted(set(listing.classes(test) if listed is None else listed) - set(classes))
     if unknown:
         raise UserError(f"{test} has classes that {root / 'train'} lacks: {', '.join(unknown[:5])}")
     paths, y, split = [], [], []
     for part, folder in enumerate((root / "train", test)):
         for label, name in enumerate(classes):
-            found = _images(folder / name) if part == 0 or listed is None else listed.get(name, [])
-            if not found:
-                raise UserError(f"class folder {folder / name} is missing or holds no image ({', '.join(sorted(EXTENSIONS))})")
-            paths += found
-            y += [label] * len(found)
-            split += [part] * len(found)
+            of_class = _of_class(listing, folder / name) if part == 0 or listed is None else listed.get(name, [])
+            if not of_class:
+                raise UserError(f"no image of class {name} in {root / ANNOTATIONS}")
+            paths += of_class
+            y += [label] * len(of_class)
+            split += [part] * len(of_class)
+    for other in found:
+        if other != test:
+            listing.passed_over[f"folder {other.name}/ (the test images are those of {test.name}/)"] += 1
+    return _pool(root, paths, y, np.array(split, np.uint8), classes, listing)
+
+
+def _undivided(root: Path, share: Share | None) -> Pool:
+    """Class folders without a test folder; `share` of every class becomes test images."""
+    top = root / "train" if (root / "train").is_dir() else root
+    if share is None:
+        needed = f"{root} must hold the folders train/<class>/ and test/<class>/ (or val/<class>/)"
+        raise UserError(f"{needed}; without test images, scenario.test_share=0.2 draws a fifth of every class")
+    listing = Listing()
+    classes = listing.classes(top)
+    found = [_of_class(listing, top / name) for name in classes]
+    y = [label for label, paths in enumerate(found) for _ in paths]
+    split = stratified(np.array(y, np.int64), None, share)
+    return _pool(root, [path for paths in found for path in paths], y, split, classes, listing)
+
+
+def _of_class(listing: Listing, folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise UserError(f"class folder {folder} is missing: every class needs training and test images")
+    if not (found := listing.images(folder)):
+        raise UserError(f"class folder {folder} holds no image ({' '.join(sorted(EXTENSIONS))})")
+    return found
+
+
+def _pool(root: Path, paths: list[Path], y: list[int], split: np.ndarray, classes: list[str], listing: Listing) -> Pool:
     files = [path.relative_to(root).as_posix() for path in paths]
-    return Pool(FileImages(paths), np.array(y, np.int64), np.array(split, np.uint8), tuple(classes), files=files)
+    ids = np.array(y, np.int64)
+    return Pool(FileImages(paths), ids, split, tuple(classes), files=files, passed_over=listing.text())
 
 
 def _annotated(root: Path) -> dict[str, list[Path]]:
@@ -65,32 +100,14 @@ def _annotated(root: Path) -> dict[str, list[Path]]:
     return {name: sorted(paths) for name, paths in found.items()}
 
 
-def _classes(folder: Path) -> list[str]:
-    try:
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"cannot read {folder}: {error.strerror or error}") from None
-    if not names:
-        raise UserError(f"{folder} holds no class folders")
-    return names
-
-
-def _images(folder: Path) -> list[Path]:
-    found = []
-    for parent, inner, files in os.walk(folder):
-        inner[:] = sorted(name for name in inner if not name.startswith("."))
-        found += [
-            Path(parent, name) for name in files if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
-        ]
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
-
-
 def read_variant(root: Path, full: str) -> Pool:
     """Read a named variant below the data root and compare it with what is known of it."""
     split = FOLDERS[full]
     candidates = [root / full]
     if split.names_sha256:  # the list of names proves the variant, so the folder need not say it
         candidates.append(root / full.split("@")[0])
+    if split.folder:
+        candidates.append(root / split.folder)
     folder = next((path for path in candidates if is_tree(path)), None)
     if folder is None:
         raise UserError(

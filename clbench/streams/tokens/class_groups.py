@@ -43,6 +43,8 @@ def class_groups(
     probe_sequences: int = 32,
     probe_evenly: int = 4,
     budget: Mapping[str, Any] | None = None,
+    test_share: float | None = None,
+    test_seed: int = 0,
 ) -> ImageScenario:
     """Groups of classes, one experience each, dealt as in `generators.class_incremental`, whose options these are.
 
@@ -58,7 +60,9 @@ def class_groups(
     probing = ImageProbing(probe_sequences, probe_evenly, probe_train, probe_look)
     _check_options(augment, epochs=epochs, batch=batch, eval_images=eval_images, **_numbers(probing))
     classes = (base, increment, sizes, order, order_seed, num_classes, limit_train, limit_test)
-    dealt = generators.class_incremental(name, dataset, data_root, download, sha256, *classes)
+    dealt = generators.class_incremental(
+        name, dataset, data_root, download, sha256, *classes, test_share=test_share, test_seed=test_seed
+    )
     domains = _domains(dealt, _side(dealt.dataset, size), augment)
     chosen = list(range(len(domains))) if groups is None else list(groups)
     manifest = _layout(domains, chosen, epochs, batch, eval_images, budget)

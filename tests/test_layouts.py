@@ -1,0 +1,236 @@
+"""Folders by domain, and sets in the layout in which their makers publish them: small trees, checked by counts and names."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clbench.interfaces import UserError
+from clbench.streams import datasets, generators, splits
+from clbench.streams.images import domain_folders
+
+
+def picture(path: Path, value: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (5, 4), (value, 0, 0)).save(path)
+
+
+def fails(call, *words: str) -> str:
+    with pytest.raises(UserError) as caught:
+        call()
+    text = str(caught.value)
+    assert "\n" not in text and all(word in text for word in words), text
+    return text
+
+
+def test_folders_by_domain_with_their_own_division(tmp_path: Path):
+    root = tmp_path / "mine"
+    for d, domain in enumerate(("day", "night")):
+        for part, number in (("train", 3), ("test", 2)):
+            for c in ("cat", "dog")[: 2 - d]:
+                for i in range(number):
+                    picture(root / domain / part / c / f"{i}.png", 10 * d + i)
+    scenario = generators.domain_incremental("d", str(root))
+    data = scenario.dataset
+    assert data.domain_names == ("day", "night") and data.class_names == ("cat", "dog") and len(data) == 15
+    assert [(e.name, e.classes, len(e.train)) for e in scenario.manifest.experiences] == [
+        ("day", (0, 1), 6),
+        ("night", (0,), 3),
+    ]
+    assert [image[0, 0, 0] for image in data.images.raw(scenario.manifest.evals[1].ids)] == [10, 11]
+    scenario.manifest.save(tmp_path / "m.json")
+    again = generators.from_manifest(str(tmp_path / "m.json"), dataset=str(root))
+    assert again.manifest.sha256 == scenario.manifest.sha256
+    fails(lambda: generators.domain_incremental("d", str(root), test_share=0.2), "has no effect", "test images of its own")
+    (root / "night" / "test").rename(tmp_path / "away")
+    fails(lambda: generators.domain_incremental("d", str(root)), str(root / "night"), "train/<class>/ and test/<class>/")
+
+
+def test_folders_by_domain_without_test_images(tmp_path: Path):
+    root = tmp_path / "mine"
+    for domain, number in (("b", 10), ("a", 5)):
+        for c in ("x", "y"):
+            for i in range(number):
+                picture(root / domain / c / f"{i}.png")
+    fails(lambda: generators.domain_incremental("d", str(root)), "without test images", "scenario.test_share=0.2")
+    made = generators.domain_incremental("d", str(root), test_share=0.2, domains=["b", "a"])
+    assert [len(e.ids) for e in made.manifest.evals] == [4, 2]
+    fails(lambda: generators.domain_incremental("d", str(root), test_share=0.2, domains=["c"]), "unknown domain 'c'")
+    (root / "b" / "z").mkdir()
+    fails(lambda: generators.domain_incremental("d", str(root), test_share=0.2), str(root / "b" / "z"), "holds no image")
+
+
+@pytest.fixture
+def domainnet(tmp_path: Path, monkeypatch) -> Path:
+    """Two domains, three classes whose ids are not in the order of text, lists beside the folders."""
+    root, ids = tmp_path / "DomainNet", {"The_Eiffel_Tower": 2, "axe": 0, "bat": 1}
+    for domain in ("clipart", "real"):
+        lines = {"train": [], "test": []}
+        for name, number in ids.items():
+            for i in range(3):
+                file = f"{domain}/{name}/{domain}_{i}.jpg"
+                picture(root / file, 40 * number)
+                lines["test" if i == 2 else "train"].append(f"{file} {number}")
+        for part, listed in lines.items():
+            (root / f"{domain}_{part}.txt").write_text("\n".join(listed) + "\n")
+    small = replace(domain_folders.SETS["domainnet"], domains={"clipart": (6, 3), "real": (6, 3)}, classes=3)
+    monkeypatch.setitem(domain_folders.SETS, "domainnet", small)
+    return root
+
+
+def test_domainnet_as_it_is_published(domainnet: Path, tmp_path: Path):
+    data = datasets.load("domainnet", str(tmp_path))
+    assert data.class_names == ("axe", "bat", "The_Eiffel_Tower"), "ids are those of the lists"
+    for rows in (data.y == 2, data.y == 0):
+        assert len({image[0, 0, 0] // 20 for image in data.images.raw(np.flatnonzero(rows))}) == 1
+    assert data.domain is not None and int(data.split.sum()) == 6 and np.bincount(data.domain).tolist() == [9, 9]
+    stream = generators.domain_incremental("d", "domainnet", str(tmp_path)).manifest
+    assert [len(e.train) for e in stream.experiences] == [6, 6] and [len(e.ids) for e in stream.evals] == [3, 3]
+    both = generators.class_incremental("c", "domainnet", str(tmp_path), increment=1).manifest
+    assert [len(e.train) for e in both.experiences] == [4, 4, 4]
+    (domainnet / "splits").mkdir()
+    for path in list(domainnet.glob("*.txt")):
+        path.rename(domainnet / "splits" / path.name)
+    assert datasets.load("domainnet", str(tmp_path)).sha256 == data.sha256
+
+
+def test_a_domainnet_that_is_not_it_is_refused(domainnet: Path, tmp_path: Path):
+    def load():
+        return datasets.load("domainnet", str(tmp_path))
+
+    listed = domainnet / "real_test.txt"
+    text = listed.read_text()
+    listed.write_text(text.replace("axe/real_2.jpg 0", "axe/real_2.jpg 7"))
+    fails(load, "real_test.txt, line 2", "class axe has the id 7")
+    listed.write_text(text + "real/axe/real_0.jpg\n")
+    fails(load, "real_test.txt, line 4", "a path and a class id")
+    listed.write_text("\n".join(text.splitlines()[:2]) + "\n")
+    fails(load, "domain real: 6 + 2 images found, 6 + 3 images expected")
+    listed.write_text(text.replace("real_2", "gone"))
+    fails(load, "gone.jpg", "No such file")
+    listed.unlink()
+    fails(load, "no real_train.txt and real_test.txt")
+    fails(lambda: datasets.load("domainnet", str(domainnet)), "domainnet/<domain>/<class>/", "http://ai.bu.edu/M3SDA")
+
+
+def test_office_home(tmp_path: Path, monkeypatch):
+    """No published division: a fifth of each class of each domain, or the share that is asked for; underscores are accepted."""
+    small = replace(domain_folders.SETS["office_home"], domains={"Art": (20, 0), "Real World": (10, 0)}, classes=2)
+    monkeypatch.setitem(domain_folders.SETS, "office_home", small)
+    root = tmp_path / "OfficeHomeDataset_10072016"
+    for domain, number in (("Art", 10), ("Real_World", 5)):
+        for c in ("Alarm_Clock", "Bed"):
+            for i in range(number):
+                picture(root / domain / c / f"{i:05d}.jpg", i)
+    data = datasets.load("office_home", str(tmp_path))
+    assert data.domain_names == ("Art", "Real World") and data.domain is not None and data.drawn == {}
+    assert np.bincount(data.domain[data.split == 1]).tolist() == [4, 2]
+    assert datasets.load("office_home", str(tmp_path), test_share=0.2).sha256 == data.sha256
+    assert datasets.load("office_home", str(tmp_path), test_share=0.4).split.sum() == 12
+    (root / "Art" / "Bed" / "00000.jpg").unlink()
+    fails(lambda: datasets.load("office_home", str(tmp_path)), "domain Art: 19 images found, 20 images expected")
+
+
+def core50(root: Path) -> None:
+    for s in range(1, 12):
+        for o in range(1, 13):
+            picture(root / "core50_128x128" / f"s{s}" / f"o{o}" / f"C_{s:02d}_{o:02d}_000.png", 10 * s)
+
+
+def test_core50(tmp_path: Path, monkeypatch):
+    """Objects are numbered as numbers; three sessions are for testing: one common set of NI, and the test images of NC."""
+    names = tuple(f"o{i}" for i in range(1, 13))
+    small = replace(domain_folders.SETS["core50"], classes=12, class_names=names, total=(96, 36))
+    monkeypatch.setitem(domain_folders.SETS, "core50", small)
+    core50(tmp_path)
+    ni = generators.domain_incremental("ni", "core50", str(tmp_path))
+    assert ni.dataset.class_names == names
+    assert [e.name for e in ni.manifest.experiences] == ["s1", "s2", "s4", "s5", "s6", "s8", "s9", "s11"]
+    (evaluated,) = ni.manifest.evals
+    assert (evaluated.name, len(evaluated.ids), evaluated.first_seen) == ("test", 36, 0)
+    assert {image[0, 0, 0] for image in ni.dataset.images.raw(evaluated.ids)} == {30, 70, 100}
+    turned = generators.domain_incremental("ni", "core50", str(tmp_path), domains=["s11", "s1"]).manifest
+    assert [e.name for e in turned.experiences] == ["s11", "s1"] and len(turned.evals[0].ids) == 36
+    fails(lambda: generators.domain_incremental("ni", "core50", str(tmp_path), domains=["s3"]), "s3", "no training samples")
+    nc = generators.class_incremental("nc", "core50", str(tmp_path), base=10, increment=1).manifest
+    assert [(len(e.train), len(e.classes)) for e in nc.experiences] == [(80, 10), (8, 1), (8, 1)]
+    (tmp_path / "core50_128x128" / "s1" / "o1" / "C_01_01_000.png").rename(tmp_path / "lost.png")
+    picture(tmp_path / "core50_128x128" / "s3" / "o1" / "new.png")
+    (tmp_path / "core50_128x128" / "s1" / "o1").rmdir()
+    fails(lambda: datasets.load("core50", str(tmp_path)), "all domains: 95 + 37 images found, 96 + 36 images expected")
+
+
+def test_a_run_on_core50_ni(clbench, monkeypatch):
+    """Several experiences, one evaluation set: the table and the metrics hold."""
+    rows = [f"s{s}/o{o}.png,o{o},{'test' if s == 3 else 'train'},s{s}" for s in (1, 2, 3) for o in (1, 2)]
+    for row in rows:
+        picture(clbench.folder / row.split(",")[0], 90 * int(row[4]))
+    (clbench.folder / "t.csv").write_text("\n".join(["path,label,split,domain", *rows]) + "\n")
+    clbench("run", "scenario=dil_folder", "scenario.dataset=t.csv", "learner=ncm", "feature_store=off")
+    (record,) = clbench.records()
+    assert record["n"] == [2] and record["correct"] == [[2], [2]] and record["scenario"]["eval_names"] == ["test"]
+    clbench("report", "--strict")
+    clbench("verify")
+
+
+def test_tiny_imagenet_is_counted(tmp_path: Path, monkeypatch):
+    full = splits.FOLDERS["tiny_imagenet@official"]
+    assert (full.classes, full.train, full.test) == (200, 100_000, 10_000)
+    root = tmp_path / "tiny-imagenet-200"
+    for c in ("n01", "n02"):
+        picture(root / "train" / c / "images" / f"{c}_0.JPEG")
+        picture(root / "val" / "images" / f"val_{c}.JPEG")
+    picture(root / "test" / "images" / "test_0.JPEG")
+    (root / "val" / "val_annotations.txt").write_text("val_n01.JPEG\tn01\t0\t0\t7\t7\nval_n02.JPEG\tn02\t0\t0\t7\t7\n")
+    fails(lambda: datasets.load("tiny_imagenet@official", str(tmp_path)), "2 classes found, 200 expected")
+    monkeypatch.setitem(splits.FOLDERS, "tiny_imagenet@official", replace(full, classes=2, train=2, test=2))
+    data = datasets.load("tiny_imagenet@official", str(tmp_path))
+    assert data.name == "tiny_imagenet@official" and data.class_names == ("n01", "n02") and data.split.tolist() == [0, 0, 1, 1]
+    fails(lambda: datasets.load("tiny_imagenet", str(tmp_path)), "tiny_imagenet@official")
+    fails(lambda: datasets.load("tiny_imagenet@official", str(root)), "2 + 2 images", "tiny-imagenet-200.zip")
+
+
+def test_counts_of_the_published_sets_add_up():
+    """As published: 586,575 images of DomainNet (409,832 + 176,743), 15,588 of Office-Home, 164,866 of CORe50."""
+    counts = {name: [c for c in known.domains.values() if c] for name, known in domain_folders.SETS.items()}
+    assert [sum(c[part] for c in counts["domainnet"]) for part in (0, 1)] == [409_832, 176_743]
+    assert sum(c[0] for c in counts["office_home"]) == 15_588
+    assert sum(domain_folders.SETS["core50"].total or ()) == 164_866
+
+
+@pytest.mark.parametrize(
+    "name",
+    "cil_cars cil_core50 cil_domainnet cil_imagenet cil_tiny_imagenet dil_core50 dil_domainnet dil_office_home".split(),
+)
+def test_presets_of_published_sets_say_where_their_data_comes_from(name: str, tmp_path: Path):
+    from clbench.config import compose, registry
+
+    (job,) = compose.compose([f"scenario={name}", f"data_root={tmp_path}"])
+    registry.check(job)
+    assert job["scenario"]["dataset"] in datasets.names() and job["scenario"]["name"] == name
+    fails(lambda: compose.build(job["scenario"]), job["scenario"]["dataset"], "not found", str(tmp_path), "http")
+
+
+def test_two_lists_of_imagenet_100(tmp_path: Path, monkeypatch):
+    """One keeps the first hundred folder names, the other names its classes."""
+    from clbench.config import compose
+    from clbench.streams.images import vision
+
+    (cmc,), (podnet,) = (compose.compose([f"scenario=cil_imagenet100_{name}"]) for name in ("cmc", "podnet"))
+    listed = cmc["scenario"]["classes"]
+    assert len(set(listed)) == 100 and {"n02869837", "n02090622"} <= set(listed) and podnet["scenario"]["num_classes"] == 100
+    names = sorted({*listed, *(f"n0144{i:04d}" for i in range(60))})
+    content = tmp_path / "one.png"
+    picture(content)
+    for part in ("train", "val"):
+        for name in names:
+            (tmp_path / "imagenet" / part / name).mkdir(parents=True)
+            (tmp_path / "imagenet" / part / name / "0.png").write_bytes(content.read_bytes())
+    known = vision.TABLE["imagenet"]
+    assert known.sizes == (1000, 1_281_167, 50_000)
+    monkeypatch.setitem(vision.TABLE, "imagenet", replace(known, sizes=(len(names),) * 3))
+    for job, expected in ((cmc, sorted(listed)), (podnet, names[:100])):
+        made = compose.build(job["scenario"] | {"data_root": str(tmp_path)})
+        assert list(made.class_names().values()) == expected and len(made.manifest.experiences) == 10
