@@ -40,6 +40,7 @@ OPTIONS: dict[str, tuple[str, Any]] = {
         "a number from 0.001",
         lambda v: isinstance(v, int | float) and not isinstance(v, bool) and v >= 0.001,
     ),
+    "save_model": ("true or false", lambda v: isinstance(v, bool)),
     "track": ("none, tensorboard, wandb or mlflow", lambda v: v in ("none", "tensorboard", "wandb", "mlflow")),
     "on_error": ("record or raise", lambda v: v in ("record", "raise")),
 }
@@ -69,6 +70,7 @@ class RunOptions:
     optimizer_state: str = "fresh"
     feature_store: str = "off"
     feature_store_gb: float = 8
+    save_model: bool = False
     track: str = "none"
     on_error: str = "record"
 
