@@ -340,5 +340,5 @@ def test_under_fsdp_nothing_is_saved():
     from clbench.run import saved_model
 
     saved_model.check(False, "fsdp"), saved_model.check(True, "ddp")
-    with pytest.raises(UserError, match="^save_model=true needs parallel=ddp or none"):
+    with pytest.raises(UserError, match=r"^save_model=true needs parallel=ddp or none"):
         saved_model.check(True, "fsdp")

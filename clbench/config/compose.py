@@ -141,7 +141,9 @@ def register() -> None:
 
 
 def _loose_targets(overrides: list[str]) -> list[str]:
-    """`learner._target_=X` without `learner=`, or `learner=X` with a dotted path: X replaces the default learner, whose arguments go with it.
+    """`learner._target_=X` without `learner=`, or `learner=X` with a dotted path: X replaces the default learner.
+
+    Its arguments go with it.
 
     It starts from an empty node, which Hydra knows only in this case, so that no list of names and no glob shows it.
     """

@@ -19,8 +19,8 @@ OPTIONS: dict[str, tuple[str, Any]] = {
     "precision": ("fp32 or bf16", lambda v: v in ("fp32", "bf16")),
     "num_threads": ("auto or a whole number from 1", lambda v: v == "auto" or whole(v, 1)),
     "arithmetic": (
-        "auto, reference, or highest, high or medium with +fused or +explicit, and +tail or not",
-        lambda v: re.fullmatch(r"auto|reference|(highest|high|medium)\+(fused|explicit)(\+tail)?", str(v)),
+        "auto, reference, or highest, high or medium with +fused or +explicit, and +tail and +channels_last or not",
+        lambda v: re.fullmatch(r"auto|reference|(highest|high|medium)\+(fused|explicit)(\+tail)?(\+channels_last)?", str(v)),
     ),
     "results_dir": ("a folder", lambda v: isinstance(v, str | int | float) and str(v) and not isinstance(v, bool)),
     "data_root": ("a folder or null", lambda v: v is None or isinstance(v, str)),

@@ -1,7 +1,7 @@
 """How wide a network's features are: a network from outside is asked, with shapes alone where that is possible.
 
-A timm network's `num_features` is what leaves its last stage. MobileNets, GhostNets, VGGs and others put a layer behind the pooling:
-their features are `head_hidden_size` wide.
+A timm network's `num_features` is what leaves its last stage. MobileNets, GhostNets, VGGs and others put a layer behind the
+pooling: their features are `head_hidden_size` wide.
 """
 
 from __future__ import annotations

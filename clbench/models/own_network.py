@@ -39,8 +39,8 @@ class _FromOutside(nn.Module):
 def backbone_of(own: Any, node: Mapping[str, Any]) -> Backbone:
     """A `Backbone` of a network that a configuration's `model` named by its dotted path.
 
-    It is a torch.nn.Module with `features(x)`, normalised images [B, 3, S, S] -> [B, D] without regard to the other images of a batch in
-    evaluation mode, and `num_features`, the number D. It may have `image_size` (S, 32) and `profile`, a name of
+    It is a torch.nn.Module with `features(x)`, normalised images [B, 3, S, S] -> [B, D] (in evaluation mode without regard to
+    the other images of a batch), and `num_features`, the number D. It may have `image_size` (S, 32) and `profile`, a name of
     `pixels.make_profile` ("small"). It is seen as random unless it was built with `weights`. Anything else raises `UserError`.
     """
     name = str(node.get("name") or str(node["_target_"]).rsplit(".", 1)[-1].rsplit(":", 1)[-1])

@@ -1,22 +1,24 @@
 """Small networks that are trained from scratch, by name: mlp, convnet, resnet18_slim, resnet18_cifar, resnet32.
 
-They speak timm's language (`num_features`, `forward_features`, `forward_head`), so a `Backbone` is made of them as of any other.
+They speak timm's language (`num_features`, `forward_features`, `forward_head`): a `Backbone` is made of them as of any other.
 All take images [B, 3, S, S]; `norm` stands behind every convolution, or linear layer of the MLP:
 
   batch  BatchNorm, with running statistics in evaluation mode
   group  GroupNorm (Wu & He, ECCV 2018, arXiv 1803.08494), the largest number of groups up to 8 that divides the channels:
          no statistics of a batch, nothing that a later task overwrites unseen
-  none   no layer. A residual branch then starts as zero (its last convolution is 0), as a last gain of 0 makes it otherwise
+  none   no layer. A residual branch then starts as zero (its last convolution is 0)
 
-Sources: MLPs of 2 x 100 (GEM, arXiv 1706.08840; Mammoth), 2 x 256 (A-GEM), 2 x 400 (MIR; van de Ven & Tolias) hidden units; the convolutional network of Zenke, Poole & Ganguli (ICML 2017, arXiv
-1703.04200), here without dropout and with padding everywhere; the ResNet-18 of GEM with 20 maps instead of 64, 160 features; ResNet-18
-with a 3x3 stem and 64 maps; ResNet-32 (He et al., CVPR 2016), 64 features. MLPs and `convnet` start with uniform weights after Glorot &
-Bengio (2010) and biases 0, ResNets with normal ones after He et al. (2015).
+Sources: MLPs of 2 x 100 (GEM, arXiv 1706.08840; Mammoth), 2 x 256 (A-GEM), 2 x 400 (MIR; van de Ven & Tolias) hidden units;
+the convolutional network of Zenke, Poole & Ganguli (ICML 2017, arXiv 1703.04200), here without dropout and with padding
+everywhere; the ResNet-18 of GEM with 20 maps instead of 64, 160 features; ResNet-18 with a 3x3 stem and 64 maps; ResNet-32
+(He et al., CVPR 2016), 64 features, whose residual branches start as zero under any norm. MLPs and `convnet` start with uniform
+weights after Glorot & Bengio (2010) and biases 0, ResNets with normal ones after He et al. (2015).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 from timm.models.resnet import BasicBlock, ResNet
@@ -100,8 +102,7 @@ class Mlp(_Flat):
         self.channels, self.num_features = channels, hidden[-1]
         sizes = [channels * img_size**2, *hidden]
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.Linear(a, b), normalisation(norm, b, spatial=False), nn.ReLU())
-            for a, b in zip(sizes, sizes[1:], strict=False)
+            nn.Sequential(nn.Linear(a, b), normalisation(norm, b, spatial=False), nn.ReLU()) for a, b in pairwise(sizes)
         )
         self.start()
 

@@ -257,11 +257,8 @@ def _done(job: Job, old: dict[str, Any] | None) -> Outcome | None:
     text = f"{job.run_id} is done already (force=true repeats it)\n\n{_closing_text(old, job.record_path)}"
     if job.options.save_model:
         there = saved_model.place(job)
-        text += (
-            f"\nnetwork {there}"
-            if there.exists()
-            else "\nits network was not saved: force=true save_model=true repeats the run"
-        )
+        missing = "its network was not saved: force=true save_model=true repeats the run"
+        text += f"\nnetwork {there}" if there.exists() else f"\n{missing}"
     return Outcome(job.run_id, "skipped", text, job.record_path)
 
 

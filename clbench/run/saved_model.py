@@ -56,10 +56,8 @@ def save(job: Job) -> Path:
     except OSError as error:
         raise UserError(f"save_model: cannot write {path}: {error.strerror or error}") from None
     if state_sha256(state) == job.model.identity["state_sha256"]:
-        log.info(
-            "save_model: learner %s trained nothing of the network itself; the file holds it as it began",
-            job.config["names"].get("learner", ""),
-        )
+        learner = type(job.learner).__name__
+        log.info("save_model: %s trained nothing of the network itself; the file holds it as it began", learner)
     return path
 
 

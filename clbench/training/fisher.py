@@ -67,7 +67,7 @@ def fisher_per_sample(model: Backbone, head: nn.Module, x: Tensor, y: Tensor, cl
 
     The softmax runs over `classes`. The network must be in evaluation mode.
     """
-    weights = {name: p.detach() for name, p in trained(model).items()}
+    weights = {name: p.detach().contiguous() for name, p in trained(model).items()}  # vmap knows no other layout
     keep = torch.as_tensor(sorted(classes), device=y.device)
     local = torch.searchsorted(keep, y)
 
