@@ -75,6 +75,8 @@ def identity(config: dict[str, Any], can: Capabilities | None = None) -> dict[st
     kept["scenario"].pop("path", None)
     if isinstance(kept.get("learner"), dict) and kept["learner"].get("head_init") == "normal":
         del kept["learner"]["head_init"]  # what heads started from before there was a choice
+    if isinstance(kept.get("learner"), dict) and kept["learner"].get("head") == "single":
+        del kept["learner"]["head"]
     if kept["model"].get("norm") == "batch":  # what networks had before there was a choice
         del kept["model"]["norm"]
     if kept.get("optimizer_state") == "fresh":  # what every run did before there was another way
