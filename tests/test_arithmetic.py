@@ -18,6 +18,7 @@ def fresh(tmp_path, monkeypatch):
     monkeypatch.setenv("CLBENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("CLBENCH_ARITHMETIC")
     before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(kernel_timing, "channels_last_wins", lambda *_: False)
     kernel_timing.choice.cache_clear()
     yield
     kernel_timing.choice.cache_clear()
@@ -113,7 +114,7 @@ def test_words_of_the_option(monkeypatch):
     assert arithmetic.chosen("highest+fused+tail", CPU, 1, "fp32")["class_token_tail"] is True
     monkeypatch.setenv("CLBENCH_ARITHMETIC", "highest+explicit")
     assert arithmetic.chosen("auto", CPU, 1, "fp32")["matmul"] == "highest"
-    for bad in ("fastest", "", None, 3, "medium", "tail", "medium+explicit+"):
+    for bad in ("fastest", "", None, 3, "medium", "tail", "medium+explicit+", "channels_last", "reference+channels_last"):
         with pytest.raises(UserError, match="arithmetic must be one of auto, reference, highest"):
             arithmetic.chosen(bad, CPU, 1, "fp32")
 
@@ -142,7 +143,105 @@ def test_the_record_names_it_and_the_identity_does_not(clbench):
     (saved,) = (clbench.folder / "cache" / "arithmetic").glob("*.json")
     assert flags["arithmetic"] == "measured"
     wanted = (flags["matmul"], flags["fused_attention"], flags["class_token_tail"])
-    assert kernel_timing.PATHS[json.loads(saved.read_text())["choice"]] == wanted
+    assert kernel_timing.PATHS[json.loads(saved.read_text())["choice"].removesuffix(kernel_timing.CHANNELS_LAST)] == wanted
+
+
+# channels last
+
+WINS = kernel_timing.channels_last_wins
+
+
+def test_channels_last_is_gated_by_accuracy_and_margin(monkeypatch):
+    """Seconds by hand: three rounds of (contiguous, channels last) on a clock that each piece of work moves on."""
+    now, cost, error = [0.0], {False: 1.0, True: 0.9}, {False: 1e-3, True: 1e-3}
+
+    def work(x, weights, act):
+        last = x.is_contiguous(memory_format=torch.channels_last) and x.dtype != torch.float64
+        if len(x) == 4:
+            return [torch.ones(1, dtype=torch.float64) + (0 if x.dtype == torch.float64 else error[last])]
+        now[0] += cost[last]
+        return []
+
+    monkeypatch.setattr(kernel_timing, "convolved", work)
+    monkeypatch.setattr(kernel_timing.time, "perf_counter", lambda: now[0])
+    assert WINS(CPU, "fp32")
+    cost[True] = 1.05
+    assert WINS(CPU, "fp32"), "a twentieth is not enough to leave the expected"
+    cost[True] = 1.2
+    assert not WINS(CPU, "fp32")
+    cost[True], error[True] = 0.5, 2.1e-3
+    assert not WINS(CPU, "fp32"), "fast and wrong"
+
+
+def test_the_blocks_of_the_probe_are_a_networks():
+    """Against autograd of the same function with an epsilon of 1e-5, in both layouts."""
+    rng = torch.Generator().manual_seed(0)
+    x, weights = (
+        torch.randn(3, 4, 5, 5, generator=rng).double(),
+        [torch.randn(4, 4, 3, 3, generator=rng).double() for _ in range(4)],
+    )
+
+    def normed(v):
+        return (v - v.mean((0, 2, 3), keepdim=True)) / (v.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
+
+    own = [w.clone().requires_grad_(True) for w in weights]
+    h = (x + normed(torch.conv2d(normed(torch.conv2d(x, own[0], padding=1)).relu(), own[1], padding=1))).relu()
+    h = (h + normed(torch.conv2d(normed(torch.conv2d(h, own[2], padding=1)).relu(), own[3], padding=1))).relu()
+    wanted = torch.autograd.grad(h.mean((2, 3)).square().mean(), own)
+    for form in (torch.contiguous_format, torch.channels_last):
+        laid = [w.contiguous(memory_format=form) for w in weights]
+        found = kernel_timing.convolved(x.contiguous(memory_format=form), laid, torch.relu)
+        torch.testing.assert_close(found[0], h.mean((2, 3)).detach())
+        torch.testing.assert_close(found[1:5], list(wanted))
+    WINS(CPU, "bf16")
+
+
+def test_a_choice_with_channels_last_is_kept_and_read(monkeypatch):
+    monkeypatch.setattr(kernel_timing, "measure", lambda *_: {"choice": "highest+explicit"})
+    monkeypatch.setattr(kernel_timing, "channels_last_wins", lambda *_: True)
+    assert kernel_timing.choice(CPU, 1, "fp32") == "highest+explicit+channels_last"
+    kernel_timing.choice.cache_clear()
+    monkeypatch.setattr(kernel_timing, "measure", lambda *_: pytest.fail("measured again"))
+    flags = arithmetic.chosen("auto", CPU, 1, "fp32")
+    assert flags["channels_last"] is True and flags["matmul"] == "highest" and not flags["fused_attention"]
+    assert "channels_last" not in arithmetic.chosen("reference", CPU, 1, "fp32")
+
+
+def test_channels_last_lays_out_networks_of_convolutions_alone():
+    from clbench.config.compose import build, compose
+    from clbench.models.weights import state_sha256
+
+    model, vit = (build(compose([f"model={name}"])[0]["model"]) for name in ("resnet32", "nano"))
+    x = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    before = model.eval().features(x)
+    for one in (model, vit):
+        arithmetic.pin(one, {"fused_attention": True, "channels_last": True})
+    assert model.channels_last and not vit.channels_last
+    weight = model.net.layer2[1].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    seen = []
+    model.net.layer2.register_forward_hook(lambda module, given, out: seen.append(out))
+    torch.testing.assert_close(model.features(x), before, atol=1e-5, rtol=1e-4)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert state_sha256(model.state_dict()) == state_sha256(build(compose(["model=resnet32"])[0]["model"]).state_dict())
+    arithmetic.pin(model, {"fused_attention": True})
+    assert not model.channels_last and weight.is_contiguous() and torch.equal(model.features(x), before)
+
+
+@pytest.mark.parametrize("learner", ["finetune", "ewc learner.trainable=all learner.batch_size=4"])
+def test_a_run_with_channels_last(clbench, learner):
+    """The state is that of the other layout but for rounding; it resumes, and verifies."""
+    words = (*SMALL, *f"learner={learner}".split(), "model=convnet", "model.kwargs.maps=[4,4]", "model.kwargs.hidden=8")
+    clbench("run", *words, "arithmetic=highest+fused+channels_last", "num_threads=1", "results_dir=last")
+    clbench("run", *words, "arithmetic=highest+fused", "num_threads=1", "results_dir=first")
+    (last,), (first,) = (
+        [json.loads(path.read_text()) for path in (clbench.folder / name / "records").glob("*.json")]
+        for name in ("last", "first")
+    )
+    assert last["run_id"] == first["run_id"] and last["machine"]["flags"]["channels_last"] is True
+    assert "channels_last" not in first["machine"]["flags"]
+    pairs = zip(last["experiences"], first["experiences"], strict=True)
+    assert all(abs(a["train_loss"] - b["train_loss"]) < 1e-2 for a, b in pairs)
 
 
 def test_memory_is_kept_where_the_c_library_can():

@@ -4,10 +4,12 @@ import argparse
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from clbench.bench import machine, needed, options, presets, rates, scaling, stand_ins, startup, table
+from clbench.interfaces import UserError
 
 TWENTY = {"train": [250] * 4, "test": [125] * 4}
 FIFTY = {"train": [100] * 10, "test": [50] * 10}
@@ -263,3 +265,62 @@ def test_memory_is_counted_anew():
     if big.bytes is None or small.bytes is None:
         pytest.skip("this system does not start the count anew")
     assert big.bytes - small.bytes > 150e6
+
+
+def test_online_loops_do_the_same_work():
+    """The same images from the same weights: both networks end near each other, and each image is trained on once."""
+    import copy
+
+    from clbench.bench import online
+    from clbench.config.compose import build, compose
+
+    model = build(compose(["model=convnet", "model.kwargs.maps=[4]", "model.kwargs.hidden=8", "model.norm=none"])[0]["model"])
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (60, 32, 32, 3), np.uint8), rng.integers(0, 10, 60)
+    ours = online.OfClbench(copy.deepcopy(model), x, y, "fp32")
+    theirs = online.ByHand(copy.deepcopy(model), x, y, "fp32")
+    ours(1)
+    theirs.head.load_state_dict({k.removeprefix("blocks.0."): v for k, v in ours.learner.head.state_dict().items()})
+    theirs.net.load_state_dict(ours.model.net.state_dict())
+    theirs.at = 10
+    ours(5), theirs(5)
+    assert ours.runtime.meter.visits == {"new": 60, "replayed": 0} and ours.at == theirs.at == 60
+    for name, value in ours.model.net.state_dict().items():
+        torch.testing.assert_close(value, theirs.net.state_dict()[name], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(ours.learner.head.blocks[0].weight, theirs.head.weight, atol=1e-6, rtol=1e-4)
+
+
+def test_online_writes_a_table_with_the_machine_in_it(tmp_path, monkeypatch):
+    import csv
+
+    from clbench.bench import command, online
+
+    monkeypatch.setattr(
+        online,
+        "_rows",
+        lambda node, flags, precision, steps, rounds: [
+            {
+                "precision": precision,
+                "layout": "x",
+                "loop": "clbench",
+                "images_per_second": 1.0,
+                "ratio": 1.0,
+                "ratio_cpu": 1.25,
+            }
+        ],
+    )
+    left = ("preset", "cases", "learners", "scenario", "model", "experiences", "classes", "records", "name")
+    args = argparse.Namespace(overrides=["online"], precision="fp32", quick=True, results_dir=str(tmp_path), no_naive=False)
+    vars(args).update(dict.fromkeys(left), stand_ins=False)
+    shown, code = command.run(args)
+    assert code == 0 and "at most 1.10 of a loop by hand: 1.25, NO" in shown
+    with open(tmp_path / "bench" / "online.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 and set(rows[0]) == set(online.COLUMNS) and rows[0]["cpu"] and rows[0]["model"] == "resnet18_slim"
+    assert json.loads((tmp_path / "bench" / "online.json").read_text())["rows"][0]["precision"] == "fp32"
+    args.precision = "fp16"
+    with pytest.raises(UserError, match=r"--precision must be fp32, bf16 or fp32,bf16, got 'fp16'"):
+        online.measure(args)
+    args.overrides = ["online", "learner=ncm"]
+    with pytest.raises(UserError, match="learner=ncm has no effect on bench online"):
+        command.run(args)

@@ -1,12 +1,13 @@
 """results/bench/README.md shows what the committed files hold, and those measured what the project set out to reach."""
 
+import csv
 import json
 import re
 
 import pytest
 from conftest import ROOT
 
-from clbench.bench import presets, scaling, startup, table, tokens
+from clbench.bench import online, presets, scaling, startup, table, tokens
 
 WHERE = ROOT / "results" / "bench"
 BLOCKS = dict(
@@ -14,6 +15,7 @@ BLOCKS = dict(
 )
 TEXTS = {
     "cpu_targets": lambda found: table.cases_text(found, found["targets"]),
+    "online": online.text,
     "scaling": scaling.text,
     "startup": startup.text,
     "tokens": tokens.text,
@@ -57,3 +59,15 @@ def test_the_growth_file_is_whole():
             assert said[name] == (
                 value if value is None or isinstance(value, str) else pytest.approx(value, rel=1e-3, abs=1e-3)
             ), name
+
+
+def test_the_loop_costs_at_most_a_tenth_at_batch_10():
+    measured = found("online")
+    assert not measured["quick"] and measured["model"] == "resnet18_slim" and measured["batch"] == 10
+    ours = [row for row in measured["rows"] if row["loop"] == "clbench"]
+    assert len(ours) == 4 and all(row["ratio_cpu"] <= online.MOST for row in ours)
+    with open(WHERE / "online.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [{name: str(row[name]) for name in online.COLUMNS[5:]} for row in measured["rows"]] == [
+        {name: row[name] for name in online.COLUMNS[5:]} for row in rows
+    ]

@@ -271,7 +271,7 @@ def bad_files(folder):
         ({"weights": "shape.safetensors"}, r"cls_token is \(1, 1, 9\), the model wants \(1, 1, 24\)"),
         ({"weights": "nan.safetensors"}, "cls_token holds NaN"),
         ({"weights": "damaged.safetensors"}, "cannot be read"),
-        ({"weights": "code.pth"}, "cannot be read"),
+        ({"weights": "code.pth"}, "hold the Python object pathlib.PurePosixPath, and such files are never unpickled"),
         ({"weights": "odd.pth"}, "not a mapping of names to tensors"),
         ({"weights": "nowhere.safetensors"}, "nowhere.safetensors not found: .*timm's vit_tiny_patch16_224.*download=true"),
         ({"weights": "extra.safetensors", "sha256": "0" * 64}, "have SHA-256 [0-9a-f]{64}, expected 0000"),

@@ -23,6 +23,12 @@ def run(args: argparse.Namespace) -> tuple[str, int]:
 
         found = scaling.measure(args, overrides)
         text = scaling.text(found)
+    elif kind == "online":
+        from clbench.bench import online
+
+        found = online.measure(args)
+        text = online.text(found)
+        online.write_csv(found, target(args, args.name or kind).with_suffix(".csv"))
     else:
         from clbench.bench import startup
 

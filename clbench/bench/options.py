@@ -12,6 +12,7 @@ from clbench.interfaces import UserError
 KINDS = {
     "cases": "learners of a preset, or --learners: seconds by phase, share of the floor, ratio to naive code",
     "scaling": "seconds and memory against the number of experiences and of classes, on synthetic images",
+    "online": "one pass in batches of 10: clbench's loop beside one written by hand, fp32 and bf16, both layouts",
     "startup": "import, --help, a mistyped option, a report over many records",
 }
 QUICK = ("scenario.limit_train=6", "scenario.limit_test=4")
@@ -29,7 +30,7 @@ def overview() -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `clbench bench`."""
     parser.add_argument(
-        "overrides", nargs="*", metavar="WHAT | NAME=VALUE", help="cases (default), scaling, startup; options of runs"
+        "overrides", nargs="*", metavar="WHAT | NAME=VALUE", help="cases (default), scaling, online, startup; options of runs"
     )
     parser.add_argument("--preset", metavar="NAME", help=f"{', '.join(PRESETS)} (quick)")
     parser.add_argument("--cases", metavar="A,B", help="only these cases of the preset, and `sweep` for its sweep")
@@ -57,17 +58,22 @@ def split(args: argparse.Namespace) -> tuple[str, list[str]]:
         if "=" not in override:
             raise UserError(f"{override!r}: write NAME=VALUE")
     only = {
-        "cases": ("preset", "cases", "precision", "no_naive", "stand_ins", "scenario"),
+        "cases": ("preset", "cases", "no_naive", "stand_ins", "scenario"),
         "scaling": ("experiences", "classes"),
         "startup": ("records",),
     }
-    both = {"learners": ("cases", "scaling"), "model": ("cases", "scaling"), "quick": tuple(KINDS)}
+    both = {
+        "learners": ("cases", "scaling"),
+        "model": ("cases", "scaling", "online"),
+        "precision": ("cases", "online"),
+        "quick": tuple(KINDS),
+    }
     for name, value in vars(args).items():
         mine = both.get(name) or tuple(k for k, names in only.items() if name in names)
         if value not in (None, False) and mine and kind not in mine:
             raise UserError(f"--{name.replace('_', '-')} has no effect on bench {kind}")
-    if kind == "startup" and overrides:
-        raise UserError(f"{overrides[0]} has no effect on bench startup")
+    if kind in ("startup", "online") and overrides:
+        raise UserError(f"{overrides[0]} has no effect on bench {kind}")
     overrides = [f"{group}={value}" for group in ("scenario", "model") if (value := getattr(args, group))] + overrides
     return kind, overrides
 

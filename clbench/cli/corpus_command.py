@@ -11,7 +11,12 @@ from clbench.interfaces import UserError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `clbench manifest corpus` takes."""
     parser.add_argument("action", choices=("build", "check", "show"))
-    parser.add_argument("paths", nargs="+", metavar="FILE | FOLDER", help="for build: text or JSONL; else folders of shards")
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        metavar="FILE | FOLDER",
+        help="for build: text or JSON lines, packed by gz, xz, bz2 or zst or not; else folders of shards",
+    )
     parser.add_argument("--out", metavar="FOLDER", help="for build: the folder to write")
     parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json; without it tokens are bytes")
     parser.add_argument("--end", metavar="TOKEN", help="the tokenizer's token after each document (<|endoftext|> or the like)")
@@ -52,7 +57,7 @@ def _build(args: argparse.Namespace, paths: list[Path]) -> int:
         raise UserError("--end has no effect without --tokenizer: the end mark of bytes is byte 0")
     for name in ("field", "name_field"):
         if getattr(args, name) is not None and not any(map(is_jsonl, paths)):
-            raise UserError(f"--{name.replace('_', '-')} has no effect: none of the files is named .jsonl or .ndjson")
+            raise UserError(f"--{name.replace('_', '-')} has no effect: none of the files is named .jsonl, .ndjson or .json")
     given = {name: getattr(args, name) for name in ("field", "name_field", "validation", "seed")}
     recipe = corpus_build.CorpusRecipe(**{name: value for name, value in given.items() if value is not None})
     encoder = tokenizers.TokenizerFile(Path(args.tokenizer).expanduser(), args.end) if args.tokenizer else tokenizers.Bytes()

@@ -144,12 +144,15 @@ def register() -> None:
 
 
 def _loose_targets(overrides: list[str]) -> list[str]:
-    """`learner._target_=X` without `learner=`: X replaces the default learner, whose arguments go with it.
+    """`learner._target_=X` without `learner=`, or `learner=X` with a dotted path: X replaces the default learner.
+
+    Its arguments go with it.
 
     It starts from an empty node, which Hydra knows only in this case, so that no list of names and no glob shows it.
     """
     from hydra.core.config_store import ConfigStore
 
+    overrides = [_as_target(override) for override in overrides]
     keys = {key_of(override) for override in overrides}
     for group in ("learner", "scenario", "model"):
         ConfigStore.instance().repo.get(group, {}).pop(f"{_LOOSE}.yaml", None)
@@ -158,6 +161,13 @@ def _loose_targets(overrides: list[str]) -> list[str]:
             overrides = [f"++{w.lstrip('+')}" if w.lstrip("+").startswith(f"{group}.") else w for w in overrides]
             overrides.insert(0, f"{group}={_LOOSE}")
     return overrides
+
+
+def _as_target(override: str) -> str:
+    """`model=package.module.Class`, or `model=path/to/file.py:Class`, as `model._target_=`; other overrides as they are."""
+    group, _, value = override.partition("=")
+    dotted = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+|[^,=()\[\]{}'\" ]+\.py:[A-Za-z_]\w*", value)
+    return f"{group}._target_={value}" if group in ("learner", "scenario", "model") and dotted else override
 
 
 def _parsable(override: str, parser: Any) -> str:

@@ -19,8 +19,8 @@ OPTIONS: dict[str, tuple[str, Any]] = {
     "precision": ("fp32 or bf16", lambda v: v in ("fp32", "bf16")),
     "num_threads": ("auto or a whole number from 1", lambda v: v == "auto" or whole(v, 1)),
     "arithmetic": (
-        "auto, reference, or highest, high or medium with +fused or +explicit, and +tail or not",
-        lambda v: re.fullmatch(r"auto|reference|(highest|high|medium)\+(fused|explicit)(\+tail)?", str(v)),
+        "auto, reference, or highest, high or medium with +fused or +explicit, and +tail and +channels_last or not",
+        lambda v: re.fullmatch(r"auto|reference|(highest|high|medium)\+(fused|explicit)(\+tail)?(\+channels_last)?", str(v)),
     ),
     "results_dir": ("a folder", lambda v: isinstance(v, str | int | float) and str(v) and not isinstance(v, bool)),
     "data_root": ("a folder or null", lambda v: v is None or isinstance(v, str)),
@@ -40,6 +40,7 @@ OPTIONS: dict[str, tuple[str, Any]] = {
         "a number from 0.001",
         lambda v: isinstance(v, int | float) and not isinstance(v, bool) and v >= 0.001,
     ),
+    "save_model": ("true or false", lambda v: isinstance(v, bool)),
     "track": ("none, tensorboard, wandb or mlflow", lambda v: v in ("none", "tensorboard", "wandb", "mlflow")),
     "on_error": ("record or raise", lambda v: v in ("record", "raise")),
 }
@@ -69,6 +70,7 @@ class RunOptions:
     optimizer_state: str = "fresh"
     feature_store: str = "off"
     feature_store_gb: float = 8
+    save_model: bool = False
     track: str = "none"
     on_error: str = "record"
 

@@ -12,11 +12,14 @@ fisher  "per_sample" (default): a gradient for each sample, test transform, eval
         underestimates by up to the batch size, which its strength of 1000 goes with. Where classes come back,
         share = known before / (known before + classes of the experience): the same without them.
 trainable  all | attention | qkv, as in `l2_reg.py`.
+head    single | per_task, as in `finetune.py`.
 Deviations: the head is not held; the local loss gives its old rows no gradient. Published number: none read.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -26,6 +29,7 @@ from torch.nn import functional as F
 from clbench.interfaces import Capabilities, Experience, Schedule
 from clbench.learners.regularised import Penalty, Regularised
 from clbench.models.backbone import Backbone
+from clbench.models.heads import scores
 from clbench.streams.images.data import shuffled
 from clbench.training.fisher import (
     Part,
@@ -48,6 +52,11 @@ class Ewc(Regularised):
 
     capabilities: ClassVar[Capabilities] = Capabilities(needs_random_access=True, anytime=True)
 
+    @staticmethod
+    def capabilities_of(*, head: str = "single", **options: Any) -> Capabilities:
+        """A head for every task needs the task."""
+        return replace(Ewc.capabilities, needs_task_id=head == "per_task")
+
     def __init__(
         self,
         model: Backbone,
@@ -64,10 +73,12 @@ class Ewc(Regularised):
         batch_size: int = 128,
         weight_decay: float = 0.0,
         schedule: Schedule = cosine,
+        head: Literal["single", "per_task"] = "single",  # per_task: for streams that disclose their tasks
     ):
         train_only(model, trainable)
         recipe = Recipe("adam", weight_decay=weight_decay, schedule=schedule)
-        super().__init__(model, runtime, recipe, strength, lr=lr, backbone_lr=backbone_lr, epochs=epochs, batch_size=batch_size)
+        rates = {"lr": lr, "backbone_lr": backbone_lr}
+        super().__init__(model, runtime, recipe, strength, **rates, epochs=epochs, batch_size=batch_size, head=head)
         self.kind, self.clip_fisher, self.decay = fisher, clip_fisher, decay
         self.fisher: Weights = {}
 
@@ -95,10 +106,11 @@ class Ewc(Regularised):
     def _per_sample(self, experience: Experience) -> Weights:
         self.model.eval()
         total: Weights = {}
+        head = partial(scores, self.head, task=experience.task)
         for batch in experience.train.test_batches(self.batch_size):
             self.runtime.check_stop()
             assert batch.y is not None
-            part = fisher_per_sample(self.model, self.head, batch.x, batch.y, experience.classes)
+            part = fisher_per_sample(self.model, head, batch.x, batch.y, experience.classes)
             total = {name: f + total[name] if total else f for name, f in part.items()}
         return {name: f / len(experience.train) for name, f in total.items()}
 
@@ -107,7 +119,7 @@ class Ewc(Regularised):
         batches = shuffled(experience.train, self.batch_size, 1, self.runtime.key("fisher"))
 
         def loss(batch: Any) -> Tensor:
-            return F.cross_entropy(self.head(self.model.features(batch)), batch.y)
+            return F.cross_entropy(scores(self.head, self.model.features(batch), experience.task), batch.y)
 
         total: Weights = {}
         for i in range(batches.steps):

@@ -6,18 +6,21 @@ number: PILOT's `finetune` (lr 1e-3, softmax over the new classes) ends near 68 
 papers that use lr 1e-2 over all seen classes quote 20 to 33 % (SLCA, ICCV 2023, figure: 33.61 %).
 
 masking    "seen": softmax over all classes seen; "local": over the experience's classes; "batch": over those in the batch.
+head       "single": one head over all classes; "per_task": one for every task, which answers for its task's classes alone and
+           needs the task of a test sample. The head of a task is trained in that task only.
 head_init  new rows of the head: "normal" (0, 0.02), or "kaiming_uniform", U(-sqrt(3 / D), sqrt(3 / D)), as PILOT's `finetune`.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from clbench.interfaces import Batch, Capabilities, Experience, Schedule
 from clbench.models.backbone import Backbone
-from clbench.models.heads import LinearHead
+from clbench.models.heads import grow, linear_head, scores
 from clbench.models.pet import Factory
 from clbench.models.pet_modules import none
 from clbench.streams.images.data import shuffled
@@ -32,6 +35,11 @@ class Finetune:
     """Train everything on the newest experience. State: backbone and head."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(anytime=True)
+
+    @staticmethod
+    def capabilities_of(*, head: str = "single", **options: Any) -> Capabilities:
+        """A head for every task needs the task."""
+        return replace(Finetune.capabilities, needs_task_id=head == "per_task")
 
     def __init__(
         self,
@@ -50,23 +58,24 @@ class Finetune:
         schedule: Schedule = constant,
         pet: Factory = none,  # none: all weights; pet=adapter, lora, ... trains that module alone, at backbone_lr
         head_init: Literal["normal", "kaiming_uniform"] = "normal",
+        head: Literal["single", "per_task"] = "single",  # per_task: for streams that disclose their tasks
     ):
         self.model, self.runtime, self.masking = model, runtime, masking
         self.pet = pet(model, runtime)
         self.epochs, self.batch_size = runtime.epochs(epochs), batch_size
         self.lr, self.backbone_lr = lr, backbone_lr
         self.recipe = Recipe("sgd", momentum, weight_decay=weight_decay, schedule=schedule, clip=clip, accumulate=accumulate)
-        self.head = LinearHead(model.num_features, init=head_init).to(runtime.device)
+        self.head = linear_head(head, model.num_features, head_init).to(runtime.device)
 
     def learn(self, experience: Experience) -> dict[str, float]:
         """Grow the head by the new classes and train on the experience's data alone."""
-        if experience.new_classes:
-            self.head.grow(len(experience.new_classes), self.runtime.generator("head"))
+        grow(self.head, experience, lambda: self.runtime.generator("head"))
         (self.pet or self.model).train()
 
         def loss(batch: Batch) -> Tensor:
             assert batch.y is not None
-            return masked_cross_entropy(self.head(self.model.features(batch)), batch.y, self.masking, experience.classes)
+            z = scores(self.head, self.model.features(batch), experience.task)
+            return masked_cross_entropy(z, batch.y, self.masking, experience.classes)
 
         groups = groups_of((self.pet or self.model, self.backbone_lr), (self.head, self.lr))
         batches = shuffled(experience.train, self.batch_size, self.epochs, self.runtime.key("train"))
@@ -75,7 +84,7 @@ class Finetune:
     def predict(self, batch: Batch) -> Tensor:
         """Logits over the classes seen so far [B, num_seen]."""
         self.model.eval()
-        return self.head(self.model.features(batch))
+        return scores(self.head, self.model.features(batch), batch.task)
 
     def state_dict(self) -> dict[str, Any]:
         """Backbone (or what is tuned of it) and head."""

@@ -4,13 +4,15 @@
 
 on the logits of the classes known before; z_old from the network at the end of the previous experience, T = 2, strength 3.
 PyCIL's protocol is a ResNet-32 from scratch: 250 epochs, SGD 0.1 (x 0.1 at 60, 120, 180, 220), batch 128, weight decay 2e-4.
-The default rates here are for pre-trained backbones.
+The default rates here are for pre-trained backbones. With head=per_task (the task is known at test time) this is the paper's
+own form: the sum over the earlier tasks' heads, each over its own classes.
 Published (MOS table, ViT-B/16 augreg_in21k): CIFAR-100 B0 Inc5 last 41.07 %, average 46.29 %.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 from clbench.interfaces import Capabilities, Experience, Schedule
 from clbench.learners.regularised import Penalty, Regularised, distance_of_predictions
@@ -24,6 +26,11 @@ class Lwf(Regularised):
     """State: backbone and head (the teacher is both, as an experience finds them)."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(anytime=True)
+
+    @staticmethod
+    def capabilities_of(*, head: str = "single", **options: Any) -> Capabilities:
+        """A head for every task needs the task."""
+        return replace(Lwf.capabilities, needs_task_id=head == "per_task")
 
     def __init__(
         self,
@@ -39,9 +46,11 @@ class Lwf(Regularised):
         momentum: float = 0.9,
         weight_decay: float = 2e-4,
         schedule: Schedule = constant,
+        head: Literal["single", "per_task"] = "single",  # per_task: for streams that disclose their tasks
     ):
         recipe = Recipe("sgd", momentum, weight_decay=weight_decay, schedule=schedule)
-        super().__init__(model, runtime, recipe, strength, lr=lr, backbone_lr=backbone_lr, epochs=epochs, batch_size=batch_size)
+        rates = {"lr": lr, "backbone_lr": backbone_lr}
+        super().__init__(model, runtime, recipe, strength, **rates, epochs=epochs, batch_size=batch_size, head=head)
         self.temperature = temperature
 
     def penalty(self, experience: Experience) -> Penalty | None:

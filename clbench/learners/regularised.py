@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from clbench.interfaces import Batch, Capabilities, Experience
 from clbench.models.backbone import Backbone
-from clbench.models.heads import LinearHead
+from clbench.models.heads import LinearHead, TaskHead, grow, linear_head, scores
 from clbench.streams.images.data import shuffled
 from clbench.training.distillation import frozen_copy, prediction_distillation
 from clbench.training.fit import Recipe, fit
@@ -46,11 +46,12 @@ class Regularised(ABC):
         backbone_lr: float,
         epochs: int | None,
         batch_size: int,
+        head: Literal["single", "per_task"] = "single",
     ):
         self.model, self.runtime, self.recipe, self.strength = model, runtime, recipe, strength
         self.lr, self.backbone_lr = lr, backbone_lr
         self.epochs, self.batch_size = runtime.epochs(epochs), batch_size
-        self.head = LinearHead(model.num_features).to(runtime.device)
+        self.head = linear_head(head, model.num_features).to(runtime.device)
 
     @abstractmethod
     def penalty(self, experience: Experience) -> Penalty | None:
@@ -59,14 +60,13 @@ class Regularised(ABC):
     def learn(self, experience: Experience) -> dict[str, float]:
         """Train backbone and head on the new data under the penalty."""
         penalty = self.penalty(experience)
-        if experience.new_classes:
-            self.head.grow(len(experience.new_classes), self.runtime.generator("head"))
+        grow(self.head, experience, lambda: self.runtime.generator("head"))
         self.model.train()
 
         def loss(batch: Batch) -> Tensor:
             assert batch.y is not None
             features = self.model.features(batch)
-            z = self.head(features)
+            z = scores(self.head, features, experience.task)
             local = masked_cross_entropy(z, batch.y, "local", experience.classes)
             return local if penalty is None else local + self.strength * penalty(batch, features, z)
 
@@ -77,7 +77,7 @@ class Regularised(ABC):
     def predict(self, batch: Batch) -> Tensor:
         """Logits over the classes seen so far [B, num_seen]."""
         self.model.eval()
-        return self.head(self.model.features(batch))
+        return scores(self.head, self.model.features(batch), batch.task)
 
     def state_dict(self) -> dict[str, Any]:
         """Backbone and head."""
@@ -87,8 +87,11 @@ class Regularised(ABC):
         restore(self, state)
 
 
-def distance_of_predictions(model: Backbone, head: LinearHead, temperature: float, squared: bool = True) -> Penalty:
-    """Distillation of the answers that network and head give now, on the classes that they know now."""
+def distance_of_predictions(model: Backbone, head: LinearHead | TaskHead, temperature: float, squared: bool = True) -> Penalty:
+    """Distillation of the answers that network and head give now, on the classes that they know now.
+
+    With a head for every task it is the sum over the earlier tasks' heads, each over its own classes.
+    """
     teacher, old_head = frozen_copy(model, head)
 
     def penalty(batch: Batch, features: Tensor, z: Tensor) -> Tensor:
@@ -96,4 +99,12 @@ def distance_of_predictions(model: Backbone, head: LinearHead, temperature: floa
             old = old_head(teacher.features(batch))
         return prediction_distillation(z[:, : old.shape[1]], old, temperature, squared)
 
-    return penalty
+    def sum_over_tasks(batch: Batch, features: Tensor, z: Tensor) -> Tensor:
+        assert isinstance(head, TaskHead)
+        with torch.no_grad():
+            before = teacher.features(batch)
+            old = {task: old_head.of(task, before) for task in old_head.heads}
+        parts = [prediction_distillation(head.of(task, features), one, temperature, squared) for task, one in old.items()]
+        return torch.stack(parts).sum()
+
+    return sum_over_tasks if isinstance(head, TaskHead) else penalty

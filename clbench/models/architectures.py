@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from clbench.interfaces import UserError
+from clbench.models import small_networks
 from clbench.models import weights as files
 
 
@@ -18,7 +19,7 @@ def known(tag: str) -> None:
 
     architecture, _, variant = tag.partition(".")
     if architecture not in timm.list_models():
-        near = difflib.get_close_matches(architecture, timm.list_models(), 3)
+        near = difflib.get_close_matches(architecture, [*timm.list_models(), *small_networks.NAMES], 3)
         raise UserError(f"timm has no model {architecture!r}; near: {', '.join(near) or 'none'}")
     tags = timm.list_pretrained(f"{architecture}.*")
     if variant and tag not in tags:
@@ -38,28 +39,28 @@ def create(tag: str, options: dict[str, Any], **more: Any) -> nn.Module:
         raise UserError(f"model.kwargs {options} do not fit timm's {tag}: {error}") from None
 
 
-def drawn(tag: str, options: dict[str, Any], stem: str | None, seed: int) -> nn.Module:
+def drawn(tag: str, options: dict[str, Any], stem: str | None, seed: int, norm: str = "batch") -> nn.Module:
     """An architecture with random weights from `seed`; the global generators stay as they are."""
-    from timm.models.resnet import BasicBlock, ResNet
+    from timm.models.resnet import ResNet
 
     if stem not in (None, "small"):
         raise UserError(f"model.stem must be null or small, got {stem!r}")
+    if norm != "batch" and tag not in small_networks.NAMES:
+        raise UserError(f"model.norm={norm} has no effect on timm's {tag}: it is for {', '.join(small_networks.NAMES)}")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
-        if tag == "resnet32":
-            net: nn.Module = ResNet(BasicBlock, layers=(5, 5, 5), channels=(16, 32, 64), num_classes=0, **options)  # type: ignore[arg-type]
-            net.bn1, net.layer1[0] = nn.BatchNorm2d(16), BasicBlock(16, 16)  # type: ignore[index, operator]
-            net.conv1, net.layer4 = nn.Conv2d(3, 16, 7, 2, 3, bias=False), nn.Identity()
+        if tag in small_networks.NAMES:
+            net: Any = small_networks.drawn(tag, options, norm)
         else:
             known(tag)
             net = create(tag, options)
         if stem == "small":
             if not isinstance(net, ResNet):
                 raise UserError(f"model.stem=small is for ResNets, {tag} is none")
-            net.conv1 = nn.Conv2d(3, int(net.bn1.num_features), 3, 1, 1, bias=False)  # type: ignore[arg-type]
+            net.conv1 = nn.Conv2d(3, net.conv1.out_channels, 3, 1, 1, bias=False)  # type: ignore[arg-type]
             net.maxpool = nn.Identity()
         if isinstance(net, ResNet):
-            net.init_weights()
+            small_networks.start(net, tag, norm)
     return net
 
 

@@ -13,10 +13,12 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from timm.models.resnet import ResNet
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from clbench.interfaces import UserError
-from clbench.models import architectures, class_token
+from clbench.models import architectures, class_token, feature_width
 from clbench.models import weights as files
 from clbench.models.feature_memory import FeatureMemory, Name, state_of
 from clbench.models.precision import MixedPrecision
@@ -40,17 +42,20 @@ class Backbone(MixedPrecision, nn.Module):
     memory    features that were computed already
     precision  of its passes, "fp32" or "bf16" (autocast, opened here); what they return is float32
     class_token_tail  whether features leave out what the last block computes for the other tokens
+    channels_last     whether weights and images of convolutions have their channels innermost (`lay_out`)
     identity  name, timm tag, source, profile, file_sha256, state_sha256: goes into the record
     """
 
-    def __init__(self, net: nn.Module, profile: Profile, identity: dict[str, Any], pretrained: bool):
+    def __init__(
+        self, net: nn.Module, profile: Profile, identity: dict[str, Any], pretrained: bool, num_features: int | None = None
+    ):
         super().__init__()
         self.net, self.profile, self.identity, self.pretrained = net, profile, identity, pretrained
-        self.num_features = int(net.num_features)  # type: ignore[arg-type]
+        self.num_features = int(net.num_features) if num_features is None else num_features  # type: ignore[arg-type]
         self.passes = {"train": 0, "eval": 0, "stored": 0}
         self.memory = FeatureMemory()
         self.frozen = False
-        self.class_token_tail = False
+        self.class_token_tail = self.channels_last = False
         self._remembers = True
         self.pets: list[Any] = []
 
@@ -133,7 +138,17 @@ class Backbone(MixedPrecision, nn.Module):
 
     def _counted(self, x: Tensor) -> Tensor:
         self.passes["train" if torch.is_grad_enabled() and self._trains() else "eval"] += len(x)
+        in_vmap = torch._C._functorch.is_functorch_wrapped_tensor(x)  # type: ignore[attr-defined]  # no rule for layouts
+        if self.channels_last and not in_vmap:
+            return x.contiguous(memory_format=torch.channels_last)
         return x
+
+    def lay_out(self, channels_last: bool) -> None:
+        """Keep channels innermost, or not: no effect on a network with one convolution, a ViT's embedding of patches."""
+        if sum(isinstance(module, nn.Conv2d) for module in self.modules()) < 2 or channels_last == self.channels_last:
+            return
+        self.channels_last = channels_last
+        self.net.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)  # type: ignore[call-overload]
 
     def _trains(self) -> bool:
         return self.training or any(pet.training and pet.active for pet in self.pets)
@@ -208,23 +223,27 @@ def build_backbone(
     data_root: str | None = None,
     download: bool = False,
     seed: int = 0,
+    norm: Literal["batch", "group", "none"] = "batch",
 ) -> Backbone:
-    """Build a model by its full timm tag and give it its weights.
+    """Build a model by its full timm tag, or a small network by its name, and give it its weights.
 
     weights  "none" (random, drawn from `seed`), "timm" (timm's own download, needs `download=true` or a filled cache),
              "package:FILE" (ships with clbench), else a file: as given, or under `data_root` / CLBENCH_DATA
     sha256   of the file, checked where it is given
     stem     "small": 3x3 convolution without pooling, for ResNets at 32 px
+    norm     of the small networks (see `small_networks`)
     """
     options = dict(kwargs or {})
     if weights == "none" and sha256 is not None:
         raise UserError(f"model.sha256={sha256[:12]}... has no effect: model.weights=none has no file")
     if weights == "timm":
+        if norm != "batch":
+            raise UserError(f"model.norm={norm} has no effect on the weights that model.weights=timm brings")
         if stem is not None:
             raise UserError(f"model.stem={stem} would replace a part of the weights that model.weights=timm brings")
         net, timm, file_sha = architectures.downloaded(timm, options, sha256, download)
     else:
-        net, file_sha = architectures.drawn(timm, options, stem, seed), None
+        net, file_sha = architectures.drawn(timm, options, stem, seed, norm), None
     source = weights
     if weights not in ("none", "timm"):
         path = files.find(weights, timm, data_root)
@@ -238,4 +257,5 @@ def build_backbone(
     config = dict(getattr(net, "pretrained_cfg", None) or {})
     side = options.get("img_size", 32 if stem == "small" else config.get("input_size", (3, 224, 224))[-1])
     size = int(side[0] if isinstance(side, list | tuple) else side)
-    return Backbone(net, make_profile(profile, size, config), identity, weights != "none")
+    width = None if type(net) in (VisionTransformer, ResNet) else feature_width.measured(net, size, name)
+    return Backbone(net, make_profile(profile, size, config), identity, weights != "none", width)

@@ -68,6 +68,26 @@ def shape_of(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def config_of(shape: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a decoder's shape, as `shape_of` reads it."""
+    return {
+        "model_type": "gpt_neox",
+        "architectures": ["GPTNeoXForCausalLM"],
+        "vocab_size": shape["vocab"],
+        "hidden_size": shape["width"],
+        "num_hidden_layers": shape["depth"],
+        "num_attention_heads": shape["heads"],
+        "max_position_embeddings": shape["context"],
+        "intermediate_size": shape["hidden"],
+        "rotary_pct": shape["rotary"],
+        "rotary_emb_base": shape["rotary_base"],
+        "use_parallel_residual": shape["parallel"],
+        "tie_word_embeddings": shape["tied"],
+        "layer_norm_eps": shape["eps"],
+        "hidden_act": shape["activation"],
+    }
+
+
 def check_config(folder: Path, shape: Mapping[str, Any]) -> None:
     """Compare a checkpoint's config.json with the shape that was asked for; `UserError` with all differences.
 

@@ -6,7 +6,7 @@ an optimiser which holds their parameters stays valid. Nothing here touches the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
-from clbench.interfaces import UserError
+from clbench.interfaces import Experience, UserError
 
 LOWEST = -1e30  # score of a class without samples: finite, below every other
 Init = Literal["normal", "kaiming_uniform"]
@@ -102,6 +102,90 @@ class LinearHead(nn.Module):
             elif self.blocks[i].out_features != width:
                 self.blocks[i] = self._block(width).to(self.anchor.device)
         return super().load_state_dict(state, strict, assign)
+
+
+class TaskHead(nn.Module):
+    """A linear head of its own for every task: a sample is answered for its task's classes alone.
+
+    The classes of two tasks may be the same ones: each task has rows of its own for them. `init` as in `LinearHead`.
+    """
+
+    def __init__(self, num_features: int, init: Init = "normal"):
+        super().__init__()
+        self.num_features = num_features
+        self.init: Init = init
+        self.heads, self.classes = nn.ModuleDict(), nn.ParameterDict()
+        self.anchor: Tensor
+        self.register_buffer("anchor", torch.zeros(0), persistent=False)  # where new heads go
+
+    @property
+    def num_classes(self) -> int:
+        """Classes seen in any task: they are numbered from 0 in the order of their appearance."""
+        return 1 + max(int(classes.max()) for classes in self.classes.values())
+
+    def grow(self, task: int, classes: Sequence[int], generator: torch.Generator) -> None:
+        """Give a task the classes that it has not yet; weights are drawn from a CPU generator."""
+        name = str(task)
+        if name not in self.heads:
+            self.heads[name] = LinearHead(self.num_features, init=self.init).to(self.anchor.device)
+            self._name(name, [])
+        known = self.classes[name].tolist()
+        if new := [c for c in classes if c not in known]:
+            self.heads[name].grow(len(new), generator)  # type: ignore[operator]
+            self._name(name, [*known, *new])
+
+    def _name(self, task: str, classes: Sequence[int]) -> None:
+        numbers = torch.tensor(classes, dtype=torch.int64, device=self.anchor.device)
+        self.classes[task] = nn.Parameter(numbers, requires_grad=False)
+
+    def of(self, task: str, features: Tensor) -> Tensor:
+        """Logits [B, C] of one task's head over its own classes, in the order of `classes`."""
+        return self.heads[task](features)
+
+    def forward(self, features: Tensor, task: int | None) -> Tensor:
+        """Logits [B, K]; those of other tasks' classes are `LOWEST`, so a softmax over all is one over the task's."""
+        if task is None or str(task) not in self.heads:
+            raise UserError(f"head=per_task: task {task} has no head (it has those of {', '.join(self.heads) or 'none'})")
+        own = self.of(str(task), features)
+        return own.new_full((len(own), self.num_classes), LOWEST).index_copy(1, self.classes[str(task)], own)
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Fill in place; heads that are missing are added, heads too many are removed."""
+        given = {key.removeprefix("classes."): value for key, value in state.items() if key.startswith("classes.")}
+        for task in [task for task in self.heads if task not in given]:
+            del self.heads[task], self.classes[task]
+        for task, classes in given.items():
+            if task not in self.heads:
+                self.heads[task] = LinearHead(self.num_features, init=self.init).to(self.anchor.device)
+            start = f"heads.{task}."
+            part = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
+            self.heads[task].load_state_dict(part)
+            self._name(task, classes.tolist())
+        return super().load_state_dict(state, strict, assign)
+
+
+Kind = Literal["single", "per_task"]
+
+
+def linear_head(kind: Kind, num_features: int, init: Init = "normal") -> LinearHead | TaskHead:
+    """One head over all classes, or a head for every task. Another kind raises `UserError`."""
+    if kind not in get_args(Kind):
+        raise UserError(f"learner.head must be single or per_task, got {kind!r}")
+    return LinearHead(num_features, init=init) if kind == "single" else TaskHead(num_features, init)
+
+
+def grow(head: LinearHead | TaskHead, experience: Experience, generator: Callable[[], torch.Generator]) -> None:
+    """Rows for the classes of an experience that have none yet."""
+    if isinstance(head, TaskHead):
+        assert experience.task is not None, "needs_task_id is declared"
+        head.grow(experience.task, experience.classes, generator())
+    elif experience.new_classes:
+        head.grow(len(experience.new_classes), generator())
+
+
+def scores(head: LinearHead | TaskHead, features: Tensor, task: int | None) -> Tensor:
+    """Logits [B, K] of either kind of head."""
+    return head(features, task) if isinstance(head, TaskHead) else head(features)
 
 
 class CosineHead(nn.Module):

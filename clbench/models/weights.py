@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import pathlib
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -14,8 +16,27 @@ from torch import Tensor, nn
 
 from clbench.interfaces import UserError
 
+log = logging.getLogger("clbench")
 HERE = pathlib.Path(__file__).resolve().parent
 HEADS = ("head.", "head_drop.", "fc.", "classifier.", "head_dist.", "pre_logits.")
+CONTAINERS = (  # where checkpoints keep their tensors, looked for in this order
+    "state_dict",
+    "model",
+    "model_state_dict",
+    "model_state",
+    "net",
+    "network",
+    "state_dict_ema",
+    "model_ema",
+    "ema",
+    "backbone",
+    "encoder",
+    "teacher",
+    "student",
+    "module",
+)
+PREFIXES = ("module.", "model.", "backbone.", "net.", "network.", "encoder.", "_orig_mod.")
+COUNTERS = ("n_averaged",)  # of torch's AveragedModel, beside the weights
 
 
 def find(weights: str, tag: str, data_root: str | None) -> pathlib.Path:
@@ -70,9 +91,12 @@ def fill(net: nn.Module, path: pathlib.Path, name: str) -> None:
     """Load a file into `net`: safetensors, a pickle of tensors only, or a Google `.npz`. Its classifier is left out."""
     if path.suffix == ".npz":
         return _fill_npz(net, path, name)
-    given = _read(path)
+    given, told = _read(path)
     wanted = net.state_dict()
-    given = {k: v.float() if v.is_floating_point() else v for k, v in given.items() if k in wanted or not k.startswith(HEADS)}
+    given, cut = _without_prefix(given, wanted.keys())
+    told += [f"names without {cut!r}"] if cut else []
+    left = [k for k in given if k not in wanted and (k.startswith(HEADS) or k in COUNTERS)]
+    given = {k: v.float() if v.is_floating_point() else v for k, v in given.items() if k not in left}
     missing, extra = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     if missing or extra:
         detail = "; ".join(f"{word} {_some(keys)}" for word, keys in (("missing", missing), ("unexpected", extra)) if keys)
@@ -85,6 +109,9 @@ def fill(net: nn.Module, path: pathlib.Path, name: str) -> None:
             raise UserError(f"weights {path} do not fit model {name}: {shapes}")
     _check_finite(given.items(), path)
     net.load_state_dict(given)
+    if told:
+        told += [f"{_some(left)} left out"] if left else []
+        log.info("weights %s fit model %s: %d tensors; %s", path.name, name, len(given), "; ".join(told))
 
 
 def _positions(net: Any, given: Tensor, wanted: Tensor) -> Tensor:
@@ -110,7 +137,8 @@ def _check_finite(items: Iterable[tuple[str, Tensor]], path: pathlib.Path) -> No
             raise UserError(f"weights {path}: {key} holds NaN or infinite values")
 
 
-def _read(path: pathlib.Path) -> dict[str, Tensor]:
+def _read(path: pathlib.Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a file by name, and what it says about where they lay."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -119,12 +147,59 @@ def _read(path: pathlib.Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # corrupt files raise many kinds
-        raise UserError(f"weights {path} cannot be read: {line(error)}") from None
-    for wrapper in ("state_dict", "model"):
-        state = state.get(wrapper, state) if isinstance(state, dict) else state
+        raise UserError(_unread(path, error)) from None
+    inside: list[str] = []
+    while (name := _container(state)) is not None:
+        state = state[name]
+        inside.append(name)
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"weights {path} are not a mapping of names to tensors")
-    return state
+        held = f": it holds {_some([str(key) for key in state])}" if isinstance(state, dict) and state else ""
+        raise UserError(f"weights {path} are not a mapping of names to tensors{held}")
+    return state, [f"read under {' / '.join(inside)}"] if inside else []
+
+
+def _container(state: Any) -> str | None:
+    """The entry of a checkpoint that holds its tensors; None where these lie in it, or where none is known."""
+    if not isinstance(state, dict) or not state or all(isinstance(value, Tensor) for value in state.values()):
+        return None
+    return next((name for name in CONTAINERS if isinstance(state.get(name), dict) and state[name]), None)
+
+
+def _without_prefix(given: dict[str, Tensor], wanted: Collection[str]) -> tuple[dict[str, Tensor], str]:
+    """The tensors without the prefix that wrappers put before names, if more of them are `wanted` then -> them, what was cut.
+
+    Tensors without the prefix are those of something else: they stay under their names, and are said to be unexpected.
+    """
+    cut = ""
+    while True:
+        counts = {p: sum(k.removeprefix(p) in wanted for k in given if k.startswith(p)) for p in PREFIXES}
+        nested = [p for p in PREFIXES if any(k.startswith(p) for k in given)]
+        here = sum(k in wanted for k in given)
+        best = max(counts, key=lambda p: counts[p])
+        if counts[best] <= here:
+            deeper = next((p for p in nested if not here and all(k.startswith(p) for k in given)), None)
+            if deeper is None:
+                return given, cut
+            best = deeper
+        bare = {k.removeprefix(best): v for k, v in given.items()}
+        if len(bare) < len(given):  # two tensors would have one name
+            return given, cut
+        given, cut = bare, cut + best
+
+
+def _unread(path: pathlib.Path, error: Exception) -> str:
+    """Why a file cannot be read: damaged, or a pickle of more than tensors, which is never unpickled."""
+    try:
+        objects = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    except Exception:  # no checkpoint at all, or an older torch
+        objects = re.findall(r"GLOBAL (\S+) was not", str(error))
+    if not objects:
+        return f"weights {path} cannot be read: {line(error)}"
+    save = f"torch.save(torch.load('{path.name}', weights_only=False)['model'], 'tensors.pth')"
+    return (
+        f"weights {path} hold the Python object {_some(sorted(objects))}, and such files are never unpickled; "
+        f"if you trust it, save its tensors alone: {save}, or another entry than 'model' that holds them"
+    )
 
 
 def _fill_npz(net: Any, path: pathlib.Path, name: str) -> None:
@@ -139,7 +214,7 @@ def _fill_npz(net: Any, path: pathlib.Path, name: str) -> None:
 
 def line(error: Exception) -> str:
     """The first line of an error, for a message of one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+    return (re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines() or [type(error).__name__])[0][:120]
 
 
 def state_sha256(state: dict[str, Tensor]) -> str:

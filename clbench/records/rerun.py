@@ -18,8 +18,8 @@ from clbench.records.verify import Verdict
 
 Entry = Mapping[str, Any]
 _VERSIONS = ("clbench", "python", "torch", "torchvision", "timm", "numpy", "pillow")
-_FLAGS = ("num_threads", "matmul", "fused_attention", "class_token_tail", "deterministic")
-_SINCE = {"class_token_tail": False}  # what records that are older than a flag ran under
+_FLAGS = ("num_threads", "matmul", "fused_attention", "class_token_tail", "channels_last", "deterministic")
+_SINCE = {"class_token_tail": False, "channels_last": False}  # what records that are older than a flag ran under
 
 SAME = 1e-9  # relative: sums of floats, in the same order
 NEAR, NEAR_LOSS = 0.05, 0.05  # by what training on another machine may move a sum, relative, and a mean loss

@@ -200,7 +200,9 @@ def _code(entry: Entry, place: Place, gaps: list[str]) -> Iterator[str]:
         gaps.append(f"other code made its numbers (numbers_version {entry['numbers_version']}, here {version})")
         return
     plugin = learner.get("plugin")
-    if plugin is not None and plugin != _plugin(str(target)):
+    model = (config.get("model") or {}).get("_target_")
+    outside = [str(one) for one in (target, model) if one is not None and str(one).partition(".")[0] != "clbench"]
+    if plugin is not None and plugin != "; ".join(str(_plugin(one)) for one in outside):
         gaps.append(f"plug-in {plugin} is not installed here")
     elif lines := place.unresolved(config):
         gaps.append(f"its configuration no longer resolves: {lines[0]}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from clbench.interfaces import UserError
+from clbench.models.own_network import backbone_of
 from clbench.streams.scenario import Scenario
 from clbench.streams.tokens.image_scenario import ImageScenario
 from clbench.streams.tokens.scenario import TokenScenario
@@ -17,7 +18,8 @@ def build_classifier(build: Any, node: dict[str, Any], scenario: Scenario) -> An
         raise UserError(f"model {node.get('name')} is a masked autoencoder: {why}")
     if "profile" not in node and "vocab" in node:
         raise UserError(f"model {node.get('name')} reads tokens: scenario {scenario.name} is made of images")
-    return build(node)
+    made = build(node)
+    return made if hasattr(made, "identity") and hasattr(made, "profile") else backbone_of(made, node)
 
 
 def build_reader(build: Any, node: dict[str, Any], scenario: TokenScenario | ImageScenario) -> Any:

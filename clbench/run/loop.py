@@ -28,7 +28,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("clbench")
 Row = dict[str, Any]  # as `records` describes it: experience, step, evaluator, sums
-KEPT_FLAGS = ("matmul", "fused_attention", "class_token_tail", "arithmetic")  # what a resumed run does not choose anew
+KEPT_FLAGS = (
+    "matmul",
+    "fused_attention",
+    "class_token_tail",
+    "channels_last",
+    "arithmetic",
+)  # what a resumed run does not choose anew
 
 
 class Stream(Protocol):

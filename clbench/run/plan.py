@@ -9,7 +9,7 @@ from typing import Any
 
 from clbench.records import record
 from clbench.run import provenance
-from clbench.run.runner import Job, earlier, previewed
+from clbench.run.runner import Job, build_learner, earlier, previewed
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,11 @@ class PlanRow:
 
 
 def plan_job(config: Mapping[str, Any]) -> PlanRow:
-    """Build scenario and model, check that the learner fits, look for earlier work, estimate cost. Raises `UserError`."""
+    """Build scenario, model and learner, look for earlier work, estimate cost. Raises `UserError` where they do not fit."""
     with previewed(dict(config)) as job:
-        return _row(job)
+        row = _row(job)
+        build_learner(job)  # last: a constructor may change the model, which the row is measured with
+        return row
 
 
 def _row(job: Job) -> PlanRow:

@@ -42,6 +42,7 @@ MACHINE = (
     "feature_store",
     "feature_store_gb",
     "on_error",
+    "save_model",
     "track",
     "machine",
     "sweep",
@@ -75,6 +76,10 @@ def identity(config: dict[str, Any], can: Capabilities | None = None) -> dict[st
     kept["scenario"].pop("path", None)
     if isinstance(kept.get("learner"), dict) and kept["learner"].get("head_init") == "normal":
         del kept["learner"]["head_init"]  # what heads started from before there was a choice
+    if isinstance(kept.get("learner"), dict) and kept["learner"].get("head") == "single":
+        del kept["learner"]["head"]
+    if kept["model"].get("norm") == "batch":  # what networks had before there was a choice
+        del kept["model"]["norm"]
     if kept.get("optimizer_state") == "fresh":  # what every run did before there was another way
         del kept["optimizer_state"]
     # streams that take none of these keep the identity that they had before
@@ -96,11 +101,16 @@ def model_name(config: dict[str, Any]) -> str:
     return str(config["model"].get("name") or config["model"]["_target_"].rsplit(".", 1)[-1])
 
 
-def plugin_version(target: str) -> str | None:
-    """The "name version" of the distribution that a learner comes from, a file hash for a loose file, None for clbench."""
+def plugin_version(config: dict[str, Any]) -> str | None:
+    """The "name version" of the distribution that a learner comes from, a file hash for a loose file, None for clbench.
+
+    Those of learner and model with "; " between where the model is from outside too.
+    """
     from clbench.config.compose import load_target
 
-    return None if target.split(".", 1)[0] == "clbench" else _version(target, load_target(target))
+    targets = [config[part]["_target_"] for part in ("learner", "model")]
+    found = [_version(target, load_target(target)) for target in targets if target.split(".", 1)[0] != "clbench"]
+    return "; ".join(found) or None
 
 
 def evaluator_versions(evaluators: Sequence[Any]) -> dict[str, str]:
@@ -224,7 +234,7 @@ def describe(job: Any, command: list[str]) -> dict[str, Any]:
         "learner": {
             "name": learner_name(config),
             "target": config["learner"]["_target_"],
-            "plugin": plugin_version(config["learner"]["_target_"]),
+            "plugin": plugin_version(config),
             "capabilities": asdict(can),
         },
         "model": dict(job.model.identity),

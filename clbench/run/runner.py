@@ -26,7 +26,7 @@ from clbench.records import record
 from clbench.records.liveness import Heartbeat, this_process
 from clbench.records.rows import rows_of
 from clbench.records.tables import tables
-from clbench.run import image_stream, provenance, token_stream, tracking
+from clbench.run import image_stream, provenance, saved_model, token_stream, tracking
 from clbench.run.loop import KEPT_FLAGS, Loop, StreamKind
 from clbench.run.terminal import bar_of, logging_to, signals
 from clbench.streams.scenario import Scenario
@@ -135,10 +135,11 @@ def _assemble(config: dict[str, Any], options: RunOptions, parallel: str, device
     if why := mismatch(learner, capabilities, scenario.facts(), pretrained):
         raise UserError(why)
     kind.check(scenario, options, parallel, learner, capabilities)
+    saved_model.check(options.save_model, parallel)
     asked = evaluators.load(scenario.manifest.evaluators, config["scenario"])
     model = set_precision(kind.build_model(build, config["model"], scenario), options.precision).to(device)
     model = arithmetic.pin(model, flags)
-    plugin = provenance.plugin_version(config["learner"]["_target_"])
+    plugin = provenance.plugin_version(config)
     identity = provenance.identity(config, capabilities)
     sha, weights = scenario.manifest.sha256, model.identity["state_sha256"]
     code = provenance.evaluator_versions(asked) | provenance.stream_versions(config["scenario"])
@@ -150,7 +151,7 @@ def _assemble(config: dict[str, Any], options: RunOptions, parallel: str, device
 def _build_ahead(job: Job) -> None:
     """Build a learner that plans its training: plans that cannot be carried out are refused before anything is trained."""
     if callable(getattr(load_target(job.config["learner"]["_target_"]), "plan", None)):
-        _build_learner(job)
+        build_learner(job)
 
 
 def run_job(
@@ -221,6 +222,7 @@ def _lead(job: Job, command: list[str] | None, progress: bool, tuning: dict[str,
         try:
             with job.group.watching():
                 finished = _run(job, journal, entry, progress)
+            saved = f"\nnetwork {saved_model.save(job)}" if options.save_model else ""
             path = record.write(finished, job.results / "records")
         except (Interrupted, distributed.Lost) as error:
             text = f"{str(error) or 'stopped'}; the same command goes on where {job.run_id} was"
@@ -233,7 +235,7 @@ def _lead(job: Job, command: list[str] | None, progress: bool, tuning: dict[str,
             gc.collect()
             return outcome
         journal.clear()
-    return Outcome(job.run_id, "ok", _closing_text(record.read(path), path), job.record_path)
+    return Outcome(job.run_id, "ok", _closing_text(record.read(path), path) + saved, job.record_path)
 
 
 def _closing_text(entry: dict[str, Any], path: pathlib.Path) -> str:
@@ -261,6 +263,10 @@ def _done(job: Job, old: dict[str, Any] | None) -> Outcome | None:
         return None
     job.group.broadcast_object("skipped")
     text = f"{job.run_id} is done already (force=true repeats it)\n\n{_closing_text(old, job.record_path)}"
+    if job.options.save_model:
+        there = saved_model.place(job)
+        missing = "its network was not saved: force=true save_model=true repeats the run"
+        text += f"\nnetwork {there}" if there.exists() else f"\n{missing}"
     return Outcome(job.run_id, "skipped", text, job.record_path)
 
 
@@ -338,8 +344,7 @@ def _run(job: Job, journal: Journal, entry: dict[str, Any], progress: bool, stop
         _keep(job, job.flags["num_threads"], saved["flags"])
         entry.setdefault("machine", {})["flags"] = job.flags  # not what this command would have chosen
         log.info("%s goes on after experience %d", job.run_id, saved["experience"] + 1)
-    if job.learner is None:
-        _build_learner(job)
+    build_learner(job)
     learner, runtime = job.learner, job.runtime
     runtime.journal = journal
     stream = job.kind.open_stream(job, runtime, learner)
@@ -359,8 +364,10 @@ def _run(job: Job, journal: Journal, entry: dict[str, Any], progress: bool, stop
     return loop.finish()
 
 
-def _build_learner(job: Job) -> None:
+def build_learner(job: Job) -> None:
     """Build the learner, once: a constructor may change the model. `UserError` where it lacks a method or has no memory."""
+    if job.learner is not None:
+        return
     job.runtime = job.kind.make_runtime(job)
     job.learner = build(job.config["learner"], model=job.model, runtime=job.runtime)
     name = type(job.learner).__name__

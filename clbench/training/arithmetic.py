@@ -5,7 +5,8 @@ The option `arithmetic` of a run says who chooses:
   reference         torch's defaults, which published code runs with: highest+fused
   MATMUL+ATTENTION  MATMUL highest, high or medium (torch.set_float32_matmul_precision), ATTENTION fused (one kernel for the
                     whole attention) or explicit (product, softmax, product); with +tail the last block of a ViT is run for
-                    the class token alone where nothing else is read (`models/class_token.py`)
+                    the class token alone where nothing else is read (`models/class_token.py`); with +channels_last networks
+                    of convolutions keep channels innermost, which rounds differently
 The environment variable CLBENCH_ARITHMETIC takes the place of `auto`, for machines that must all compute alike.
 """
 
@@ -69,12 +70,14 @@ def chosen(wanted: Any, device: torch.device, threads: int, precision: str, meas
     if wanted == "auto":
         name = kernel_timing.choice(device, threads, precision) if measure else kernel_timing.known(device, threads, precision)
         name = name or REFERENCE
-    if not isinstance(name, str) or name not in kernel_timing.PATHS:
-        ways = ", ".join(("auto", "reference", *kernel_timing.PATHS))
+    last = isinstance(name, str) and name.endswith(kernel_timing.CHANNELS_LAST)
+    path = kernel_timing.PATHS.get(name.removesuffix(kernel_timing.CHANNELS_LAST)) if isinstance(name, str) else None
+    if path is None:
+        ways = ", ".join(("auto", "reference", *kernel_timing.PATHS, "each with +channels_last or not"))
         raise UserError(f"arithmetic must be one of {ways}, got {wanted!r}")
-    path = kernel_timing.PATHS[name]
     by = {"auto": "measured", "reference": "reference"}.get(str(wanted), "given")
-    return {"matmul": path.matmul, "fused_attention": path.fused, "class_token_tail": path.tail, "arithmetic": by}
+    flags = {"matmul": path.matmul, "fused_attention": path.fused, "class_token_tail": path.tail, "arithmetic": by}
+    return flags | ({"channels_last": True} if last else {})
 
 
 @functools.cache
@@ -99,6 +102,8 @@ def pin(model: Network, flags: dict[str, Any]) -> Network:
             module.fused_attn = flags["fused_attention"]
         if hasattr(module, "class_token_tail"):
             module.class_token_tail = flags.get("class_token_tail", False)
+        if hasattr(module, "lay_out"):
+            module.lay_out(flags.get("channels_last", False))  # type: ignore[operator]
     return model
 
 

@@ -62,12 +62,14 @@ def quadratic_penalty(
     return 0.5 * total
 
 
-def fisher_per_sample(model: Backbone, head: nn.Module, x: Tensor, y: Tensor, classes: Sequence[int]) -> Weights:
+def fisher_per_sample(
+    model: Backbone, head: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, classes: Sequence[int]
+) -> Weights:
     """Sum over samples of the squared gradient of each one's own local cross-entropy: images x [B, C, H, W], labels y [B].
 
     The softmax runs over `classes`. The network must be in evaluation mode.
     """
-    weights = {name: p.detach() for name, p in trained(model).items()}
+    weights = {name: p.detach().contiguous() for name, p in trained(model).items()}  # vmap knows no other layout
     keep = torch.as_tensor(sorted(classes), device=y.device)
     local = torch.searchsorted(keep, y)
 

@@ -97,6 +97,8 @@ def build(
     `progress(characters)` is told what was read. Raises `UserError` for files that cannot be read, an `out` that holds
     something else, no document in a split, and a disk that is full.
     """
+    for path in files:
+        documents.check(path)
     sources = [{"name": path.name, "bytes": _size(path), "sha256": file_sha256(path)} for path in files]
     plan = {"sources": sources, "tokenizer": encoder.describe(), "vocab": encoder.vocab, "end": encoder.end, **vars(recipe)}
     if out.exists():
@@ -152,14 +154,14 @@ def _write(
     splits = {name: _Split(folder, name, width_of(encoder.vocab)) for name in SPLITS}
     try:
         for batch in _batches(files, recipe):
-            encoded = encoder.encode([text for _, text, _ in batch])
-            for (name, text, last), ids in zip(batch, encoded, strict=True):
+            encoded = _encoded(encoder, batch)
+            for (_, name, text, last), ids in zip(batch, encoded, strict=True):
                 split = splits["validation" if recipe.place(name) <= last_held else "train"]
                 split.add(ids, len(text.encode("utf-8")))
                 if last:
                     split.end(encoder.end, name)
             if progress is not None:
-                progress(sum(len(text) for _, text, _ in batch))
+                progress(sum(len(text) for _, _, text, _ in batch))
     finally:
         entries = {name: split.close() for name, split in splits.items()}
     if not entries["train"]["documents"]:
@@ -186,12 +188,28 @@ def _last_held(files: Sequence[Path], recipe: CorpusRecipe) -> int:
     return int(np.partition(np.frombuffer(places, np.uint64), number - 1)[number - 1])
 
 
-def _batches(files: Sequence[Path], recipe: CorpusRecipe) -> Iterator[list[tuple[str, str, bool]]]:
-    """(document, text, whether it ends the document) in lists of about BATCH characters."""
+Part = tuple[Path, str, str, bool]  # file, document, text, whether it ends the document
+
+
+def _encoded(encoder: Encoder, batch: Sequence[Part]) -> list[np.ndarray]:
+    """Ids of the texts; the `UserError` of one that cannot be encoded names its file and document."""
+    try:
+        return encoder.encode([text for _, _, text, _ in batch])
+    except UserError:
+        for path, name, text, _ in batch:
+            try:
+                encoder.encode([text])
+            except UserError as error:
+                raise UserError(f"{path}, document {name}: {error}") from None
+        raise
+
+
+def _batches(files: Sequence[Path], recipe: CorpusRecipe) -> Iterator[list[Part]]:
+    """Parts of documents in lists of about BATCH characters."""
     batch, size = [], 0
     for entry in _cut(files, recipe):
         batch.append(entry)
-        size += len(entry[1])
+        size += len(entry[2])
         if size >= BATCH:
             yield batch
             batch, size = [], 0
@@ -199,14 +217,14 @@ def _batches(files: Sequence[Path], recipe: CorpusRecipe) -> Iterator[list[tuple
         yield batch
 
 
-def _cut(files: Sequence[Path], recipe: CorpusRecipe) -> Iterator[tuple[str, str, bool]]:
+def _cut(files: Sequence[Path], recipe: CorpusRecipe) -> Iterator[Part]:
     """Documents in parts of about PIECE characters, cut at line ends where there are any; empty documents are left out."""
     for path in files:
         name, waiting, size, begun = "", [], 0, False
         for starts, text in documents.read(path, recipe.field, recipe.name_field):
             if starts is not None:
                 if size or begun:
-                    yield name, "".join(waiting), True
+                    yield path, name, "".join(waiting), True
                 name, waiting, size, begun = starts, [], 0, False
             if text:
                 waiting.append(text)
@@ -214,7 +232,7 @@ def _cut(files: Sequence[Path], recipe: CorpusRecipe) -> Iterator[tuple[str, str
             while size > PIECE:
                 whole = "".join(waiting)
                 at = whole.rfind("\n", 0, PIECE) + 1 or PIECE
-                yield name, whole[:at], False
+                yield path, name, whole[:at], False
                 waiting, size, begun = [whole[at:]], len(whole) - at, True
         if size or begun:
-            yield name, "".join(waiting), True
+            yield path, name, "".join(waiting), True

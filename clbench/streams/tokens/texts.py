@@ -120,7 +120,10 @@ def open_text(corpus: str, data_root: str | None, validation: float) -> tuple[Do
         where = f"neither {file} nor a folder of shards {folder} is there"
         command = f"clbench manifest corpus build FILES --out {folder}"
         raise UserError(f"no text {corpus}{SOURCES.get(corpus, '')}: {where} ({command} makes it of texts or JSONL)")
-    train, held = split_documents(file.read_bytes(), validation)
+    content = file.read_bytes()
+    if (at := content.find(b"\0")) >= 0:
+        raise UserError(f"{file} holds a zero byte at {at}, which is the mark between documents: it is no plain text")
+    train, held = split_documents(content, validation)
     if not len(train) or not len(held):
         raise UserError(f"{file} needs at least two documents, each after a line '<|doc|>title'")
     return Domain(corpus, train, held, content_sha256(train, held), bytes_per_token=1.0), 256
