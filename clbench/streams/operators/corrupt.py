@@ -49,8 +49,8 @@ def corrupt(
     kinds          names of `transforms.CORRUPTIONS`, in this order; null: all fifteen in the order of Hendrycks & Dietterich
     severity       1 to 5
     to             copies: every image in each of the experiences, a corruption each. stream: the experiences there are take the
-                   corruptions in turn. sets: the experiences stay; after the last one every corruption is an evaluation set of
-                   all test images, to be answered in this order (continual test-time adaptation; arXiv 2203.13591)
+                   corruptions in turn. sets: the experiences stay; the evaluation sets are all test images under one corruption
+                   after another, answered in this order (continual test-time adaptation; arXiv 2203.13591)
     order          instead of kinds: number 0..9 of the ten orders of CoTTA
     gradual        severities 1 to `severity` and back for each corruption; the first one begins at `severity`
     rounds         so many times through all of them
@@ -105,7 +105,7 @@ def _below(value: Any, what: str, end: int) -> int:
 
 def _sequence(kinds: Sequence[str], severity: Any, gradual: bool, rounds: int) -> list[tuple[str, int]]:
     """(corruption, severity) of every step."""
-    most = 1 + _below(whole(severity, "corrupt.severity", 1) - 1, "corrupt.severity - 1", 5)
+    most = _below(whole(severity, "corrupt.severity", 1), "corrupt.severity", 6)
     if gradual and most == 1:
         raise UserError("corrupt.gradual has no effect with corrupt.severity=1")
     up, down = list(range(1, most + 1)), list(range(most - 1, 0, -1))

@@ -26,7 +26,7 @@ def order(
     seed: int = 0,
     candidates: int = 1000,
 ) -> Scenario:
-    """The same samples, classes or whole experiences in another order; sizes of experiences in classes stay.
+    """Classes or whole experiences in another order: named, random, or extreme by their similarity.
 
     by          a list of class ids (of experiences: their places, from 0); natural, random, or a published name (those of
                 `scenario.order`); or by the Euclidean distance of mean pictures (`similarity.distances`):

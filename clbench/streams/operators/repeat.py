@@ -28,8 +28,9 @@ def repeat(
     skew: float = 0.0,
     seed: int = 0,
 ) -> Scenario:
-    """The stream's samples in `experiences` experiences whose classes return.
+    """Classes that come back, by slots or by sampling (CIR), or in long streams of small tasks (SCoLe).
 
+    experiences  so many
     how          slots: CIR's slot-based G(N, K). sampling: CIR's G(n_e, s_e, P_f, P_r) (Hemati et al., CoLLAs 2023, arXiv
                  2301.11396). tasks: SCoLe (Lesort et al., CoLLAs 2023, arXiv 2207.04543)
     classes      slots: K slots of an experience, each a part of a class (default 2); every sample comes once. N K = number of
