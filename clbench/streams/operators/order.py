@@ -75,8 +75,6 @@ def _classes(stream: Scenario, by: Any, seed: int, candidates: int) -> Scenario:
         listed = [kept[k] for k in _by_similarity(by, d, sizes, seed, candidates)]
     else:
         listed = [c for c in orders.order(by, number, seed) if c in set(kept)]
-    if tuple(listed) == manifest.class_order:
-        raise UserError(f"operator order has no effect: {by if isinstance(by, str) else 'the list'} is the order that there is")
     ends = np.cumsum([0, *sizes]).tolist()
     parts = [np.sort(np.concatenate([found.train[c] for c in listed[a:b]])) for a, b in itertools.pairwise(ends)]
     return dealt(found, parts, [e.name for e in manifest.experiences], "order", listed, manifest.kind)
@@ -103,8 +101,6 @@ def _experiences(stream: Scenario, by: Any, seed: int, candidates: int) -> Scena
         listed = _by_similarity(by, d, [1] * number, seed, candidates)
     else:
         listed = rng.permutation(rng.key("order experiences", seed), number).tolist() if by == "random" else list(range(number))
-    if listed == list(range(number)):
-        raise UserError("operator order has no effect: the experiences are in this order already")
     steps = tuple(entries[i] for i in listed)
     place = {old: new for new, old in enumerate(listed)}
     known = {c: next(i for i, e in enumerate(steps) if c in e.classes) for c in manifest.class_order}
