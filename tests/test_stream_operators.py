@@ -604,6 +604,8 @@ MISPLACED: dict[str, tuple[list[Any], tuple[str, ...]]] = {
     "hidden": (["hide_boundaries", "blur"], ("rules of their own",)),
     "twice": (["hide_boundaries", "hide_boundaries"], ("already",)),
     "corrupted copies": (["shuffle", "corrupt"], ("shuffle has no effect", "to: stream")),
+    "shuffled again": (["shuffle", "single_pass"], ("single_pass makes an order of its own",)),
+    "shuffled and dealt": (["shuffle", "blur"], ("blur makes an order of its own",)),
 }
 
 
@@ -662,7 +664,7 @@ SINGLE: list[list[Any]] = [
     [{"order": {"by": "edge_hard"}}],
     [{"order": {"by": "designer_worst", "candidates": 50}}],
     [{"order": {"of": "experiences", "by": "hard_first"}}],
-    ["shuffle", "single_pass", "hide_boundaries"],
+    ["shuffle", {"single_pass": {"shuffle": False}}, "hide_boundaries"],
     [{"relabel": {"experiences": 3, "rate": [0.5, 1]}}],
     [
         "blur",
@@ -770,6 +772,19 @@ def test_runs_on_a_folder_of_seven_classes(clbench):
         clbench("check", *own, "scenario.operators=[{blur:{blurred:30}},single_pass,hide_boundaries]").stdout.count("ok ") == 4
     )
     assert "7 classes" not in clbench("plan", "learner=ncm", *own, written(SINGLE[7])).stdout
+
+
+def test_a_record_grows_with_its_evaluations(clbench):
+    """Three evaluations each: ninety more experiences are a number of seconds of training each, and no row."""
+    sizes = []
+    for number in (30, 120):
+        chain = written(
+            [{"repeat": {"how": "tasks", "experiences": number, "samples": 2}}, {"evaluate": {"every": number // 3}}]
+        )
+        clbench("run", "learner=ncm", *EXACT, chain, f"results_dir=r{number}")
+        (path,) = (clbench.folder / f"r{number}" / "records").glob("*.json")
+        sizes.append(path.stat().st_size)
+    assert len(clbench.records("r120")[0]["correct"]) == 3 and 0 < (sizes[1] - sizes[0]) / 90 < 60
 
 
 def test_refused_before_torch(clbench):
