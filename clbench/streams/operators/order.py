@@ -34,8 +34,8 @@ def order(
                 edge_easy, edge_hard             which classes share an experience: near ones apart, so that experiences are
                                                  alike, or together (EDGE; Lai et al., ICLR 2026, arXiv 2509.22580: accuracy
                                                  rises with the similarity of experiences). A local search by swaps
-                designer_best, designer_worst    highest and lowest score of the Curriculum Designer (Singh et al., ICCV 2023,
-                                                 arXiv 2211.15470) of all orders, or of `candidates` drawn ones
+                designer_best, designer_worst    highest and lowest score of the Curriculum Designer ("How to Continuously Teach
+                                                 Humans and Machines", ICCV 2023) of all orders, or of `candidates` drawn ones
     of          classes: experiences keep their numbers of classes, and classes are dealt anew. experiences: whole ones move
     seed        of random, and of candidates and starts of a search
     candidates  orders that the designer scores where there are more than 5,040
