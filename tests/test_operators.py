@@ -625,7 +625,7 @@ def test_wrong_words_are_answered_before_torch(clbench):
     first, second, third = done.stderr.splitlines()
     assert first.startswith("clbench: no operator 'permut'; did you mean 'permute'?")
     assert second == "clbench: operator rotate.angle: rotate has no argument 'angle'; did you mean 'angles'?"
-    assert third == "clbench: operator relabel.rate must be float, got 'high'"
+    assert third == "clbench: operator relabel.rate must be float or list, got 'high'"
 
 
 def test_a_pass_over_permuted_digits(clbench):

@@ -32,9 +32,13 @@ from clbench.training.state import collect, groups_of, restore
 
 
 class Finetune:
-    """Train everything on the newest experience. State: backbone and head."""
+    """Train everything on the newest experience. State: backbone and head.
 
-    capabilities: ClassVar[Capabilities] = Capabilities(anytime=True)
+    It does nothing at the end of an experience; that the optimiser's moments begin anew with the next one is the run's
+    `optimizer_state`.
+    """
+
+    capabilities: ClassVar[Capabilities] = Capabilities(needs_boundaries=False, anytime=True)
 
     @staticmethod
     def capabilities_of(*, head: str = "single", **options: Any) -> Capabilities:

@@ -26,7 +26,7 @@ from clbench.training.state import collect, restore
 class NearestClassMean:
     """Class means of frozen features. State: sums and counts (the backbone never changes)."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(trains=False)
+    capabilities: ClassVar[Capabilities] = Capabilities(needs_boundaries=False, trains=False)
 
     def __init__(
         self,

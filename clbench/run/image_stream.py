@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 
 build_model = build_classifier
+MOST_CONFUSED = 256  # rows of a record up to which each holds predictions by experience: more would grow with their square
 _PACES: dict[str, tuple[float, float]] = {}  # by model: seconds of an image forward, and forward and backward
 
 
@@ -137,7 +138,7 @@ class ImageStream:
         self.sets = [open_eval(job.scenario, j, job.pipeline) for j in range(len(manifest.evals))]
         seen = [manifest.num_seen(i) for i in range(len(manifest.experiences))]
         self.origin = [i for i, (a, b) in enumerate(zip([0, *seen], seen, strict=False)) for _ in range(b - a)]
-        if manifest.evaluate_every > 1:  # a row with a count for each row would not be linear in the rows
+        if manifest.evaluate_every > 1 or manifest.rows > MOST_CONFUSED:
             self.origin = []
         self.evaluators = job.evaluators
         self.past: list[Any] = []

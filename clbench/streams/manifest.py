@@ -36,8 +36,7 @@ class Manifest:
     """The whole stream. Two manifests are equal when their hashes are.
 
     looks        per experience the numbers of its samples after which the learner is evaluated; empty: at its end alone
-    evaluate_every  the learner is evaluated after each so many experiences, and after the last. Those between two evaluations
-                 count as one in a record (`manifest_text.described`)
+    evaluate_every  experiences from one evaluation to the next, the last one included; a record counts them as one
     evaluators   names of what is asked of the learner; empty: what the kind of stream asks for
     operators    what made this stream of a generator's, in order, as {name: options}
 

@@ -190,7 +190,8 @@ def _zoomed(x: np.ndarray, factor: float) -> np.ndarray:
     """The middle of a picture, at its full size."""
     matrix = np.diag([1 / factor, 1 / factor, *(1.0,) * (x.ndim - 2)])
     centre = np.array([(n - 1) / 2 if i < 2 else 0.0 for i, n in enumerate(x.shape)])
-    return ndimage.affine_transform(x, matrix, centre - matrix @ centre, order=1, mode="nearest")
+    offset: Any = centre - matrix @ centre
+    return ndimage.affine_transform(x, matrix, offset, order=1, mode="nearest")
 
 
 def zoom_blur(image: np.ndarray, c: tuple[float, int], scale: float, draws: _Draws) -> np.ndarray:
@@ -233,7 +234,7 @@ def frost(image: np.ndarray, c: tuple[float, float], scale: float, draws: _Draws
 def fog(image: np.ndarray, c: tuple[float, float], scale: float, draws: _Draws) -> np.ndarray:
     x = _unit(image)
     most = float(x.max())
-    return (x + c[0] * _fractal(*x.shape[:2], c[1], draws)[:, :, None]) * most / (most + c[0])
+    return (x + c[0] * _fractal(x.shape[0], x.shape[1], c[1], draws)[:, :, None]) * most / (most + c[0])
 
 
 def brightness(image: np.ndarray, c: float, scale: float, draws: _Draws) -> np.ndarray:

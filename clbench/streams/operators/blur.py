@@ -22,7 +22,9 @@ def blur(
     stochastic: bool = False,
     seed: int = 0,
 ) -> Scenario:
-    """i-Blurry-N-M (Koh et al., ICLR 2022, arXiv 2110.10031), or Si-Blurry (Moon et al., ICCV 2023, arXiv 2308.09303).
+    """Blurred boundaries: some classes stay in one experience, a share of the others' samples strays (i-Blurry, Si-Blurry).
+
+    i-Blurry-N-M: Koh et al., ICLR 2022, arXiv 2110.10031. Si-Blurry: Moon et al., ICCV 2023, arXiv 2308.09303.
 
     disjoint     N: per cent of the classes that stay in one experience
     blurred      M: per cent of the other classes' samples that are dealt over all experiences

@@ -68,7 +68,11 @@ def _clash(earlier: str, given: Mapping[str, Any], later: str, options: Mapping[
         if earlier == "drift":
             return f"it would undo the drift; put {later} before it"
     if earlier in (*MIXES, "shuffle") and earlier != "shots" and _joins(later, options):
-        return f"{later} shows the whole stream in every experience, so that {earlier} has no effect; put experiences: null"
+        instead = "to: stream" if later == "corrupt" else "experiences: null"
+        return f"{later} shows the whole stream in every experience, so that {earlier} has no effect; put {instead}"
+    own_order = later in ("shuffle", *MIXES) or (later == "single_pass" and options.get("shuffle", True))
+    if earlier == "shuffle" and own_order and not whole_experiences:
+        return f"{later} makes an order of its own, so that {earlier} has no effect"
     if earlier == "looks" and later in ("long_tail", "concatenate", "single_pass", "evaluate"):
         return f"looks are places among the samples that there are; put {later} before it" if later != "evaluate" else _BOTH
     if earlier == "evaluate" and later == "looks":

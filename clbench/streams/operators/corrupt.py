@@ -49,8 +49,8 @@ def corrupt(
     kinds          names of `transforms.CORRUPTIONS`, in this order; null: all fifteen in the order of Hendrycks & Dietterich
     severity       1 to 5
     to             copies: every image in each of the experiences, a corruption each. stream: the experiences there are take the
-                   corruptions in turn. sets: the experiences stay; after the last one every corruption is an evaluation set of
-                   all test images, to be answered in this order (continual test-time adaptation; arXiv 2203.13591)
+                   corruptions in turn. sets: the experiences stay; the evaluation sets are all test images under one corruption
+                   after another, answered in this order (continual test-time adaptation; arXiv 2203.13591)
     order          instead of kinds: number 0..9 of the ten orders of CoTTA
     gradual        severities 1 to `severity` and back for each corruption; the first one begins at `severity`
     rounds         so many times through all of them
@@ -60,19 +60,12 @@ def corrupt(
     seed           of the noise; every image has noise of its own, the same in every run
     table          constants of CIFAR-10-C or ImageNet-C; auto: by the shorter side, see `images.corruptions`
     """
-    chosen(to, "corrupt.to", TO)
     chosen(table, "corrupt.table", CORRUPTION_TABLES)
+    flag(clean_first, "corrupt.clean_first")
     whole(seed, "corrupt.seed")
-    for name, value in (("gradual", gradual), ("clean_first", clean_first), ("sorted_labels", sorted_labels)):
-        flag(value, f"corrupt.{name}")
-    if to != "sets" and (batch_size is not None or sorted_labels):
-        raise UserError(f"corrupt.{'batch_size' if batch_size is not None else 'sorted_labels'} needs corrupt.to=sets")
-    if batch_size is not None:
-        whole(batch_size, "corrupt.batch_size", 1)
+    _check(to, gradual, batch_size, flag(sorted_labels, "corrupt.sorted_labels"))
     steps = _sequence(_kinds(kinds, order), severity, gradual, whole(rounds, "corrupt.rounds", 1))
-    listed: list[Any] = [
-        ({"corrupt": {"kind": kind, "severity": level, "seed": seed, "table": table}},) for kind, level in steps
-    ]
+    listed: list[Any] = [({"corrupt": {"kind": k, "severity": s, "seed": seed, "table": table}},) for k, s in steps]
     if to == "sets":
         return _sets(stream, listed, _names(steps), batch_size, sorted_labels, clean_first, seed)
     listed = [(), *listed] if clean_first else listed
@@ -83,6 +76,16 @@ def corrupt(
     if clean_first and number == 1:
         raise UserError("operator corrupt has no effect on one experience: say corrupt.clean_first=false, or corrupt.to=copies")
     return with_transforms(stream, [listed[i % len(listed)] for i in range(number)])
+
+
+def _check(to: Any, gradual: Any, batch_size: Any, sorted_labels: bool) -> None:
+    """Where the corruptions go, and options that belong to evaluation sets."""
+    chosen(to, "corrupt.to", TO)
+    flag(gradual, "corrupt.gradual")
+    if to != "sets" and (batch_size is not None or sorted_labels):
+        raise UserError(f"corrupt.{'batch_size' if batch_size is not None else 'sorted_labels'} needs corrupt.to=sets")
+    if batch_size is not None:
+        whole(batch_size, "corrupt.batch_size", 1)
 
 
 def _kinds(kinds: Any, order: Any) -> list[str]:
@@ -105,7 +108,7 @@ def _below(value: Any, what: str, end: int) -> int:
 
 def _sequence(kinds: Sequence[str], severity: Any, gradual: bool, rounds: int) -> list[tuple[str, int]]:
     """(corruption, severity) of every step."""
-    most = 1 + _below(whole(severity, "corrupt.severity", 1) - 1, "corrupt.severity - 1", 5)
+    most = _below(whole(severity, "corrupt.severity", 1), "corrupt.severity", 6)
     if gradual and most == 1:
         raise UserError("corrupt.gradual has no effect with corrupt.severity=1")
     up, down = list(range(1, most + 1)), list(range(most - 1, 0, -1))

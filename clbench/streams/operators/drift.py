@@ -16,7 +16,7 @@ from clbench.streams.scenario import Scenario
 
 
 def drift(stream: Scenario, width: float = 0.5, seed: int = 0) -> Scenario:
-    """Experiences keep their sizes, and every sample comes once; boundaries become ramps.
+    """Gradual drift: boundaries become ramps; experiences keep their sizes, and every sample comes once.
 
     width  of a ramp as a share of an experience, in (0, 1]: its half on either side. Along the ramp the share of the later
            experience rises from 0 to 1 in proportion; of equal experiences a quarter of a ramp changes sides on average

@@ -22,7 +22,9 @@ def long_tail(
     largest: int | None = None,
     seed: int = 0,
 ) -> Scenario:
-    """Training samples by class: n_j = floor(n_0 * ratio^(j / (K - 1))) of the class in place j, at least 1; test sets stay.
+    """Long-tailed class sizes: every class in turn keeps fewer training samples; test sets stay.
+
+    The class in place j of K keeps n_j = floor(n_0 * ratio^(j / (K - 1))) samples, at least 1.
 
     kind     exp: the formula above (Liu et al., ECCV 2022, arXiv 2210.00266). step: the first half of the classes (of an odd
              number the larger half) keeps n_0, the others floor(n_0 * ratio)

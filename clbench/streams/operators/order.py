@@ -26,7 +26,7 @@ def order(
     seed: int = 0,
     candidates: int = 1000,
 ) -> Scenario:
-    """The same samples, classes or whole experiences in another order; sizes of experiences in classes stay.
+    """Classes or whole experiences in another order: named, random, or extreme by their similarity.
 
     by          a list of class ids (of experiences: their places, from 0); natural, random, or a published name (those of
                 `scenario.order`); or by the Euclidean distance of mean pictures (`similarity.distances`):
@@ -34,8 +34,8 @@ def order(
                 edge_easy, edge_hard             which classes share an experience: near ones apart, so that experiences are
                                                  alike, or together (EDGE; Lai et al., ICLR 2026, arXiv 2509.22580: accuracy
                                                  rises with the similarity of experiences). A local search by swaps
-                designer_best, designer_worst    highest and lowest score of the Curriculum Designer (Singh et al., ICCV 2023,
-                                                 arXiv 2211.15470) of all orders, or of `candidates` drawn ones
+                designer_best, designer_worst    highest and lowest score of the Curriculum Designer ("How to Continuously Teach
+                                                 Humans and Machines", ICCV 2023) of all orders, or of `candidates` drawn ones
     of          classes: experiences keep their numbers of classes, and classes are dealt anew. experiences: whole ones move
     seed        of random, and of candidates and starts of a search
     candidates  orders that the designer scores where there are more than 5,040
@@ -75,8 +75,6 @@ def _classes(stream: Scenario, by: Any, seed: int, candidates: int) -> Scenario:
         listed = [kept[k] for k in _by_similarity(by, d, sizes, seed, candidates)]
     else:
         listed = [c for c in orders.order(by, number, seed) if c in set(kept)]
-    if tuple(listed) == manifest.class_order:
-        raise UserError(f"operator order has no effect: {by if isinstance(by, str) else 'the list'} is the order that there is")
     ends = np.cumsum([0, *sizes]).tolist()
     parts = [np.sort(np.concatenate([found.train[c] for c in listed[a:b]])) for a, b in itertools.pairwise(ends)]
     return dealt(found, parts, [e.name for e in manifest.experiences], "order", listed, manifest.kind)
@@ -103,8 +101,6 @@ def _experiences(stream: Scenario, by: Any, seed: int, candidates: int) -> Scena
         listed = _by_similarity(by, d, [1] * number, seed, candidates)
     else:
         listed = rng.permutation(rng.key("order experiences", seed), number).tolist() if by == "random" else list(range(number))
-    if listed == list(range(number)):
-        raise UserError("operator order has no effect: the experiences are in this order already")
     steps = tuple(entries[i] for i in listed)
     place = {old: new for new, old in enumerate(listed)}
     known = {c: next(i for i, e in enumerate(steps) if c in e.classes) for c in manifest.class_order}

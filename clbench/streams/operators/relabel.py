@@ -58,7 +58,7 @@ def relabel(
 def _listed(rate: Any) -> list[float]:
     """The rates as a list: one number is one."""
     several = isinstance(rate, Sequence) and not isinstance(rate, str)
-    given = list(rate) if several else [rate]
+    given: list[Any] = list(rate) if several else [rate]
     for one in given:
         if isinstance(one, bool) or not isinstance(one, int | float) or not (0 <= one <= 1 if several else 0 < one <= 1):
             raise UserError(f"relabel.rate must be in (0, 1], or a list of rates in 0..1, got {rate!r}")

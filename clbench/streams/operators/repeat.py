@@ -28,10 +28,11 @@ def repeat(
     skew: float = 0.0,
     seed: int = 0,
 ) -> Scenario:
-    """The stream's samples in `experiences` experiences whose classes return.
+    """Classes that come back, by slots or by sampling (CIR), or in long streams of small tasks (SCoLe).
 
-    how          slots: CIR's slot-based G(N, K). sampling: CIR's G(n_e, s_e, P_f, P_r) (Hemati et al., CoLLAs 2023, arXiv
-                 2301.11396). tasks: SCoLe (Lesort et al., CoLLAs 2023, arXiv 2207.04543)
+    experiences  so many
+    how          slots: CIR's slot-based G(N, K). sampling: CIR's G(n_e, s_e, P_f, P_r) (Hemati et al., CoLLAs 2023).
+                 tasks: SCoLe (Lesort et al., CoLLAs 2023, arXiv 2207.04543)
     classes      slots: K slots of an experience, each a part of a class (default 2); every sample comes once. N K = number of
                  classes: disjoint; K = number of classes: domain-incremental. tasks: classes of each, drawn anew (default 2)
     samples      sampling: of an experience, split equally among its classes (default 100). tasks: of each class at most; null:
@@ -42,32 +43,28 @@ def repeat(
     skew         tasks: classes are drawn in proportion to 1 / place ^ skew, places being seeded; 0: uniformly
     seed         of all draws. Samples come in a seeded order
 
-    slots: shares of N K over K classes differ by one at most; a class's samples are cut into its slots, what is left over is
-    dropped; experiences are filled from the last to the first. sampling: without replacement within an experience, with it
-    across; a class with too few samples gives all it has. An experience without samples is left out. An evaluation set holds
-    the classes that appear first in its experience; once all have come, the sets together are all test samples.
+    slots: numbers of slots of classes differ by one at most; samples that do not fill their class's slots equally are dropped.
+    sampling: without replacement within an experience; a class with too few samples gives all it has, and an experience without
+    samples is left out. An evaluation set holds the classes that appear first in its experience: together all test samples.
     """
     chosen(how, "repeat.how", HOW)
     whole(experiences, "repeat.experiences", 2)
     whole(seed, "repeat.seed")
     rate, bend = share(again, "repeat.again"), share(skew, "repeat.skew", 0, 10)
     _without_effect(how, {"classes": classes, "samples": samples, "first": first, "again": again, "skew": skew})
-    if classes is not None:
-        whole(classes, "repeat.classes", 1)
-    if samples is not None:
-        whole(samples, "repeat.samples", 1)
+    wanted = 2 if classes is None else whole(classes, "repeat.classes", 1)
+    size = None if samples is None else whole(samples, "repeat.samples", 1)
     arrival = _arrival(first, experiences)
     without_tasks(stream, "repeat")
     found = pool(stream, "repeat")
-    wanted = 2 if classes is None else classes
     if how != "sampling" and wanted > len(found.classes):
         raise UserError(f"repeat.classes={wanted}: the stream has {len(found.classes)} classes")
     if how == "slots":
         parts = _slots(found, experiences, wanted, seed)
     elif how == "sampling":
-        parts = _sampled(found, arrival, rate, 100 if samples is None else samples, seed)
+        parts = _sampled(found, arrival, rate, size or 100, seed)
     else:
-        parts = _tasks(found, experiences, wanted, samples, bend, seed)
+        parts = _tasks(found, experiences, wanted, size, bend, seed)
     shown = [ids[rng.permutation(rng.key("repeat order", seed, i), len(ids))] for i, ids in enumerate(parts)]
     return dealt(found, shown, [f"repeat{i}" for i in range(experiences)], "repeat")
 

@@ -24,8 +24,9 @@ def shots(
     seed: int = 0,
     data_root: str | None = None,
 ) -> Scenario:
-    """The first `base` classes with all of their samples, then `way` new classes with `shot` samples each (FSCIL; Tao et al.,
-    CVPR 2020, arXiv 2004.10956).
+    """Few-shot sessions: base classes with all samples, then a few new classes with a few samples each.
+
+    FSCIL; Tao et al., CVPR 2020, arXiv 2004.10956.
 
     base, way, shot  60, 5, 5 on CIFAR-100 and miniImageNet; 100, 10, 5 on CUB-200
     sessions         so many after the base session; null: as many as the classes allow, the rest of them is left out
