@@ -192,7 +192,7 @@ def fit(
     *,
     at_place: Callable[[Place], None] | None = None,
     before_step: Callable[[list[Tensor], list[Tensor | None]], None] | None = None,
-    after_step: Callable[[Place, Any], None] | None = None,
+    after_step: Callable[[Place, Any], Any] | None = None,
     part: Part | None = None,
 ) -> dict[str, float]:
     """Minimise `loss_fn(batch)` (a scalar) over `batches` -> {name_loss, name_steps}.
