@@ -18,11 +18,11 @@ Published: Split CIFAR-10, one pass, b = r = 10, memory 1,000: about 50 % last (
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from clbench.interfaces import Batch, Capabilities, Experience, Schedule
+from clbench.interfaces import Batch, Capabilities, Experience, Schedule, UserError
 from clbench.models.backbone import Backbone
 from clbench.models.heads import OnlineHead
 from clbench.training.fit import Recipe, fit
@@ -65,7 +65,12 @@ class ExperienceReplay:
         clip: float | None = None,
         schedule: Schedule = constant,
     ):
-        self.model, self.runtime, self.combine, self.start, self.past = model, runtime, combine, start, past
+        for name, value, known in (("combine", combine, ("joint", "added")), ("start", start, get_args(Start))):
+            if value not in known:
+                raise UserError(f"unknown learner.{name}={value}: choose {' or '.join(known)}")
+        self.model, self.runtime, self.past = model, runtime, past
+        self.combine: Literal["joint", "added"] = combine
+        self.start: Start = start
         self.epochs, self.batch_size, self.updates, self.augment = runtime.epochs(epochs), batch_size, updates, augment
         self.replay = batch_size if replay is None else replay
         self.lr, self.backbone_lr = lr, backbone_lr

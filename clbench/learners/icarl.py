@@ -34,20 +34,10 @@ from clbench.models.heads import LOWEST, LinearHead
 from clbench.training.distillation import frozen_copy, prediction_distillation
 from clbench.training.features import extract
 from clbench.training.fit import Recipe, fit
-from clbench.training.memory import Rehearsed, allowed_memory
+from clbench.training.memory import Rehearsed, allowed_memory, exemplar_means
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import constant
 from clbench.training.state import collect, groups_of, restore
-
-
-def exemplar_means(features: Tensor, y: Tensor, num_classes: int) -> Tensor:
-    """L2-normalised means of L2-normalised features [M, D] by class -> [K, D]; NaN for a class without samples."""
-    f = F.normalize(features, dim=1)
-    means = [
-        F.normalize(f[y == c].mean(0), dim=0) if (y == c).any() else torch.full_like(f[0], torch.nan)
-        for c in range(num_classes)
-    ]
-    return torch.stack(means)
 
 
 class Icarl:

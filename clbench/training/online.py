@@ -1,6 +1,6 @@
 """The online protocol: small batches in stream order, some updates on each, and a memory that changes at every step.
 
-    for batch in stream: `updates` times: draw from the memory, one step of `fit`; then the batch's samples are offered to the memory
+    for each batch of the stream: (draw from the memory, one step of `fit`) `updates` times; offer the samples to the memory
 
 With `updates` below 1 some batches have no update (0.25: one of four has); their samples are offered to the memory at once
 and count as visited. Insertion comes after the optimiser's step, so no batch replays itself. The further updates on one batch
@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clbench.interfaces import Experience, Place, UserError
+from clbench.models.heads import LOWEST
 from clbench.streams import rng
 from clbench.streams.images.data import ImageBatch, shuffled
-from clbench.training.stream_memory import StreamMemory
+from clbench.training.memory import exemplar_means
 
 Augment = Literal["both", "new", "replayed", "none"]
 Start = Literal["second_batch", "second_experience"]
@@ -36,6 +37,7 @@ Start = Literal["second_batch", "second_experience"]
 class OnlineBatch:
     """New samples `new`, those drawn from the memory `old` (None: none) at its slots `rows` [R].
 
+    key      of the update's random choices
     again    this is not the first update on the new samples
     last     it is the last one
     trained  how many of the drawn samples are trained on (MIR draws more than it trains on); None: all
@@ -44,6 +46,7 @@ class OnlineBatch:
     new: ImageBatch
     old: ImageBatch | None
     rows: np.ndarray
+    key: int = 0
     again: bool = False
     last: bool = True
     trained: int | None = None
@@ -90,7 +93,12 @@ class OnlineStream:
         if learner.augment not in ("both", "new", "replayed", "none"):
             raise UserError(f"unknown learner.augment={learner.augment}: choose both, new, replayed or none")
         self.runtime = runtime = learner.runtime
-        self.data, self.index, self.memory, self.head = experience.train, experience.index, learner.memory, learner.head
+        self.data, self.index, self.memory, self.head = (
+            experience.train,
+            experience.index,
+            learner.memory,
+            getattr(learner, "head", None),
+        )
         self.replay, self.past, self.trained = replay, past, trained
         self.draws = start == "second_batch" or experience.index > 0
         self.augments_old = learner.augment in ("both", "replayed")
@@ -108,18 +116,23 @@ class OnlineStream:
         """New samples and a draw; the memory is as the steps before have left it."""
         number, key = self.batch_of(step), rng.key(self.key, step)
         new = self._batch(number)
+        rows, old = self.draw(key)
+        again, last = step > 0 and self.batch_of(step - 1) == number, self.batch_of(step + 1) > number
+        return OnlineBatch(new, old, rows, key, again, last or step + 1 == self.steps, self.trained)
+
+    def draw(self, key: int) -> tuple[np.ndarray, ImageBatch | None]:
+        """Slots of a draw from the memory [R], and its samples; None where there are none."""
         among = self.memory.experience < self.index if self.past else None
         rows = self.memory.rows(key, self.replay, among) if self.draws else np.zeros(0, np.int64)
         shown = rng.key(key, "augment") if self.augments_old else None
-        old = self.memory.batch(rows, self.data, shown) if len(rows) else None
-        again, last = step > 0 and self.batch_of(step - 1) == number, self.batch_of(step + 1) > number
-        return OnlineBatch(new, old, rows, again, last or step + 1 == self.steps, self.trained)
+        return rows, self.memory.batch(rows, self.data, shown) if len(rows) else None
 
     def _batch(self, number: int) -> ImageBatch:
         """A batch of the stream; the one at hand is not asked for again. Its classes have appeared."""
         if self._taken[0] != number:
             self._taken = (number, self.new(number))
-            self.head.see(labels(self._taken[1]))
+            if self.head is not None:
+                self.head.see(labels(self._taken[1]))
         return self._taken[1]
 
     def store(self, place: Place, batch: OnlineBatch) -> list[tuple[int, int]]:
@@ -189,4 +202,50 @@ def gradients(loss: Tensor, params: Sequence[Tensor], keep: bool = False) -> lis
 def flat(parts: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensor:
     """Gradients, or zeros where there are none, as one vector [P] in float64 (float32 where the device has no float64)."""
     kind = torch.float32 if params[0].device.type == "mps" else torch.float64
-    return torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1).to(kind) for p, g in zip(params, parts, strict=True)])
+    return torch.cat(
+        [(torch.zeros_like(p) if g is None else g).reshape(-1).to(kind) for p, g in zip(params, parts, strict=True)]
+    )
+
+
+def give(params: Sequence[Tensor], vector: Tensor) -> None:
+    """Make a vector [P] the gradients of parameters, in place where they have some."""
+    for p, part in zip(params, vector.split([p.numel() for p in params]), strict=True):
+        part = part.reshape(p.shape).to(p.dtype)
+        if p.grad is None:
+            p.grad = part
+        else:
+            p.grad.copy_(part)
+
+
+class MemoryMeans:
+    """Class means of the memory's features [K, D] under the network of now: taken when they are asked for, kept until `forget`.
+
+    For answers in the middle of an experience: features and means are L2-normalised, a class without samples is NaN.
+    """
+
+    def __init__(self, learner: Any, like: Any, num_classes: int):
+        self.learner, self.like, self.num_classes = learner, like, num_classes
+        self._found: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        if self._found is None:
+            model, data = self.learner.model, self.learner.memory.data(self.like)
+            model.eval()
+            with torch.no_grad():
+                batches = [] if data is None else list(data.test_batches(128))
+                features = [
+                    torch.zeros(0, model.num_features, device=self.learner.runtime.device),
+                    *map(model.features, batches),
+                ]
+                y = torch.cat([torch.zeros(0, dtype=torch.int64, device=features[0].device), *(labels(b) for b in batches)])
+                self._found = exemplar_means(torch.cat(features), y, self.num_classes)
+        return self._found
+
+    def forget(self) -> None:
+        """The network or the memory has changed."""
+        self._found = None
+
+
+def nearest_mean(features: Tensor, means_KD: Tensor) -> Tensor:
+    """Minus the squared distance of L2-normalised features [B, D] to unit means -> [B, K]; LOWEST where there is no mean."""
+    return (2 * F.normalize(features, dim=1) @ means_KD.T - 2).nan_to_num(nan=LOWEST)

@@ -23,7 +23,7 @@ import torch
 
 from clbench.interfaces import UserError
 from clbench.streams import rng
-from clbench.streams.images.data import ImageBatch, ImageData
+from clbench.streams.images.data import ImageBatch, ImageData, shuffled
 from clbench.training.memory import allowed_memory, drawn
 from clbench.training.runtime import Runtime
 
@@ -166,3 +166,19 @@ def allowed_stream_memory(runtime: Runtime, policy: Policy, samples: int | None,
     if found.samples is None or found.samples < 0:
         raise UserError(f"a memory that is filled step by step holds a number of samples: learner.memory=N, got {samples}")
     return StreamMemory(policy, found.samples, runtime.seed, share)
+
+
+class Remembered:
+    """Shuffled batches of stored samples alone, in an order of `key` and of the samples, not of their slots."""
+
+    def __init__(self, memory: StreamMemory, like: Any, batch_size: int, epochs: int, key: int, augment: bool):
+        data = memory.data(like, by_id=True)
+        assert data is not None, "the memory is empty"
+        self._batches = shuffled(data, batch_size, epochs, key, augment)
+        self.steps = self._batches.steps
+
+    def __call__(self, step: int) -> ImageBatch:
+        """The batch of a step; all of its samples count as replayed."""
+        batch = self._batches(step)
+        batch.replayed = len(batch)
+        return batch
