@@ -248,4 +248,5 @@ class MemoryMeans:
 
 def nearest_mean(features: Tensor, means_KD: Tensor) -> Tensor:
     """Minus the squared distance of L2-normalised features [B, D] to unit means -> [B, K]; LOWEST where there is no mean."""
-    return (2 * F.normalize(features, dim=1) @ means_KD.T - 2).nan_to_num(nan=LOWEST)
+    cosines = F.normalize(features, dim=1) @ means_KD.T
+    return (2 * cosines - 2).nan_to_num(nan=LOWEST)
