@@ -75,7 +75,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "dualprompt": ("learner.batch_size=16", "learner.lr=0.01"),
     "ease": ("learner.pet.scale=1", "learner.lr=0.5", "learner.batch_size=8"),
     "er": ("learner.updates=2",),
-    "er_ace": ("learner.lr=0.02",),
+    "er_ace": ("learner.lr=0.02", "learner.batch_size=4"),
     "ewc": ("learner.strength=1e6", "learner.lr=2e-3", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
     "feat_kd": ("learner.lr=2e-3", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
     "finetune": ("learner.batch_size=16",),
@@ -120,7 +120,9 @@ VARIANTS = {  # of learners of images: with what they differ from the default
 }
 NEAR = {  # rows of one method that are equal within the tolerances
     ("dualprompt", "dualprompt-compat_reshape"),
+    ("er_ace", "er_ace-official"),
     ("mos", "mos-official_raw"),
+    ("scr", "scr-official"),
 }
 
 
