@@ -92,9 +92,10 @@ class Agem:
             return F.cross_entropy(scores(self, batch.new), labels(batch.new))
 
         def project(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-            if reference[0] is None:
+            old, reference[0] = reference[0], None
+            if old is None:
                 return
-            past = gradients(F.cross_entropy(scores(self, reference[0]), labels(reference[0])), params)
+            past = gradients(F.cross_entropy(scores(self, old), labels(old)), params)
             new = projected(flat(grads, params), flat(past, params))
             if new is not None:
                 give(params, new)

@@ -97,8 +97,9 @@ class Gem:
             return F.cross_entropy(scores(self, batch.new), labels(batch.new))
 
         def project(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-            if at_hand[0].old is not None:
-                self._project(at_hand[0], params, flat(grads, params))
+            batch = at_hand.pop()
+            if batch.old is not None:
+                self._project(batch, params, flat(grads, params))
 
         stream = OnlineStream(self, experience, replay=None, past=True)
         groups = groups_of((self.model, self.backbone_lr), (self.head, self.lr))

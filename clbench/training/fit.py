@@ -231,6 +231,7 @@ def fit(
         call.optimizer.step()
         if after_step is not None:
             after_step(place, group[-1])
+        group.clear()  # a memory may have given up what was replayed
         call.optimizer.zero_grad(set_to_none=True)
         call.step += 1
         meter.add_step(name)
