@@ -67,21 +67,27 @@ STREAMS = {
     ),
 }
 OPTIONS = {  # for the stream of images: so few train at these rates, and each method's own term counts
+    "agem": ("learner.augment=none",),
     "aper": ("learner.pet.scale=1", "learner.lr=1", "learner.batch_size=16"),
     "bic": ("learner.batch_size=16",),
     "coda_prompt": ("learner.lr=0.01", "learner.batch_size=16"),
     "derpp": ("learner.batch_size=16",),
     "dualprompt": ("learner.batch_size=16", "learner.lr=0.01"),
     "ease": ("learner.pet.scale=1", "learner.lr=0.5", "learner.batch_size=8"),
+    "er": ("learner.updates=2",),
+    "er_ace": ("learner.lr=0.02", "learner.batch_size=4"),
     "ewc": ("learner.strength=1e6", "learner.lr=2e-3", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
     "feat_kd": ("learner.lr=2e-3", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
     "finetune": ("learner.batch_size=16",),
+    "gdumb": ("learner.passes=8",),
+    "gem": ("learner.lr=0.005",),
     "icarl": ("learner.batch_size=16",),
     "l2_reg": ("learner.lr=2e-3", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
     "l2p": ("learner.lr=0.005",),
     "l2p_pp": ("learner.lr=0.01", "learner.batch_size=16"),
     "lae": ("learner.lr=0.005", "learner.batch_size=16"),
     "lwf": ("learner.batch_size=16",),
+    "mir": ("learner.candidates=20",),
     "mos": ("learner.pet.scale=1", "learner.lr=1", "learner.batch_size=16", "learner.align_epochs=5"),
     "ovor": ("learner.lr=0.01", "learner.batch_size=16"),
     "pred_kd": ("learner.lr=5e-4", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
@@ -94,21 +100,29 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "wa": ("learner.batch_size=16",),
 }
 VARIANTS = {  # of learners of images: with what they differ from the default
+    "derpp-online": ("learner.online=true",),
     "dualprompt-compat_reshape": ("learner.compat_reshape=true",),
     "ewc-batch": ("learner.fisher=batch", "learner.strength=1e6"),
     "fecam-pilot": ("learner.variant=pilot",),
     "finetune-lora": ("pet=lora", "learner.backbone_lr=0.01"),
+    "er_ace-official": ("learner.variant=official",),
+    "gem-paper": ("learner.variant=paper",),
     "icarl-linear": ("learner.answer=linear",),
+    "icarl-online": ("learner.online=true", "learner.lr=0.02"),
     "joint-probe": ("learner.mode=probe",),
     "l2p-batchwise": ("learner.batchwise_prompt=true",),
     "lae-prefix": ("pet=prefix_lae",),
     "mos-official_raw": ("learner.variant=official_raw",),
     "mos-paper": ("learner.variant=paper",),
     "ncm-cosine": ("learner.metric=cosine",),
+    "scr-official": ("learner.variant=official", "learner.review=true"),
+    "slda-official": ("learner.variant=official",),
 }
 NEAR = {  # rows of one method that are equal within the tolerances
     ("dualprompt", "dualprompt-compat_reshape"),
+    ("er_ace", "er_ace-official"),
     ("mos", "mos-official_raw"),
+    ("scr", "scr-official"),
 }
 
 

@@ -19,7 +19,12 @@ NAMES = [name for name in choices("learner") if asks("learner", name) == "predic
 VARIANTS = {
     "finetune": ["learner.masking=local", "learner.masking=batch", "pet=adapter", "pet=ssf"],
     "joint": ["learner.mode=probe"],
-    "ncm": ["learner.metric=cosine"],
+    "ncm": ["learner.metric=cosine", "learner.streaming=true"],
+    "er": ["learner.updates=0.5"],
+    "agem": ["learner.policy=reservoir"],
+    "scr": ["learner.review=true"],
+    "derpp": ["learner.online=true"],
+    "icarl": ["learner.online=true"],
     "replay": ["learner.policy=herding", "learner.policy=balanced"],
     "mos": ["learner.variant=paper", "learner.variant=official_raw", "learner.covariance=multi-centroid"],
     "lae": ["pet=lora_lae", "pet=prefix_lae"],
@@ -37,6 +42,8 @@ def test_contract(name, option):
     (config,) = compose([f"learner={name}", *([option] if option else [])])
     if "align_epochs" in config["learner"]:
         config["learner"]["align_epochs"] = 2  # the same phases in fewer steps
+    if name == "gdumb":
+        config["learner"]["passes"] = 2
     assert [f"{check}: {message}" for check, ok, message in check_learner(config) if not ok] == []
 
 

@@ -7,10 +7,15 @@ of un-normalised features, then the largest cosine; published CIFAR-100 B0 Inc5 
 inputs, Resize 256 + crop 224). The two differ: cosine normalises after averaging.
 
 Where a class comes back (domain-incremental) its mean goes over all its samples.
+streaming  one batch after another: the means are valid after each, so the learner can be asked in mid-experience, and its
+           samples count as visits. The sums, and so the answers at an experience's end, are the same for any batch size, up to
+           the order of float64 sums. A class that has not come yet has the lowest score (in CapyMOA its mean is 0, and
+           attracts).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -18,7 +23,7 @@ from torch import Tensor
 from clbench.interfaces import Batch, Capabilities, Experience
 from clbench.models.backbone import Backbone
 from clbench.models.heads import PrototypeHead
-from clbench.training.features import extract
+from clbench.training.features import extract, streamed_features
 from clbench.training.runtime import Runtime
 from clbench.training.state import collect, restore
 
@@ -28,6 +33,11 @@ class NearestClassMean:
 
     capabilities: ClassVar[Capabilities] = Capabilities(needs_boundaries=False, trains=False)
 
+    @staticmethod
+    def capabilities_of(*, streaming: bool = False, **options: Any) -> Capabilities:
+        """A stream needs no end, and may be asked anywhere."""
+        return replace(NearestClassMean.capabilities, anytime=streaming, needs_boundaries=not streaming)
+
     def __init__(
         self,
         model: Backbone,
@@ -35,13 +45,19 @@ class NearestClassMean:
         *,
         metric: Literal["euclidean", "cosine"] = "euclidean",
         batch_size: int = 128,
+        streaming: bool = False,
     ):
-        self.model, self.runtime, self.batch_size = model, runtime, batch_size
+        self.model, self.runtime, self.batch_size, self.streaming = model, runtime, batch_size, streaming
         model.freeze()
         self.head = PrototypeHead(model.num_features, metric).to(runtime.device)
 
     def learn(self, experience: Experience) -> dict[str, float]:
         """One pass over the new data."""
+        if self.streaming:
+            before = self.runtime.used_new
+            for features, y in streamed_features(self.runtime, self.model, experience.train, self.batch_size):
+                self.head.update(features, y, experience.num_seen)
+            return {"train_samples": float(self.runtime.used_new - before)}
         features, y = extract(self.runtime, self.model, experience.train, self.batch_size)
         self.head.update(features, y, experience.num_seen)
         return {"train_samples": float(len(y))}

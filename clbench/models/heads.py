@@ -245,6 +245,53 @@ class CosineHead(nn.Module):
         return super().load_state_dict(state, strict, assign)
 
 
+class OnlineHead(nn.Module):
+    """A classifier whose classes appear one by one in the stream: one that has not been seen scores LOWEST.
+
+    Rows of an experience's classes are there from its start, so that an optimiser knows them; a row takes part in scores and
+    losses from the first sample of its class (`see`) on. So whoever is asked in mid-experience never answers with a class
+    that the stream has not shown.
+
+    kind  "linear": weights and biases as in `LinearHead`; "cosine10": 10 cos(f, w), no bias (ER-ACE's released code)
+    """
+
+    def __init__(self, num_features: int, kind: Literal["linear", "cosine10"] = "linear"):
+        super().__init__()
+        if kind not in ("linear", "cosine10"):
+            raise UserError(f"unknown learner.head={kind}: choose linear or cosine10")
+        self.inner: LinearHead | CosineHead = LinearHead(num_features) if kind == "linear" else CosineHead(num_features)
+        if isinstance(self.inner, CosineHead):
+            self.inner.sigma.data.fill_(10.0)
+            self.inner.sigma.requires_grad_(False)
+        self.seen_K: Tensor
+        self.register_buffer("seen_K", torch.zeros(0, dtype=torch.bool))
+
+    @property
+    def num_classes(self) -> int:
+        return self.inner.num_classes
+
+    def grow(self, count: int, generator: torch.Generator) -> None:
+        """Append rows of `count` classes, none of them seen yet; weights are drawn from a CPU generator."""
+        self.inner.grow(count, generator)
+        self.seen_K = torch.cat([self.seen_K, self.seen_K.new_zeros(count)])
+
+    def see(self, y: Tensor) -> None:
+        """Samples of classes y [B] have come."""
+        self.seen_K[y.to(self.seen_K.device)] = True
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Scores [B, K]."""
+        z = self.inner(features)
+        return z.masked_fill(~self.seen_K, LOWEST)
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Fill in place, growing first where needed."""
+        self.inner.load_state_dict({k.removeprefix("inner."): v for k, v in state.items() if k.startswith("inner.")})
+        if self.seen_K.shape != state["seen_K"].shape:
+            self.seen_K = torch.zeros_like(state["seen_K"], device=self.seen_K.device)
+        return super().load_state_dict(state, strict, assign)
+
+
 class PrototypeHead:
     """Class means of everything ever seen: sums [K, D] and counts [K] in float64, so the order of arrival does not matter.
 

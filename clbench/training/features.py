@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from clbench.interfaces import Place
 from clbench.streams import rng
+from clbench.training import looks
 from clbench.training.runtime import Runtime
 
 
@@ -22,6 +25,23 @@ def extract(runtime: Runtime, model: Any, data: Any, batch_size: int = 128) -> t
             features.append(model.features(batch))
             labels.append(batch.y)
     return torch.cat(features), torch.cat(labels).to(features[0].device)
+
+
+def streamed_features(runtime: Runtime, model: Any, data: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features [B, D] and labels [B] batch by batch, in the order of the data: for statistics that are valid after each.
+
+    Samples count as visits. After every batch an observer may look, so that a learner without `fit` can be `anytime`.
+    """
+    steps = -(-len(data) // batch_size)
+    for step, batch in enumerate(data.test_batches(batch_size), 1):
+        runtime.check_stop()
+        runtime.count_visits(len(batch), 0)
+        model.eval()
+        with runtime.phase("extract"), torch.no_grad():
+            features = model.features(batch)
+        yield features, batch.y.to(features.device)
+        place = Place(runtime.experience, step, steps, runtime.meter.by_name.get("stream", 0) + step)
+        looks.at_step("stream", place, 0.0, runtime.used_new)
 
 
 class FeatureBatches:

@@ -192,7 +192,7 @@ def fit(
     *,
     at_place: Callable[[Place], None] | None = None,
     before_step: Callable[[list[Tensor], list[Tensor | None]], None] | None = None,
-    after_step: Callable[[Place, Any], None] | None = None,
+    after_step: Callable[[Place, Any], Any] | None = None,
     part: Part | None = None,
 ) -> dict[str, float]:
     """Minimise `loss_fn(batch)` (a scalar) over `batches` -> {name_loss, name_steps}.
@@ -231,6 +231,7 @@ def fit(
         call.optimizer.step()
         if after_step is not None:
             after_step(place, group[-1])
+        group.clear()  # a memory may have given up what was replayed
         call.optimizer.zero_grad(set_to_none=True)
         call.step += 1
         meter.add_step(name)

@@ -41,6 +41,16 @@ def herd(features: Tensor, count: int) -> list[int]:
     return chosen
 
 
+def exemplar_means(features: Tensor, y: Tensor, num_classes: int) -> Tensor:
+    """L2-normalised means of L2-normalised features [M, D] by class -> [K, D]; NaN for a class without samples."""
+    f = torch.nn.functional.normalize(features, dim=1)
+    means = [
+        torch.nn.functional.normalize(f[y == c].mean(0), dim=0) if (y == c).any() else torch.full_like(f[0], torch.nan)
+        for c in range(num_classes)
+    ]
+    return torch.stack(means)
+
+
 class Memory:
     """Raw samples under a limit in samples and in bytes (None: no limit; both None: nothing is kept)."""
 
