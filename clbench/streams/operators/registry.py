@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from clbench.streams.scenario import Scenario
 
 GROUP = "clbench.operators"
-_NAMES = ("permute", "rotate", "relabel", "concatenate", "single_pass", "looks", "evaluators")
+_NAMES = ("permute", "rotate", "relabel", "concatenate", "single_pass", "looks", "evaluators", "test_time")
 BUILT_IN = {name: f"{__package__}.{name}.{name}" for name in _NAMES}
 SUPPLIED = ("stream", "data_root", "download")  # arguments that clbench gives, those that an operator has
 
