@@ -171,8 +171,6 @@ def _changed(x: Tensor, drawn: list[float]) -> Tensor:
     x = V.adjust_gamma(x, between(4, 0.7, 1.3))
     x = V.pad(x, [size // 2] * 4, padding_mode="edge")
     moved = [round(between(i, -1, 1) * size / 16) for i in (6, 7)]
-    x = V.affine(
-        x, between(5, -15, 15), moved, between(8, 0.9, 1.1), [0.0, 0.0], interpolation=V.InterpolationMode.BILINEAR
-    )
+    x = V.affine(x, between(5, -15, 15), moved, between(8, 0.9, 1.1), [0.0, 0.0], interpolation=V.InterpolationMode.BILINEAR)
     x = V.center_crop(V.gaussian_blur(x, [5, 5], [between(9, 0.001, 0.5)] * 2), [size, size])
     return V.hflip(x) if drawn[10] < 0.5 else x

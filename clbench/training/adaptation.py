@@ -28,7 +28,7 @@ def batch_statistics(net: nn.Module, prior: float = 0.0) -> Iterator[None]:
     The network must be in evaluation mode. `UserError` for a batch with one value a channel, which has no variance.
     """
     norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    kept = [(m.running_mean, m.running_var) for m in norms]
+    kept: list[tuple[Any, Any]] = [(m.running_mean, m.running_var) for m in norms]
     hooks = []
 
     def mix(module: Any, args: tuple[Tensor, ...]) -> None:
