@@ -7,7 +7,7 @@ variant  "paper" (default): before each experience but the first, all weights an
          "official": the form of the Loss of Plasticity release (Dohare et al., Nature 2024): after every step, sigma alone;
          the shrinking is the optimiser's weight decay (`weight_decay=1e-4`, sigma 1e-4 to 1e-6).
 
-Constants: the paper's warm starts shrink by 0.6 and add 0.01. Published number: none read.
+Defaults are start values, to be tuned. Published number: none read.
 """
 
 from __future__ import annotations
