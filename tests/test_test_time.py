@@ -264,17 +264,20 @@ def test_learn_starts_from_the_source_again_and_resume_is_exact(kind, tmp_path):
 
 
 def test_cotta_teacher_restore_and_target():
-    """One batch by hand: target of the teacher, step of the student, moving average, restore by the drawn mask."""
-    _, learner, pipeline = trained(Cotta, alpha=0.9, restore=0.3, threshold=0.0, adapt_lr=0.01, adapt_optimizer="sgd")
+    """Two batches by hand: target of the teacher, step of the student, moving average, restore by the drawn mask."""
+    _, learner, pipeline = trained(
+        Cotta, alpha=0.9, restore=0.3, threshold=1.1, augmentations=2, adapt_lr=0.5, adapt_optimizer="sgd"
+    )
     source = learner.source()
     one, two = (open_eval(SHIFTED, 1, pipeline).data.batch(np.arange(i, i + 9)) for i in (0, 9))
     names = list(source)
     student = {n: v.clone().requires_grad_() for n, v in source.items()}
     teacher = {n: v.clone() for n, v in source.items()}
-    sgd = torch.optim.SGD(student.values(), lr=0.01, momentum=0.9)
+    sgd = torch.optim.SGD(student.values(), lr=0.5, momentum=0.9)
     for number, batch in enumerate((one, two)):
         with batch_statistics(learner.model):
-            target = learner.scores(teacher, batch.x).detach()
+            views = [learner.scores(teacher, learner.view(batch.x, k)).detach() for k in range(2)]
+            target = (views[0] + views[1]) / 2
             own = learner.scores(student, batch.x)
             loss = -(target.softmax(1) * own.log_softmax(1)).sum(1).mean()
         for value, grad in zip(student.values(), torch.autograd.grad(loss, list(student.values())), strict=True):
@@ -295,6 +298,14 @@ def test_cotta_teacher_restore_and_target():
     back = torch.cat([(learner.student.weights[n] == source[n]).flatten() for n in names]).float().mean()
     assert 0.25 < float(back) < 0.6, "about a third of the weights are where they began"
     assert fingerprint(learner.source()) == fingerprint(source)
+
+
+def test_cotta_without_views_stands_still():
+    """Teacher and student begin as one, so the gradient is 0 until views make them differ."""
+    t, learner, pipeline = trained(Cotta, threshold=0.0, adapt_optimizer="sgd", adapt_lr=0.5)
+    t.answers_of(learner, pipeline, 1)
+    for n, value in learner.source().items():
+        torch.testing.assert_close(learner.student.weights[n].detach(), value, atol=1e-5, rtol=1e-4)
 
 
 def test_cotta_averages_views_where_the_source_is_unsure():
