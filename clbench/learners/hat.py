@@ -133,11 +133,7 @@ class Hat:
             self.s = 1 / self.s_max + (self.s_max - 1 / self.s_max) * share
 
         def before(params: list[Tensor], grads: list[Tensor | None]) -> None:
-            for name, p in self.model.named_parameters():
-                if name in factors and p.grad is not None:
-                    p.grad.mul_(factors[name])
-            assert e.grad is not None
-            e.grad.mul_(compensation(e.detach(), self.s, self.s_max))
+            self.protect(factors, e)
             torch.nn.utils.clip_grad_norm_(params, CLIP)
 
         def after(at: Place, batch: Batch) -> None:
@@ -153,6 +149,14 @@ class Hat:
         gates = torch.sigmoid(self.s_max * e.detach())
         taken = gates if used is None else torch.maximum(gates, used)
         return {**log, "capacity_used": float(taken.mean())}
+
+    def protect(self, factors: dict[str, Tensor], e: nn.Parameter) -> None:
+        """Gradients of weights that others use become small, those of the gates large."""
+        for name, p in self.model.named_parameters():
+            if name in factors and p.grad is not None:
+                p.grad.mul_(factors[name])
+        assert e.grad is not None
+        e.grad.mul_(compensation(e.detach(), self.s, self.s_max))
 
     def _train_mode(self, first: bool) -> None:
         """BatchNorm keeps the statistics of the first task."""

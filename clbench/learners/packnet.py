@@ -50,7 +50,7 @@ class PackNet:
         *,
         prune_first: float = 0.5,
         prune: float = 0.75,
-        retrain: float = 1 / 3,  # share of the epochs behind pruning, at least one
+        retrain: float = 0.333,  # share of the epochs behind pruning, at least one
         optimizer: Literal["sgd", "adam"] = "sgd",
         momentum: float = 0.9,  # of sgd
         lr: float = 1e-3,

@@ -43,20 +43,17 @@ def test_time(
                 last set alone (nothing is adapted to before the first shift, as published), or not at all
     rounds      how often the shifted sets come in turn
     """
-    whole(batch_size, "test_time.batch_size", 1)
-    whole(rounds, "test_time.rounds", 1)
-    whole(seed, "test_time.seed")
     for name, value, names in (("order", order, ORDERS), ("source", source, SOURCES), ("clean", clean, CLEAN)):
         chosen(value, f"test_time.{name}", names)
+    for name, value, least in (("batch_size", batch_size, 1), ("rounds", rounds, 1), ("seed", seed, 0)):
+        whole(value, f"test_time.{name}", least)
     if seed and order != "random":
         raise UserError(f"test_time.seed={seed} has no effect with test_time.order={order}")
     manifest = stream.manifest
     if not all(e.labelled for e in manifest.experiences):
         raise UserError("operator test_time: the source needs labels, and some experience has none")
     taught = manifest.experiences[0].transform
-    pictures = _shared([e.transform for e in (*manifest.experiences, *manifest.evals)]) if source == "plain" else taught
-    if source == "plain" and pictures == taught:
-        raise UserError("test_time.source=plain has no effect: the first experience has no changes of its own")
+    pictures = taught if source == "first" else _plain(stream)
     train, y = _merged(stream, [e for e in manifest.experiences if e.transform == taught])
     classes = tuple(c for c in manifest.class_order if c in set(_labels(stream, train, y).tolist()))
     first = ExperienceEntry("source", None, classes, train, y, transform=pictures)
@@ -67,13 +64,9 @@ def test_time(
         own = (*_merged(stream, same), pictures)
         sets = [*([("clean", own)] if clean == "both" else []), *sets, ("clean after", own)]
     evals = []
-    for j, (name, (ids, labels, steps)) in enumerate(sets):
-        found = _labels(stream, ids, labels)
-        _check_taught(name, set(found.tolist()), classes)
-        rows = _rows(found, order, rng.key("test_time", seed, j))
-        known = tuple(c for c in classes if c in set(found.tolist()))
-        labels = None if labels is None else labels[rows]
-        evals.append(EvalEntry(name, None, known, ids[rows], 0, labels, steps, "given", batch_size))
+    for j, (name, picked) in enumerate(sets):
+        entry = _entry(stream, name, picked, classes, order, rng.key("test_time", seed, j))
+        evals.append(replace(entry, batch_size=batch_size))
     return replace(
         stream,
         manifest=replace(
@@ -81,6 +74,14 @@ def test_time(
             discloses_task=False,
         ),
     )  # fmt: skip
+
+
+def _plain(stream: Scenario) -> Steps:
+    """The changes that all pictures of the stream share; `UserError` where the first experience has no others."""
+    pictures = _shared([e.transform for e in (*stream.manifest.experiences, *stream.manifest.evals)])
+    if pictures == stream.manifest.experiences[0].transform:
+        raise UserError("test_time.source=plain has no effect: the first experience has no changes of its own")
+    return pictures
 
 
 def _shared(transforms: Sequence[Steps]) -> Steps:
@@ -123,7 +124,13 @@ def _rows(y: np.ndarray, order: str, key: int) -> np.ndarray:
     return np.argsort(y, kind="stable") if order == "sorted" else np.arange(len(y))
 
 
-def _check_taught(name: str, found: set[int], classes: Sequence[int]) -> None:
-    if missing := sorted(found - set(classes)):
+def _entry(stream: Scenario, name: str, picked: Picked, classes: Sequence[int], order: str, key: int) -> EvalEntry:
+    """A set with its samples in order; `UserError` where it holds classes that the source does not teach."""
+    ids, labels, steps = picked
+    found = _labels(stream, ids, labels)
+    if missing := sorted(set(found.tolist()) - set(classes)):
         hint = "operators before it must keep all classes in the first experience, as {rotate: {experiences: 5}} does"
         raise UserError(f"operator test_time: set {name} holds classes {missing[:5]} that the source does not teach: {hint}")
+    rows, present = _rows(found, order, key), set(found.tolist())
+    known = tuple(c for c in classes if c in present)
+    return EvalEntry(name, None, known, ids[rows], 0, None if labels is None else labels[rows], steps, "given")
