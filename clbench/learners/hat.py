@@ -27,12 +27,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from clbench.interfaces import Batch, Capabilities, Experience, Place, Schedule, UserError
 from clbench.models.backbone import Backbone
 from clbench.models.task_heads import TaskHeads
-from clbench.models.units import Units, hidden_units
+from clbench.models.units import Units, hidden_units, keep_statistics
 from clbench.streams.images.data import shuffled
 from clbench.training.fit import Recipe, fit
 from clbench.training.runtime import Runtime
@@ -82,8 +81,8 @@ class Hat:
 
     def parts(self, gates: Tensor) -> dict[str, Tensor]:
         """Values of all units [U] by layer."""
-        sizes = [one.count for one in self.units]
-        return {one.name: part for one, part in zip(self.units, gates.split(sizes), strict=True)}
+        split = gates.split([one.count for one in self.units])
+        return {one.name: part for one, part in zip(self.units, split, strict=True)}
 
     def _before_reader(self, one: Units, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (self.gated(one, args[0]), *args[1:])
@@ -113,8 +112,7 @@ class Hat:
         assert experience.task is not None
         place = self.heads.add(experience.task, experience.classes, self.runtime.generator("head"))
         if place == len(self.embeddings):
-            total = sum(one.count for one in self.units)
-            drawn = torch.randn(total, generator=self.runtime.generator("gates"))
+            drawn = torch.randn(sum(one.count for one in self.units), generator=self.runtime.generator("gates"))
             self.embeddings.append(nn.Parameter(drawn.to(self.runtime.device)))
         used, e, head = self.used(place), self.embeddings[place], self.heads.head(place)
         factors = {} if used is None else self.factors(used)
@@ -140,7 +138,9 @@ class Hat:
             with torch.no_grad():
                 e.clamp_(-LARGEST, LARGEST)
 
-        self._train_mode(used is None)
+        self.model.train()
+        if used is not None:
+            keep_statistics(self.model)
         groups = [*groups_of((self.model, self.backbone_lr), (head, self.lr)), {"params": [e], "lr": self.lr}]
         log = fit(
             self.runtime, "train", self, groups, loss, batches, self.recipe,
@@ -157,13 +157,6 @@ class Hat:
                 p.grad.mul_(factors[name])
         assert e.grad is not None
         e.grad.mul_(compensation(e.detach(), self.s, self.s_max))
-
-    def _train_mode(self, first: bool) -> None:
-        """BatchNorm keeps the statistics of the first task."""
-        self.model.train()
-        for module in self.model.modules():
-            if isinstance(module, _BatchNorm) and not first:
-                module.eval()
 
     def factors(self, used: Tensor) -> dict[str, Tensor]:
         """What gradients are multiplied by, by parameter name; `used` is A [U]."""

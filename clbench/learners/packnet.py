@@ -25,12 +25,11 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from clbench.interfaces import Batch, Capabilities, Experience, Place, Schedule, UserError
 from clbench.models.backbone import Backbone
 from clbench.models.task_heads import TaskHeads
-from clbench.models.units import LAYERS
+from clbench.models.units import LAYERS, keep_statistics
 from clbench.streams.images.data import shuffled
 from clbench.training.fit import Recipe, fit
 from clbench.training.runtime import Runtime
@@ -99,9 +98,8 @@ class PackNet:
         head, weights = self.heads.head(place), dict(self.model.named_parameters())
         before = {key: weights[key].detach().clone() for key in self.owners}
         self.model.train()
-        for module in self.model.modules():
-            if isinstance(module, _BatchNorm) and len(self.heads.tasks) > 1:
-                module.eval()
+        if len(self.heads.tasks) > 1:
+            keep_statistics(self.model)
 
         def loss(batch: Batch) -> Tensor:
             assert batch.y is not None

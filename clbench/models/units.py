@@ -139,3 +139,10 @@ def _behind(function: Any, made: dict[Any, nn.Module]) -> tuple[list[Any], list[
         apart = apart and kind in APART
         ahead += [before for before, _ in now.next_functions]
     return layers, norms, apart
+
+
+def keep_statistics(model: nn.Module) -> None:
+    """BatchNorm uses its stored statistics and does not change them, whatever the rest does."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()

@@ -58,7 +58,7 @@ def test_time(
     classes = tuple(c for c in manifest.class_order if c in set(_labels(stream, train, y).tolist()))
     first = ExperienceEntry("source", None, classes, train, y, transform=pictures)
     same = [e for e in manifest.evals if e.transform == pictures] or [e for e in manifest.evals if e.transform == taught]
-    sets = [(name, one) for name, one in _domains(stream, pictures)]
+    sets = _domains(stream, pictures)
     sets = [(name if k == 0 else f"{name} ({k + 1})", one) for k in range(rounds) for name, one in sets]
     if clean != "none":
         own = (*_merged(stream, same), pictures)
@@ -67,13 +67,8 @@ def test_time(
     for j, (name, picked) in enumerate(sets):
         entry = _entry(stream, name, picked, classes, order, rng.key("test_time", seed, j))
         evals.append(replace(entry, batch_size=batch_size))
-    return replace(
-        stream,
-        manifest=replace(
-            manifest, kind="test_time", class_order=classes, experiences=(first,), evals=tuple(evals), looks=(),
-            discloses_task=False,
-        ),
-    )  # fmt: skip
+    kept = replace(manifest, kind="test_time", discloses_task=False, looks=())
+    return replace(stream, manifest=replace(kept, class_order=classes, experiences=(first,), evals=tuple(evals)))
 
 
 def _plain(stream: Scenario) -> Steps:
