@@ -32,18 +32,25 @@ VARIANTS = {
     "ranpac": ["pet=none", "learner.projection=0"],
     "ease": ["learner.pretrained_weight=1.0"],
     "ssiat": ["learner.compat_unpaired=true"],
+    "si": ["learner.variant=paper"],
+    "mas": ["learner.variant=official"],
+    "rwalk": ["learner.variant=official"],
+    "ewc": ["learner.fisher=true"],
+    "cbp": ["learner.rate=0.01 learner.maturity=1 learner.optimizer=adam"],
+    "hat": ["learner.variant=paper"],
+    "shrink_perturb": ["learner.variant=official"],
+    "tent": ["learner.answer=after"],
     "slca": ["learner.restore_heads=false", "learner.fresh_norm=false", "learner.logit_norm=null"],
 }
+ALSO = {"bn_adapt": ["model=resnet32", "model.timm=test_resnet"]}  # what a learner needs of its model
 CASES = [(name, "") for name in NAMES] + [(name, option) for name, options in VARIANTS.items() for option in options]
 
 
 @pytest.mark.parametrize(("name", "option"), CASES)
 def test_contract(name, option):
-    (config,) = compose([f"learner={name}", *([option] if option else [])])
-    if "align_epochs" in config["learner"]:
-        config["learner"]["align_epochs"] = 2  # the same phases in fewer steps
-    if name == "gdumb":
-        config["learner"]["passes"] = 2
+    (config,) = compose([f"learner={name}", *ALSO.get(name, []), *option.split()])
+    fewer = {"align_epochs": 2, "augmentations": 2, "interval": 2, "passes": 2}  # the same phases in fewer steps
+    config["learner"] |= {key: value for key, value in fewer.items() if key in config["learner"]}
     assert [f"{check}: {message}" for check, ok, message in check_learner(config) if not ok] == []
 
 

@@ -26,6 +26,7 @@ TINY = ("scenario.num_classes=4", "scenario.limit_train=6", "scenario.limit_test
 EXACT = ("num_threads=1", "arithmetic=reference")
 LOOKS = "scenario.operators=[{looks: {number: 3}}]"
 ANYTIME = {"derpp", "ewc", "feat_kd", "finetune", "joint", "l2_reg", "lwf", "pred_kd", "replay"}
+ANYTIME |= {"cbp", "ewc_online", "l2_init", "mas", "rwalk", "shrink_perturb", "si"}
 
 
 def stored(folder):

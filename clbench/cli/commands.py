@@ -245,7 +245,8 @@ def _held(job: dict[str, Any], size: int) -> list[int]:
     from clbench.training.state import num_bytes
 
     can = declared(registry.load_target(job["learner"]["_target_"]), job["learner"])
-    trial = contract.Trial(job, contract.small_stream(sizes=[size] * 3, num_classes=3 * size), can)
+    kind = "task_incremental" if can.needs_task_id else "class_incremental"
+    trial = contract.Trial(job, contract.small_stream(kind, sizes=[size] * 3, num_classes=3 * size), can)
     learner, runtime, pipeline = trial.start()
     held = []
     for index in range(3):

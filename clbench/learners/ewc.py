@@ -11,13 +11,18 @@ fisher  "per_sample" (default): a gradient for each sample, test transform, eval
         clipped at `clip_fisher` (1e-4), merged as share x old + (1 - share) x new, share = classes known before / seen; it
         underestimates by up to the batch size, which its strength of 1000 goes with. Where classes come back,
         share = known before / (known before + classes of the experience): the same without them.
+        "true": the expectation over the model's own answers, sum_c p_c (d log p_c)^2, in place of the true label: K gradients
+        a sample. "mammoth": Mammoth's online EWC, whose squares are weighted by the probability of the true label.
 trainable  all | attention | qkv, as in `l2_reg.py`.
 head    single | per_task, as in `finetune.py`.
+Online EWC (Schwarz et al., ICML 2018, arXiv 1805.06370) is one reference and F <- decay F + F_t: what this file does. Factor:
+the strength is halved, as in both papers; Mammoth's penalty has no 1/2, so its lambda is 2 lambda here (`ewc_online`).
 Deviations: the head is not held; the local loss gives its old rows no gradient. Published number: none read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -39,6 +44,7 @@ from clbench.training.fisher import (
     kept,
     moved,
     quadratic_penalty,
+    sum_per_sample,
     train_only,
 )
 from clbench.training.fit import Recipe
@@ -63,7 +69,7 @@ class Ewc(Regularised):
         runtime: Runtime,
         *,
         strength: float = 100.0,
-        fisher: Literal["per_sample", "batch"] = "per_sample",  # per_sample | batch (PyCIL's; its strength is 1000)
+        fisher: Literal["per_sample", "batch", "true", "mammoth"] = "per_sample",  # batch: PyCIL's; its strength is 1000
         clip_fisher: float = 1e-4,  # of fisher=batch
         decay: float = 1.0,  # below 1: online EWC
         trainable: Part = "qkv",
@@ -93,8 +99,8 @@ class Ewc(Regularised):
         """Train under the penalty, then update the Fisher information."""
         log = super().learn(experience)
         with self.runtime.phase("fisher"), self.model.in_fp32():  # squares of gradients are a statistic
-            new = self._per_sample(experience) if self.kind == "per_sample" else self._per_batch(experience)
-        if self.kind == "per_sample":
+            new = self._per_batch(experience) if self.kind == "batch" else self._per_sample(experience)
+        if self.kind != "batch":
             self.fisher = {name: self.decay * self.fisher.get(name, torch.zeros(())) + f for name, f in new.items()}
         else:
             known = experience.num_seen - len(experience.new_classes)
@@ -110,9 +116,27 @@ class Ewc(Regularised):
         for batch in experience.train.test_batches(self.batch_size):
             self.runtime.check_stop()
             assert batch.y is not None
-            part = fisher_per_sample(self.model, head, batch.x, batch.y, experience.classes)
+            part = self._of(batch, sorted(experience.classes), head)
             total = {name: f + total[name] if total else f for name, f in part.items()}
         return {name: f / len(experience.train) for name, f in total.items()}
+
+    def _of(self, batch: Any, classes: list[int], head: Callable[[Tensor], Tensor]) -> Weights:
+        """The sum over a batch's samples."""
+        if self.kind == "per_sample":
+            return fisher_per_sample(self.model, head, batch.x, batch.y, classes)
+        with torch.no_grad():
+            p = head(self.model.features(batch.x))[:, classes].softmax(1)
+        true = torch.searchsorted(torch.as_tensor(classes, device=p.device), batch.y)
+        targets = [true] if self.kind == "mammoth" else [torch.full_like(true, c) for c in range(len(classes))]
+
+        def loss(features: Tensor, target: Tensor) -> Tensor:
+            return F.cross_entropy(head(features)[:, classes], target[None])
+
+        total: Weights = {}
+        for y in targets:
+            part = sum_per_sample(self.model, batch.x, y, loss, Tensor.square, p.gather(1, y[:, None])[:, 0])
+            total = {name: f + total[name] if total else f for name, f in part.items()}
+        return total
 
     def _per_batch(self, experience: Experience) -> Weights:
         self.model.train()

@@ -72,7 +72,11 @@ class Regularised(ABC):
 
         batches = shuffled(experience.train, self.batch_size, self.epochs, self.runtime.key("train"))
         groups = groups_of((self.model, self.backbone_lr), (self.head, self.lr))
-        return fit(self.runtime, "train", self, groups, loss, batches, self.recipe)
+        return fit(self.runtime, "train", self, groups, loss, batches, self.recipe, **self.hooks())
+
+    def hooks(self) -> dict[str, Any]:
+        """What else `fit` is told: functions that are called around a step. None here."""
+        return {}
 
     def predict(self, batch: Batch) -> Tensor:
         """Logits over the classes seen so far [B, num_seen]."""

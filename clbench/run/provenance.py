@@ -74,10 +74,7 @@ def identity(config: dict[str, Any], can: Capabilities | None = None) -> dict[st
     elif isinstance(dataset, list):
         kept["scenario"]["dataset"] = [pathlib.PurePath(one).name for one in dataset]
     kept["scenario"].pop("path", None)
-    if isinstance(kept.get("learner"), dict) and kept["learner"].get("head_init") == "normal":
-        del kept["learner"]["head_init"]  # what heads started from before there was a choice
-    if isinstance(kept.get("learner"), dict) and kept["learner"].get("head") == "single":
-        del kept["learner"]["head"]
+    _leave_out_added(kept["learner"])
     if kept["model"].get("norm") == "batch":  # what networks had before there was a choice
         del kept["model"]["norm"]
     if kept.get("optimizer_state") == "fresh":  # what every run did before there was another way
@@ -89,6 +86,16 @@ def identity(config: dict[str, Any], can: Capabilities | None = None) -> dict[st
     if "operators" in kept["scenario"]:
         kept["scenario"]["operators"] = without_folders(kept["scenario"]["operators"])
     return kept
+
+
+def _leave_out_added(learner: dict[str, Any]) -> None:
+    """Drop options at the value that stands for what the learner did before it had them."""
+    added = {"head_init": "normal", "head": "single", "streaming": False, "online": False}
+    if learner.get("online") is False:  # what is of no effect then
+        added |= {"updates": 1.0} | ({"replay": None} if learner["_target_"].endswith(".Icarl") else {})
+    for name, value in added.items():
+        if name in learner and learner[name] == value and type(learner[name]) is type(value):
+            del learner[name]
 
 
 def learner_name(config: dict[str, Any]) -> str:

@@ -149,9 +149,9 @@ def small_stream(kind: str = "class_incremental", **changes: Any) -> Scenario:
     return getattr(generators, kind)(**(options | changes))
 
 
-def repeated_stream(epochs: int) -> Scenario:
-    """The small stream whose later experiences bring no new class: halves of the same three classes."""
-    scenario = small_stream(sizes=[3], num_classes=3, limit_train=24, budget={"epochs": epochs, "exemplars": 12})
+def repeated_stream(epochs: int, kind: str = "class_incremental") -> Scenario:
+    """The small stream whose later experiences bring no new class: halves of the same three classes (of one task)."""
+    scenario = small_stream(kind, sizes=[3], num_classes=3, limit_train=24, budget={"epochs": epochs, "exemplars": 12})
     whole, manifest = scenario.manifest.experiences[0], scenario.manifest
     parts = [replace(whole, name=f"part {i}", train=whole.train[i::2]) for i in range(2)]
     manifest = replace(manifest, experiences=tuple(parts), kind="data_incremental")

@@ -53,7 +53,10 @@ def moved(weights: Weights | None, device: torch.device) -> Weights | None:
 def quadratic_penalty(
     model: nn.Module, reference: Mapping[str, Tensor], importance: Mapping[str, Tensor] | None = None
 ) -> Tensor:
-    """Half the sum of importance (theta - reference)^2 over the reference's weights -> scalar; importance 1 where None."""
+    """Half the sum of importance (theta - reference)^2 over the reference's weights -> scalar; importance 1 where None.
+
+    The released SI, MAS, RWalk and online EWC have no half: a strength of theirs is twice as large here.
+    """
     own, total = dict(model.named_parameters()), 0.0
     for name, old in reference.items():
         gap = (own[name] - old).square()
@@ -69,21 +72,44 @@ def fisher_per_sample(
 
     The softmax runs over `classes`. The network must be in evaluation mode.
     """
-    weights = {name: p.detach().contiguous() for name, p in trained(model).items()}  # vmap knows no other layout
     keep = torch.as_tensor(sorted(classes), device=y.device)
-    local = torch.searchsorted(keep, y)
+
+    def loss(features: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(head(features)[:, keep], target[None])
+
+    return sum_per_sample(model, x, torch.searchsorted(keep, y), loss, Tensor.square)
+
+
+def sum_per_sample(
+    model: Backbone,
+    x: Tensor,
+    y: Tensor,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    of: Callable[[Tensor], Tensor],
+    weight: Tensor | None = None,
+) -> Weights:
+    """Sum over samples of `of`(the gradient of each one's own loss): images x [B, C, H, W], targets y [B, ...].
+
+    loss_of  features [1, D] and a target -> scalar
+    weight   [B], a factor of each sample's term
+
+    The network must be in evaluation mode.
+    """
+    weights = {name: p.detach().contiguous() for name, p in trained(model).items()}  # vmap knows no other layout
 
     def loss(theta: Weights, image: Tensor, target: Tensor) -> Tensor:
-        features = functional_call(model, theta, (image[None],))
-        return F.cross_entropy(head(features)[:, keep], target[None])
+        return loss_of(functional_call(model, theta, (image[None],)), target)
 
     total: Weights = {name: torch.zeros_like(value) for name, value in weights.items()}
     chunk = max(1, min(16, HELD // sum(value.numel() for value in weights.values())))
-    for images, targets in zip(x.split(chunk), local.split(chunk), strict=True):
+    for i, (images, targets) in enumerate(zip(x.split(chunk), y.split(chunk), strict=True)):
         with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no rule for vmap
             grads = vmap(grad(loss), in_dims=(None, 0, 0))(weights, images, targets)
         for name, g in grads.items():
-            total[name] += g.detach().square().sum(0)
+            each = of(g.detach())
+            if weight is not None:
+                each = each * weight[i * chunk : i * chunk + len(each)].view(-1, *[1] * (each.ndim - 1))
+            total[name] += each.sum(0)
         model.passes["eval"] += len(images) - 1  # vmap shows the network one image for all of them
     return total
 

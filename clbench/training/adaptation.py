@@ -1,0 +1,107 @@
+"""What learners that adapt while they are tested share: statistics of the batch at hand, weights that change, the entropy.
+
+No label is seen and no budget is used, so these steps do not go through `fit`; what changes is in the learner's state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from clbench.interfaces import UserError
+from clbench.training.fit import Recipe
+
+NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
+
+
+@contextlib.contextmanager
+def batch_statistics(net: nn.Module, prior: float = 0.0) -> Iterator[None]:
+    """BatchNorm normalises by the statistics of the batch at hand; stored statistics are neither used nor changed.
+
+    prior  N > 0: (N source + n batch) / (N + n) of mean and variance for a batch of n, without a gradient through them.
+
+    The network must be in evaluation mode. `UserError` for a batch with one value a channel, which has no variance.
+    """
+    norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    kept: list[tuple[Any, Any]] = [(m.running_mean, m.running_var) for m in norms]
+    hooks = []
+
+    def mix(module: Any, args: tuple[Tensor, ...]) -> None:
+        x, (mean, var) = args[0].detach().float(), kept[norms.index(module)]
+        across = [d for d in range(x.ndim) if d != 1]
+        share = len(x) / (prior + len(x))
+        module.running_mean = mean + share * (x.mean(across) - mean)
+        module.running_var = var + share * (x.var(across, correction=0) - var)
+
+    for module in norms:
+        if prior:
+            hooks.append(module.register_forward_pre_hook(mix))
+        else:
+            module.running_mean = module.running_var = None
+    try:
+        yield
+    except ValueError as error:
+        if "Expected more than 1 value per channel" not in str(error):
+            raise
+        raise UserError("a test batch of one sample has no statistics: set test_time.batch_size to 2 or more") from None
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, (mean, var) in zip(norms, kept, strict=True):
+            module.running_mean, module.running_var = mean, var
+
+
+def affine(net: nn.Module, batch_norm_alone: bool) -> dict[str, Tensor]:
+    """Copies of scale and shift of every normalisation layer, by parameter name."""
+    kinds = (_BatchNorm,) if batch_norm_alone else NORMS
+    found = {}
+    for name, module in net.named_modules():
+        if isinstance(module, kinds):
+            found |= {f"{name}.{own}": p.detach().clone() for own, p in module.named_parameters(recurse=False)}
+    return found
+
+
+def entropy(z: Tensor) -> Tensor:
+    """Entropy of the softmax of scores [B, K] in nats -> [B]."""
+    log_p = z.log_softmax(1)
+    return -(log_p.exp() * log_p).sum(1)
+
+
+class Adapted:
+    """Weights by parameter name that change at test time, and their optimiser; empty before `begin`."""
+
+    def __init__(self, recipe: Recipe, lr: float):
+        self.recipe, self.lr = recipe, lr
+        self.weights: dict[str, Tensor] = {}
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def begin(self, weights: Mapping[str, Tensor]) -> None:
+        """Copies of these, and a fresh optimiser."""
+        self.weights = {name: value.detach().clone().requires_grad_() for name, value in weights.items()}
+        groups = [{"params": list(self.weights.values()), "lr": self.lr}]
+        self.optimizer = self.recipe.build(groups) if self.weights else None
+
+    def step(self, loss: Tensor) -> None:
+        """One step down the gradient of a scalar; parameters of the network get none."""
+        assert self.optimizer is not None
+        grads = torch.autograd.grad(loss, list(self.weights.values()), allow_unused=True)
+        for value, grad in zip(self.weights.values(), grads, strict=True):
+            value.grad = grad
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights and moments."""
+        moments = {} if self.optimizer is None else self.optimizer.state_dict()["state"]
+        return {"weights": {name: value.detach() for name, value in self.weights.items()}, "moments": moments}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device | None = None) -> None:
+        """Go on from there."""
+        self.begin({name: value.to(device or value.device) for name, value in state["weights"].items()})
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["moments"]})
