@@ -6,6 +6,7 @@ Nothing here loads torch, so a mistyped word is answered at once.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,14 @@ from clbench.config.registry import conf_dir
 from clbench.config.signatures import nearest
 from clbench.interfaces import UserError
 from clbench.training import torchrun
+
+
+MODULES = {  # commands that a module of their own adds arguments to and runs; it is loaded for them alone
+    "schedule": "clbench.cli.schedule_command",
+    "manifest corpus": "clbench.cli.corpus_command",
+    "orders": "clbench.studies.orders",
+    "effects": "clbench.studies.effects",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -111,14 +120,8 @@ def _add_arguments(parser: Parser, name: str, page: str) -> None:
         from clbench.cli import verify_command
 
         verify_command.add_arguments(parser)
-    if name == "schedule":
-        from clbench.cli import schedule_command
-
-        schedule_command.add_arguments(parser)
-    if name == "manifest corpus":
-        from clbench.cli import corpus_command
-
-        corpus_command.add_arguments(parser)
+    if name in MODULES:
+        importlib.import_module(MODULES[name]).add_arguments(parser)
     if name == "bench":
         from clbench.bench.options import add_arguments as add_measures
 
@@ -127,10 +130,6 @@ def _add_arguments(parser: Parser, name: str, page: str) -> None:
         from clbench.bench.token_options import add_arguments as add_paces
 
         add_paces(parser)
-    if name in ("orders", "effects"):
-        from clbench.studies import effects, orders
-
-        (orders if name == "orders" else effects).add_arguments(parser)
     if name == "new":
         parser.add_argument("kind", choices=("learner", "scenario", "operator", "evaluator"))
         parser.add_argument("name", help="a Python name in lower case, such as my_method")
@@ -190,24 +189,15 @@ def dispatch(argv: Sequence[str]) -> int:
         from clbench.tuning import study
 
         return study.run(args, ["clbench", *argv])
-    if name in ("orders", "effects"):
-        from clbench.studies import effects, orders
-
-        return (orders if name == "orders" else effects).run(args, ["clbench", *argv])
     if name in ("bench", "bench tokens"):
         from clbench.bench import command
 
         text, code = command.run(args) if name == "bench" else command.run_tokens(args)
         print(text)
         return code
-    if name == "schedule":
-        from clbench.cli import schedule_command
-
-        return schedule_command.run(args)
-    if name == "manifest corpus":
-        from clbench.cli import corpus_command
-
-        return corpus_command.run(args)
+    if name in MODULES:
+        args.command_line = ["clbench", *argv]
+        return importlib.import_module(MODULES[name]).run(args)
     if name == "manifest":
         from clbench.cli import manifest_command
 

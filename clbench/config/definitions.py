@@ -19,7 +19,8 @@ from clbench.interfaces import UserError
 
 def nearest(word: str, names: Iterable[str]) -> str:
     """'; did you mean X?' for a mistyped word, or nothing where no name is near."""
-    close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, list(names), n=3, cutoff=0.5)
+    close.sort(key=lambda name: (-difflib.SequenceMatcher(None, name, word).ratio(), sorted(name) != sorted(word)))
     return f"; did you mean '{close[0]}'?" if close else ""
 
 

@@ -67,7 +67,7 @@ def load(name: str) -> dict[str, Any]:
     return {"name": name, "about": text.splitlines()[0].removeprefix("# "), "orders": None, "common": [], **found}
 
 
-def run(args: argparse.Namespace, command: list[str]) -> int:
+def run(args: argparse.Namespace) -> int:
     """Run what is not done, write results_dir/effects/NAME.csv and .json, print every claim with its verdict -> exit code."""
     if args.list:
         print("\n".join(f"{name:<24} {load(name)['about']}" for name in names()))
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace, command: list[str]) -> int:
         _jobs(effect, overrides, 0)
     code = 0
     for effect in effects:
-        code = max(code, _one(effect, overrides, args.seeds, command))
+        code = max(code, _one(effect, overrides, args.seeds, args.command_line))
     return code
 
 

@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metric", default="last_macro", metavar="NAME", help="a number that `clbench report explain` names")
 
 
-def run(args: argparse.Namespace, command: list[str]) -> int:
+def run(args: argparse.Namespace) -> int:
     """Run what is not done, write results_dir/orders/NAME.csv and .json, print the study -> exit code."""
     numbers.check_metric(args.metric, losses=False)
     composed = compose.read(args.overrides, True)
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace, command: list[str]) -> int:
     rows, lost = [], 0
     for number, (job, label) in enumerate(zip(composed.jobs, labels, strict=True)):
         for place, order in enumerate(orders):
-            entry = record_of(in_order(job, order), command)
+            entry = record_of(in_order(job, order), args.command_line)
             head = f"[{number * len(orders) + place + 1}/{len(composed.jobs) * len(orders)}] {label} seed {job['seed']}"
             if isinstance(entry, str):
                 lost += 1
