@@ -19,9 +19,9 @@ from clbench.config.signatures import nearest
 from clbench.interfaces import UserError
 from clbench.training import torchrun
 
-
 MODULES = {  # commands that a module of their own adds arguments to and runs; it is loaded for them alone
     "schedule": "clbench.cli.schedule_command",
+    "manifest": "clbench.cli.manifest_command",
     "manifest corpus": "clbench.cli.corpus_command",
     "orders": "clbench.studies.orders",
     "effects": "clbench.studies.effects",
@@ -134,12 +134,6 @@ def _add_arguments(parser: Parser, name: str, page: str) -> None:
         parser.add_argument("kind", choices=("learner", "scenario", "operator", "evaluator"))
         parser.add_argument("name", help="a Python name in lower case, such as my_method")
         parser.add_argument("--to", default=".", metavar="DIR", help="the folder to write the package into (here)")
-    if name == "manifest":
-        parser.add_argument("action", choices=("write", "check", "show"))
-        parser.add_argument(
-            "overrides", nargs="*", metavar="NAME=VALUE | FILE", help="choices and options; for check: files, too"
-        )
-        parser.add_argument("--out", metavar="FILE", help="for write: the file to write")
 
 
 def launch(overrides: Sequence[str], job: Any) -> None:
@@ -180,15 +174,16 @@ def dispatch(argv: Sequence[str]) -> int:
 
         page, rest = split(rest)
     args = parser_of(name, page).parse_intermixed_args(rest)
+    args.command_line = ["clbench", *argv]
     torchrun.check_single_run(name, getattr(args, "multirun", False))
     from clbench.cli import commands
 
     if name == "run":
-        return commands.run(args, ["clbench", *argv], launch)
+        return commands.run(args, args.command_line, launch)
     if name == "tune":
         from clbench.tuning import study
 
-        return study.run(args, ["clbench", *argv])
+        return study.run(args, args.command_line)
     if name in ("bench", "bench tokens"):
         from clbench.bench import command
 
@@ -196,12 +191,7 @@ def dispatch(argv: Sequence[str]) -> int:
         print(text)
         return code
     if name in MODULES:
-        args.command_line = ["clbench", *argv]
         return importlib.import_module(MODULES[name]).run(args)
-    if name == "manifest":
-        from clbench.cli import manifest_command
-
-        return manifest_command.run(args)
     work = {
         "plan": commands.plan,
         "list": commands.show_choices,

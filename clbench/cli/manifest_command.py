@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,12 @@ from clbench.config import compose, registry
 from clbench.interfaces import UserError
 from clbench.streams.images import damage
 from clbench.streams.manifest import Manifest
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("action", choices=("write", "check", "show"))
+    parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE | FILE", help="choices and options; for check: files, too")
+    parser.add_argument("--out", metavar="FILE", help="for write: the file to write")
 
 
 def run(args: Namespace) -> int:
