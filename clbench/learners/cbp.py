@@ -134,7 +134,7 @@ class Cbp:
     @torch.no_grad()
     def renew(self, one: Units, h: Tensor, generator: torch.Generator) -> int:
         """One step of a layer: activations h [N, units, M] count, then what is due starts anew -> number of units."""
-        own, h = self.counters[one.name], h.float()
+        own = self.counters[one.name]
         own["age"] += 1
         own["mean"].lerp_(h.mean((0, 2)), 1 - self.decay)
         correction = 1 - self.decay ** own["age"]
@@ -210,6 +210,6 @@ def _noting(one: Units, activations: dict[str, Tensor]) -> Any:
 
     def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if torch.is_grad_enabled():
-            activations[one.name] = one.apart(args[0].detach())
+            activations[one.name] = one.apart(args[0].detach().float())
 
     return note
