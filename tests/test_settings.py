@@ -81,13 +81,19 @@ def test_plasticity_and_error():
     falling[1][1], falling[2][2] = 8, 4
     assert numbers(falling, [10] * 3, [0, 1, 2], "permute") == pytest.approx({"plasticity_loss": 0.6})
     assert numbers([[3]], [10], [0], "permute") == {}
-    assert numbers([[9, None, None], [8, 6, 2]], [10, 10, 10], [0, 1, 1], "test_time")["mean_error"] == pytest.approx(0.6)
+    made = entry([[9, 6, 2, 7]], [10] * 4, [0] * 4, kind="test_time")
+    made["scenario"]["eval_names"] = ["clean", "fog", "snow", "clean after"]
+    assert setting_metrics.summary(made) == pytest.approx({"mean_error": 0.6, "clean_forgetting": 0.2})
+    made["scenario"]["eval_names"] = ["a", "fog", "snow", "b"]
+    assert setting_metrics.summary(made) == pytest.approx({"mean_error": 0.4})
+    assert numbers([[9, 6]], [10] * 2, [0] * 2, {"corrupt": {"to": "copies"}}) == {}
 
 
 def test_other_streams_have_none_of_them_and_explain_names_all():
     assert numbers([[9]], [10], [0]) == {} == setting_metrics.summary({"correct": None, "config": {}})
     assert {*setting_metrics.FORMULAS, *setting_metrics.PAIRED} == set(setting_metrics.ABOUT) <= set(metrics.ABOUT)
-    named = {name for names in (*setting_metrics.SETTINGS.values(), *setting_metrics.KINDS.values()) for name in names}
+    named = {*setting_metrics.ADAPTED}
+    named |= {name for names in (*setting_metrics.SETTINGS.values(), *setting_metrics.KINDS.values()) for name in names}
     assert named == set(setting_metrics.FORMULAS)
 
 

@@ -30,7 +30,8 @@ ABOUT: dict[str, str] = {
     "knowledge_accumulation": "accuracy on all classes, those not seen counted as wrong: last tenth of evaluations - first",
     "all_classes": "right answers on all sets after the last experience, those of classes not seen counted as wrong / samples",
     "plasticity_loss": "accuracy on the newest sets: mean over the first tenth of the experiences - mean over the last tenth",
-    "mean_error": "mean over the sets of the last experience of 1 - accuracy, answers as given while the learner adapts",
+    "mean_error": "mean over the shifted sets of 1 - accuracy, answers as given while the learner adapts",
+    "clean_forgetting": "accuracy on the clean set before adaptation - after it",
 }
 PAIRED = {  # of two runs, see `report.paired`
     "intransigence": "plasticity of the reference (joint training) on the same stream - the run's (Chaudhry et al. 2018: I)",
@@ -45,8 +46,9 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "repeat": ("knowledge_accumulation", "all_classes", "plasticity_loss"),
     "permute": ("plasticity_loss",),
     "relabel": ("plasticity_loss",),
-    "test_time": ("mean_error",),
 }
+ADAPTED = ("mean_error", "clean_forgetting")  # where sets come in turn, in given batches: `test_time`, `corrupt` with to=sets
+CLEAN = ("clean", "clean after")  # names of their sets that are not shifted
 KINDS: dict[str, tuple[str, ...]] = {"domain_incremental": _DOMAINS}
 
 
@@ -64,7 +66,8 @@ def named(record: Mapping[str, Any]) -> tuple[str, ...]:
     stream, config = record.get("scenario") or {}, (record.get("config") or {}).get("scenario") or {}
     operators = [one if isinstance(one, str) else next(iter(one), "") for one in config.get("operators") or ()]
     found = [*KINDS.get(str(stream.get("kind")), ()), *(name for one in operators for name in SETTINGS.get(one, ()))]
-    return tuple(dict.fromkeys(found))
+    adapted = stream.get("kind") == "test_time" or CLEAN[1] in stream.get("eval_names", ())
+    return tuple(dict.fromkeys([*found, *(ADAPTED if adapted else ())]))
 
 
 def _matrix(record: Mapping[str, Any]) -> tuple[Array, Array, Array]:
@@ -187,9 +190,15 @@ def plasticity_loss(record: Mapping[str, Any]) -> float | None:
 
 def mean_error(record: Mapping[str, Any]) -> float | None:
     """Test-time adaptation: each set has equal weight (Hendrycks & Dietterich 2019; Wang et al. 2022)."""
-    a, _, first = _matrix(record)
-    last = a[-1, first == len(a) - 1]
-    return float(1 - last.mean()) if len(last) and not np.isnan(last).any() else None
+    last, names = _matrix(record)[0][-1], record["scenario"].get("eval_names") or [""] * len(record["n"])
+    shifted = [value for name, value in zip(names, last, strict=True) if name not in CLEAN]
+    return float(1 - np.mean(shifted)) if shifted and not np.isnan(shifted).any() else None
+
+
+def clean_forgetting(record: Mapping[str, Any]) -> float | None:
+    """Test-time adaptation: what the source's own data lose; None where they are not tested before and after."""
+    last = dict(zip(record["scenario"].get("eval_names") or (), _matrix(record)[0][-1], strict=False))
+    return float(last[CLEAN[0]] - last[CLEAN[1]]) if set(CLEAN) <= set(last) else None
 
 
 FORMULAS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
@@ -209,4 +218,5 @@ FORMULAS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
     "all_classes": lambda record: float(_all_classes(record)[-1]),
     "plasticity_loss": plasticity_loss,
     "mean_error": mean_error,
+    "clean_forgetting": clean_forgetting,
 }

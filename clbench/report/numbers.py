@@ -11,7 +11,7 @@ from clbench.report.runs import Run
 
 _LOWER = frozenset(
     ("forgetting", "forgetting_diagonal", "ece", "nll", "brier", "within_task", "between_task", "old_to_new", "new_to_old")
-) | {"stability_gap", "performance_drop", "plasticity_loss", "mean_error", "intransigence"}
+) | {"stability_gap", "performance_drop", "plasticity_loss", "mean_error", "clean_forgetting", "intransigence"}
 
 
 def lower(metric: str) -> bool:
