@@ -129,7 +129,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "slca": ("learner.batch_size=16",),
     "slca_pp": ("learner.lr=0.02", "learner.slow=0.3", "learner.batch_size=16"),
     "ssiat": ("learner.batch_size=16",),
-    "tent": ("learner.batch_size=16", "learner.adapt_lr=0.01"),
+    "tent": ("learner.batch_size=16", "learner.adapt_lr=0.03"),
     "wa": ("learner.batch_size=16",),
 }
 VARIANTS = {  # of learners of images: with what they differ from the default

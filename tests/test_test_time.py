@@ -1,6 +1,7 @@
 """Test-time adaptation: the operator, and bn_adapt, TENT and CoTTA against naive versions."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from clbench.learners.finetune import Finetune
 from clbench.learners.tent import Tent
 from clbench.streams.eval_sets import open_eval
 from clbench.streams.manifest import Manifest
+from clbench.streams.operators import test_time as operator
 from clbench.testing.contract import small_stream
 from clbench.training.adaptation import batch_statistics, entropy
 from clbench.training.state import fingerprint
@@ -91,6 +93,20 @@ def test_a_plain_source():
     shared = [{"permute": {"experiences": 3, "identity_first": False}}]
     s = stream(*shared, {"test_time": {}})
     assert len(s.manifest.experiences[0].transform) == 1
+
+
+def test_pictures_that_come_again_are_a_set_of_their_own():
+    """A gradual shift, up and down again; and neighbours of one angle that hold the classes apart are one set."""
+    angles = {"rotate": {"experiences": 5, "angles": [0, 30, 60, 30, 30]}}
+    names = ["clean", "rotated1", "rotated2", "rotated3", "rotated4", "clean after"]
+    assert [e.name for e in stream(angles, {"test_time": {}}).manifest.evals] == names
+    apart = stream({"rotate": {"experiences": 1, "angles": [0]}})
+    split = small_stream(sizes=[3, 3])
+    turned = ({"rotate": {"degrees": 90.0, "interpolation": "nearest"}},)
+    evals = (*apart.manifest.evals, *(replace(e, transform=turned, first_seen=0) for e in split.manifest.evals))
+    made = operator.test_time(replace(apart, manifest=replace(apart.manifest, evals=evals)), order="given")
+    assert [(e.name, len(e.ids), len(e.classes)) for e in made.manifest.evals][1:2] == [(split.manifest.evals[0].name, 36, 6)]
+    assert len(made.manifest.evals) == 3
 
 
 @pytest.mark.parametrize(

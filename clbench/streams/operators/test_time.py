@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -32,8 +31,8 @@ def test_time(
 ) -> Scenario:
     """One source experience, then every evaluation set in turn: what a learner that adapts while it is tested is shown.
 
-    The source is all that the stream teaches in the pictures of its first experience. Evaluation sets of the same pictures
-    are one set (a domain); where all have the same pictures they stay apart, and the classes shift between them. So
+    The source is all that the stream teaches in the pictures of its first experience. Neighbouring sets of the same
+    pictures are one (a domain); where all have the same pictures they stay apart, and the classes shift between them. So
     [{rotate: {experiences: 5}}, test_time] trains on upright images and tests four angles in a row.
 
     batch_size  samples that are answered, and adapted to, at a time; the last batch of a set may be smaller
@@ -90,11 +89,19 @@ Picked = tuple[np.ndarray, np.ndarray | None, Steps]
 
 
 def _domains(stream: Scenario, pictures: Steps) -> list[tuple[str, Picked]]:
-    """The sets to adapt to, by name: those of other pictures than the source's, or all sets where there are no others."""
-    groups: dict[str, list[EvalEntry]] = {}
+    """The sets to adapt to, by name: those of other pictures than the source's, or all sets where there are no others.
+
+    Neighbours of the same pictures and different samples are one; pictures that come again later are a set of their own.
+    """
+    shifted: list[list[EvalEntry]] = []
     for entry in stream.manifest.evals:
-        groups.setdefault(json.dumps(entry.transform, sort_keys=True), []).append(entry)
-    shifted = [group for group in groups.values() if group[0].transform != pictures]
+        if entry.transform == pictures:
+            continue
+        last = shifted[-1] if shifted and shifted[-1][0].transform == entry.transform else []
+        if last and not np.isin(entry.ids, np.concatenate([one.ids for one in last])).any():
+            last.append(entry)
+        else:
+            shifted.append([entry])
     shifted = shifted or [[entry] for entry in stream.manifest.evals]
     return [(group[0].name, (*_merged(stream, group), group[0].transform)) for group in shifted]
 
