@@ -40,7 +40,7 @@ def test_help_of_each_command_has_examples(clbench, name):
         (
             ["rnu"],
             "no command 'rnu'; did you mean 'run'? (one of: run, plan, "
-            "list, check, report, verify, bench, bench tokens, new, schedule, tune, manifest, manifest corpus)",
+            "list, check, report, verify, bench, bench tokens, new, schedule, tune, orders, effects, manifest, manifest corpus)",
         ),
         (["learner=ncm"], "no command 'learner=ncm'; did you mean 'clbench run learner=ncm'? (one of: "),
         (["--versoin"], "no option '--versoin'; did you mean '--version'? (one of: "),
@@ -109,7 +109,8 @@ def test_list_learners_tells_paper_capabilities_and_bytes_without_torch(clbench)
         )
     )
     assert sum("; holds " in line for line in lines) == len(registry.choices("learner"))
-    assert "(more with some options); holds" in done.stdout and "no special needs; holds 1.3 kB a class + 0 B" in done.stdout
+    assert "(more with some options); holds" in done.stdout
+    assert "needs_boundaries=False (more with some options); holds 1.3 kB a class + 0 B" in done.stdout
 
 
 def test_capabilities_are_read_as_they_are_declared():

@@ -285,7 +285,7 @@ def test_true_fisher_of_softmax_regression():
     for kind in ("true", "mammoth", "per_sample"):
         learner.kind = kind
         learner.model.eval()
-        found = learner._of(data, [0, 1, 2])["net.1.bias"].double()
+        found = learner._of(data, [0, 1, 2], learner.head)["net.1.bias"].double()
         expected = torch.zeros(4, dtype=torch.float64)
         for i, y in enumerate(data.y.tolist()):
             for c in range(3):

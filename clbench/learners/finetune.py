@@ -40,10 +40,10 @@ class Finetune:
 
     capabilities: ClassVar[Capabilities] = Capabilities(needs_boundaries=False, anytime=True)
 
-    @staticmethod
-    def capabilities_of(*, head: str = "single", **options: Any) -> Capabilities:
+    @classmethod
+    def capabilities_of(cls, *, head: str = "single", **options: Any) -> Capabilities:
         """A head for every task needs the task."""
-        return replace(Finetune.capabilities, needs_task_id=head == "per_task")
+        return replace(cls.capabilities, needs_task_id=head == "per_task")
 
     def __init__(
         self,

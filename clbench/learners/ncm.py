@@ -35,8 +35,8 @@ class NearestClassMean:
 
     @staticmethod
     def capabilities_of(*, streaming: bool = False, **options: Any) -> Capabilities:
-        """A stream needs no end, and may be asked anywhere."""
-        return replace(NearestClassMean.capabilities, anytime=streaming, needs_boundaries=not streaming)
+        """Means that are updated sample by sample may be asked anywhere."""
+        return replace(NearestClassMean.capabilities, anytime=streaming)
 
     def __init__(
         self,

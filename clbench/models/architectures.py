@@ -57,7 +57,8 @@ def drawn(tag: str, options: dict[str, Any], stem: str | None, seed: int, norm: 
         if stem == "small":
             if not isinstance(net, ResNet):
                 raise UserError(f"model.stem=small is for ResNets, {tag} is none")
-            net.conv1 = nn.Conv2d(3, net.conv1.out_channels, 3, 1, 1, bias=False)  # type: ignore[arg-type]
+            first = net.conv1 if isinstance(net.conv1, nn.Conv2d) else net.conv1[-1]  # type: ignore[index]
+            net.conv1 = nn.Conv2d(3, first.out_channels, 3, 1, 1, bias=False)  # type: ignore[arg-type]
             net.maxpool = nn.Identity()
         if isinstance(net, ResNet):
             small_networks.start(net, tag, norm)

@@ -51,7 +51,7 @@ def check_learner(config: dict[str, Any]) -> list[Result]:
     if not can.needs_new_classes:
         results += _run({"classes_come_back": shapes}, Trial(config, repeated_stream(epochs, kind), can))
     if not can.needs_disjoint_classes:
-        results += _run({"old_classes_beside_new": shapes}, Trial(config, mixed_stream(epochs), can))
+        results += _run({"old_classes_beside_new": shapes}, Trial(config, mixed_stream(epochs, kind), can))
     if not (can.needs_random_access or can.stores_all_data or can.needs_passes > 1):
         once = small_stream(kind, operators=["single_pass"], budget=budget | {"epochs": 1})
         results += _run({"single_pass": shapes}, Trial(config, once, can))

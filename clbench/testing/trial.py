@@ -158,9 +158,9 @@ def repeated_stream(epochs: int, kind: str = "class_incremental") -> Scenario:
     return replace(scenario, manifest=manifest)
 
 
-def mixed_stream(epochs: int) -> Scenario:
+def mixed_stream(epochs: int, kind: str = "class_incremental") -> Scenario:
     """The small stream whose second experience brings one new class beside an old one."""
-    scenario = small_stream(sizes=[3, 1], num_classes=4, limit_train=24, budget={"epochs": epochs, "exemplars": 12})
+    scenario = small_stream(kind, sizes=[3, 1], num_classes=4, limit_train=24, budget={"epochs": epochs, "exemplars": 12})
     manifest, y = scenario.manifest, scenario.dataset.y
     first, second = manifest.experiences
     back = first.train[y[first.train] == first.classes[1]][::2]
