@@ -117,7 +117,7 @@ def test_who_declares_anytime():
 
 @pytest.mark.parametrize("words", [*sorted(ANYTIME), "finetune pet=adapter"])
 def test_looks_change_no_number_of_training(tmp_path, words):
-    words = [f"learner={words.split()[0]}", *words.split()[1:], "learner.batch_size=4"]
+    words = [f"learner={words.split()[0]}", *words.split()[1:], "learner.batch_size=4", "feature_store=off"]
     without, looked = run(tmp_path / "without", *words), run(tmp_path / "looked", *words, LOOKS)
     ends = [r for r in looked["rows"] if r["step"] is None]
     assert len(looked["rows"]) == len(ends) + 6 and ends == without["rows"]

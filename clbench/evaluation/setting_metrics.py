@@ -197,7 +197,7 @@ def mean_error(record: Mapping[str, Any]) -> float | None:
 
 def clean_forgetting(record: Mapping[str, Any]) -> float | None:
     """Test-time adaptation: what the source's own data lose; None where they are not tested before and after."""
-    last = dict(zip(record["scenario"].get("eval_names") or (), _matrix(record)[0][-1], strict=False))
+    last: dict[str, Any] = dict(zip(record["scenario"].get("eval_names") or (), _matrix(record)[0][-1], strict=False))
     return float(last[CLEAN[0]] - last[CLEAN[1]]) if set(CLEAN) <= set(last) else None
 
 
