@@ -233,7 +233,11 @@ def test_on_error_raise_ends_a_sweep_with_the_traceback(clbench, small):
 @pytest.mark.parametrize("words", [(), ("-m", "seed=0,1")])
 def test_ctrl_c_exits_130_and_the_same_command_goes_on(clbench, small, words):
     many = ("learner=finetune", "scenario.budget.epochs=3000", "checkpoint_seconds=0.2", "num_threads=1", *small[:3], *words)
-    process = clbench.popen("run", *many, start_new_session=True)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts a script's background jobs
+    try:
+        process = clbench.popen("run", *many, start_new_session=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 60
     while not list(clbench.folder.glob("results/runs/*/journal/*")) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -75,7 +75,9 @@ def sweep(composed: compose.Composed, command: list[str], launch: Launch) -> int
     tail = Tail(log, len(composed.jobs))
     tail.start()
     code = 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a terminated sweep stops its jobs as Ctrl-C does
+    # a terminated sweep stops its jobs as Ctrl-C does, and a script's background job, which shells make deaf to it, listens too
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
     try:
         launch(composed.overrides, job)
     except KeyboardInterrupt:
