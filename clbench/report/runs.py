@@ -106,6 +106,11 @@ def summarize(entry: Mapping[str, Any], known: dict[str, Any] | None = None) -> 
     )
 
 
+def joined(runs: Sequence[Run]) -> list[Run]:
+    """The runs of a folder with the numbers that several of them give together."""
+    return paired.join(loss_facts.join(runs))
+
+
 def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested configuration as dotted keys; an empty mapping stays a value."""
     made: dict[str, Any] = {}
@@ -241,5 +246,5 @@ def scan(results: pathlib.Path, wanted: Filter | None = None, take: Callable[[An
             if record.is_dead(entry, results):
                 found.dead.append(run.run_id)
     keep.check()
-    found.runs = [run for run in paired.join(loss_facts.join(found.runs)) if run.run_id in chosen]
+    found.runs = [run for run in joined(found.runs) if run.run_id in chosen]
     return found

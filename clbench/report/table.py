@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clbench.records import loss_facts
 from clbench.records.loss_facts import LEDGER, OPTIONS
 from clbench.report import board as boards
 from clbench.report import costs, statistics
 from clbench.report.board import Row
 from clbench.report.columns import ACCURACY, EXTRA, Leaderboard, extra, extra_numbers
 from clbench.report.formats import Table, csv_text, fraction, plain, safe
-from clbench.report.runs import Run, summarize
+from clbench.report.runs import Run, joined, summarize
 
 _TENTHS = (*costs.COLUMNS, "seconds_mean", "peak_memory_mb_mean", "stored_bytes", "exemplars")
 
@@ -20,7 +19,7 @@ _TENTHS = (*costs.COLUMNS, "seconds_mean", "peak_memory_mb_mean", "stored_bytes"
 def rows(records: Sequence[Mapping[str, Any]], dead: Sequence[str] = (), board: Leaderboard = ACCURACY) -> list[Row]:
     """One row for each (scenario, learner, model, variant); runs without a result count, and are never missing."""
     known: dict[str, Mapping[str, Any]] = {}
-    return rows_of(loss_facts.join([summarize(entry, known) for entry in records]), board, dead)
+    return rows_of(joined([summarize(entry, known) for entry in records]), board, dead)
 
 
 def rows_of(runs: Sequence[Run], board: Leaderboard, dead: Sequence[str] = ()) -> list[Row]:
