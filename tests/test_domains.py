@@ -45,7 +45,7 @@ def test_the_domain_of_the_nearest_centre_answers():
             for d in set(naive):
                 rows = torch.tensor([i for i, one in enumerate(naive) if one == d])
                 with learner.pet.use({"tokens": learner.prompts.parts[d][0]}):
-                    own = learner.heads.head(d)(learner.model.features(batch.select(rows).x))
+                    own = learner.heads.at(d)(learner.model.features(batch.select(rows).x))
                 torch.testing.assert_close(z[rows], own, atol=1e-4, rtol=1e-4)
     assert right > 60, f"{right} of 108 images are taken for their own domain's"
 
@@ -88,7 +88,7 @@ def test_earlier_domains_stand_still_and_the_network_does():
     t.learn(learner, runtime, pipeline, 1)
     now = learner.state_dict()
     assert torch.equal(now["prompts"]["parts.0"], first["prompts"]["parts.0"])
-    assert torch.equal(now["heads"]["linear"]["blocks.0.weight"], first["heads"]["linear"]["blocks.0.weight"])
+    assert torch.equal(now["heads"]["heads.0.blocks.0.weight"], first["heads"]["heads.0.blocks.0.weight"])
     assert torch.equal(now["centres"][0], first["centres"][0])
     assert not torch.equal(now["prompts"]["parts.1"], now["prompts"]["parts.0"])
     assert fingerprint(learner.model.state_dict()) == network

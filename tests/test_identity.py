@@ -62,6 +62,22 @@ def test_a_lone_file_has_the_version_that_it_always_had(tmp_path, monkeypatch):
     del sys.modules["lonely_method"]
 
 
+def test_a_checkout_around_a_loose_file_does_not_count(clbench, monkeypatch):
+    """A loose learner in the folder of clbench's own checkout: a change of clbench is no change of the learner."""
+    import sys
+
+    import clbench as package
+
+    write(clbench.folder, beside_it="from clbench.interfaces import UserError\n\n\nclass Mine(UserError):\n    pass\n")
+    monkeypatch.syspath_prepend(str(clbench.folder))
+    import beside_it
+
+    root = pathlib.Path(package.__file__).resolve().parent.parent
+    monkeypatch.setattr(provenance.inspect, "getsourcefile", lambda made: str(root / "beside_it.py"))
+    assert provenance._source_files(beside_it.Mine) == [root / "beside_it.py"]
+    del sys.modules["beside_it"]
+
+
 SCENARIO = """
     from dataclasses import replace
 

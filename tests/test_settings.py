@@ -14,9 +14,8 @@ from clbench.interfaces import UserError
 
 
 def entry(correct, n, first_seen, *operators, kind="class_incremental", **more):
-    stream = {"kind": kind, "eval_names": [str(j) for j in range(len(n))]}
-    config = {"scenario": {"operators": list(operators)}}
-    return {"correct": correct, "n": n, "first_seen": first_seen, "scenario": stream, "config": config, **more}
+    stream = {"kind": kind, "eval_names": [str(j) for j in range(len(n))], "operators": list(operators)}
+    return {"correct": correct, "n": n, "first_seen": first_seen, "scenario": stream, **more}
 
 
 def numbers(*given, **more):
@@ -24,7 +23,7 @@ def numbers(*given, **more):
 
 
 def test_few_shot():
-    found = numbers([[90, None, None], [80, 5, None], [72, 4, 2]], [100, 10, 10], [0, 1, 2], {"shots": {"way": 1}})
+    found = numbers([[90, None, None], [80, 5, None], [72, 4, 2]], [100, 10, 10], [0, 1, 2], "shots")
     assert found == pytest.approx(
         {
             "performance_drop": 0.9 - 78 / 120,
@@ -52,7 +51,7 @@ def test_anytime():
         {"experience": 1, "step": 1, "correct": [4, 2], "n": [10, 10]},
         {"experience": 1, "step": 2, "correct": [2, 6], "n": [10, 10]},
     ]
-    found = numbers([[8, None], [1, 9]], [10, 10], [0, 1], {"looks": {"number": 2}}, stability={"trace": trace})
+    found = numbers([[8, None], [1, 9]], [10, 10], [0, 1], "looks", stability={"trace": trace})
     assert found == pytest.approx({"average_anytime": (0.5 + 0.8 + 0.3 + 0.4 + 0.5) / 5, "last_anytime": 0.4})
 
 
@@ -69,7 +68,7 @@ def test_domains():
 
 def test_accumulation_counts_what_was_not_asked_as_wrong():
     rows = [[4, None], [None, None], [2, 6], [10, 10]]
-    found = numbers(rows, [10, 10], [0, 2], {"repeat": {}})
+    found = numbers(rows, [10, 10], [0, 2], "repeat")
     assert found["all_classes"] == 1.0 and found["knowledge_accumulation"] == pytest.approx(1 - 0.2)
     assert found["plasticity_loss"] == pytest.approx(0.4 - 0.6)
     long = [[i] for i in range(20)]
@@ -86,14 +85,13 @@ def test_plasticity_and_error():
     assert setting_metrics.summary(made) == pytest.approx({"mean_error": 0.6, "clean_forgetting": 0.2})
     made["scenario"]["eval_names"] = ["a", "fog", "snow", "b"]
     assert setting_metrics.summary(made) == pytest.approx({"mean_error": 0.4})
-    assert numbers([[9, 6]], [10] * 2, [0] * 2, {"corrupt": {"to": "copies"}}) == {}
+    assert numbers([[9, 6]], [10] * 2, [0] * 2, "corrupt") == {}
 
 
 def test_other_streams_have_none_of_them_and_explain_names_all():
-    assert numbers([[9]], [10], [0]) == {} == setting_metrics.summary({"correct": None, "config": {}})
+    assert numbers([[9]], [10], [0]) == {} == setting_metrics.summary({"correct": None})
     assert {*setting_metrics.FORMULAS, *setting_metrics.PAIRED} == set(setting_metrics.ABOUT) <= set(metrics.ABOUT)
-    named = {*setting_metrics.ADAPTED}
-    named |= {name for names in (*setting_metrics.SETTINGS.values(), *setting_metrics.KINDS.values()) for name in names}
+    named = {name for names in (*setting_metrics.SETTINGS.values(), *setting_metrics.KINDS.values()) for name in names}
     assert named == set(setting_metrics.FORMULAS)
 
 
@@ -109,6 +107,14 @@ def test_numbers_reach_terminal_table_and_page(clbench, small):
     page = (clbench.folder / "results" / "report.html").read_text()
     assert "average_anytime" in page and setting_metrics.ABOUT["average_anytime"].split(" of ")[0] in page
     assert "average_anytime" in clbench("report", "explain", "--part", "details").stdout
+
+
+def test_a_stream_from_a_manifest_has_the_numbers_of_its_operators(clbench, small):
+    operators = "scenario.operators=[{shots: {base: 2, way: 1, shot: 3}}]"
+    clbench("manifest", "write", *small[:3], operators, "--out", "few.json")
+    clbench("run", "learner=ncm", "num_threads=1", "scenario=manifest", "scenario.path=few.json", "scenario.dataset=digits")
+    (record,) = clbench.records()
+    assert record["scenario"]["operators"] == ["shots"] and "performance_drop" in metrics.summary(record)
 
 
 def test_pairs_by_hand(clbench, small):

@@ -32,6 +32,7 @@ from clbench.streams.operators.relabel import relabel
 from clbench.streams.operators.shots import shots
 from clbench.streams.operators.shuffle import shuffle
 from clbench.streams.operators.single_pass import single_pass
+from clbench.streams.operators.test_time import test_time as adapted_to
 from clbench.streams.scenario import ArrayImages, Dataset, Scenario
 from clbench.streams.transforms import CORRUPTIONS
 
@@ -88,15 +89,13 @@ def test_gradual_severities_and_published_orders():
 
 
 def test_sets_to_adapt_to():
-    base = stream(toy(), increment=4)
-    made = corrupt(base, kinds=["fog", "snow"], to="sets", batch_size=3)
-    assert made.manifest.experiences[0].train.tolist() == base.manifest.experiences[0].train.tolist()
-    sets = made.manifest.evals
-    assert [e.name for e in sets] == ["clean", "fog5", "snow5", "clean after"]
-    assert all(e.order == "given" and e.batch_size == 3 and e.first_seen == 0 for e in sets)
-    assert all(sorted(e.ids.tolist()) == held_out(base) for e in sets) and sets[1].ids.tolist() != sets[2].ids.tolist()
-    by_label = corrupt(base, kinds=["fog"], to="sets", sorted_labels=True, clean_first=False).manifest.evals[0]
-    assert by_label.batch_size is None and (np.diff(base.dataset.y[by_label.ids]) >= 0).all()
+    base = stream(toy(), increment=2)
+    made = adapted_to(corrupt(base, kinds=["fog", "snow"], gradual=True, severity=2, rounds=2), batch_size=3).manifest
+    assert sorted(made.experiences[0].train.tolist()) == sorted(np.concatenate([e.train for e in base.manifest.experiences]))
+    names = ["fog2", "fog1", "snow1", "snow2", "snow1#2", "fog1#2", "fog2#2", "fog1#3", "snow1#3", "snow2#2", "snow1#4"]
+    assert [e.name for e in made.evals] == ["clean", *names, "clean after"], "what comes again is a set of its own"
+    assert all(e.order == "given" and e.batch_size == 3 and e.first_seen == 0 for e in made.evals)
+    assert all(sorted(e.ids.tolist()) == held_out(base) for e in made.evals)
 
 
 # long_tail
@@ -510,7 +509,6 @@ def test_fewer_evaluations():
 MANY: list[Any] = [
     {"corrupt": {"kinds": ["fog", "contrast"]}},
     {"corrupt": {"kinds": ["snow"], "to": "stream"}},
-    {"corrupt": {"kinds": ["jpeg_compression"], "to": "sets", "batch_size": 4}},
     {"long_tail": {"ratio": 0.3}},
     {"label_noise": {"share": 0.3}},
     {"shots": {"base": 3, "way": 2, "shot": 2}},
@@ -566,8 +564,7 @@ REFUSED: dict[str, tuple[Any, tuple[str, ...]]] = {
     "order number": ({"corrupt": {"order": 10}}, ("corrupt.order", "0..9")),
     "order and kinds": ({"corrupt": {"order": 1, "kinds": ["fog"]}}, ("corrupt.order excludes",)),
     "gradual": ({"corrupt": {"gradual": True, "severity": 1}}, ("corrupt.gradual has no effect",)),
-    "batch": ({"corrupt": {"batch_size": 9}}, ("corrupt.batch_size needs corrupt.to=sets",)),
-    "to": ({"corrupt": {"to": "set"}}, ("copies, stream, sets",)),
+    "to": ({"corrupt": {"to": "set"}}, ("copies, stream",)),
     "table": ({"corrupt": {"table": "mnist"}}, ("corrupt.table",)),
     "ratio": ({"long_tail": {"ratio": 1}}, ("long_tail.ratio",)),
     "tail": ({"long_tail": {"kind": "linear"}}, ("exp, step",)),
@@ -649,7 +646,7 @@ def folder_of_seven(folder: Path) -> Path:
 
 SINGLE: list[list[Any]] = [
     [{"corrupt": {"kinds": ["fog", "glass_blur"], "severity": 2}}],
-    [{"corrupt": {"order": 4, "to": "sets", "batch_size": 5}}],
+    [{"corrupt": {"order": 4}}, {"test_time": {"batch_size": 5}}],
     [{"long_tail": {"ratio": 0.25}}],
     [{"label_noise": {"share": 0.2}}],
     [{"label_noise": {"share": 0.4, "kind": "asymmetric"}}],

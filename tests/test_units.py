@@ -16,7 +16,6 @@ from clbench.learners.l2_init import L2Init
 from clbench.learners.packnet import PackNet
 from clbench.learners.shrink_perturb import ShrinkPerturb
 from clbench.models.heads import LinearHead
-from clbench.models.task_heads import TaskHeads
 from clbench.models.units import hidden_units
 from clbench.testing.contract import small_stream
 from clbench.training.state import detached, fingerprint
@@ -306,7 +305,7 @@ def test_gates_and_the_term_that_closes_them(monkeypatch):
         batch, e = batches(1), owner.embeddings[place]
         gate = torch.sigmoid(owner.s * e)
         w = owner.model.net[1]
-        z = owner.heads.head(place)(torch.relu(w(batch.x.flatten(1))) * gate)
+        z = owner.heads.at(place)(torch.relu(w(batch.x.flatten(1))) * gate)
         used = torch.zeros(5) if place == 0 else torch.sigmoid(50 * owner.embeddings[0]).detach()
         closing = (gate * (1 - used)).sum() / (1 - used).sum()
         expected = nn.functional.cross_entropy(z, batch.y - 2 * place) + 2.0 * closing
@@ -349,7 +348,7 @@ def test_the_same_classes_in_several_tasks():
             learn(i)
             z = [t.answers_of(learner, pipeline, j) for j in range(3)]
             assert all(one.shape == (24, 4) for one in z)
-        assert learner.heads.tasks == [0, 1, 2] and learner.heads.linear.widths == [4, 4, 4]
+        assert learner.heads.tasks == [0, 1, 2] and [learner.heads.at(i).widths for i in range(3)] == [[4]] * 3
         assert not torch.equal(z[0], z[1])
 
 
@@ -411,24 +410,6 @@ def test_shares_and_which_weights_go():
 def test_an_epoch_before_and_one_after():
     with pytest.raises(UserError, match="needs 2 epochs, got 1"):
         SmallTrial(lambda: mlp(4), PackNet, "task_incremental", epochs=1).start()
-
-
-# --- heads of tasks
-
-
-def test_task_heads():
-    heads = TaskHeads(3)
-    rng = torch.Generator().manual_seed(0)
-    assert heads.add(7, [2, 0], rng) == 0 and heads.add(5, [1, 0, 3], rng) == 1 and heads.add(7, [2, 0], rng) == 0
-    assert heads.width == 4 and (heads.place(5), heads.place(7), heads.place(99), heads.place(None)) == (1, 0, 1, 1)
-    assert heads.targets(0, torch.tensor([0, 2, 2])).tolist() == [1, 0, 0]
-    assert heads.targets(1, torch.tensor([3, 0, 1])).tolist() == [2, 1, 0]
-    assert heads.spread(1, torch.tensor([[5.0, 6, 4]]), 4).tolist() == [[6.0, 5.0, 3.0, 4.0]]
-    with pytest.raises(UserError, match="task 7 comes back with other classes"):
-        heads.add(7, [2, 1], rng)
-    other = TaskHeads(3)
-    other.load_state_dict(heads.state_dict())
-    assert fingerprint(other.state_dict()) == fingerprint(heads.state_dict())
 
 
 # --- L2 Init, shrink and perturb

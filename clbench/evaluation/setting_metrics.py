@@ -47,9 +47,8 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "permute": ("plasticity_loss",),
     "relabel": ("plasticity_loss",),
 }
-ADAPTED = ("mean_error", "clean_forgetting")  # where sets come in turn, in given batches: `test_time`, `corrupt` with to=sets
-CLEAN = ("clean", "clean after")  # names of their sets that are not shifted
-KINDS: dict[str, tuple[str, ...]] = {"domain_incremental": _DOMAINS}
+CLEAN = ("clean", "clean after")  # names of the sets of `test_time` that are not shifted
+KINDS: dict[str, tuple[str, ...]] = {"domain_incremental": _DOMAINS, "test_time": ("mean_error", "clean_forgetting")}
 
 
 def summary(record: Mapping[str, Any]) -> dict[str, float]:
@@ -63,11 +62,12 @@ def summary(record: Mapping[str, Any]) -> dict[str, float]:
 
 def named(record: Mapping[str, Any]) -> tuple[str, ...]:
     """The names of the numbers that belong to the kind of a record's stream and to its operators."""
-    stream, config = record.get("scenario") or {}, (record.get("config") or {}).get("scenario") or {}
-    operators = [one if isinstance(one, str) else next(iter(one), "") for one in config.get("operators") or ()]
-    found = [*KINDS.get(str(stream.get("kind")), ()), *(name for one in operators for name in SETTINGS.get(one, ()))]
-    adapted = stream.get("kind") == "test_time" or CLEAN[1] in stream.get("eval_names", ())
-    return tuple(dict.fromkeys([*found, *(ADAPTED if adapted else ())]))
+    stream = record.get("scenario") or {}
+    found = [
+        *KINDS.get(str(stream.get("kind")), ()),
+        *(n for one in stream.get("operators", ()) for n in SETTINGS.get(one, ())),
+    ]
+    return tuple(dict.fromkeys(found))
 
 
 def _matrix(record: Mapping[str, Any]) -> tuple[Array, Array, Array]:

@@ -151,12 +151,12 @@ class DerPP:
         self.model.train()
 
         def loss(batch: DarkBatch) -> Tensor:
-            total = F.cross_entropy(self.head(self.model.features(batch.new)), batch.new.y)  # type: ignore[arg-type]
+            total = F.cross_entropy(self.head(self.model.features(batch.new)), labels(batch.new))
             if batch.dark is not None and batch.labelled is not None:
                 stored = self.logits_MK[torch.as_tensor(batch.rows, device=self.logits_MK.device)]
                 total = total + self.alpha * dark_error(self.head(self.model.features(batch.dark)), stored)
-                z, y = self.head(self.model.features(batch.labelled)), batch.labelled.y
-                total = total + self.beta * F.cross_entropy(z, y)  # type: ignore[arg-type]
+                z = self.head(self.model.features(batch.labelled))
+                total = total + self.beta * F.cross_entropy(z, labels(batch.labelled))
             return total
 
         new = shuffled(experience.train, self.batch_size, self.epochs, self.runtime.key("train"))

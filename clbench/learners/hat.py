@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from clbench.interfaces import Batch, Capabilities, Experience, Place, Schedule, UserError
 from clbench.models.backbone import Backbone
-from clbench.models.task_heads import TaskHeads
+from clbench.models.heads import TaskHead
 from clbench.models.units import Units, hidden_units, keep_statistics
 from clbench.streams.images.data import shuffled
 from clbench.training.fit import Recipe, fit
@@ -72,7 +72,7 @@ class Hat:
         self.lr, self.backbone_lr = lr, backbone_lr
         self.epochs, self.batch_size = runtime.epochs(epochs), batch_size
         self.recipe = Recipe("sgd", 0.0, schedule=schedule)
-        self.heads = TaskHeads(model.num_features).to(runtime.device)
+        self.heads = TaskHead(model.num_features).to(runtime.device)
         self.embeddings: list[nn.Parameter] = []
         self._gates: dict[str, Tensor] = {}
         for one in self.units:
@@ -110,11 +110,11 @@ class Hat:
     def learn(self, experience: Experience) -> dict[str, float]:
         """Train head, gates and what other tasks leave of the network."""
         assert experience.task is not None
-        place = self.heads.add(experience.task, experience.classes, self.runtime.generator("head"))
+        place = self.heads.grow(experience.task, experience.classes, self.runtime.generator("head"))
         if place == len(self.embeddings):
             drawn = torch.randn(sum(one.count for one in self.units), generator=self.runtime.generator("gates"))
             self.embeddings.append(nn.Parameter(drawn.to(self.runtime.device)))
-        used, e, head = self.used(place), self.embeddings[place], self.heads.head(place)
+        used, e, head = self.used(place), self.embeddings[place], self.heads.at(place)
         factors = {} if used is None else self.factors(used)
         free = torch.ones_like(e) if used is None else 1 - used
         batches = shuffled(experience.train, self.batch_size, self.epochs, self.runtime.key("train"))
@@ -179,8 +179,8 @@ class Hat:
         """Scores [B, num_seen]; only those of the task's classes say something."""
         self.model.eval()
         place = self.heads.place(batch.task)
-        z = self.heads.head(place)(self.features(batch, torch.sigmoid(self.s_max * self.embeddings[place])))
-        return self.heads.spread(place, z, self.heads.width)
+        z = self.heads.at(place)(self.features(batch, torch.sigmoid(self.s_max * self.embeddings[place])))
+        return self.heads.spread(place, z)
 
     def state_dict(self) -> dict[str, Any]:
         return {**collect(self, "model", "heads"), "embeddings": [e.detach() for e in self.embeddings]}

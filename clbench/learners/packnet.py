@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from clbench.interfaces import Batch, Capabilities, Experience, Place, Schedule, UserError
 from clbench.models.backbone import Backbone
-from clbench.models.task_heads import TaskHeads
+from clbench.models.heads import TaskHead
 from clbench.models.units import LAYERS, keep_statistics
 from clbench.streams.images.data import shuffled
 from clbench.training.fit import Recipe, fit
@@ -68,7 +68,7 @@ class PackNet:
             raise UserError(f"learner packnet trains before and after pruning: it needs 2 epochs, got {self.epochs}")
         self.later = min(self.epochs - 1, max(1, round(self.epochs * retrain)))
         self.recipe = Recipe(optimizer, momentum, schedule=schedule)
-        self.heads = TaskHeads(model.num_features).to(runtime.device)
+        self.heads = TaskHead(model.num_features).to(runtime.device)
         layers = [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
         own = dict(model.named_parameters())
         self.owners = {f"{name}.weight": torch.zeros_like(own[f"{name}.weight"], dtype=torch.uint8) for name in layers}
@@ -77,7 +77,7 @@ class PackNet:
         """Train, prune, train again."""
         assert experience.task is not None
         known = len(self.heads.tasks)
-        place = self.heads.add(experience.task, experience.classes, self.runtime.generator("head"))
+        place = self.heads.grow(experience.task, experience.classes, self.runtime.generator("head"))
         is_new, newest = place == known, place == len(self.heads.tasks) - 1
         if place > 254:
             raise UserError("learner packnet holds at most 255 tasks")
@@ -95,7 +95,7 @@ class PackNet:
 
     def _fit(self, name: str, experience: Experience, place: int, lr: float, epochs: int) -> dict[str, float]:
         """Train the weights that the task at `place` owns, and its head."""
-        head, weights = self.heads.head(place), dict(self.model.named_parameters())
+        head, weights = self.heads.at(place), dict(self.model.named_parameters())
         before = {key: weights[key].detach().clone() for key in self.owners}
         self.model.train()
         if len(self.heads.tasks) > 1:
@@ -138,7 +138,7 @@ class PackNet:
         """Scores [B, num_seen]; only those of the task's classes say something."""
         self.model.eval()
         place = self.heads.place(batch.task)
-        return self.heads.spread(place, self.heads.head(place)(self.features(batch, place)), self.heads.width)
+        return self.heads.spread(place, self.heads.at(place)(self.features(batch, place)))
 
     def state_dict(self) -> dict[str, Any]:
         return collect(self, "model", "heads", "owners")

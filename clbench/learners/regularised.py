@@ -107,8 +107,8 @@ def distance_of_predictions(model: Backbone, head: LinearHead | TaskHead, temper
         assert isinstance(head, TaskHead)
         with torch.no_grad():
             before = teacher.features(batch)
-            old = {task: old_head.of(task, before) for task in old_head.heads}
-        parts = [prediction_distillation(head.of(task, features), one, temperature, squared) for task, one in old.items()]
+            old = [old_head.at(place)(before) for place in range(len(old_head.tasks))]
+        parts = [prediction_distillation(head.at(i)(features), one, temperature, squared) for i, one in enumerate(old)]
         return torch.stack(parts).sum()
 
     return sum_over_tasks if isinstance(head, TaskHead) else penalty

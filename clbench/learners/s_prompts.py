@@ -24,9 +24,9 @@ from torch.nn import functional as F
 
 from clbench.interfaces import Batch, Capabilities, Experience, Schedule, UserError
 from clbench.models.backbone import Backbone
+from clbench.models.heads import TaskHead
 from clbench.models.pet_modules import prompt
 from clbench.models.prompt_pool import GrownPool, query
-from clbench.models.task_heads import TaskHeads
 from clbench.streams.images.data import shuffled
 from clbench.training.fit import Recipe, fit
 from clbench.training.gaussians import kmeans
@@ -64,7 +64,7 @@ class SPrompts:
         self.lr, self.epochs, self.batch_size = lr, runtime.epochs(epochs), batch_size
         self.recipe = Recipe("sgd", momentum, weight_decay=weight_decay, schedule=schedule)
         self.prompts = GrownPool((length, model.num_features)).to(runtime.device)
-        self.heads = TaskHeads(model.num_features).to(runtime.device)
+        self.heads = TaskHead(model.num_features).to(runtime.device)
         self.centres: list[Tensor] = []
 
     def learn(self, experience: Experience) -> dict[str, float]:
@@ -72,8 +72,8 @@ class SPrompts:
         bound = self.model.num_features**-0.5
         rows = torch.empty(1, *self.prompts.shape).uniform_(-bound, bound, generator=self.runtime.generator("prompt"))
         self.prompts.add(rows)
-        place = self.heads.add(experience.index, experience.classes, self.runtime.generator("head"))
-        head = self.heads.head(place)
+        place = self.heads.grow(experience.index, experience.classes, self.runtime.generator("head"))
+        head = self.heads.at(place)
         self.pet.eval()
 
         def loss(batch: Batch) -> Tensor:
@@ -110,10 +110,10 @@ class SPrompts:
         chosen = self.domains(batch)
         with self.pet.use({"tokens": self.prompts.rows()}, chosen, tag="domain"):  # a domain's prompt is never changed again
             features = self.model.features(batch)
-        scores = features.new_empty(len(features), self.heads.width)
+        scores = features.new_empty(len(features), self.heads.num_classes)
         for place in chosen.unique().tolist():
             rows = (chosen == place).nonzero()[:, 0]
-            scores[rows] = self.heads.spread(place, self.heads.head(place)(features[rows]), self.heads.width)
+            scores[rows] = self.heads.spread(place, self.heads.at(place)(features[rows]))
         return scores
 
     def state_dict(self) -> dict[str, Any]:

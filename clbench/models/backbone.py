@@ -21,6 +21,7 @@ from clbench.interfaces import UserError
 from clbench.models import architectures, class_token, feature_width
 from clbench.models import weights as files
 from clbench.models.feature_memory import FeatureMemory, Name, state_of
+from clbench.models.memory_layout import laid_out
 from clbench.models.precision import MixedPrecision
 from clbench.models.weights import state_sha256
 from clbench.streams.images.data import ImageBatch
@@ -42,16 +43,14 @@ class Backbone(MixedPrecision, nn.Module):
     memory    features that were computed already
     precision  of its passes, "fp32" or "bf16" (autocast, opened here); what they return is float32
     class_token_tail  whether features leave out what the last block computes for the other tokens
-    channels_last     whether weights and images of convolutions have their channels innermost (`lay_out`)
+    channels_last     whether weights and images of convolutions have their channels innermost (`memory_layout`)
     identity  name, timm tag, source, profile, file_sha256, state_sha256: goes into the record
     """
 
-    def __init__(
-        self, net: nn.Module, profile: Profile, identity: dict[str, Any], pretrained: bool, num_features: int | None = None
-    ):
+    def __init__(self, net: nn.Module, profile: Profile, identity: dict[str, Any], pretrained: bool, width: int | None = None):
         super().__init__()
         self.net, self.profile, self.identity, self.pretrained = net, profile, identity, pretrained
-        self.num_features = int(net.num_features) if num_features is None else num_features  # type: ignore[arg-type]
+        self.num_features = int(net.num_features) if width is None else width  # type: ignore[arg-type]
         self.passes = {"train": 0, "eval": 0, "stored": 0}
         self.memory = FeatureMemory()
         self.frozen = False
@@ -138,17 +137,7 @@ class Backbone(MixedPrecision, nn.Module):
 
     def _counted(self, x: Tensor) -> Tensor:
         self.passes["train" if torch.is_grad_enabled() and self._trains() else "eval"] += len(x)
-        in_vmap = torch._C._functorch.is_functorch_wrapped_tensor(x)  # type: ignore[attr-defined]  # no rule for layouts
-        if self.channels_last and not in_vmap:
-            return x.contiguous(memory_format=torch.channels_last)
-        return x
-
-    def lay_out(self, channels_last: bool) -> None:
-        """Keep channels innermost, or not: no effect on a network with one convolution, a ViT's embedding of patches."""
-        if sum(isinstance(module, nn.Conv2d) for module in self.modules()) < 2 or channels_last == self.channels_last:
-            return
-        self.channels_last = channels_last
-        self.net.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)  # type: ignore[call-overload]
+        return laid_out(x, self.channels_last)
 
     def _trains(self) -> bool:
         return self.training or any(pet.training and pet.active for pet in self.pets)

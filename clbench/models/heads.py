@@ -105,9 +105,10 @@ class LinearHead(nn.Module):
 
 
 class TaskHead(nn.Module):
-    """A linear head of its own for every task: a sample is answered for its task's classes alone.
+    """A linear head of its own for every task, or domain: a sample is answered for its task's classes alone.
 
-    The classes of two tasks may be the same ones: each task has rows of its own for them. `init` as in `LinearHead`.
+    The classes of two tasks may be the same ones: each task has rows of its own for them. A sample of a task that has not been
+    learned is answered by the newest head. `init` as in `LinearHead`.
     """
 
     def __init__(self, num_features: int, init: Init = "normal"):
@@ -123,8 +124,32 @@ class TaskHead(nn.Module):
         """Classes seen in any task: they are numbered from 0 in the order of their appearance."""
         return 1 + max(int(classes.max()) for classes in self.classes.values())
 
-    def grow(self, task: int, classes: Sequence[int], generator: torch.Generator) -> None:
-        """Give a task the classes that it has not yet; weights are drawn from a CPU generator."""
+    @property
+    def tasks(self) -> list[int]:
+        """Numbers of the tasks in the order in which they came: their places."""
+        return [int(name) for name in self.heads]
+
+    def place(self, task: int | None) -> int:
+        """Which head answers for a task: its own, or the newest where it has none."""
+        return self.tasks.index(task) if task in self.tasks else len(self.heads) - 1
+
+    def at(self, place: int) -> LinearHead:
+        """The head at a place: features [B, D] -> logits of its classes, in their order."""
+        return self.heads[str(self.tasks[place])]  # type: ignore[return-value]
+
+    def targets(self, place: int, y: Tensor) -> Tensor:
+        """Columns of the head at a place that labels [B] belong to."""
+        known = self.classes[str(self.tasks[place])]
+        order = known.argsort()
+        return order[torch.searchsorted(known[order], y)]
+
+    def spread(self, place: int, own: Tensor) -> Tensor:
+        """Logits of one head [B, C] -> [B, K], `LOWEST` elsewhere: a softmax over all classes is one over the task's."""
+        whole = own.new_full((len(own), self.num_classes), LOWEST)
+        return whole.index_copy(1, self.classes[str(self.tasks[place])], own)
+
+    def grow(self, task: int, classes: Sequence[int], generator: torch.Generator) -> int:
+        """Give a task the classes that it has not yet, weights drawn from a CPU generator -> its place."""
         name = str(task)
         if name not in self.heads:
             self.heads[name] = LinearHead(self.num_features, init=self.init).to(self.anchor.device)
@@ -133,21 +158,16 @@ class TaskHead(nn.Module):
         if new := [c for c in classes if c not in known]:
             self.heads[name].grow(len(new), generator)  # type: ignore[operator]
             self._name(name, [*known, *new])
+        return self.place(task)
 
     def _name(self, task: str, classes: Sequence[int]) -> None:
         numbers = torch.tensor(classes, dtype=torch.int64, device=self.anchor.device)
         self.classes[task] = nn.Parameter(numbers, requires_grad=False)
 
-    def of(self, task: str, features: Tensor) -> Tensor:
-        """Logits [B, C] of one task's head over its own classes, in the order of `classes`."""
-        return self.heads[task](features)
-
     def forward(self, features: Tensor, task: int | None) -> Tensor:
-        """Logits [B, K]; those of other tasks' classes are `LOWEST`, so a softmax over all is one over the task's."""
-        if task is None or str(task) not in self.heads:
-            raise UserError(f"head=per_task: task {task} has no head (it has those of {', '.join(self.heads) or 'none'})")
-        own = self.of(str(task), features)
-        return own.new_full((len(own), self.num_classes), LOWEST).index_copy(1, self.classes[str(task)], own)
+        """Logits [B, K] of the task's head, spread over all classes."""
+        place = self.place(task)
+        return self.spread(place, self.at(place)(features))
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Fill in place; heads that are missing are added, heads too many are removed."""

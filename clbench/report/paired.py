@@ -13,7 +13,7 @@ def join(runs: Sequence[Any]) -> list[Any]:
     """The runs with `intransigence` and `noise_robustness` where the folder holds what they are compared with.
 
     intransigence     plasticity of the reference on the same stream, model and version of numbers (of the same seed, else the
-                      mean of its seeds) - the run's own
+                      mean of its seeds; of several references the best) - the run's own
     noise_robustness  last_macro / that of the same run, seed included, without the operator `label_noise`
     """
     done = [run for run in runs if run.loss is None and run.usable]
@@ -21,7 +21,8 @@ def join(runs: Sequence[Any]) -> list[Any]:
     clean: dict[str, float] = {}
     for run in done:
         if "reference" in run.marks and "plasticity" in run.values:
-            known.setdefault(_stream(run), {})[run.seed] = run.values["plasticity"]
+            of_seeds = known.setdefault(_stream(run), {})
+            of_seeds[run.seed] = max(run.values["plasticity"], of_seeds.get(run.seed, -math.inf))
         if not _noise(run) and "last_macro" in run.values:
             clean[_key(run)] = run.values["last_macro"]
 

@@ -148,7 +148,8 @@ def _version(target: str, made: Any) -> str:
 def _source_files(made: Any) -> list[pathlib.Path]:
     """The file of a class or function, then those of the modules of its own that it uses, directly or through others.
 
-    Its own are those that lie in the same folder, or below it: helpers beside a loose file, the other modules of a package.
+    Its own are those that lie in the same folder, or below it, and are not clbench's: helpers beside a loose file, the other
+    modules of a package.
     """
     source = inspect.getsourcefile(made)
     if source is None:
@@ -161,7 +162,9 @@ def _source_files(made: Any) -> list[pathlib.Path]:
     while waiting:
         for value in list(vars(waiting.pop() or object).values()):
             name = value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", None)
-            module = sys.modules.get(name) if isinstance(name, str) and name not in found else None
+            if not isinstance(name, str) or name in found or name.split(".", 1)[0] == "clbench":
+                continue
+            module = sys.modules.get(name)
             file = getattr(module, "__file__", None)
             if module is not None and file and _is_below(pathlib.Path(file).resolve(), home):
                 found[module.__name__] = pathlib.Path(file)

@@ -31,6 +31,15 @@ SCHEMA = 1
 SPANS = "continual_pretraining"  # the kind of all streams whose samples are spans of domains
 
 
+_FIELDS: Fields = {
+    "ids": (
+        ("kind", "dataset", "class_order", "experiences", "evals", "discloses_task", "has_boundaries", "budget", "schema"),
+        ("looks", "evaluate_every", "evaluators", "operators"),
+    ),
+    "spans": (("kind", "vocab", "context", "batch", "domains", "experiences", "evals", "budget", "schema"), ("operators",)),
+}
+
+
 @dataclass(frozen=True, eq=False)
 class Manifest:
     """The whole stream. Two manifests are equal when their hashes are.
@@ -50,16 +59,7 @@ class Manifest:
     batch        sequences in a step, with `context` predictions each, out of `vocab` tokens
     """
 
-    FIELDS: ClassVar[Fields] = {
-        "ids": (
-            ("kind", "dataset", "class_order", "experiences", "evals", "discloses_task", "has_boundaries", "budget", "schema"),
-            ("looks", "evaluate_every", "evaluators", "operators"),
-        ),
-        "spans": (
-            ("kind", "vocab", "context", "batch", "domains", "experiences", "evals", "budget", "schema"),
-            ("operators",),
-        ),
-    }
+    FIELDS: ClassVar[Fields] = _FIELDS
     kind: str
     dataset: dict[str, Any] = field(default_factory=dict)
     class_order: tuple[int, ...] = ()

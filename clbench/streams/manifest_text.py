@@ -74,6 +74,8 @@ def described(m: Manifest) -> dict[str, Any]:
         "experiences": [dict(e) if spans else _experience(e) for e in m.experiences],
         "budget": dict(m.budget),
     }
+    if m.operators:
+        about["operators"] = [name for one in m.operators for name in one]
     if m.evaluate_every > 1:
         about |= {"experiences": _joined(m), "learned": len(m.experiences), "evaluate_every": m.evaluate_every}
     sets: dict[str, Any] = {"first_seen": [e.first_seen // m.evaluate_every for e in m.evals]}

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from clbench.interfaces import UserError
+from clbench.models.memory_layout import lay_out
 from clbench.training import kernel_timing, torchrun
 
 REFERENCE = "highest+fused"
@@ -102,8 +103,8 @@ def pin(model: Network, flags: dict[str, Any]) -> Network:
             module.fused_attn = flags["fused_attention"]
         if hasattr(module, "class_token_tail"):
             module.class_token_tail = flags.get("class_token_tail", False)
-        if hasattr(module, "lay_out"):
-            module.lay_out(flags.get("channels_last", False))  # type: ignore[operator]
+        if hasattr(module, "channels_last"):
+            lay_out(module, flags.get("channels_last", False))
     return model
 
 

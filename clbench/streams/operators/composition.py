@@ -45,16 +45,16 @@ def refused(name: str, options: Mapping[str, Any]) -> str | None:
 def misplaced(listed: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[str]:
     """A line for each operator that makes no sense after one before it."""
     for k, (later, options) in enumerate(listed):
-        for earlier, given in listed[:k]:
-            why = _clash(earlier, given, later, options)
+        for earlier, _ in listed[:k]:
+            why = _clash(earlier, later, options)
             if why is not None:
                 yield f"operator {later} cannot stand after {earlier}: {why}"
                 break
 
 
-def _clash(earlier: str, given: Mapping[str, Any], later: str, options: Mapping[str, Any]) -> str | None:
+def _clash(earlier: str, later: str, options: Mapping[str, Any]) -> str | None:
     """Why `later` makes no sense after `earlier`."""
-    pictures = earlier in ("permute", "rotate") or (earlier == "corrupt" and given.get("to", "copies") != "sets")
+    pictures = earlier in ("permute", "rotate", "corrupt")
     whole_experiences = later == "order" and options.get("of") == "experiences"
     if later in MIXES and not whole_experiences:
         if pictures:

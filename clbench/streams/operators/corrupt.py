@@ -6,16 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import numpy as np
-
 from clbench.interfaces import UserError
-from clbench.streams import rng
-from clbench.streams.manifest import EvalEntry
 from clbench.streams.operators.copies import chosen, copied, flag, whole, with_transforms
 from clbench.streams.scenario import Scenario
 from clbench.streams.transforms import CORRUPTION_TABLES, CORRUPTIONS
 
-TO = ("copies", "stream", "sets")
+TO = ("copies", "stream")
 ORDERS = (  # the ten of CoTTA (Wang et al., CVPR 2022, arXiv 2203.13591), places in CORRUPTIONS
     (10, 13, 0, 5, 6, 4, 2, 14, 3, 12, 1, 8, 7, 9, 11),
     (14, 1, 6, 8, 11, 9, 3, 12, 0, 10, 4, 2, 13, 7, 5),
@@ -34,40 +30,34 @@ def corrupt(
     stream: Scenario,
     kinds: Sequence[str] | None = None,
     severity: int = 5,
-    to: Literal["copies", "stream", "sets"] = "copies",
+    to: Literal["copies", "stream"] = "copies",
     order: int | None = None,
     gradual: bool = False,
     rounds: int = 1,
     clean_first: bool = True,
-    batch_size: int | None = None,
-    sorted_labels: bool = False,
     seed: int = 0,
     table: Literal["auto", "cifar", "imagenet"] = "auto",
 ) -> Scenario:
-    """Images under the common corruptions, in experiences of their own or as sets to adapt to at test time.
+    """Images under the common corruptions, one after another. With `test_time` behind it, they are sets to adapt to.
 
     kinds          names of `transforms.CORRUPTIONS`, in this order; null: all fifteen in the order of Hendrycks & Dietterich
     severity       1 to 5
     to             copies: every image in each of the experiences, a corruption each. stream: the experiences there are take the
-                   corruptions in turn. sets: the experiences stay; the evaluation sets are all test images under one corruption
-                   after another, answered in this order (continual test-time adaptation; arXiv 2203.13591)
+                   corruptions in turn
     order          instead of kinds: number 0..9 of the ten orders of CoTTA
     gradual        severities 1 to `severity` and back for each corruption; the first one begins at `severity`
     rounds         so many times through all of them
-    clean_first    copies and stream: the first experience has the images as they are. sets: plain sets come first and last
-    batch_size     of sets: samples that are answered together; null: the run's
-    sorted_labels  of sets: samples by class, else in a seeded order
+    clean_first    the first experience has the images as they are
     seed           of the noise; every image has noise of its own, the same in every run
     table          constants of CIFAR-10-C or ImageNet-C; auto: by the shorter side, see `images.corruptions`
     """
     chosen(table, "corrupt.table", CORRUPTION_TABLES)
     flag(clean_first, "corrupt.clean_first")
     whole(seed, "corrupt.seed")
-    _check(to, gradual, batch_size, flag(sorted_labels, "corrupt.sorted_labels"))
+    chosen(to, "corrupt.to", TO)
+    flag(gradual, "corrupt.gradual")
     steps = _sequence(_kinds(kinds, order), severity, gradual, whole(rounds, "corrupt.rounds", 1))
     listed: list[Any] = [({"corrupt": {"kind": k, "severity": s, "seed": seed, "table": table}},) for k, s in steps]
-    if to == "sets":
-        return _sets(stream, listed, _names(steps), batch_size, sorted_labels, clean_first, seed)
     listed = [(), *listed] if clean_first else listed
     if to == "copies":
         made = with_transforms(copied(stream, len(listed), "corrupt", "corrupt"), listed)
@@ -76,16 +66,6 @@ def corrupt(
     if clean_first and number == 1:
         raise UserError("operator corrupt has no effect on one experience: say corrupt.clean_first=false, or corrupt.to=copies")
     return with_transforms(stream, [listed[i % len(listed)] for i in range(number)])
-
-
-def _check(to: Any, gradual: Any, batch_size: Any, sorted_labels: bool) -> None:
-    """Where the corruptions go, and options that belong to evaluation sets."""
-    chosen(to, "corrupt.to", TO)
-    flag(gradual, "corrupt.gradual")
-    if to != "sets" and (batch_size is not None or sorted_labels):
-        raise UserError(f"corrupt.{'batch_size' if batch_size is not None else 'sorted_labels'} needs corrupt.to=sets")
-    if batch_size is not None:
-        whole(batch_size, "corrupt.batch_size", 1)
 
 
 def _kinds(kinds: Any, order: Any) -> list[str]:
@@ -133,29 +113,3 @@ def _named(stream: Scenario, names: Sequence[str]) -> Scenario:
     steps = tuple(replace(e, name=name) for e, name in zip(stream.manifest.experiences, names, strict=True))
     sets = tuple(replace(e, name=names[e.first_seen]) for e in stream.manifest.evals)
     return replace(stream, manifest=replace(stream.manifest, experiences=steps, evals=sets))
-
-
-def _sets(
-    stream: Scenario, steps: Sequence[Any], names: Sequence[str], size: int | None, by_label: bool, clean: bool, seed: int
-) -> Scenario:
-    """Evaluation sets in the place of those there are: all test images under each step, in an order that stands in the hash."""
-    manifest = stream.manifest
-    evals = manifest.evals
-    if any(e.transform != evals[0].transform or e.labels is not None or e.order != "any" for e in evals):
-        raise UserError("operator corrupt: the evaluation sets differ in more than their samples; put corrupt.to=sets before")
-    ids = np.concatenate([e.ids for e in evals])
-    if len(np.unique(ids)) < len(ids):
-        raise UserError("operator corrupt: samples are in several evaluation sets already")
-    last, present = len(manifest.experiences) - 1, set(stream.dataset.y[ids].tolist())
-    classes = tuple(c for c in manifest.class_order if c in present)
-    made = []
-    listed = list(zip(steps, names, strict=True))
-    listed = [((), "clean"), *listed, ((), "clean after")] if clean else listed
-    for k, (step, name) in enumerate(listed):
-        order = rng.permutation(rng.key("corrupt order", seed, 0 if name.startswith("clean") else k), len(ids))
-        shown = ids[order]
-        shown = shown[np.argsort(stream.dataset.y[shown], kind="stable")] if by_label else shown
-        made.append(
-            EvalEntry(name, None, classes, shown, last, transform=(*evals[0].transform, *step), order="given", batch_size=size)
-        )
-    return replace(stream, manifest=replace(manifest, evals=tuple(made)))
