@@ -1,8 +1,10 @@
 """`clbench effects`: claims judged by hand, the files checked, the real command."""
 
+import csv
 import json
 
 import pytest
+from conftest import ROOT
 
 from clbench.interfaces import UserError
 from clbench.studies import effects
@@ -21,6 +23,14 @@ def test_more_and_less_are_paired_by_seed():
     assert effects.judged(claim, values(a=[0.5], b=[0.4]), 1)["verdict"] == "holds (1 seed)"
     assert effects.judged(claim, values(a=[0.5], b=[]), 1)["verdict"] == "no value"
     assert effects.judged(claim, values(a=[0.5, 0.5], b=[0.5, 0.5]), 2)["verdict"] == "fails"
+
+
+def test_pairs_are_gains_over_a_reference():
+    given = values(a=[0.9, 0.8], b=[0.5, 0.5], c=[0.6, 0.5], d=[0.4, 0.4])
+    row = effects.judged({"number": "last_macro", "more": ["a", "b"], "less": ["c", "d"]}, given, 2)
+    assert row["claim"] == "a - b > c - d" and row["value"] == pytest.approx(((0.4 - 0.2) + (0.3 - 0.1)) / 2)
+    missing = {"number": "last_macro", "more": ["a", "b"], "less": ["c", "e"]}
+    assert effects.judged(missing, given | values(e=[]), 2)["value"] is None
 
 
 def test_above_and_below():
@@ -57,6 +67,7 @@ def test_wrong_files_and_words_are_one_line(tmp_path, monkeypatch, clbench):
     for text, word in (
         ("# x\nruns: {a: []}\nclaims: [{number: n, more: a}]", "a claim has number and more"),
         ("# x\nruns: {a: []}\nclaims: [{number: n, more: a, less: b}]", "run 'b', which is not there"),
+        ("# x\nruns: {a: []}\nclaims: [{number: n, more: [a], less: a}]", "a claim has number and more"),
         ("# x\nclaims: []", "an effect has common, runs, claims"),
     ):
         (tmp_path / "effect" / "wrong.yaml").write_text(text)
@@ -69,10 +80,34 @@ def test_wrong_files_and_words_are_one_line(tmp_path, monkeypatch, clbench):
 def test_the_command(clbench, small):
     words = ("effects", "noise", "--seeds", "1", "num_threads=1", *small)
     out = clbench(*words).stdout
-    made = json.loads((clbench.folder / "results" / "effects" / "noise.json").read_text())
+    made = json.loads((clbench.folder / "results" / "effects" / "digits" / "noise.json").read_text())
     assert [claim["number"] for claim in made["claims"]] == ["plasticity"] * 2 and made["lost"] == 0
     assert "(1 seed)" in out and len(clbench.records()) == 3
-    rows = (clbench.folder / "results" / "effects" / "noise.csv").read_text().splitlines()
+    rows = (clbench.folder / "results" / "effects" / "digits" / "noise.csv").read_text().splitlines()
     assert len(rows) == 4 and rows[1].startswith("0 %,0,")
     assert clbench(*words).stdout == out
     assert "noise" in clbench("effects", "--list").stdout
+
+
+COMMITTED = sorted((ROOT / "results" / "effects").rglob("*.json"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_committed_verdicts_follow_from_the_committed_numbers(path):
+    """Every claim of the present file of the effect, judged again from the numbers of the runs; the page shows each."""
+    made, effect = json.loads(path.read_text()), effects.load(path.stem)
+    assert made["about"] == effect["about"] and made["seeds"] >= 5 and made["lost"] == 0
+    found, places = {name: {} for name in effect["runs"]}, {}
+    for row in csv.DictReader(path.with_suffix(".csv").open()):
+        place = places.setdefault(row["order"], len(places))
+        numbers = {k: float(row[k]) for k in {claim["number"] for claim in effect["claims"]} if row[k]}
+        found[row["run"]][int(row["seed"]) + place * made["seeds"]] = numbers
+    assert made["claims"] == json.loads(json.dumps([effects.judged(c, found, made["seeds"]) for c in effect["claims"]]))
+    page = (ROOT / "results" / "effects" / "README.md").read_text()
+    for claim in made["claims"]:
+        shown = f"| {claim['number']} | {claim['claim']} | {claim['value']:.3f} | {claim['95 %']} | {claim['verdict']} |"
+        assert shown in page, f"{shown} is not in results/effects/README.md"
+
+
+def test_every_effect_is_committed():
+    assert {path.stem for path in COMMITTED if path.parent.name == "digits"} == set(effects.names())

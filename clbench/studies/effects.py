@@ -3,7 +3,8 @@
 An effect is a file of `conf/effect/`: runs under names, each a list of overrides, and claims about their numbers. A claim that
 does not hold is no error of a run; it is printed as it is. Everything is paired by seed.
 
-    {number, more, less}    the number of run `more` exceeds that of run `less`
+    {number, more, less}    the number of run `more` exceeds that of run `less`; each may be a pair, [run, reference], and is
+                            then the run's number minus the reference's, for numbers of streams that do not compare
     {number, run, above}    the number of one run exceeds a value; `below`: is less
     {number, orders}        the spread of a run over orders of its experiences exceeds that over seeds (`orders.N` of the file)
 """
@@ -26,6 +27,7 @@ from clbench.interfaces import UserError
 from clbench.records import record
 from clbench.report import statistics
 from clbench.report.formats import Table, csv_text, fraction, to_text
+from clbench.run import provenance
 from clbench.studies.jobs import record_of
 from clbench.studies.orders import Order, chosen, in_order
 
@@ -59,16 +61,17 @@ def load(name: str) -> dict[str, Any]:
         raise UserError(f"{path}: an effect has common, runs, claims and, where it is about orders, orders")
     for claim in found["claims"]:
         kind = next((kind for kind in KINDS if kind in claim), None)
-        if kind is None or set(claim) != {"number", kind, *KINDS[kind]}:
+        pairs = [claim[key] for key in ("more", "less") if isinstance(claim.get(key), list)]
+        if kind is None or set(claim) != {"number", kind, *KINDS[kind]} or any(len(pair) != 2 for pair in pairs):
             raise UserError(f"{path}: a claim has number and more, less; run, above or below; or orders: {claim}")
-        for run in (claim[key] for key in ("more", "less", "run", "orders") if key in claim):
-            if run not in found["runs"]:
+        for run in (run for key in ("more", "less", "run", "orders") if key in claim for run in _pair(claim[key])):
+            if not isinstance(run, str) or run not in found["runs"]:
                 raise UserError(f"{path}: a claim is about run {run!r}, which is not there")
     return {"name": name, "about": text.splitlines()[0].removeprefix("# "), "orders": None, "common": [], **found}
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run what is not done, write results_dir/effects/NAME.csv and .json, print every claim with its verdict -> exit code."""
+    """Run what is not done; write effects/DATASET/NAME.csv and .json; print every claim with its verdict -> exit code."""
     if args.list:
         print("\n".join(f"{name:<24} {load(name)['about']}" for name in names()))
         return 0
@@ -119,12 +122,15 @@ def _one(effect: Mapping[str, Any], overrides: Sequence[str], seeds: int, comman
                     "run_id": entry["run_id"],
                 }
                 rows.append(row | {c["number"]: found.get(c["number"]) for c in effect["claims"]})
-    results = Path(str(next(_jobs(effect, overrides, 0))[1]["results_dir"])).expanduser().resolve()
+    _, first = next(_jobs(effect, overrides, 0))
+    results = Path(str(first["results_dir"])).expanduser().resolve()
     made = [judged(claim, values, seeds) for claim in effect["claims"]]
-    file = results / "effects" / effect["name"]
+    file = results / "effects" / Path(str(first["scenario"].get("dataset", first["scenario"]["name"]))).stem / effect["name"]
     columns = tuple(dict.fromkeys(key for row in rows for key in row))
     record.write_text(file.with_suffix(".csv"), csv_text(columns, rows, lambda _, v: "" if v is None else str(v)))
-    body = {"effect": effect["name"], "about": effect["about"], "seeds": seeds, "lost": lost, "claims": made}
+    given = [word for word in overrides if word.split("=")[0] not in provenance.MACHINE]
+    body = {"effect": effect["name"], "about": effect["about"], "overrides": given}
+    body |= {"seeds": seeds, "lost": lost, "claims": made}
     record.write_text(file.with_suffix(".json"), json.dumps(body, indent=1) + "\n")
     seconds = sum(row["seconds"] for row in rows) / max(1, seeds)
     notes = (f"{len(rows)} runs, {seconds:.0f} s a seed; holds, fails: the 95 % interval over seeds lies on one side",)
@@ -162,6 +168,11 @@ def judged(claim: Mapping[str, Any], values: Values, seeds: int) -> dict[str, An
     return row | ({"95 %": f"{fraction(low)} .. {fraction(high)}"} if several else {})
 
 
+def _pair(runs: str | list[str]) -> list[str]:
+    """A run, or a run and its reference."""
+    return [runs] if isinstance(runs, str) else runs
+
+
 def _differences(claim: Mapping[str, Any], values: Values, seeds: int) -> tuple[str, list[float]]:
     """A claim in words, and for each seed by how much it is met."""
     number = claim["number"]
@@ -169,9 +180,14 @@ def _differences(claim: Mapping[str, Any], values: Values, seeds: int) -> tuple[
     def of(run: str) -> dict[int, float]:
         return {seed: found[number] for seed, found in values[run].items() if number in found}
 
+    def gain(pair: list[str]) -> dict[int, float]:
+        first, *rest = [of(run) for run in pair]
+        return {seed: value - sum(one[seed] for one in rest) for seed, value in first.items() if all(seed in r for r in rest)}
+
     if "more" in claim:
-        more, less = of(claim["more"]), of(claim["less"])
-        return f"{claim['more']} > {claim['less']}", [more[seed] - less[seed] for seed in more if seed in less]
+        more, less = gain(_pair(claim["more"])), gain(_pair(claim["less"]))
+        text = " > ".join(" - ".join(_pair(claim[key])) for key in ("more", "less"))
+        return text, [more[seed] - less[seed] for seed in more if seed in less]
     if "orders" in claim:
         return f"{claim['orders']}: spread over orders > over seeds", spread(of(claim["orders"]), seeds)
     sign, limit = (1, claim["above"]) if "above" in claim else (-1, claim["below"])
