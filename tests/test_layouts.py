@@ -1,5 +1,6 @@
 """Folders by domain, and sets in the layout in which their makers publish them: small trees, checked by counts and names."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import pytest
 from PIL import Image
 
 from clbench.interfaces import UserError
-from clbench.streams import datasets, generators, splits
-from clbench.streams.images import domain_folders
+from clbench.streams import datasets, file_lists, generators, splits
+from clbench.streams.images import domain_folders, notmnist, time_buckets
+from clbench.streams.manifest import Manifest
+from clbench.streams.scenario import FileImages
 
 
 def picture(path: Path, value: int = 0) -> None:
@@ -202,7 +205,8 @@ def test_counts_of_the_published_sets_add_up():
 
 @pytest.mark.parametrize(
     "name",
-    "cil_cars cil_core50 cil_domainnet cil_imagenet cil_tiny_imagenet dil_core50 dil_domainnet dil_office_home".split(),
+    "cil_cars cil_core50 cil_domainnet cil_imagenet cil_tiny_imagenet dil_clear10 dil_clear100 dil_core50 dil_domainnet "
+    "dil_office_home nic_core50".split(),
 )
 def test_presets_of_published_sets_say_where_their_data_comes_from(name: str, tmp_path: Path):
     from clbench.config import compose, registry
@@ -234,3 +238,232 @@ def test_two_lists_of_imagenet_100(tmp_path: Path, monkeypatch):
     for job, expected in ((cmc, sorted(listed)), (podnet, names[:100])):
         made = compose.build(job["scenario"] | {"data_root": str(tmp_path)})
         assert list(made.class_names().values()) == expected and len(made.manifest.experiences) == 10
+
+
+def clear(root: Path, known, train: str = "train_image_only") -> None:
+    """Ten buckets; a picture says its bucket, class and part. Bucket 10 comes before 2 as text."""
+    for part, number in ((train, 3), ("test", 2)):
+        for bucket in range(1, 11):
+            for c, name in enumerate(known):
+                for i in range(number):
+                    path = root / part / "labeled_images" / str(bucket) / name / f"{i}.jpg"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    Image.new("RGB", (5, 4), (20 * bucket, 80 * c, 0)).save(path, "PNG")
+        (root / part / "class_names.txt").write_text("\n".join(known))
+
+
+@pytest.fixture
+def clear10(tmp_path: Path, monkeypatch) -> Path:
+    names = ("BACKGROUND", "bus", "camera")
+    monkeypatch.setitem(
+        time_buckets.SETS, "clear10", replace(time_buckets.SETS["clear10"], classes=3, names=("bus", "camera", "BACKGROUND"))
+    )
+    clear(tmp_path / "clear10", names)
+    return tmp_path
+
+
+def test_clear_as_it_is_published(clear10: Path):
+    from clbench.config import compose
+
+    (job,) = compose.compose(["scenario=dil_clear10", f"data_root={clear10}"])
+    made = compose.build(job["scenario"])
+    buckets = [str(i) for i in range(1, 11)]
+    assert [e.name for e in made.manifest.experiences] == buckets == [e.name for e in made.manifest.evals]
+    assert made.dataset.class_names == ("BACKGROUND", "bus", "camera")
+    for i, (entry, tested) in enumerate(zip(made.manifest.experiences, made.manifest.evals, strict=True)):
+        assert (len(entry.train), len(tested.ids), tested.first_seen) == (9, 6, i)
+        for ids in (entry.train, tested.ids):
+            shown = [image[0, 0].tolist() for image in made.dataset.images.raw(ids)]
+            assert [[20 * (i + 1), 80 * c, 0] for c in made.dataset.y[ids]] == shown
+    (clear10 / "clear10" / "train_image_only").rename(clear10 / "clear10" / "train")
+    assert len(datasets.load("clear10", str(clear10))) == 150, "the archive with metadata has another folder name"
+    clear_names = clear10 / "clear10" / "train" / "class_names.txt"
+    clear_names.write_text("bus\ncamera\nBACKGROUND\n")
+    assert datasets.load("clear10", str(clear10)).class_names[0] == "bus", "ids are those of the list"
+
+
+def test_clear_without_the_test_archive(clear10: Path):
+    fails(lambda: datasets.load("clear10", str(clear10), test_share=0.3), "no effect", "test images of its own")
+    (clear10 / "clear10" / "test").rename(clear10 / "away")
+    fails(lambda: datasets.load("clear10", str(clear10)), "is missing", "clear10-test.zip", "scenario.test_share=0.3")
+    drawn = datasets.load("clear10", str(clear10), test_share=0.3)
+    assert drawn.domain is not None and np.bincount(drawn.domain[drawn.split == 1]).tolist() == [3] * 10
+
+
+def test_a_clear_that_is_not_it_is_refused(clear10: Path):
+    def load():
+        return datasets.load("clear10", str(clear10))
+
+    top = clear10 / "clear10"
+    fails(lambda: datasets.load("clear100", str(clear10)), "clear100/train_image_only/labeled_images", "clear100-test.zip")
+    bus = top / "test" / "labeled_images" / "4" / "bus"
+    bus.rename(top / "bus")
+    fails(load, "labeled_images/4 has other classes", "bus")
+    bus.mkdir()
+    fails(load, str(bus), "holds no image")
+    shutil.rmtree(bus)
+    (top / "bus").rename(bus)
+    seventh = top / "train_image_only" / "labeled_images" / "7"
+    seventh.rename(top / "7")
+    fails(load, "bucket 7 of 1..10 is missing")
+    (top / "7").rename(seventh)
+    (seventh.parent / "11").mkdir()
+    fails(load, "it has no bucket 11")
+    (seventh.parent / "11").rmdir()
+    listed = top / "train_image_only" / "class_names.txt"
+    listed.write_text("BACKGROUND\nbus\n")
+    fails(load, "class_names.txt", "differ in camera")
+    for place in top.glob("*/labeled_images/*/camera"):
+        shutil.rmtree(place)
+    fails(load, "is not clear10: 2 classes found (BACKGROUND, bus), 3 classes")
+    (top / "test").rename(top / "gone")
+    fails(lambda: datasets.load("clear10", str(top)), "not found", "get it from https://huggingface.co")
+
+
+# lists of batches
+
+
+def lists(root: Path, name: str = "NIC_v2_3", run: int = 0) -> dict[str, str]:
+    """Three batches of objects o1..o12 in sessions: o1 and o2 of s1; o2 of s2 and o11; o1 of s2, backwards. Texts by file."""
+
+    def lines(*pairs):
+        return "".join(f"s{s}/o{o}/C_{s:02d}_{o:02d}_000.png {o - 1}\n" for s, o in pairs)
+
+    texts = {
+        "train_batch_00_filelist.txt": lines((1, 1), (1, 2)),
+        "train_batch_01_filelist.txt": lines((2, 2), (1, 11)),
+        "train_batch_02_filelist.txt": lines((4, 1), (2, 1)),
+        "test_filelist.txt": lines(*((s, o) for s in (3, 7, 10) for o in range(1, 13) if (s, o) != (7, 1))),
+    }
+    folder = root / name / f"run{run}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, text in texts.items():
+        (folder / file).write_text(text)
+    return texts
+
+
+@pytest.fixture
+def small50(tmp_path: Path, monkeypatch) -> Path:
+    names = tuple(f"o{i}" for i in range(1, 13))
+    small = replace(domain_folders.SETS["core50"], classes=12, class_names=names, total=(96, 36))
+    monkeypatch.setitem(domain_folders.SETS, "core50", small)
+    core50(tmp_path)
+    lists(tmp_path)
+    return tmp_path
+
+
+def test_batches_of_new_instances_and_classes(small50: Path):
+    def made(**options):
+        return file_lists.listed_batches("nic", "core50", **{"lists": "NIC_v2_3", "data_root": str(small50), **options})
+
+    stream = made()
+    manifest, data = stream.manifest, stream.dataset
+    assert [(e.name, e.classes) for e in manifest.experiences] == [("batch0", (0, 1)), ("batch1", (1, 10)), ("batch2", (0,))]
+    assert isinstance(data.images, FileImages)
+    paths = [[data.images.paths[i] for i in e.train] for e in manifest.experiences]
+    shown = [[p.parent.parent.name + p.parent.name for p in one] for one in paths]
+    assert shown == [["s1o1", "s1o2"], ["s2o2", "s1o11"], ["s4o1", "s2o1"]], "in the order of the lists"
+    assert [(e.classes, e.first_seen, len(e.ids)) for e in manifest.evals] == [((0, 1), 0, 5), ((10,), 1, 3)]
+    facts = stream.facts()
+    assert not facts.every_experience_has_new_classes and not facts.every_class_comes_once
+    assert Manifest.from_json(manifest.to_json()) == manifest
+    few = made(classes=["o2", "o11"], limit_test=2).manifest
+    assert [e.classes for e in few.experiences] == [(1,), (1, 10)] and [len(e.ids) for e in few.evals] == [3, 3]
+    once = made(operators=["single_pass"]).manifest
+    assert next(iter(once.operators[0])) == "single_pass" and once.budget["in_order"]
+    lists(small50, run=4)
+    batch = small50 / "NIC_v2_3" / "run4" / "train_batch_00_filelist.txt"
+    batch.write_text("s5/o3/C_05_03_000.png 2\n")
+    assert made(run=4).manifest.experiences[0].classes == (2,)
+    (small50 / "NIC_v2_3").rename(small50 / "core50_lists")
+    assert made(lists=str(small50 / "core50_lists")).manifest == manifest, "a path serves as well"
+
+
+def test_lists_that_are_none(small50: Path, monkeypatch):
+    fails(lambda: file_lists.listed_batches("nic", "digits", "NIC_v2_3", data_root=str(small50)), "digits is no folder")
+    data = datasets.load("core50", str(small50))
+    monkeypatch.setattr(datasets, "load", lambda *_: data)
+
+    def made(**options):
+        options = {"lists": "NIC_v2_3", "data_root": str(small50), **options}
+        return file_lists.listed_batches("nic", "core50", **options)
+
+    fails(lambda: made(lists="NIC_v2_79"), "no lists of batches at NIC_v2_79", "batches_filelists_NICv2.zip")
+    fails(lambda: made(run=3), "scenario.run=3", "has the runs 0")
+    fails(lambda: made(run=-1), "scenario.run")
+    folder, texts = small50 / "NIC_v2_3" / "run0", lists(small50)
+    first, second = "train_batch_00_filelist.txt", "train_batch_01_filelist.txt"
+    for file, text, words in (
+        (first, "s1/o1/C_01_01_000.png\n", ("line 1", "a path and a label")),
+        (first, texts[first] + "s1/o1/C_01_01_999.png 0\n", ("line 3", "no training image of data set core50")),
+        (first, texts[first] + "s3/o1/C_03_01_000.png 0\n", ("line 3", "no training image")),
+        (second, texts[second].replace(" 1\n", " 7\n"), ("line 1", "class o2 has the label 7, elsewhere 1")),
+        (second, texts[second].replace(" 10\n", " 0\n"), ("two classes have the same label",)),
+        (second, texts[second] + texts[first], ("listed before", "NIC_v2_79")),
+        (second, "", ("is empty",)),
+        ("test_filelist.txt", texts[first], ("test_filelist.txt, line 1", "no test image")),
+    ):
+        (folder / file).write_text(text)
+        fails(made, *words)
+        lists(small50)
+    (folder / "train_batch_03_filelist.txt").write_text(texts[first])
+    fails(made, "has 4 lists of training images, 3 expected")
+    (folder / "train_batch_03_filelist.txt").unlink()
+    (folder / second).unlink()
+    fails(made, "train_batch_01_filelist.txt is missing, 3 lists expected")
+    lists(small50)
+    (folder / "test_filelist.txt").unlink()
+    fails(made, "cannot read", "test_filelist.txt")
+
+
+# notMNIST and 5-datasets
+
+
+@pytest.fixture
+def letters(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.setattr(notmnist, "IMAGES", 50)
+    for part, number in (("Train", 3), ("Test", 2)):
+        for c, letter in enumerate("ABCDEFGHIJ"):
+            for i in range(number):
+                picture(tmp_path / "notMNIST" / part / letter / f"{i}.png", 20 * c)
+    (tmp_path / "notMNIST" / "Train" / notmnist.BROKEN[1]).write_bytes(b"")
+    return tmp_path
+
+
+def test_notmnist_without_its_broken_files(letters: Path, caplog):
+    data = datasets.load("notmnist", str(letters))
+    assert data.class_names == tuple("ABCDEFGHIJ") and np.bincount(data.split).tolist() == [30, 20]
+    assert [image[0, 0, 0] // 20 for image in data.images.raw(np.arange(50))] == data.y.tolist()
+    assert "1 file(s) known to be broken" in caplog.text
+    (letters / "notMNIST" / "Train" / "A" / "0.png").unlink()
+    fails(lambda: datasets.load("notmnist", str(letters)), "49 images found, 50 expected")
+    shutil.rmtree(letters / "notMNIST" / "Train" / "C")
+    fails(lambda: datasets.load("notmnist", str(letters)), "A to J: C is missing")
+    fails(lambda: datasets.load("notmnist", str(letters / "notMNIST")), "not found", "data/notMNIST.zip")
+
+
+def test_five_datasets(letters: Path, monkeypatch):
+    """Ten classes from each; the one that is missing is named with where it comes from."""
+    from clbench.config import compose
+    from clbench.streams.images import vision
+
+    for name in ("cifar10", "mnist", "fashion_mnist", "svhn"):
+        monkeypatch.setitem(vision.TABLE, name, replace(vision.TABLE[name], sizes=(10, 20, 10)))
+        side = 32 if name in ("cifar10", "svhn") else 28
+        y = {"train": np.repeat(np.arange(10), 2), "test": np.arange(10)}
+        x = {
+            part: np.random.default_rng(len(name)).integers(0, 256, (len(ids), side, side), np.uint8) for part, ids in y.items()
+        }
+        np.savez(letters / f"{name}.npz", train_x=x["train"], train_y=y["train"], test_x=x["test"], test_y=y["test"])
+    for preset in ("cil_5datasets", "til_5datasets"):
+        (job,) = compose.compose([f"scenario={preset}", f"data_root={letters}"])
+        made = compose.build(job["scenario"])
+        names = [e.name for e in made.manifest.experiences]
+        assert names == ["exp0", "mnist", "fashion_mnist", "svhn", "notmnist"]
+        assert [e.classes for e in made.manifest.experiences] == [tuple(range(10 * i, 10 * i + 10)) for i in range(5)]
+        assert [len(e.train) for e in made.manifest.experiences] == [20, 20, 20, 20, 30]
+        assert made.manifest.discloses_task == (preset[:3] == "til")
+    (letters / "notMNIST").rename(letters / "away")
+    fails(lambda: compose.build(job["scenario"]), "data set notmnist not found", "data/notMNIST.zip")
+    (letters / "svhn.npz").unlink()
+    fails(lambda: compose.build(job["scenario"]), "data set svhn not found", "`download=true` gets it")

@@ -15,7 +15,18 @@ import numpy as np
 
 from clbench.interfaces import UserError
 from clbench.streams import splits
-from clbench.streams.images import arrays, arrow, domain_folders, folders, foreign_files, tables, vision
+from clbench.streams.images import (
+    arrays,
+    arrow,
+    domain_folders,
+    folders,
+    foreign_files,
+    notmnist,
+    published,
+    tables,
+    time_buckets,
+    vision,
+)
 from clbench.streams.images.arrays import Pool
 from clbench.streams.images.class_folders import EXTENSIONS
 from clbench.streams.scenario import ArrayImages, Dataset, FileImages, ImageSource
@@ -32,7 +43,7 @@ _SOURCES = {
 
 def names() -> tuple[str, ...]:
     """All names that `load` knows (a path works as well)."""
-    return ("digits", "pacs", *domain_folders.SETS, *vision.TABLE, *splits.FOLDERS)
+    return ("digits", "pacs", "notmnist", *domain_folders.SETS, *time_buckets.SETS, *vision.TABLE, *splits.FOLDERS)
 
 
 def load(
@@ -48,7 +59,8 @@ def load(
 
     Args:
         name: one of `names()`, the name of <data_root>/<name>.npz or of a folder <data_root>/<name>/ with train/ and test/,
-            or a path (with a slash, or ending in .npz, .csv, .tsv or .parquet).
+            or a path (with a slash, or ending in .npz, .csv, .tsv or .parquet). cifar10_c@fog5 are test images alone, see
+            `images.published`.
         data_root: where data lies; None means the environment variable CLBENCH_DATA.
         download: let torchvision fetch what is missing.
         sha256: expected identity of the content (`Dataset.sha256`) or of the .npz file.
@@ -80,6 +92,9 @@ def _path(text: str) -> Path:
 
 
 def _load(name: str, root: Path | None, download: bool, share: Share | None, by_domain: bool = False) -> Dataset:
+    if (one := published.parsed(name)) is not None:
+        place = _path(one[0])
+        return _dataset(f"{place.name}@{one[1]}{one[2]}", published.read(str(place), *one[1:], root), str(place))
     folder = name not in names() and not splits.variants(name) and _path(name).is_dir()
     if folder or name.lower().endswith((".npz", *tables.SUFFIXES)) or "/" in name or os.sep in name:
         return _from_path(name, root, share, by_domain)
@@ -87,7 +102,7 @@ def _load(name: str, root: Path | None, download: bool, share: Share | None, by_
         raise UserError(
             f"data set {name} has several splits with different results; choose {' or '.join(splits.variants(name))}"
         )
-    if share is not None and name in names() and name not in domain_folders.SETS:
+    if share is not None and name in names() and name not in (*domain_folders.SETS, *time_buckets.SETS):
         raise UserError(f"scenario.test_share has no effect: data set {name} has test images of its own")
     if name == "digits":
         return _digits()
@@ -98,6 +113,10 @@ def _load(name: str, root: Path | None, download: bool, share: Share | None, by_
         return _finish(name, folders.read_variant(root, name))
     if name in domain_folders.SETS and not (root / f"{name}.npz").is_file():
         return _finish(name, domain_folders.read_set(name, root, share), share=share)
+    if name in time_buckets.SETS and not (root / f"{name}.npz").is_file():
+        return _finish(name, time_buckets.read(name, root, share), str(root), share)
+    if name == "notmnist" and not (root / f"{name}.npz").is_file():
+        return _finish(name, notmnist.read(root), str(root))
     if (root / f"{name}.npz").is_file():
         return _npz(name, root / f"{name}.npz", share)
     if folders.is_tree(root / name) or arrow.is_saved(root / name) or (share is not None and (root / name).is_dir()):
@@ -113,6 +132,8 @@ def _load(name: str, root: Path | None, download: bool, share: Share | None, by_
 def _refuse_unknown(name: str, root: Path | None = None) -> None:
     if name in names():
         return
+    if name in published.SETS:
+        raise UserError(f"{name} has no training images: scenario.operators=[{{corrupt: {{published: {name}}}}}] tests on them")
     if _path(name).is_file():
         raise foreign_files.refusal(_path(name), EXTENSIONS)
     family = [known for known in names() if known.split("@")[0] == name.split("@")[0]]
@@ -172,12 +193,17 @@ def _say(line: str) -> None:
 
 
 def _finish(name: str, pool: Pool, where: str = "", share: Share | None = None) -> Dataset:
-    """Compare with the declared sizes, bring into canonical order, hash, and make it read-only."""
+    """Compare with the declared sizes and bring into canonical order."""
     entry = vision.TABLE.get(name)
     classes, train, test = entry.sizes if entry else _SIZES.get(name, (None, None, None))
     folders.check_counts(name, pool, classes, train or None, test or None, where)
     if entry and entry.cls.startswith("CIFAR") and isinstance(pool.images, ArrayImages):
         pool = _canonical(pool, pool.images.array)
+    return _dataset(name, pool, where, share)
+
+
+def _dataset(name: str, pool: Pool, where: str = "", share: Share | None = None) -> Dataset:
+    """Hash a pool and make it read-only."""
     if pool.passed_over:
         _say(f"{where or name}: passed over {pool.passed_over}")
     for array in (pool.y, pool.split, pool.domain):

@@ -166,8 +166,8 @@ def _check_parts(dataset: Mapping[str, Any]) -> None:
     if "parts" not in dataset:
         return
     parts, classes = dataset["parts"], dataset["classes"]
-    if not isinstance(parts, list | tuple) or classes not in ("disjoint", "named"):
-        raise UserError("manifest: dataset.parts must be a list, dataset.classes disjoint or named")
+    if not isinstance(parts, list | tuple) or classes not in ("disjoint", "named", "same"):
+        raise UserError("manifest: dataset.parts must be a list, dataset.classes disjoint, named or same")
     for i, part in enumerate(parts):
         checked_keys(part, DATASET_KEYS[0], f"dataset part {i}", ("test_share", "test_seed"))
     if not all(_whole(p["num_samples"]) and isinstance(p["name"], str) for p in parts):

@@ -11,7 +11,7 @@ import numpy as np
 from clbench.interfaces import UserError
 from clbench.streams.scenario import Dataset
 
-CLASSES = ("disjoint", "named")
+CLASSES = ("disjoint", "named", "same")
 
 
 class JoinedPools:
@@ -49,7 +49,8 @@ def concatenated(parts: Sequence[Dataset], classes: str = "disjoint") -> Dataset
     """Data sets one behind the other as one, with an identity made of theirs.
 
     classes  "disjoint": every data set's classes are its own, ids counted through in the order given; names that occur twice
-             are written "data set/class". "named": classes of one name are one class (the same objects in other pictures)
+             are written "data set/class". "named": classes of one name are one class (the same objects in other pictures).
+             "same": class k is class k in all of them, and has its name in the first
 
     Domains are dropped: a stream has one evaluation set for each experience anyway.
     """
@@ -62,6 +63,11 @@ def concatenated(parts: Sequence[Dataset], classes: str = "disjoint") -> Dataset
         if classes == "named":
             names += [name for name in dict.fromkeys(part.class_names) if name not in names]
             table = np.array([names.index(name) for name in part.class_names], np.int64)
+        elif classes == "same":
+            if part.num_classes != parts[0].num_classes:
+                sizes = f"{parts[0].name} has {parts[0].num_classes} classes, {part.name} has {part.num_classes}"
+                raise UserError(f"classes=same needs as many classes in every data set: {sizes}")
+            names, table = list(parts[0].class_names), np.arange(part.num_classes)
         else:
             table = len(names) + np.arange(part.num_classes)
             label = part.name if sum(p.name == part.name for p in parts) == 1 else f"{part.name}#{k}"

@@ -20,7 +20,7 @@ def concatenate(
     stream: Scenario,
     datasets: Sequence[str],
     increment: int | None = None,
-    classes: Literal["disjoint", "named"] = "disjoint",
+    classes: Literal["disjoint", "named", "same"] = "disjoint",
     limit_train: int | None = None,
     limit_test: int | None = None,
     data_root: str | None = None,
@@ -31,7 +31,7 @@ def concatenate(
     datasets                 names or paths, as in scenario.dataset; images of any size
     increment                classes of an experience; null: each data set is one
     classes                  disjoint: a data set's classes are its own. named: classes of one name are one (then experiences
-                             bring the same classes from other sources)
+                             bring the same classes from other sources). same: class k is class k in all of them
     limit_train, limit_test  samples kept of each class of the data sets appended, from the front
 
     It comes before operators that change pictures or make new classes: they take what there is.
@@ -70,7 +70,7 @@ def _check_place(stream: Scenario, datasets: Any) -> None:
     if max(stream.manifest.class_order) >= stream.dataset.num_classes:
         raise UserError("operator concatenate: an earlier operator made new classes; put concatenate before it")
     if "parts" in stream.manifest.dataset:
-        raise UserError("operator concatenate stands twice: name all data sets in one")
+        raise UserError("operator concatenate: the stream has several data sets; put it first, and name all data sets in one")
 
 
 def _present(pool: Dataset, ids: np.ndarray) -> tuple[int, ...]:

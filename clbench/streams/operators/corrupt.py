@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from clbench.interfaces import UserError
+from clbench.streams.images.published import KINDS
 from clbench.streams.operators.copies import chosen, copied, flag, whole, with_transforms
+from clbench.streams.operators.published_sets import tested_on
 from clbench.streams.scenario import Scenario
 from clbench.streams.transforms import CORRUPTION_TABLES, CORRUPTIONS
 
@@ -37,6 +39,8 @@ def corrupt(
     clean_first: bool = True,
     seed: int = 0,
     table: Literal["auto", "cifar", "imagenet"] = "auto",
+    published: str | None = None,
+    data_root: str | None = None,
 ) -> Scenario:
     """Images under the common corruptions, one after another. With `test_time` behind it, they are sets to adapt to.
 
@@ -50,13 +54,20 @@ def corrupt(
     clean_first    the first experience has the images as they are
     seed           of the noise; every image has noise of its own, the same in every run
     table          constants of CIFAR-10-C or ImageNet-C; auto: by the shorter side, see `images.corruptions`
+    published      cifar10_c, cifar100_c, imagenet_c or a folder in their layout: the pictures are those of the published files.
+                   They are test images: one experience has the stream's training images as they are, and the sets show the
+                   corruptions. `kinds` may name the four extra ones as well, see `images.published`
     """
     chosen(table, "corrupt.table", CORRUPTION_TABLES)
     flag(clean_first, "corrupt.clean_first")
     whole(seed, "corrupt.seed")
     chosen(to, "corrupt.to", TO)
     flag(gradual, "corrupt.gradual")
-    steps = _sequence(_kinds(kinds, order), severity, gradual, whole(rounds, "corrupt.rounds", 1))
+    known = CORRUPTIONS if published is None else KINDS
+    steps = _sequence(_kinds(kinds, order, known), severity, gradual, whole(rounds, "corrupt.rounds", 1))
+    if published is not None:
+        _check_published(published, {"to": to, "seed": seed, "table": table, "clean_first": clean_first})
+        return tested_on(stream, published, steps, _names(steps), data_root)
     listed: list[Any] = [({"corrupt": {"kind": k, "severity": s, "seed": seed, "table": table}},) for k, s in steps]
     listed = [(), *listed] if clean_first else listed
     if to == "copies":
@@ -68,7 +79,16 @@ def corrupt(
     return with_transforms(stream, [listed[i % len(listed)] for i in range(number)])
 
 
-def _kinds(kinds: Any, order: Any) -> list[str]:
+def _check_published(published: Any, options: dict[str, Any]) -> None:
+    """Refuse what says how pictures are made, or that training images are corrupted too."""
+    if not isinstance(published, str) or not published.strip():
+        raise UserError(f"corrupt.published must be a name or a folder, got {published!r}")
+    for name, default in {"to": "copies", "seed": 0, "table": "auto", "clean_first": True}.items():
+        if options[name] != default:
+            raise UserError(f"corrupt.{name}={options[name]} has no effect with corrupt.published, whose files are test images")
+
+
+def _kinds(kinds: Any, order: Any, known: Sequence[str]) -> list[str]:
     if order is not None:
         if kinds is not None:
             raise UserError("corrupt.order excludes corrupt.kinds: leave one of them null")
@@ -77,7 +97,7 @@ def _kinds(kinds: Any, order: Any) -> list[str]:
         return list(CORRUPTIONS)
     if isinstance(kinds, str) or not isinstance(kinds, Sequence) or not kinds:
         raise UserError(f"corrupt.kinds must be a list of corruptions, got {kinds!r}")
-    return [chosen(kind, "corrupt.kinds", CORRUPTIONS) for kind in kinds]
+    return [chosen(kind, "corrupt.kinds", known) for kind in kinds]
 
 
 def _below(value: Any, what: str, end: int) -> int:

@@ -25,6 +25,7 @@ _NAMES = (
     *("concatenate", "shuffle", "single_pass", "hide_boundaries", "looks", "evaluate", "test_time", "evaluators"),
 )
 BUILT_IN = {name: f"{__package__}.{name}.{name}" for name in _NAMES}
+PLACES = ("datasets", "dataset", "support", "published")  # options that say where data lies
 SUPPLIED = ("stream", "data_root", "download")  # arguments that clbench gives, those that an operator has
 
 
@@ -128,6 +129,6 @@ def without_folders(operators: Sequence[Any]) -> list[Any]:
     found = []
     for one in operators:
         name, options = parsed(one)
-        cleaned = {key: cut(value) if key in ("datasets", "dataset", "support") else value for key, value in options.items()}
+        cleaned = {key: cut(value) if key in PLACES else value for key, value in options.items()}
         found.append({name: cleaned} if isinstance(one, Mapping) else name)
     return found

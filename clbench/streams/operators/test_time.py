@@ -12,6 +12,7 @@ from clbench.interfaces import UserError
 from clbench.streams import rng
 from clbench.streams.manifest import EvalEntry, ExperienceEntry
 from clbench.streams.operators.copies import chosen, whole
+from clbench.streams.pools import JoinedPools
 from clbench.streams.scenario import Scenario
 from clbench.streams.transforms import Steps
 
@@ -51,16 +52,18 @@ def test_time(
     manifest = stream.manifest
     if not all(e.labelled for e in manifest.experiences):
         raise UserError("operator test_time: the source needs labels, and some experience has none")
-    taught = manifest.experiences[0].transform
-    pictures = taught if source == "first" else _plain(stream)
-    train, y = _merged(stream, [e for e in manifest.experiences if e.transform == taught])
+    shown = [_pictures(stream, e) for e in (*manifest.experiences, *manifest.evals)]
+    taught = shown[0]
+    pictures = taught if source == "first" else (_plain(stream), None)
+    train, y = _merged(stream, [e for e, one in zip(manifest.experiences, shown, strict=False) if one == taught])
     classes = tuple(c for c in manifest.class_order if c in set(_labels(stream, train, y).tolist()))
-    first = ExperienceEntry("source", None, classes, train, y, transform=pictures)
-    same = [e for e in manifest.evals if e.transform == pictures] or [e for e in manifest.evals if e.transform == taught]
+    first = ExperienceEntry("source", None, classes, train, y, transform=pictures[0])
+    of_sets = list(zip(manifest.evals, shown[len(manifest.experiences) :], strict=True))
+    same = [e for e, one in of_sets if one == pictures] or [e for e, one in of_sets if one == taught]
     sets = _domains(stream, pictures)
     sets = [(name if k == 0 else f"{name} ({k + 1})", one) for k in range(rounds) for name, one in sets]
     if clean != "none":
-        own = (*_merged(stream, same), pictures)
+        own = (*_merged(stream, same), pictures[0])
         sets = [*([("clean", own)] if clean == "both" else []), *sets, ("clean after", own)]
     evals = []
     for j, (name, picked) in enumerate(sets):
@@ -86,18 +89,29 @@ def _shared(transforms: Sequence[Steps]) -> Steps:
 
 
 Picked = tuple[np.ndarray, np.ndarray | None, Steps]
+Pictures = tuple[Steps, int | None]
 
 
-def _domains(stream: Scenario, pictures: Steps) -> list[tuple[str, Picked]]:
+def _pictures(stream: Scenario, entry: ExperienceEntry | EvalEntry) -> Pictures:
+    """What sets the pictures of an entry apart: their changes, and the part of the data that holds nothing but test images."""
+    images, ids = stream.dataset.images, entry.train if isinstance(entry, ExperienceEntry) else entry.ids
+    if not isinstance(images, JoinedPools):
+        return entry.transform, None
+    part = int(np.searchsorted(images.first, ids[0], side="right")) - 1
+    published = bool(stream.dataset.split[images.first[part] : images.first[part + 1]].all())
+    return entry.transform, part if published else None
+
+
+def _domains(stream: Scenario, pictures: Pictures) -> list[tuple[str, Picked]]:
     """The sets to adapt to, by name: those of other pictures than the source's, or all sets where there are no others.
 
     Neighbours of the same pictures and different samples are one; pictures that come again later are a set of their own.
     """
     shifted: list[list[EvalEntry]] = []
     for entry in stream.manifest.evals:
-        if entry.transform == pictures:
+        if (own := _pictures(stream, entry)) == pictures:
             continue
-        last = shifted[-1] if shifted and shifted[-1][0].transform == entry.transform else []
+        last = shifted[-1] if shifted and _pictures(stream, shifted[-1][0]) == own else []
         if last and not np.isin(entry.ids, np.concatenate([one.ids for one in last])).any():
             last.append(entry)
         else:
