@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from clbench.interfaces import Budget, UserError
-from clbench.streams import datasets
+from clbench.streams import datasets, orders
 from clbench.streams.manifest import EvalEntry, ExperienceEntry, Manifest
 from clbench.streams.manifest_rules import budget_of
 from clbench.streams.operators.registry import apply
@@ -64,7 +64,8 @@ def class_incremental(
     dataset                  see `datasets.load`; also data_root, download, sha256 (expected identity, or None)
     base, increment          classes of the first experience (0: as many as in the others) and of each later one but the last
     sizes                    classes of each experience, instead of base and increment
-    order                    a name from `orders.names()` or a list of class ids; order_seed is for order=random alone
+    order                    a name from `orders.names()` or a list of class ids; order_seed is for order=random alone. An
+                             experience of one group of `orders.GROUPS` has its name
     num_classes              keep only the data set's first classes (by original id, whatever the order)
     limit_train, limit_test  samples kept of each class (of each domain), from the front
     validation               share of each class's (kept) training samples set aside, drawn by validation_seed
@@ -81,6 +82,7 @@ def class_incremental(
     ordered = appearance(order, order_seed, data.num_classes, kept, classes is not None)
     train, evaluate = select(data, kept, limit_train, limit_test, validation, validation_seed, evaluate_on)
     steps = _dealt(ordered, _sizes(len(kept), base, increment, sizes), train, evaluate)
+    steps = [replace(step, name=orders.group_of(order, step.classes) or step.name) for step in steps]
     made = _build("class_incremental", name, data, steps, rules, augment)
     return apply(made, operators, data_root, download)
 
