@@ -580,6 +580,7 @@ MANY: list[Any] = [
     {"relabel": {"experiences": 3, "rate": [0.5, 1]}},
     {"permute": {"experiences": 2}},
     {"rotate": {"experiences": None}},
+    {"mnist_360": {"classes": 4, "rounds": 1}},
 ]
 
 
@@ -637,12 +638,15 @@ REFUSED: dict[str, tuple[Any, tuple[str, ...]]] = {
     "candidates": ({"order": {"candidates": 5}}, ("order.candidates has no effect",)),
     "edge of experiences": ({"order": {"by": "edge_hard", "of": "experiences"}}, ("order.of=classes",)),
     "every": ({"evaluate": {"every": 1}}, ("evaluate.every",)),
+    "circle": ({"mnist_360": {"classes": 1}}, ("mnist_360.classes", "from 2")),
+    "rounds": ({"mnist_360": {"rounds": 0}}, ("mnist_360.rounds",)),
     "rates": ({"relabel": {"experiences": 3, "rate": [1, 1, 1]}}, ("2 experiences after the first",)),
 }
 MISPLACED: dict[str, tuple[list[Any], tuple[str, ...]]] = {
     "blurred pictures": (["permute", "blur"], ("blur cannot stand after permute", "put blur before")),
     "dealt twice": (["blur", {"repeat": {}}], ("repeat cannot stand after blur",)),
     "joined again": (["blur", "rotate"], ("blur has no effect", "experiences: null")),
+    "turning pictures": (["mnist_360", "permute"], ("mnist_360 has no effect", "experiences: null")),
     "joined by angles": (["order", {"rotate": {"angles": [0, 9]}}], ("order has no effect",)),
     "concepts": (["relabel", "shots"], ("put shots before",)),
     "undone": (["drift", "order"], ("undo the drift",)),
@@ -720,6 +724,7 @@ SINGLE: list[list[Any]] = [
         "single_pass",
         "hide_boundaries",
     ],
+    [{"mnist_360": {"classes": 4, "rounds": 1}}, {"single_pass": {"shuffle": False}}],
 ]
 
 

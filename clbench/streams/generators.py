@@ -81,20 +81,22 @@ def class_incremental(
     kept = kept_classes(data, num_classes, classes)
     ordered = appearance(order, order_seed, data.num_classes, kept, classes is not None)
     train, evaluate = select(data, kept, limit_train, limit_test, validation, validation_seed, evaluate_on)
-    steps = _dealt(ordered, _sizes(len(kept), base, increment, sizes), train, evaluate)
-    steps = [replace(step, name=orders.group_of(order, step.classes) or step.name) for step in steps]
+    steps = _dealt(order, ordered, _sizes(len(kept), base, increment, sizes), train, evaluate)
     made = _build("class_incremental", name, data, steps, rules, augment)
     return apply(made, operators, data_root, download)
 
 
-def _dealt(ordered: Sequence[int], sizes: Sequence[int], train: Cells, evaluate: Cells) -> list[Step]:
-    """Classes in their order of appearance, `sizes` of them in each step."""
+def _dealt(
+    order: str | Sequence[int], ordered: Sequence[int], sizes: Sequence[int], train: Cells, evaluate: Cells
+) -> list[Step]:
+    """Classes in their order of appearance, `sizes` of them in each step; `order` may have names for them."""
     steps, start = [], 0
     for i, size in enumerate(sizes):
         present = ordered[start : start + size]
         chosen = [cell for cell in sorted(train) if cell[1] in present]
         tested = [cell for cell in sorted(evaluate) if cell[1] in present] if _apart(train, evaluate) else chosen
-        steps.append(Step(f"exp{i}", present, _join(train, chosen), _join(evaluate, tested)))
+        name = orders.group_of(order, present) or f"exp{i}"
+        steps.append(Step(name, present, _join(train, chosen), _join(evaluate, tested)))
         start += size
     return steps
 
