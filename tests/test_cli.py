@@ -16,7 +16,7 @@ import yaml
 
 from clbench.cli.commands import Tail, summary
 from clbench.cli.main import EXAMPLES
-from clbench.config import registry
+from clbench.config import families, registry
 from clbench.interfaces import Capabilities
 from clbench.run.subprocess_job import how_it_died, note, run_alone
 
@@ -83,6 +83,40 @@ def test_list_names_every_choice_without_torch(clbench):
     ):
         assert word in out
     assert "cil_digits" not in clbench("list", "learners").stdout
+
+
+def test_scenarios_are_listed_by_family(clbench):
+    """Every scenario once, below the heading of its family; a heading only where there is something below it."""
+    first, *lines = clbench("list", "scenarios").stdout.splitlines()
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        if line.startswith("  "):
+            found[list(found)[-1]].append(line.split()[0])
+        else:
+            found[line.strip()] = []
+    assert first == "scenarios" and list(found) == list(families.FAMILIES[:-1]) and all(found.values())
+    assert sorted(name for names in found.values() for name in names) == list(registry.choices("scenario"))
+    assert found["your own data"] == ["cil_folder", "cil_npz", "dil_folder", "manifest"]
+    assert found["few-shot"] == ["fscil_cifar100", "fscil_cub", "fscil_digits", "fscil_mini_imagenet"]
+    assert {"mnist_360"} <= {*found["online and general"]} and {"permuted_mnist"} <= {*found["domain-incremental"]}
+    for prefix, family in (("til_", "task-incremental"), ("ctta_", "test-time"), ("cpt_syn", "continual pre-training")):
+        assert [name for name in registry.choices("scenario") if name.startswith(prefix)] == [
+            name for name in found[family] if name.startswith(prefix)
+        ]
+
+
+def test_a_family_is_read_from_the_file(tmp_path):
+    path, mine = tmp_path / "mine.yaml", "_target_: a.class_incremental\n"
+    for text, family in {
+        "_target_: mine.stream\n": "other",
+        f"{mine}dataset: x\noperators: []  # e.g. [shots]\n": "class-incremental",
+        f"{mine}operators:\n  - blur\n  # - shots\n  - single_pass\nname: x\n": "online and general",
+        f"{mine}operators: [{{corrupt: {{to: copies}}}},\n  test_time]\n": "test-time",
+        f"{mine}name: shots\nkwargs:\n  operators: [shots]\n": "class-incremental",
+        "_target_: a.domain_incremental\ndataset: ???   # a path\n": "your own data",
+    }.items():
+        path.write_text("# Mine\n" + text)
+        assert families.family(path) == family, text
 
 
 DETAILS = """

@@ -12,6 +12,7 @@ from clbench.interfaces import UserError
 from clbench.streams import datasets, file_lists, generators, splits
 from clbench.streams.images import domain_folders, notmnist, time_buckets
 from clbench.streams.manifest import Manifest
+from clbench.streams.operators import registry
 from clbench.streams.scenario import FileImages
 
 
@@ -193,6 +194,94 @@ def test_tiny_imagenet_is_counted(tmp_path: Path, monkeypatch):
     assert data.name == "tiny_imagenet@official" and data.class_names == ("n01", "n02") and data.split.tolist() == [0, 0, 1, 1]
     fails(lambda: datasets.load("tiny_imagenet", str(tmp_path)), "tiny_imagenet@official")
     fails(lambda: datasets.load("tiny_imagenet@official", str(root)), "2 + 2 images", "tiny-imagenet-200.zip")
+
+
+def cub(root: Path) -> None:
+    """Two species of three images, in the lists of CUB-200-2011: numbers from 1, the second image of each for testing."""
+    folder = root / "CUB_200_2011"
+    files = [f"{c}/{c[4:]}_{i}.jpg" for c in ("001.Auk", "002.Jay") for i in (7, 3, 5)]
+    lines: dict[str, list[str]] = {"images": [], "train_test_split": [], "image_class_labels": []}
+    for number, file in enumerate(files, 1):
+        picture(folder / "images" / file, 20 * number)
+        for name, word in zip(lines, (file, str(int(number % 3 != 2)), str(1 + (number > 3))), strict=True):
+            lines[name].append(f"{number} {word}")
+    for name, text in lines.items():
+        (folder / f"{name}.txt").write_text("\n".join(text) + "\n")
+
+
+def test_cub_as_it_is_published(tmp_path: Path, monkeypatch):
+    """Lists beside one folder of images: the same samples, ids and identity as in train/ and test/."""
+    small = replace(splits.FOLDERS["cub@official"], classes=2, train=4, test=2)
+    monkeypatch.setitem(splits.FOLDERS, "cub@official", small)
+    cub(tmp_path / "a")
+    data = datasets.load("cub@official", str(tmp_path / "a"))
+    assert data.class_names == ("001.Auk", "002.Jay") and data.y.tolist() == [0, 0, 1, 1, 0, 1]
+    assert np.allclose([image[0, 0, 0] for image in data.images.raw(np.arange(6))], [60, 20, 120, 80, 40, 100], atol=3)
+    assert data.source_order is not None and data.source_order.tolist() == [1, 0, 3, 2], "images 1, 3, 4, 6 of the list"
+    for part, ids in (("train", (0, 1, 2, 3)), ("test", (4, 5))):
+        for i in ids:
+            source: Path = data.images.paths[i]  # type: ignore[attr-defined]
+            place = tmp_path / "b" / "cub@official" / part / source.parent.name
+            place.mkdir(parents=True, exist_ok=True)
+            (place / source.name).write_bytes(source.read_bytes())
+    assert datasets.load("cub@official", str(tmp_path / "b")).sha256 == data.sha256
+
+    lists = tmp_path / "a" / "CUB_200_2011"
+    labels = (lists / "image_class_labels.txt").read_text()
+    for wrong, words in (("1 1\n2 1\n", ("image 3", "alone")), (labels.replace("4 2", "4 1"), ("class 1 is 001.Auk and 002",))):
+        (lists / "image_class_labels.txt").write_text(wrong)
+        fails(lambda: datasets.load("cub@official", str(tmp_path / "a")), str(lists), *words)
+    (lists / "image_class_labels.txt").write_text(labels + "4 2\n")
+    fails(lambda: datasets.load("cub@official", str(tmp_path / "a")), "image_class_labels.txt, line 7", "'4 2'")
+    (lists / "image_class_labels.txt").write_text(labels)
+    (lists / "images" / "001.Auk" / "Auk_3.jpg").unlink()
+    fails(lambda: datasets.load("cub@official", str(tmp_path / "a")), "Auk_3.jpg", "missing")
+    fails(lambda: datasets.load("cub@official", str(lists)), "CUB_200_2011 as published", "data.caltech.edu")
+
+
+def test_mini_imagenet_as_it_is_published(tmp_path: Path, monkeypatch):
+    """One folder of images and two tables; index files name a class's folder that this layout does not have."""
+    small = replace(splits.FOLDERS["mini_imagenet@fscil"], classes=3, train=9, test=3)
+    monkeypatch.setitem(splits.FOLDERS, "mini_imagenet@fscil", small)
+    root, classes = tmp_path / "miniimagenet", ("n03", "n01", "n02")
+    for part, number in (("train", 3), ("test", 1)):
+        rows = [f"{c}{part}{i}.jpg,{c}" for c in classes for i in range(number)]
+        for k, row in enumerate(rows):
+            picture(root / "images" / row.split(",")[0], 20 * k)
+        (root / "split").mkdir(exist_ok=True)
+        (root / "split" / f"{part}.csv").write_text("\n".join(["filename,label", *rows]) + "\n")
+    data = datasets.load("mini_imagenet@fscil", str(tmp_path))
+    assert data.class_names == classes and data.y.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 1, 2]
+    (tmp_path / "lists").mkdir()
+    lines = [f"MINI-ImageNet/train/{c}/{c}train{i}.jpg" for c in classes[1:] for i in (2, 0)]
+    (tmp_path / "lists" / "session_2.txt").write_text("\n".join(lines) + "\n")
+    few = [{"shots": {"base": 1, "way": 1, "shot": 2, "support": "lists"}}]
+    made = generators.class_incremental("f", "mini_imagenet@fscil", str(tmp_path), base=1, increment=1, operators=few)
+    assert [e.train.tolist() for e in made.manifest.experiences] == [[0, 1, 2], [3, 5], [6, 8]]
+    (tmp_path / "lists" / "session_2.txt").write_text("MINI-ImageNet/train/n01/n02train0.jpg\n")
+    fails(lambda: registry.apply(made, few, str(tmp_path)), "0 training files", "n01/n02train0.jpg")
+    (root / "split" / "test.csv").write_text("filename,label\nn01test0.jpg,n09\n")
+    fails(lambda: datasets.load("mini_imagenet@fscil", str(tmp_path)), "no training image is of class n09")
+    fails(lambda: datasets.load("mini_imagenet", str(tmp_path)), "choose mini_imagenet@fscil")
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("objectnet", "objectnet"), ("omnibenchmark", "omnibenchmark"), ("vtab", "vtab"), ("vtab", "vtab-cil/vtab")],
+)
+def test_sets_of_revisiting_in_the_folders_of_its_archives(tmp_path: Path, monkeypatch, name: str, folder: str):
+    """train/ and test/ below the archive's folder, proved by counts; class ids are positions among the sorted names."""
+    known = splits.FOLDERS[f"{name}@revisiting"]
+    for part, number in (("train", 2), ("test", 1)):
+        for c in ("10", "2"):
+            for i in range(number):
+                picture(tmp_path / folder / part / c / f"{i}.jpg")
+    fails(lambda: datasets.load(f"{name}@revisiting", str(tmp_path)), "2 classes found", f"{known.classes} expected")
+    monkeypatch.setitem(splits.FOLDERS, f"{name}@revisiting", replace(known, classes=2, train=4, test=2))
+    data = datasets.load(f"{name}@revisiting", str(tmp_path))
+    assert data.name == f"{name}@revisiting" and data.class_names == ("10", "2") and data.split.tolist() == [0] * 4 + [1] * 2
+    picture(tmp_path / folder / "test" / "2" / "more.jpg")
+    fails(lambda: datasets.load(f"{name}@revisiting", str(tmp_path)), "3 test images found, 2 expected")
 
 
 def test_counts_of_the_published_sets_add_up():

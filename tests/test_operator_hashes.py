@@ -1,6 +1,6 @@
 """The hash of a stream under every operator, committed: the same on any machine.
 
-`pytest tests/test_operator_hashes.py --update-golden` writes it anew; a hash that changes says that streams of old records are others.
+`pytest tests/test_operator_hashes.py --update-golden` writes it anew; a hash that changes means other streams than those of old records.
 """
 
 import json

@@ -1,6 +1,7 @@
 """Operators that deal, mix, thin out and order samples: counts worked by hand, plain loops, and what they refuse."""
 
 import itertools
+import pickle
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -225,12 +226,61 @@ def test_supports_that_are_read(tmp_path: Path):
     one = registry.apply(base, [{"shots": {"base": 2, "way": 1, "shot": 2, "support": str(tmp_path)}}])
     assert one.manifest.operators[0]["shots"]["support"] == tmp_path.name, "where it lies is no part of what it is"
     fails(lambda: shots(base, 2, 1, 3, support=str(tmp_path)), "shots.support names 2 training samples of class toy-2")
+    (tmp_path / "test_2.txt").write_text("0\n1\n")
+    assert shots(base, base=2, way=1, shot=2, support=str(tmp_path)).manifest == made.manifest, "test samples are no supports"
     (tmp_path / "session_2.txt").write_text("99\n")
     fails(lambda: shots(base, 2, 1, 2, support=str(tmp_path)), "24 training samples", "99")
     (tmp_path / "session_2.txt").write_text("cats/1.png\n")
     fails(lambda: shots(base, 2, 1, 2, support=str(tmp_path)), "cats/1.png", "does not lie in files")
     fails(lambda: shots(base, 2, 1, 2, support=str(tmp_path / "no")), "no such file")
     fails(lambda: shots(base, 2, 1, 2, support=str(tmp_path), seed=1), "shots.seed=1 has no effect")
+
+
+def cifar_folder(root: Path, per_class: int = 6) -> tuple[np.ndarray, np.ndarray]:
+    """CIFAR-100 as torchvision reads it, with a few random images in mixed order -> training images [N, 32, 32, 3], labels."""
+    rng = np.random.default_rng(5)
+    folder = root / "cifar-100-python"
+    folder.mkdir(parents=True)
+    kept = {}
+    for part, number in (("train", per_class), ("test", 1)):
+        y = rng.permutation(np.repeat(np.arange(100), number))
+        x = rng.integers(0, 256, (len(y), 3 * 32 * 32), dtype=np.uint8)
+        (folder / part).write_bytes(pickle.dumps({"data": x, "fine_labels": y.tolist()}))
+        kept[part] = x.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), y
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"c{c:02d}" for c in range(100)]}))
+    return kept["train"]
+
+
+def test_published_positions_name_the_images_of_the_published_array(tmp_path: Path, monkeypatch):
+    """The pool orders CIFAR by content; a position of an index file is one of torchvision's training array all the same."""
+    import torchvision.datasets
+
+    from clbench.streams.images import vision
+
+    x, y = cifar_folder(tmp_path / "published")
+    monkeypatch.setattr(torchvision.datasets.CIFAR100, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(torchvision.datasets.CIFAR100, "_load_meta", lambda self: setattr(self, "classes", []))
+    monkeypatch.setitem(vision.TABLE, "cifar100", replace(vision.TABLE["cifar100"], sizes=(100, 600, 100)))
+    data = datasets.load("cifar100", str(tmp_path / "published"))
+    chosen = [int(i) for c in (61, 63) for i in np.flatnonzero(y == c)[[4, 1]]]
+    (tmp_path / "session_2.txt").write_text("".join(f"{i}\n" for i in chosen))
+    base = stream(data, increment=10)
+    fails(lambda: shots(base, 61, 3, 2, 1, str(tmp_path)), "shots.support names 0 training samples of class 62")
+    listed = generators.class_incremental("s", "cifar100", str(tmp_path / "published"), increment=1, classes=[0, 61, 63])
+    made = shots(listed, 1, 2, 2, None, str(tmp_path)).manifest.experiences[1]
+    shown = {image.tobytes() for image in data.images.raw(made.train)}
+    assert made.classes == (61, 63) and shown == {x[i].tobytes() for i in chosen}
+    train = np.flatnonzero(data.split == 0)
+    assert {image.tobytes() for image in data.images.raw(train[chosen])} != shown, "places in the pool are others"
+    assert data.source_order is not None and sorted(data.source_order) == train.tolist()
+
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    parts = {name: data.images.raw(np.flatnonzero(data.split == part)) for part, name in enumerate(("train_x", "test_x"))}
+    np.savez(copy / "cifar100.npz", train_y=data.y[data.split == 0], test_y=data.y[data.split == 1], **parts)
+    other = datasets.load("cifar100", str(copy))
+    assert other.sha256 == data.sha256 and other.source_order is None
+    fails(lambda: shots(stream(other), 1, 1, 2, None, str(tmp_path)), "an order of its own", "torchvision's folder")
 
 
 # blur
@@ -530,6 +580,7 @@ MANY: list[Any] = [
     {"relabel": {"experiences": 3, "rate": [0.5, 1]}},
     {"permute": {"experiences": 2}},
     {"rotate": {"experiences": None}},
+    {"mnist_360": {"classes": 4, "rounds": 1}},
 ]
 
 
@@ -587,12 +638,15 @@ REFUSED: dict[str, tuple[Any, tuple[str, ...]]] = {
     "candidates": ({"order": {"candidates": 5}}, ("order.candidates has no effect",)),
     "edge of experiences": ({"order": {"by": "edge_hard", "of": "experiences"}}, ("order.of=classes",)),
     "every": ({"evaluate": {"every": 1}}, ("evaluate.every",)),
+    "circle": ({"mnist_360": {"classes": 1}}, ("mnist_360.classes", "from 2")),
+    "rounds": ({"mnist_360": {"rounds": 0}}, ("mnist_360.rounds",)),
     "rates": ({"relabel": {"experiences": 3, "rate": [1, 1, 1]}}, ("2 experiences after the first",)),
 }
 MISPLACED: dict[str, tuple[list[Any], tuple[str, ...]]] = {
     "blurred pictures": (["permute", "blur"], ("blur cannot stand after permute", "put blur before")),
     "dealt twice": (["blur", {"repeat": {}}], ("repeat cannot stand after blur",)),
     "joined again": (["blur", "rotate"], ("blur has no effect", "experiences: null")),
+    "turning pictures": (["mnist_360", "permute"], ("mnist_360 has no effect", "experiences: null")),
     "joined by angles": (["order", {"rotate": {"angles": [0, 9]}}], ("order has no effect",)),
     "concepts": (["relabel", "shots"], ("put shots before",)),
     "undone": (["drift", "order"], ("undo the drift",)),
@@ -670,6 +724,7 @@ SINGLE: list[list[Any]] = [
         "single_pass",
         "hide_boundaries",
     ],
+    [{"mnist_360": {"classes": 4, "rounds": 1}}, {"single_pass": {"shuffle": False}}],
 ]
 
 

@@ -84,7 +84,7 @@ def test_published_orders_are_the_drawn_ones():
             if name.startswith("python"):
                 drawn = list(range(number))
                 random.Random(int(name[6:])).shuffle(drawn)
-            elif name == "coda_imagenet_r":
+            elif name in ("coda_imagenet_r", "cifar100_coarse"):
                 continue
             else:
                 drawn = np.random.RandomState(int(name[-4:])).permutation(number)
@@ -94,6 +94,21 @@ def test_published_orders_are_the_drawn_ones():
     assert starts == [(68, 56, 78, 8, 23, 84, 90, 65), (168, 136, 51, 9, 183, 101, 171, 99)]
     coda = json.dumps(orders.order("coda_imagenet_r", 200)).encode()
     assert hashlib.sha256(coda).hexdigest().startswith("eb159d465c1e756d")
+
+
+def test_tasks_of_super_classes(use_toy):
+    """CIFAR-100's own division: an experience that is one super-class bears its name, any other its number."""
+    use_toy(100)
+    assert len(orders.GROUPS["cifar100_coarse"]) == 20 == len(set(orders.GROUPS["cifar100_coarse"]))
+    made = generators.task_incremental("s", "toy", increment=5, order="cifar100_coarse").manifest
+    assert [e.name for e in made.experiences] == list(orders.GROUPS["cifar100_coarse"]) == [e.name for e in made.evals]
+    assert made.experiences[1].classes == (1, 32, 67, 73, 91) and made.experiences[14].classes == (2, 11, 35, 46, 98)
+    halves = generators.class_incremental("s", "toy", sizes=[5, 3, 7, 85], order="cifar100_coarse").manifest
+    assert [e.name for e in halves.experiences] == ["aquatic_mammals", "exp1", "exp2", "exp3"]
+    few = generators.class_incremental("s", "toy", increment=5, order="cifar100_coarse", classes=[*range(0, 100, 2)]).manifest
+    assert few.experiences[0].name == "exp0" and few.experiences[0].classes == (4, 30, 72, 32, 54)
+    spelled = generators.class_incremental("s", "toy", increment=50, order=list(range(100))).manifest
+    assert [e.name for e in spelled.experiences] == ["exp0", "exp1"]
 
 
 def test_orders_by_name_and_list():

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from clbench.config import families
 from clbench.config.definitions import Definition, definition, find_module, module, nearest, split_target
 from clbench.config.moved import current
 from clbench.config.run_options import wrong_options
@@ -88,9 +89,16 @@ def listing(words: Sequence[str] = ()) -> str:
     for group in [word.removesuffix("s") for word in words] or (*GROUPS, "operator", "evaluator"):
         lines.append(f"{group}s")
         lines += operators_listing() if group == "operator" else evaluators.listing() if group == "evaluator" else ()
-        for name, (path, *_) in choices(group).items():
+        found = [(name, path) for name, (path, *_) in choices(group).items()]
+        width = 18
+        if group == "scenario":
+            found, width = families.sorted_by_family(found), 24
+        heading = ""
+        for name, path in found:
             mark = "" if origin(path) == "clbench" else f"  [{origin(path)}]"
-            lines.append(f"  {name:<18} {description(path)}{mark}".rstrip())
+            if group == "scenario" and heading != (heading := families.family(path)):
+                lines.append(f" {heading}")
+            lines.append(f"  {name:<{width}} {description(path)}{mark}".rstrip())
             if words and group == "learner":
                 paper, needs = details(path)
                 held = stored_text(None if mark else known.get(name))

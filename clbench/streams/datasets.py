@@ -193,10 +193,15 @@ def _say(line: str) -> None:
 
 
 def _finish(name: str, pool: Pool, where: str = "", share: Share | None = None) -> Dataset:
-    """Compare with the declared sizes and bring into canonical order."""
+    """Compare with the declared sizes and bring into canonical order.
+
+    A set that somebody else has published keeps its order only where it is read as published: a copy may have another.
+    """
     entry = vision.TABLE.get(name)
     classes, train, test = entry.sizes if entry else _SIZES.get(name, (None, None, None))
     folders.check_counts(name, pool, classes, train or None, test or None, where)
+    if pool.source_order is None and entry is None:
+        pool = replace(pool, source_order=np.flatnonzero(pool.split == 0))
     if entry and entry.cls.startswith("CIFAR") and isinstance(pool.images, ArrayImages):
         pool = _canonical(pool, pool.images.array)
     return _dataset(name, pool, where, share)
@@ -206,7 +211,7 @@ def _dataset(name: str, pool: Pool, where: str = "", share: Share | None = None)
     """Hash a pool and make it read-only."""
     if pool.passed_over:
         _say(f"{where or name}: passed over {pool.passed_over}")
-    for array in (pool.y, pool.split, pool.domain):
+    for array in (pool.y, pool.split, pool.domain, pool.source_order):
         if array is not None:
             array.flags.writeable = False
     return Dataset(
@@ -219,6 +224,7 @@ def _dataset(name: str, pool: Pool, where: str = "", share: Share | None = None)
         domain=pool.domain,
         domain_names=pool.domain_names,
         drawn=share.options() if share is not None else {},
+        source_order=pool.source_order,
     )
 
 
@@ -226,7 +232,8 @@ def _canonical(pool: Pool, x: np.ndarray) -> Pool:
     """Order samples by (split, class, SHA-256 of the pixels), so that every way of storing CIFAR gives the same sample ids."""
     digests = [hashlib.sha256(row.tobytes()).digest() for row in x]
     rows = sorted(range(len(x)), key=lambda i: (int(pool.split[i]), int(pool.y[i]), digests[i]))
-    return replace(pool, images=ArrayImages(x[rows]), y=pool.y[rows], split=pool.split[rows])
+    places = None if pool.source_order is None else np.argsort(rows)[pool.source_order]
+    return replace(pool, images=ArrayImages(x[rows]), y=pool.y[rows], split=pool.split[rows], source_order=places)
 
 
 def content_sha256(pool: Pool) -> str:

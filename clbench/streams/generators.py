@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from clbench.interfaces import Budget, UserError
-from clbench.streams import datasets
+from clbench.streams import datasets, orders
 from clbench.streams.manifest import EvalEntry, ExperienceEntry, Manifest
 from clbench.streams.manifest_rules import budget_of
 from clbench.streams.operators.registry import apply
@@ -64,7 +64,8 @@ def class_incremental(
     dataset                  see `datasets.load`; also data_root, download, sha256 (expected identity, or None)
     base, increment          classes of the first experience (0: as many as in the others) and of each later one but the last
     sizes                    classes of each experience, instead of base and increment
-    order                    a name from `orders.names()` or a list of class ids; order_seed is for order=random alone
+    order                    a name from `orders.names()` or a list of class ids; order_seed is for order=random alone. An
+                             experience of one group of `orders.GROUPS` has its name
     num_classes              keep only the data set's first classes (by original id, whatever the order)
     limit_train, limit_test  samples kept of each class (of each domain), from the front
     validation               share of each class's (kept) training samples set aside, drawn by validation_seed
@@ -80,19 +81,22 @@ def class_incremental(
     kept = kept_classes(data, num_classes, classes)
     ordered = appearance(order, order_seed, data.num_classes, kept, classes is not None)
     train, evaluate = select(data, kept, limit_train, limit_test, validation, validation_seed, evaluate_on)
-    steps = _dealt(ordered, _sizes(len(kept), base, increment, sizes), train, evaluate)
+    steps = _dealt(order, ordered, _sizes(len(kept), base, increment, sizes), train, evaluate)
     made = _build("class_incremental", name, data, steps, rules, augment)
     return apply(made, operators, data_root, download)
 
 
-def _dealt(ordered: Sequence[int], sizes: Sequence[int], train: Cells, evaluate: Cells) -> list[Step]:
-    """Classes in their order of appearance, `sizes` of them in each step."""
+def _dealt(
+    order: str | Sequence[int], ordered: Sequence[int], sizes: Sequence[int], train: Cells, evaluate: Cells
+) -> list[Step]:
+    """Classes in their order of appearance, `sizes` of them in each step; `order` may have names for them."""
     steps, start = [], 0
     for i, size in enumerate(sizes):
         present = ordered[start : start + size]
         chosen = [cell for cell in sorted(train) if cell[1] in present]
         tested = [cell for cell in sorted(evaluate) if cell[1] in present] if _apart(train, evaluate) else chosen
-        steps.append(Step(f"exp{i}", present, _join(train, chosen), _join(evaluate, tested)))
+        name = orders.group_of(order, present) or f"exp{i}"
+        steps.append(Step(name, present, _join(train, chosen), _join(evaluate, tested)))
         start += size
     return steps
 

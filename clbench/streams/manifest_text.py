@@ -32,7 +32,7 @@ def _ids(m: Manifest, name: Callable[[int], str]) -> Iterator[str]:
 
 def _remarks(entry: ExperienceEntry | EvalEntry) -> str:
     """What is out of the ordinary about an entry."""
-    said = [f"{name} {json.dumps(options)}" for step in entry.transform for name, options in step.items()]
+    said = [f"{name} {json.dumps(_cut(options))}" for step in entry.transform for name, options in step.items()]
     said += ["own labels"] if entry.labels is not None else []
     if isinstance(entry, EvalEntry):
         said += [f"in this order, batches of {entry.batch_size or 'any size'}"] if entry.order == "given" else []
@@ -41,6 +41,11 @@ def _remarks(entry: ExperienceEntry | EvalEntry) -> str:
         said += [] if entry.boundary else ["boundary hidden"]
         said += [f"budget {json.dumps(entry.budget)}"] if entry.budget else []
     return "".join(f"; {one}" for one in said)
+
+
+def _cut(options: dict[str, Any]) -> dict[str, Any]:
+    """Options without the rest of what is long."""
+    return {key: f"{v[:20]}..." if isinstance(v, str) and len(v) > 24 else v for key, v in options.items()}
 
 
 def _domains(m: Manifest) -> str:

@@ -5,6 +5,7 @@ mammoth1993                 the inverse of icarl1993: Mammoth's `--permute_class
 python1, python2, ...       `random.Random(seed).shuffle(list(range(C)))`: CODA-Prompt and OVOR (their repeat 0 is `natural`)
 coda_imagenet_r             the class ids in CODA-Prompt's ImageNet-R lists (commit 6417d4f), as positions among the sorted
                             folder names: its released natural order, which is not the sorted one. Read from the lists
+cifar100_coarse             CIFAR-100's classes by super-class, five of each of the 20 (Krizhevsky 2009); `GROUPS` names them
 
 A test draws the others anew. The names stand for these lists, not for a seed: other class counts are refused, not drawn.
 """
@@ -21,6 +22,15 @@ import numpy as np
 
 from clbench.interfaces import UserError
 from clbench.streams import rng
+
+GROUPS: dict[str, tuple[str, ...]] = {  # order -> names of the groups, all of one size, that its classes form
+    "cifar100_coarse": (
+        *("aquatic_mammals", "fish", "flowers", "food_containers", "fruit_and_vegetables", "household_electrical_devices"),
+        *("household_furniture", "insects", "large_carnivores", "large_man-made_outdoor_things"),
+        *("large_natural_outdoor_scenes", "large_omnivores_and_herbivores", "medium_mammals", "non-insect_invertebrates"),
+        *("people", "reptiles", "small_mammals", "trees", "vehicles_1", "vehicles_2"),
+    )
+}
 
 
 @cache
@@ -64,6 +74,16 @@ def order(name: str | Sequence[int], num_classes: int, seed: int = 0, keep: int 
         near = difflib.get_close_matches(name, names(), 1, 0.0)[0]
         raise UserError(f"unknown class order {name!r}; did you mean {near}? ({', '.join(names())}, or a list of class ids)")
     return tuple(c for c in full if c < keep)
+
+
+def group_of(name: str | Sequence[int], classes: Sequence[int]) -> str | None:
+    """The name of the group of an order that is made of just these classes; None where there is none."""
+    if not isinstance(name, str) or name not in GROUPS:
+        return None
+    (full,) = published()[name].values()
+    size = len(full) // len(GROUPS[name])
+    group = full.index(classes[0]) // size
+    return GROUPS[name][group] if set(classes) == set(full[group * size : (group + 1) * size]) else None
 
 
 def _explicit(values: Sequence[int], num_classes: int, keep: int) -> tuple[int, ...]:

@@ -84,6 +84,8 @@ class Dataset:
     domain       [N] int64 positions in `domain_names`, or None
     sha256       identity of the content, the same on every machine (see `datasets.content_sha256`)
     drawn        {"test_share", "test_seed"} where the test samples were drawn on request; else empty
+    source_order sample ids of the training images in the order of the source's own list, which published positions count;
+                 None where that order is not known
     """
 
     name: str
@@ -95,6 +97,7 @@ class Dataset:
     domain: np.ndarray | None = None
     domain_names: tuple[str, ...] = ()
     drawn: dict[str, Any] = field(default_factory=dict)
+    source_order: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.y)

@@ -23,7 +23,7 @@ class FolderSplit:
     """A data set of folders, <root>/<name@variant>/{train,test}/<class>/<image>, with what must be found there.
 
     names_sha256  SHA-256 of the sorted "class/file" names joined by newlines, (train, test), where known
-    folder        the name of its folder as published, where it is another
+    folders       names of its folder as published, where they are others; counts and names have to fit all the same
     """
 
     classes: int
@@ -31,7 +31,7 @@ class FolderSplit:
     test: int
     source: str
     names_sha256: tuple[str, str] | None = None
-    folder: str = ""
+    folders: tuple[str, ...] = ()
 
 
 FOLDERS: dict[str, FolderSplit] = {
@@ -49,15 +49,22 @@ FOLDERS: dict[str, FolderSplit] = {
         200, 24_000, 6_000, f"{_IMAGENET_R}, divided by L2P's list, which https://github.com/gqk/LAE documents"
     ),
     "imagenet_r@revisiting": FolderSplit(200, 24_000, 6_000, _REVISITING),
-    "cub@official": FolderSplit(200, 5_994, 5_794, f"{_CUB}, divided by its train_test_split.txt"),
+    "cub@official": FolderSplit(200, 5_994, 5_794, f"{_CUB}, divided by its train_test_split.txt", folders=("CUB_200_2011",)),
     "cub@revisiting": FolderSplit(200, 9_430, 2_358, _REVISITING),
     "imagenet_a@revisiting": FolderSplit(200, 5_981, 1_519, _REVISITING),
-    "objectnet@revisiting": FolderSplit(200, 26_509, 6_628, _REVISITING),
-    "omnibenchmark@revisiting": FolderSplit(300, 89_697, 5_985, _REVISITING),
-    "tiny_imagenet@official": FolderSplit(
-        200, 100_000, 10_000, "http://cs231n.stanford.edu/tiny-imagenet-200.zip", folder="tiny-imagenet-200"
+    "mini_imagenet@fscil": FolderSplit(
+        100,
+        50_000,
+        10_000,
+        "https://github.com/icoz69/CEC-CVPR2021 (section 'Datasets': images, and lists for 500 + 100 images a class)",
+        folders=("miniimagenet",),
     ),
-    "vtab@revisiting": FolderSplit(50, 1_796, 8_619, _REVISITING),
+    "objectnet@revisiting": FolderSplit(200, 26_509, 6_628, _REVISITING, folders=("objectnet",)),
+    "omnibenchmark@revisiting": FolderSplit(300, 89_697, 5_985, _REVISITING, folders=("omnibenchmark",)),
+    "tiny_imagenet@official": FolderSplit(
+        200, 100_000, 10_000, "http://cs231n.stanford.edu/tiny-imagenet-200.zip", folders=("tiny-imagenet-200",)
+    ),
+    "vtab@revisiting": FolderSplit(50, 1_796, 8_619, _REVISITING, folders=("vtab-cil/vtab", "vtab")),
 }
 
 

@@ -2,6 +2,7 @@
 
     {"permute": {"seed": 0, "number": 3}}                     the fixed pixel permutation `number` of `seed`
     {"rotate": {"degrees": 45.0, "interpolation": "nearest"}} counter-clockwise about the centre, size kept, black outside
+    {"turn": {"first": 30.0, "by": 0.5, "ids": "7,9-11"}}     the k-th of these samples rotated by first + k * by, others stay
     {"resize": {"size": 28}}                                  both sides to `size`, bicubic
     {"corrupt": {"kind": "fog", "severity": 3, ...}}          one of the fifteen common corruptions, see `images.corruptions`
 
@@ -24,6 +25,7 @@ import numpy as np
 
 from clbench.interfaces import UserError
 from clbench.streams import rng
+from clbench.streams.id_runs import MAX_SAMPLES, decode_ids
 
 PLUGINS = "clbench.transforms"
 INTERPOLATIONS = ("nearest", "bilinear")
@@ -59,6 +61,23 @@ def rotate(image: np.ndarray, *, degrees: float, interpolation: str = "nearest")
     return np.asarray(turned, dtype=np.uint8)
 
 
+@lru_cache(maxsize=256)
+def _places(ids: str) -> tuple[np.ndarray, np.ndarray]:
+    """The samples of a list of ids in ascending order, and the place of each in the list."""
+    listed = decode_ids(ids, MAX_SAMPLES)
+    places = np.argsort(listed, kind="stable")
+    return listed[places], places
+
+
+def turn(image: np.ndarray, sample: int, *, first: float, by: float, ids: str) -> np.ndarray:
+    """[H, W, 3] of a sample by its id, rotated further the later it stands among `ids`; one that is not there stays."""
+    samples, places = _places(ids)
+    k = int(np.searchsorted(samples, sample))
+    if k == len(samples) or samples[k] != sample:
+        return image
+    return rotate(image, degrees=round(first + int(places[k]) * by, 6) % 360)
+
+
 def resize(image: np.ndarray, *, size: int) -> np.ndarray:
     """[H, W, 3] -> [size, size, 3] with Pillow's bicubic kernel."""
     from PIL import Image
@@ -73,13 +92,15 @@ def corrupt(image: np.ndarray, sample: int, **options: Any) -> np.ndarray:
     return corruptions.corrupt(image, sample, **options)
 
 
-_STEPS = {"permute": permute, "rotate": rotate, "resize": resize, "corrupt": corrupt}
+_STEPS = {"permute": permute, "rotate": rotate, "turn": turn, "resize": resize, "corrupt": corrupt}
+_BY_SAMPLE = ("turn", "corrupt")
 _FIELDS = {
     "permute": {"seed": lambda v: _whole(v, 0), "number": lambda v: _whole(v, 0)},
     "rotate": {
-        "degrees": lambda v: isinstance(v, int | float) and not isinstance(v, bool) and -360 <= v <= 360,
+        "degrees": lambda v: _angle(v),
         "interpolation": lambda v: v in INTERPOLATIONS,
     },
+    "turn": {"first": lambda v: _angle(v), "by": lambda v: _angle(v), "ids": lambda v: _ids(v)},
     "resize": {"size": lambda v: _whole(v, 1) and v <= 4096},
     "corrupt": {
         "kind": lambda v: v in CORRUPTIONS,
@@ -92,6 +113,18 @@ _FIELDS = {
 
 def _whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _angle(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -360 <= value <= 360
+
+
+def _ids(value: Any) -> bool:
+    """Whether it is a list of samples, none of them twice."""
+    try:
+        return isinstance(value, str) and value != "" and bool((np.diff(_places(value)[0]) > 0).all())
+    except UserError:
+        return False
 
 
 def checked(steps: Any, where: str) -> Steps:
@@ -129,8 +162,8 @@ def transformed(images: Sequence[np.ndarray], steps: Steps, samples: Sequence[in
             work = entry.load()
         if name == "permute" and len({image.shape for image in images}) == 1:
             images = list(permute(np.stack(images), **options))
-        elif name == "corrupt":
-            images = [corrupt(image, sample, **options) for image, sample in zip(images, samples, strict=True)]
+        elif name in _BY_SAMPLE:
+            images = [work(image, sample, **options) for image, sample in zip(images, samples, strict=True)]
         else:
             images = [work(image, **options) for image in images]
     return list(images)

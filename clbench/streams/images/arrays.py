@@ -24,6 +24,7 @@ class Pool:
 
     files        relative names, where images lie in files
     passed_over  what a folder or a table holds besides, counted, in a few words
+    source_order rows of the training images in the order of the source's own list, where the reader knows it
     """
 
     images: ImageSource
@@ -34,6 +35,7 @@ class Pool:
     domain_names: tuple[str, ...] = ()
     files: list[str] = field(default_factory=list)
     passed_over: str = ""
+    source_order: np.ndarray | None = None
 
 
 def digits() -> Pool:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from clbench.interfaces import UserError
+from clbench.streams.images import published_lists
 from clbench.streams.images.arrays import Pool, check_classes
 from clbench.streams.images.class_folders import EXTENSIONS, Listing
 from clbench.streams.scenario import FileImages
@@ -106,15 +107,15 @@ def read_variant(root: Path, full: str) -> Pool:
     candidates = [root / full]
     if split.names_sha256:  # the list of names proves the variant, so the folder need not say it
         candidates.append(root / full.split("@")[0])
-    if split.folder:
-        candidates.append(root / split.folder)
-    folder = next((path for path in candidates if is_tree(path)), None)
+    candidates += [root / name for name in split.folders]
+    folder = next((path for path in candidates if is_tree(path) or published_lists.reader(path)), None)
     if folder is None:
+        also = f" (or {', '.join(split.folders)} as published)" if split.folders else ""
         raise UserError(
-            f"data set {full} not found: looked for {candidates[0]}/train/<class>/ and test/<class>/ "
+            f"data set {full} not found: looked for {candidates[0]}/train/<class>/ and test/<class>/{also} "
             f"({split.train} + {split.test} images, {split.classes} classes); get it from {split.source}"
         )
-    pool = read_tree(folder)
+    pool = (published_lists.reader(folder) or read_tree)(folder)
     check_counts(full, pool, split.classes, split.train, split.test, str(folder))
     _check_names(full, pool, split, folder)
     return pool

@@ -105,7 +105,8 @@ def read(name: str, root: Path, download: bool) -> Pool:
     classes = _class_names(parts[0][1], int(y.max()) + 1, entry.offset)
     arrays = [images for images, _ in found if isinstance(images, np.ndarray)]
     if arrays:
-        pool = Pool(ArrayImages(rgb(np.concatenate(arrays), name)), y, split if entry.test else stratified(y), classes)
+        split = split if entry.test else stratified(y)
+        pool = Pool(ArrayImages(rgb(np.concatenate(arrays), name)), y, split, classes, source_order=np.flatnonzero(split == 0))
     else:
         paths = [Path(path) for images, _ in found for path in images]
         pool = _sorted_files(paths, y, split, classes, root, drawn=not entry.test)
@@ -160,4 +161,12 @@ def _sorted_files(
     y, split = y[rows], split[rows]
     if drawn:
         split = stratified(y)
-    return Pool(FileImages([paths[i] for i in rows]), y, split, classes, files=[names[i] for i in rows])
+    order = np.argsort(rows)  # of the row that an image as it was found has now
+    return Pool(
+        FileImages([paths[i] for i in rows]),
+        y,
+        split,
+        classes,
+        files=[names[i] for i in rows],
+        source_order=order[split[order] == 0],
+    )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 GROUP = "clbench.operators"
 _NAMES = (
     *("permute", "rotate", "corrupt", "relabel", "label_noise", "long_tail", "shots", "blur", "repeat", "drift", "order"),
-    *("concatenate", "shuffle", "single_pass", "hide_boundaries", "looks", "evaluate", "test_time", "evaluators"),
+    *("mnist_360", "concatenate", "shuffle", "single_pass", "hide_boundaries", "looks", "evaluate", "test_time", "evaluators"),
 )
 BUILT_IN = {name: f"{__package__}.{name}.{name}" for name in _NAMES}
 PLACES = ("datasets", "dataset", "support", "published")  # options that say where data lies

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,9 @@ def shots(
     base, way, shot  60, 5, 5 on CIFAR-100 and miniImageNet; 100, 10, 5 on CUB-200
     sessions         so many after the base session; null: as many as the classes allow, the rest of them is left out
     support          seeded, or a folder with a text file for each session (session_2.txt, ...), or one file: a line for each
-                     sample, its position among the data set's training samples or the end of its file's path. The published
-                     index files are of this form
+                     sample, its position among the training samples in the order in which the data set is published, or the
+                     end of its file's path. The published index files are of this form (`data/index_list/<set>/` of
+                     https://github.com/xyutao/fscil and of https://github.com/icoz69/CEC-CVPR2021)
     seed             of seeded supports; one draw says little, ten or more are needed
 
     Classes come in the stream's order (published protocols: natural). Test sets are whole.
@@ -52,7 +53,7 @@ def shots(
     if most < 1 or wanted > most:
         text = f"{base} base classes and {wanted or 1} x {way} more"
         raise UserError(f"operator shots: {text} are more than the stream's {len(found.classes)}")
-    listed = None if lines is None else [_id(stream.dataset, line) for line in lines]
+    listed = None if lines is None else _ids(stream.dataset, lines)
     parts = [np.sort(np.concatenate([found.train[c] for c in found.classes[:base]]))]
     for s in range(wanted):
         new = found.classes[base + s * way : base + (s + 1) * way]
@@ -79,7 +80,9 @@ def _read(support: str, data_root: str | None) -> list[str]:
     path = next((p for p in places if p.exists()), None)
     if path is None:
         raise UserError(f"shots.support: no such file or folder: {support}")
-    files = sorted(path.glob("*.txt"), key=lambda p: [int(n) for n in re.findall(r"\d+", p.stem)]) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():  # test_2.txt beside session_2.txt counts test samples
+        files = sorted(path.glob("session_*.txt")) or sorted(path.glob("*.txt"))
     try:
         lines = [line.strip() for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -90,18 +93,37 @@ def _read(support: str, data_root: str | None) -> list[str]:
     return lines
 
 
-def _id(data: Dataset, line: str) -> int:
-    """The sample id that a line of an index file names."""
+def _ids(data: Dataset, lines: Sequence[str]) -> list[int]:
+    """The sample ids that the lines of index files name."""
     train = np.flatnonzero(data.split == 0)
-    if line.isdigit():
-        if int(line) >= len(train):
-            raise UserError(f"shots.support: {data.name} has {len(train)} training samples, line {line} names a later one")
-        return int(train[int(line)])
+    files: dict[str, list[int]] = {}
     images: Any = data.images
-    if not isinstance(images, FileImages):
+    if isinstance(images, FileImages) and not all(line.isdecimal() for line in lines):
+        for i in train.tolist():
+            path = images.paths[i]  # not every layout has a folder for each class
+            for tail in {f"{path.parent.name}/{path.name}", f"{data.class_names[data.y[i]]}/{path.name}", path.name}:
+                files.setdefault(tail, []).append(i)
+    return [_position(data, line, len(train)) if line.isdecimal() else _file(data, line, files) for line in lines]
+
+
+def _position(data: Dataset, line: str, number: int) -> int:
+    """The training sample at a position of the published order."""
+    if data.source_order is None:
+        raise UserError(
+            f"shots.support: line {line} counts {data.name} as published, and the copy that was read has an order of its own; "
+            f"where the data set is read as published (torchvision's folder), the position is known"
+        )
+    if int(line) >= number:
+        raise UserError(f"shots.support: {data.name} has {number} training samples, line {line} names a later one")
+    return int(data.source_order[int(line)])
+
+
+def _file(data: Dataset, line: str, files: Mapping[str, Sequence[int]]) -> int:
+    """The training sample whose path ends like the line."""
+    if not isinstance(data.images, FileImages):
         raise UserError(f"shots.support: line {line!r} is no whole number, and {data.name} does not lie in files")
-    tail = line.replace("\\", "/").lstrip("./").split("/")[-2:]  # class folder and file: what all layouts have
-    hits = [int(i) for i in train.tolist() if list(images.paths[i].parts[-len(tail) :]) == tail]
+    tail = "/".join(line.replace("\\", "/").lstrip("./").split("/")[-2:])
+    hits = files.get(tail, ())
     if len(hits) != 1:
-        raise UserError(f"shots.support: {len(hits)} training files of {data.name} end with {'/'.join(tail)}")
+        raise UserError(f"shots.support: {len(hits)} training files of {data.name} end with {tail}")
     return hits[0]
