@@ -27,7 +27,7 @@ Published, read: Continual ImageNet, plain backpropagation falls from 89 % to 77
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -66,6 +66,11 @@ class Cbp:
     """State: backbone, head; by layer: age, mean activation and utility of its units, the share that is due; a count."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(needs_boundaries=False, anytime=True)
+
+    @staticmethod
+    def capabilities_of(*, masking: str = "seen", **options: Any) -> Capabilities:
+        """A softmax over an experience's classes must be told where one ends."""
+        return replace(Cbp.capabilities, needs_boundaries=masking == "local")
 
     def __init__(
         self,
