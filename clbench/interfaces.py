@@ -146,11 +146,13 @@ class Batch(Protocol):
     y     [B] int64, classes renumbered by order of appearance; None at test time
     task  the task of all samples where the scenario discloses it, else None
     x     [B, C, H, W] float, normalised as the model wants it
+    begins  at test time: these are the first samples of an evaluation set
     """
 
     ids: Tensor
     y: Tensor | None
     task: int | None
+    begins: bool
 
     @property
     def x(self) -> Tensor: ...

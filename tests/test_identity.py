@@ -131,17 +131,18 @@ CHEAT = """
     from clbench.learners.ncm import NearestClassMean
 
 
-    class ByIds(NearestClassMean):
+    class Told(NearestClassMean):
         def predict(self, batch):
             z = super().predict(batch)
-            return z + (batch.ids % 7)[:, None].float() * torch.arange(z.shape[1])
+            return z + {told} * torch.arange(z.shape[1])
 """
 
 
-def test_answers_by_ids_fail_the_contract(tmp_path, monkeypatch):
-    write(tmp_path, cheat_by_ids=CHEAT)
+@pytest.mark.parametrize(("name", "told"), [("ids", "(batch.ids % 7)[:, None].float()"), ("place", "float(batch.begins)")])
+def test_answers_by_what_a_batch_is_called_fail_the_contract(tmp_path, monkeypatch, name, told):
+    write(tmp_path, **{f"cheat_by_{name}": CHEAT.replace("{told}", told)})
     monkeypatch.syspath_prepend(str(tmp_path))
-    config = compose.compose(["learner._target_=cheat_by_ids.ByIds"])[0]
+    config = compose.compose([f"learner._target_=cheat_by_{name}.Told"])[0]
     results = {name: (passed, text) for name, passed, text in check_learner(config)}
     assert not results["test_batches"][0]
 

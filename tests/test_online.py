@@ -11,6 +11,17 @@ import torch
 from clbench.config.compose import compose, load_target
 from clbench.interfaces import Capabilities, UserError, declared, mismatch
 from clbench.learners import er
+from clbench.learners.agem import Agem
+from clbench.learners.bn_adapt import BnAdapt
+from clbench.learners.cbp import Cbp
+from clbench.learners.cotta import Cotta
+from clbench.learners.er_ace import ErAce
+from clbench.learners.finetune import Finetune
+from clbench.learners.l2_init import L2Init
+from clbench.learners.mir import Mir
+from clbench.learners.scr import Scr
+from clbench.learners.shrink_perturb import ShrinkPerturb
+from clbench.learners.tent import Tent
 from clbench.models.heads import LOWEST, OnlineHead
 from clbench.streams import rng
 from clbench.streams.images.data import ImageBatch, ImageData, open_experience
@@ -313,6 +324,24 @@ def test_boundaries_announced_and_hidden():
             assert "needs_boundaries" in why
         announced = mismatch(words, can, replace(facts, has_boundaries=True), True)
         assert (announced is None) == (words != "derpp"), words
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "told"),
+    [
+        (Finetune, {}, False), (Finetune, {"masking": "local"}, True), (BnAdapt, {}, False), (Tent, {}, True),
+        (Cotta, {}, True), (Cbp, {}, False), (Cbp, {"masking": "local"}, True), (L2Init, {}, True),
+        (L2Init, {"masking": "seen"}, False), (ShrinkPerturb, {}, True), (ShrinkPerturb, {"variant": "official"}, False),
+        (ShrinkPerturb, {"variant": "official", "masking": "local"}, True), (ErAce, {}, False), (ErAce, {"past": True}, True),
+        (Mir, {"start": "second_experience"}, True), (Mir, {"columns": "task"}, True), (Scr, {"past": True}, True),
+        (Agem, {"policy": "reservoir"}, False), (Agem, {"policy": "reservoir", "columns": "task"}, True),
+    ],
+)  # fmt: skip
+def test_who_must_be_told_where_an_experience_ends(kind, options, told):
+    """Also whoever takes a softmax over an experience's classes, or over a task's."""
+    can = declared(kind, options)
+    assert can.needs_boundaries == told and can.needs_task_id == (options.get("columns") == "task")
+    assert declared(Finetune, {"masking": "batch"}).needs_boundaries is False
 
 
 RESUMED = [

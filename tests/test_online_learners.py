@@ -13,9 +13,10 @@ from test_online import online
 from torch.nn import functional as F
 
 from clbench.interfaces import Place, UserError
-from clbench.learners import agem, derpp, er_ace, gdumb, gem, mir, scr
+from clbench.learners import agem, derpp, er, er_ace, gdumb, gem, mir, scr
 from clbench.learners.slda import Slda
 from clbench.models.heads import LOWEST
+from clbench.streams import rng
 from clbench.streams.images.data import ImageBatch
 from clbench.streams.images.pixels import make_profile
 from clbench.training.contrastive import blended, cropped, hue_shifted, strong_view, supervised_contrastive
@@ -66,6 +67,34 @@ def test_er_without_replay_is_fine_tuning():
     fine, *_ = started("finetune", "learner.momentum=0", "learner.weight_decay=0", experiences=3, words=rates)
     assert fingerprint(er.model.state_dict()) == fingerprint(fine.model.state_dict())
     assert fingerprint(er.head.inner.state_dict()) == fingerprint(fine.head.state_dict())
+
+
+@pytest.mark.parametrize(
+    "words", ["agem learner.memory=0", "gem learner.memory=0", "derpp learner.online=true learner.alpha=0 learner.beta=0"]
+)
+def test_without_its_own_term_it_is_fine_tuning(words):
+    """No violation where nothing is stored; no draw that counts. Bit for bit, but for the memory."""
+    name, *options = words.split()
+    rates = ("learner.batch_size=6", "learner.lr=0.05", "learner.backbone_lr=0.005")
+    plain = ("learner.augment=both",) if name != "derpp" else ()
+    own, *_ = started(name, *options, *plain, experiences=3, words=rates)
+    base, *_ = started("er", "learner.replay=0", experiences=3, words=rates)
+    assert fingerprint(own.model.state_dict()) == fingerprint(base.model.state_dict())
+    assert fingerprint(own.head.state_dict()) == fingerprint(base.head.state_dict())
+
+
+def test_derpp_without_logits_is_er_with_added_losses(monkeypatch):
+    """alpha=0, beta=1, from the draws that derpp makes for its second term."""
+
+    class Labelled(er.OnlineStream):
+        def draw(self, key):
+            return super().draw(rng.key(key, "labelled"))
+
+    monkeypatch.setattr(er, "OnlineStream", Labelled)
+    base, *_ = started("er", "learner.combine=added", experiences=3)
+    own, *_ = started("derpp", "learner.online=true", "learner.alpha=0", "learner.beta=1", experiences=3)
+    for a, b in zip(own.model.parameters(), base.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_asymmetric_cross_entropy_by_hand():
@@ -209,7 +238,8 @@ def test_the_virtual_step_by_hand():
     new, drawn = batch_of(g, [0, 1, 1]), batch_of(g, [2, 0, 1, 2, 0])
     learner.model.train()
     before = fingerprint(learner.state_dict())
-    found = learner.interfered(drawn, F.cross_entropy(z_of(learner, new.x), new.y), 0.5)
+    rows = np.arange(5)
+    found = learner.interfered(drawn, rows, F.cross_entropy(z_of(learner, new.x), new.y), 0.5)
     assert fingerprint(learner.state_dict()) == before, "a virtual step leaves no trace"
     real = copy.deepcopy(learner)
     params = [*real.model.parameters(), *real.head.inner.parameters()]
@@ -221,9 +251,93 @@ def test_the_virtual_step_by_hand():
             p -= eta * d
         rise = F.cross_entropy(z_of(real, drawn.x), drawn.y, reduction="none") - old
     top = sorted(rise.argsort(descending=True)[:2].tolist())
-    assert found.ids.tolist() == top and rise.abs().max() > 1e-4
-    still = learner.interfered(drawn, F.cross_entropy(z_of(learner, new.x), new.y), 0.0)
-    assert still.ids.tolist() == [0, 1], "no step, no rise: those that were drawn first"
+    assert found.tolist() == top and rise.abs().max() > 1e-4
+    still = learner.interfered(drawn, rows, F.cross_entropy(z_of(learner, new.x), new.y), 0.0)
+    assert still.tolist() == [0, 1], "no step, no rise: those that were drawn first"
+
+
+def test_the_score_against_the_best_loss_by_hand():
+    """Without a step the score is CE - min(CE, best): those come first that were once answered best, relative to now."""
+    learner, t, runtime, pipeline = started("mir", "learner.replay=2", "learner.score=best")
+    assert learner.best_M.shape == (12,) and bool((learner.best_M < torch.inf).any()), "what was drawn has a loss"
+    g = torch.Generator().manual_seed(1)
+    new, drawn = batch_of(g, [0, 1, 1]), batch_of(g, [2, 0, 1, 2, 0])
+    learner.model.train()
+    with torch.no_grad():
+        ce = F.cross_entropy(z_of(learner, drawn.x), drawn.y, reduction="none")
+    rows, past = np.array([7, 2, 4, 0, 9]), ce + torch.tensor([0.1, -0.2, torch.inf, -0.5, 0.0])
+    learner.best_M[rows] = past
+    loss = F.cross_entropy(z_of(learner, new.x), new.y)
+    assert learner.interfered(drawn, rows, loss, 0.0).tolist() == [1, 3]
+    torch.testing.assert_close(learner.best_M[rows], torch.minimum(ce, past))
+    again = t.start()[0]
+    again.load_state_dict(copy.deepcopy(learner.state_dict()))
+    assert torch.equal(again.best_M, learner.best_M)
+    kept, before = learner.best_M.clone(), learner.memory.visits.copy()
+    learner.lr = learner.backbone_lr = 0.0
+    t.learn(learner, runtime, pipeline, 1)
+    changed = learner.memory.visits != before
+    assert changed.any() and (learner.best_M[~changed] <= kept[~changed] + 1e-6).all(), "a new sample has no past"
+    assert "best_M" not in started("mir")[0].state_dict()
+
+
+@pytest.mark.parametrize("name", ["gem", "agem", "mir"])
+def test_columns_of_the_task(name, monkeypatch):
+    """The losses of new and stored samples are those over the classes of their own tasks; others get no gradient."""
+    learner, t, runtime, pipeline = started(name, "learner.columns=task", sizes=[2, 1, 3], kind="task_incremental")
+    t.learn(learner, runtime, pipeline, 1)
+    learner.columns.see(t.open(2, pipeline))
+    assert learner.columns.classes == {0: [0, 1], 1: [2], 2: [3, 4, 5]}
+    z = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    y, own = torch.tensor([1, 2, 5, 0]), ([0, 1], [2], [3, 4, 5], [0, 1])
+    loss = F.cross_entropy(learner.columns.of_experiences(z, np.array([0, 1, 2, 0])), y)
+    naive = torch.stack([F.cross_entropy(row[c], torch.tensor(c.index(int(i)))) for row, i, c in zip(z, y, own, strict=True)])
+    torch.testing.assert_close(loss, naive.mean())
+    (grad,) = torch.autograd.grad(loss, z)
+    assert all((row[[c for c in range(6) if c not in inside]] == 0).all() for row, inside in zip(grad, own, strict=True))
+    rows = torch.tensor([[True, True, False, False], [False, False, True, False]])
+    with torch.no_grad():
+        for task, inside in enumerate(rows):
+            learner.columns.classes[2] = [3]
+            found = learner.columns.of_task(torch.ones(2, 4), task)
+            assert torch.equal(found[0] == 1, inside) and (found[:, ~inside] == LOWEST).all()
+        assert torch.equal(learner.columns.of_task(torch.ones(2, 4), 9), torch.ones(2, 4)), "a task that was not learned"
+        batch = batch_of(torch.Generator().manual_seed(4), [0, 1])
+        batch.task = 1
+        assert (learner.predict(batch)[:, :2] == LOWEST).all()
+    again = t.start()[0]
+    again.load_state_dict(copy.deepcopy(learner.state_dict()))
+    assert vars(again.columns) == vars(learner.columns) and "columns" not in started(name)[0].state_dict()
+
+
+def test_gem_trains_over_the_columns_of_each_task(monkeypatch):
+    """One step of the second task with the task's own columns: gradient and constraint against a naive version."""
+    learner, t, runtime, pipeline = started(
+        "gem", "learner.columns=task", "learner.strength=0", sizes=[2, 2], num_classes=4, kind="task_incremental"
+    )
+    real, seen = gem.fit, []
+
+    def spied(*args, before_step, **options):
+        own, stream = args[2], args[5]
+
+        def watched(params, grads):
+            batch = stream(len(seen))
+            losses = []
+            for part, c in ((batch.new, [2, 3]), (batch.old, [0, 1])):
+                losses.append(F.cross_entropy(z_of(own, part.x)[:, c], part.y - c[0]))
+            g, h = (torch.cat([x.reshape(-1).double() for x in mir.gradients(loss, params)]) for loss in losses)
+            torch.testing.assert_close(torch.cat([x.reshape(-1).double() for x in grads]), g, rtol=1e-3, atol=1e-5)
+            before_step(params, grads)
+            used = torch.cat([p.grad.reshape(-1).double() for p in params])
+            v = max(0.0, -float(g @ h) / (float(h @ h) + gem.EPS))
+            torch.testing.assert_close(used, g + v * h, rtol=1e-3, atol=1e-4)
+            seen.append(v)
+
+        return real(*args, before_step=watched, **options)
+
+    monkeypatch.setattr(gem, "fit", spied)
+    t.learn(learner, runtime, pipeline, 1)
+    assert len(seen) == 4
 
 
 def test_scoring_does_not_move_batch_normalisation():
@@ -234,7 +348,7 @@ def test_scoring_does_not_move_batch_normalisation():
     loss = F.cross_entropy(z_of(learner, new.x), new.y)
     buffers = fingerprint(learner.model.state_dict())
     weights = {id(p): p.detach() + 0.01 for p in learner.model.parameters()}
-    rise = mir.losses_under((learner.model, learner.head), weights, drawn)
+    rise = mir.losses_under((learner.model, learner.head), weights, drawn, lambda z: z)
     assert torch.isfinite(rise).all() and fingerprint(learner.model.state_dict()) == buffers and loss.requires_grad
 
 
@@ -300,6 +414,28 @@ def test_hue_and_blends_by_hand():
     torch.testing.assert_close(blended(x, "brightness", factor).flatten(), torch.tensor([0.1, 0.2, 0.3]))
     torch.testing.assert_close(blended(x, "saturation", factor).flatten(), 0.5 * x.flatten() + 0.5 * luma)
     torch.testing.assert_close(blended(x, "contrast", factor).flatten(), 0.5 * x.flatten() + 0.5 * luma)
+
+
+@pytest.mark.parametrize("name", ["er_ace", "mir", "scr"])
+@pytest.mark.parametrize("words", [("learner.start=second_experience",), ("learner.past=true",)])
+def test_when_and_what_is_replayed(monkeypatch, name, words):
+    """Nothing in the first experience; in the second from its first batch on, or samples of the first alone."""
+    module, found = {"er_ace": er_ace, "mir": mir, "scr": scr}[name], []
+    real = module.OnlineStream
+
+    class Watched(real):
+        def __call__(self, step):
+            batch = super().__call__(step)
+            found.append((self.index, step, set() if batch.old is None else set(self.memory.experience[batch.rows].tolist())))
+            return batch
+
+    monkeypatch.setattr(module, "OnlineStream", Watched)
+    whole = "learner.candidates=12" if name == "mir" else "learner.replay=12"
+    started(name, *words, whole, experiences=2)
+    first, second = ([drawn for index, _, drawn in found if index == i] for i in (0, 1))
+    assert not any(first) and all(second)
+    past = words == ("learner.past=true",)
+    assert second[0] == {0} and all(drawn == {0} for drawn in second) == past
 
 
 def test_scr_official_makes_no_step_on_the_first_batch_and_reviews(monkeypatch):
@@ -452,6 +588,33 @@ def test_gdumb_depends_on_its_memory_alone():
     assert ended[0] == ended[1] == ended[2]
 
 
+def test_recipes_of_gdumb_in_other_suites(monkeypatch):
+    """Constant rates, Adam, no cutmix, no clipping: the steps are those of the plain loop over the memory's batches."""
+    rates, losses, real = [], [], gdumb.fit
+
+    def spied(runtime, name, learner, groups, loss, batches, recipe, **options):
+        steps = batches.steps
+        rates[:] = [recipe.schedule(Place(0, step, steps, step)) for step in range(steps)]
+        twin, head = copy.deepcopy(learner.model), copy.deepcopy(learner.head)
+        sides = ((twin, learner.backbone_lr), (head, learner.lr))
+        adam = torch.optim.Adam([{"params": list(m.parameters()), "lr": lr} for m, lr in sides], weight_decay=1e-6)
+        log = real(runtime, name, learner, groups, loss, batches, recipe, **options)
+        for step in range(steps):
+            batch = batches(step)
+            adam.zero_grad()
+            F.cross_entropy(head(twin.features(batch)), batch.y).backward()
+            adam.step()
+        losses[:] = [(a, b) for a, b in zip(learner.head.parameters(), head.parameters(), strict=True)]
+        return log
+
+    monkeypatch.setattr(gdumb, "fit", spied)
+    recipe = ("learner.optimizer=adam", "schedule=constant", "learner.cutmix=0", "learner.clip=null", "learner.passes=2")
+    learner, *_ = started("gdumb", words=(*recipe, "learner.batch_size=6", "learner.lr=0.01"))
+    assert rates == [1.0] * 4 and learner.recipe.clip is None
+    for a, b in losses:
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
 def test_gdumb_with_nothing_to_keep_says_so():
     with pytest.raises(UserError, match=r"learner\.memory above 0"):
         started("gdumb", "learner.memory=0", words=())
@@ -520,11 +683,18 @@ def test_icarl_online_is_balanced_and_answers_with_the_means_of_the_end():
         ("er learner.start=first", "learner.start=first"),
         ("er learner.memory=-1", "learner.memory=N"),
         ("er_ace learner.variant=code", "learner.variant=code"),
+        ("er_ace learner.start=first", "learner.start=first"),
+        ("mir learner.start=first", "learner.start=first"),
+        ("mir learner.score=least", "learner.score=least"),
+        ("gem learner.columns=own", "learner.columns=own"),
+        ("agem learner.head=cosine", "learner.head=cosine"),
         ("agem learner.policy=herding", "learner.policy=herding"),
         ("agem learner.policy=reservoir learner.per_class=3", "learner.per_class=3"),
         ("gem learner.variant=code", "learner.variant=code"),
         ("gem learner.strength=-1", "learner.strength=-1"),
         ("scr learner.variant=code", "learner.variant=code"),
+        ("scr learner.start=first", "learner.start=first"),
+        ("scr learner.variant=official learner.start=second_experience", "no draw at first"),
         ("slda learner.variant=code", "learner.variant=code"),
         ("gdumb learner.passes=0", "learner.passes=0"),
         ("derpp learner.updates=2", "learner.online=true"),

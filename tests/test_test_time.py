@@ -14,7 +14,7 @@ from clbench.learners.bn_adapt import BnAdapt
 from clbench.learners.cotta import Cotta
 from clbench.learners.finetune import Finetune
 from clbench.learners.tent import Tent
-from clbench.streams.eval_sets import open_eval
+from clbench.streams.eval_sets import eval_batches, open_eval
 from clbench.streams.manifest import Manifest
 from clbench.streams.operators import test_time as operator
 from clbench.testing.contract import small_stream
@@ -279,6 +279,63 @@ def test_learn_starts_from_the_source_again_and_resume_is_exact(kind, tmp_path):
     assert ends[0] == ends[1] != adapted, "what was adapted leaves no trace in what is trained next"
 
 
+@pytest.mark.parametrize("kind", [Tent, Cotta])
+def test_reset_before_every_set(kind):
+    """Each set is answered as if it were the only one; within a set, adaptation goes on. `evaluate` says where a set begins."""
+    options = {"augmentations": 2, "restore": 0.1} if kind is Cotta else {}
+    t, learner, pipeline = trained(kind, reset="set", adapt_lr=0.05, **options)
+    source = copy.deepcopy(learner.state_dict())
+    never = t.start()[0]
+    never.reset = "never"
+    for j in (1, 2, 1):
+        asked = getattr(learner, "answered", 0)
+        never.load_state_dict(source | ({"answered": asked} if kind is Cotta else {}))
+        alone, first = t.answers_of(never, pipeline, j), t.answers_of(learner, pipeline, j)
+        assert torch.equal(first, alone)
+    assert fingerprint(learner.state_dict()) != fingerprint(source)
+    never.load_state_dict(source)
+    goes_on = [t.answers_of(never, pipeline, j) for j in (1, 2)][1]
+    learner.load_state_dict(source)
+    assert not torch.equal(goes_on, [t.answers_of(learner, pipeline, j) for j in (1, 2)][1])
+    sets = [open_eval(SHIFTED, j, pipeline) for j in (1, 2)]
+    begins = [batch.begins for batch, _, _ in eval_batches(sets, 128, joined=False)]
+    assert begins == [True, False, False, False] * 2
+    plain = [open_eval(small_stream(), j, pipeline) for j in range(3)]
+    assert [batch.begins for batch, _, _ in eval_batches(plain, 20, joined=True)] == [True, True]
+    assert [batch.begins for batch, _ in plain[0].batches(5)] == [True, False, False, False]
+
+
+def test_reset_before_every_batch_without_a_second_step_is_bn_adapt():
+    t, learner, pipeline = trained(Tent, reset="batch", adapt_lr=0.5)
+    plain = trained(BnAdapt)[1]
+    for j in range(3):
+        torch.testing.assert_close(t.answers_of(learner, pipeline, j), t.answers_of(plain, pipeline, j), atol=1e-5, rtol=1e-4)
+    two, fresh = trained(Tent, reset="batch", adapt_lr=0.05, steps=2)[1], trained(Tent, adapt_lr=0.05, steps=2)[1]
+    source, z = copy.deepcopy(fresh.state_dict()), []
+    for batch, _ in open_eval(SHIFTED, 1, pipeline).batches(9):
+        fresh.load_state_dict(copy.deepcopy(source))
+        z.append(fresh.predict(batch))
+    assert torch.equal(t.answers_of(two, pipeline, 1), torch.cat(z))
+
+
+def test_two_steps_of_cotta_are_two_visits_of_a_batch():
+    options = {"augmentations": 2, "restore": 0.2, "threshold": 1.1, "adapt_lr": 0.05}
+    one, pipeline = trained(Cotta, **options)[1:]
+    two = trained(Cotta, steps=2, **options)[1]
+    batch = open_eval(SHIFTED, 1, pipeline).data.batch(np.arange(9))
+    one.predict(batch)
+    assert torch.equal(one.predict(batch), two.predict(batch)) and two.answered == 2
+    assert fingerprint(one.state_dict()) == fingerprint(two.state_dict())
+
+
+def test_the_symmetric_loss_of_cotta_by_hand():
+    z, own = torch.tensor([[0.0, float(np.log(3))], [0.0, 0.0]]), torch.tensor([[0.0, 0.0], [float(np.log(4)), 0.0]])
+    p, q = np.array([[0.25, 0.75], [0.5, 0.5]]), np.array([[0.5, 0.5], [0.8, 0.2]])
+    there, back = -(p * np.log(q)).sum(1).mean(), -(q * np.log(p)).sum(1).mean()
+    for loss, expected in (("cross_entropy", there), ("symmetric", (there + back) / 2)):
+        assert float(trained(Cotta, loss=loss)[1].gap(z, own)) == pytest.approx(expected, rel=1e-5)
+
+
 def test_cotta_teacher_restore_and_target():
     """Two batches by hand: target of the teacher, step of the student, moving average, restore by the drawn mask."""
     _, learner, pipeline = trained(
@@ -350,6 +407,10 @@ def test_cotta_averages_views_where_the_source_is_unsure():
         (Tent, {"make": lambda: mlp(4)}, "no such layer"),
         (Cotta, {"alpha": 2.0}, r"learner\.alpha"),
         (Cotta, {"augmentations": 0}, r"learner\.augmentations"),
+        (Cotta, {"steps": 0}, r"learner\.steps"),
+        (Cotta, {"loss": "entropy"}, r"learner\.loss"),
+        (Cotta, {"reset": "always"}, r"learner\.reset"),
+        (Tent, {"reset": "always"}, r"learner\.reset=always: choose never, set or batch"),
     ],
 )
 def test_learners_refuse_in_one_line(kind, options, words):
@@ -362,7 +423,7 @@ def test_the_command_line(clbench):
     """A run with a source and shifted sets: error of each, marks, and a checkable record."""
     operators = "scenario.operators=[{rotate:{experiences:3}},{test_time:{batch_size:5}}]"
     small = ("scenario.num_classes=3", "scenario.limit_train=10", "scenario.limit_test=4", "scenario.budget.epochs=1")
-    out = clbench("run", "learner=tent", *small, operators).stdout
+    out = clbench("run", "learner=tent", "learner.reset=set", *small, operators).stdout
     assert "clean after" in out and "rotated2" in out
     (entry,) = clbench.records()
     assert entry["scenario"]["eval_names"] == ["clean", "rotated1", "rotated2", "clean after"]

@@ -18,6 +18,7 @@ from clbench.learners.shrink_perturb import ShrinkPerturb
 from clbench.models.heads import LinearHead
 from clbench.models.units import hidden_units
 from clbench.testing.contract import small_stream
+from clbench.training.entry_adam import EntryAdam
 from clbench.training.state import detached, fingerprint
 
 
@@ -161,7 +162,7 @@ def test_a_replaced_unit_that_is_constant_changes_no_output(make, place):
 
 
 def test_the_official_variant_leaves_the_readers_bias():
-    learner, _, _ = cbp(variant="official", rate=1.0, maturity=0, decay=0.5)
+    learner, _, _ = cbp(variant="official_mlp", rate=1.0, maturity=0, decay=0.5)
     one = learner.units[0]
     bias = one.reader.bias.detach().clone()
     assert learner.renew(one, torch.rand(3, 4, 1) + 1, torch.Generator()) == 4
@@ -172,6 +173,71 @@ def test_the_official_variant_leaves_the_readers_bias():
     h = torch.rand(3, 4, 1) + 1
     paper.renew(one, h, torch.Generator())
     torch.testing.assert_close(one.reader.bias.detach(), bias + weight @ h.mean((0, 2)))
+
+
+def test_the_official_variant_for_resnets_by_hand():
+    """Sums without decay, that go on; a share of all units once one is eligible; normal weights; moments and biases stay."""
+    learner, _, _ = cbp(convnet, variant="official_resnet", utility="contribution", decay=0.75, rate=0.25, maturity=1)
+    learner.head.grow(2, torch.Generator())
+    one = learner.units[0]  # 6 channels behind BatchNorm
+    own, total = learner.counters[one.name], torch.zeros(6)
+    bias, out = one.reader.bias.detach().clone(), one.reader.weight.detach().abs().mean((0, 2, 3))
+    made = torch.Generator().manual_seed(1)
+    batches = [torch.randn(3, 6, 4, generator=made) for _ in range(3)]
+    (optimizer,) = [learner.recipe.build([{"params": [one.layer.weight, one.reader.weight], "lr": 0.1}])]
+    for p in (one.layer.weight, one.reader.weight):
+        optimizer.state[p]["momentum_buffer"] = torch.ones_like(p)
+    gone = [learner.renew(one, h, torch.Generator().manual_seed(3)) for h in batches[:1]]
+    assert gone == [0] and float(own["due"]) == 0, "nobody is mature"
+    total += 0.25 * batches[0].abs().mean((0, 2))
+    torch.testing.assert_close(own["utility"], out * total)
+    own["age"][:3] = 5
+    own["due"][:] = 0.4
+    total += 0.25 * batches[1].abs().mean((0, 2))
+    worth = (out * total)[:3]
+    own["age"][3:] = 0
+    assert learner.renew(one, batches[1], torch.Generator().manual_seed(3)) == 1, "0.4 + a quarter of 6 are 1.9"
+    row = int(worth.argmin())
+    assert float(own["due"]) == pytest.approx(0.9) and float(own["age"][row]) == 0 == float(own["utility"][row])
+    torch.testing.assert_close(own["mean"], total)
+    assert torch.equal(one.reader.bias, bias) and float(one.reader.weight[:, row].detach().abs().max()) == 0
+    fresh = torch.empty(1, *one.layer.weight.shape[1:]).normal_(0, (2 / 27) ** 0.5, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(one.layer.weight.detach()[row], fresh[0])
+    norm = one.norm
+    assert [float(x[row].detach()) for x in (norm.weight, norm.bias, norm.running_mean, norm.running_var)] == [
+        1.0,
+        0.0,
+        0.0,
+        1.0,
+    ]
+    assert all(float(optimizer.state[p]["momentum_buffer"].min()) == 1 for p in (one.layer.weight, one.reader.weight))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_adam_by_entry(decay):
+    """torch's Adam where nothing starts anew; what does start anew steps like a parameter of its own from there on."""
+    made = torch.Generator().manual_seed(0)
+    grads = torch.randn(7, 3, 2, generator=made)
+    p, twin = (torch.nn.Parameter(torch.ones(3, 2)) for _ in range(2))
+    own = EntryAdam([{"params": [p], "lr": 0.1}], (0.8, 0.99), decay)
+    theirs = torch.optim.Adam([{"params": [twin], "lr": 0.1}], betas=(0.8, 0.99), weight_decay=decay)
+    for g in grads[:4]:
+        for q, optimizer in ((p, own), (twin, theirs)):
+            q.grad = g.clone()
+            optimizer.step()
+        torch.testing.assert_close(p, twin)
+    for value in own.state[p].values():
+        value[1] = 0
+    row = torch.nn.Parameter(p.detach()[1].clone())
+    alone = torch.optim.Adam([row], lr=0.1, betas=(0.8, 0.99), weight_decay=decay)
+    again = EntryAdam([{"params": [p], "lr": 0.1}], (0.8, 0.99), decay)
+    again.load_state_dict(own.state_dict())
+    for g in grads[4:]:
+        p.grad, twin.grad, row.grad = g.clone(), g.clone(), g[1].clone()
+        again.step(), theirs.step(), alone.step()
+        torch.testing.assert_close(p[1], row)
+        torch.testing.assert_close(p[::2], twin[::2])
+    assert int(again.state[p]["steps"][1, 0]) == 3 and int(again.state[p]["steps"][0, 0]) == 7
 
 
 def test_the_least_useful_mature_units_go_at_the_rate():
@@ -503,6 +569,8 @@ def test_weights_are_shrunk_and_noise_is_added():
     ("kind", "options", "words"),
     [
         (Cbp, {"rate": 2.0}, r"learner\.rate"),
+        (Cbp, {"variant": "official"}, r"learner\.variant=official: choose paper, official_mlp, official_resnet"),
+        (Cbp, {"variant": "official_resnet"}, r"learner\.utility=contribution alone"),
         (Hat, {"s_max": 1.0}, r"learner\.s_max"),
         (PackNet, {"prune": 1.0}, r"learner\.prune"),
         (ShrinkPerturb, {"shrink": 1.5}, r"learner\.shrink"),

@@ -7,6 +7,9 @@ over all trained parameters; the memory's samples are not trained on. Dot produc
 policy  "ring": the newest samples of every class of every task (the paper), the batch comes from earlier tasks; "reservoir": a
         uniform sample of all visits, the present task's too, for streams without boundaries (Mammoth's `agem_r`)
 
+columns  "seen" (default): the softmax runs over all classes that have appeared; "task": over those of the sample's task, for
+         new samples, reference and answers (released for CIFAR and CUB). Tasks must be disclosed
+
 The paper keeps a fixed number a class (25 on MNIST, 13 on CIFAR): `per_class`; None divides the memory evenly among the classes
 so far. Its reference batch has 256 samples. Reference samples pass in training mode, as in the released code, so that batch
 normalisation sees them. In class-incremental streams the constraint hardly helps: results are near fine-tuning.
@@ -19,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import replace as changed
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,6 +37,7 @@ from clbench.training.runtime import Runtime
 from clbench.training.schedules import constant
 from clbench.training.state import collect, groups_of, restore
 from clbench.training.stream_memory import allowed_stream_memory
+from clbench.training.task_columns import Columns, TaskColumns
 
 
 def projected(g: Tensor, reference: Tensor) -> Tensor | None:
@@ -47,9 +52,10 @@ class Agem:
     capabilities: ClassVar[Capabilities] = Capabilities(stores_exemplars=True, anytime=True)
 
     @staticmethod
-    def capabilities_of(*, policy: str = "ring", **options: Any) -> Capabilities:
-        """A reservoir knows no tasks."""
-        return changed(Agem.capabilities, needs_boundaries=policy != "reservoir")
+    def capabilities_of(*, policy: str = "ring", columns: str = "seen", **options: Any) -> Capabilities:
+        """A reservoir knows no tasks; columns of a task need the task."""
+        by_task = columns == "task"
+        return changed(Agem.capabilities, needs_boundaries=policy != "reservoir" or by_task, needs_task_id=by_task)
 
     def __init__(
         self,
@@ -57,10 +63,12 @@ class Agem:
         runtime: Runtime,
         *,
         policy: Literal["ring", "reservoir"] = "ring",
+        columns: Columns = "seen",  # that a softmax runs over; task: in streams that disclose tasks
         memory: int | None = None,  # samples; null: what the scenario's budget allows
         per_class: int | None = None,  # of a ring; null: an even share
         replay: int = 256,  # samples of the reference gradient
         updates: float = 1.0,  # on each batch of the stream; below 1: some batches have none
+        head: Literal["linear", "cosine10"] = "linear",
         augment: Augment = "both",
         lr: float = 0.01,  # head
         backbone_lr: float = 0.001,
@@ -78,24 +86,25 @@ class Agem:
         self.epochs, self.batch_size, self.updates, self.augment = runtime.epochs(epochs), batch_size, updates, augment
         self.lr, self.backbone_lr = lr, backbone_lr
         self.recipe = Recipe("sgd", momentum, weight_decay=weight_decay, schedule=schedule)
-        self.head = OnlineHead(model.num_features).to(runtime.device)
+        self.head, self.columns = OnlineHead(model.num_features, head).to(runtime.device), TaskColumns(columns)
         self.memory = allowed_stream_memory(runtime, policy, memory, per_class)
 
     def learn(self, experience: Experience) -> dict[str, float]:
         """Train on new samples; where the memory's loss would rise, the gradient is projected."""
         grow(self, experience)
+        self.columns.see(experience)
         self.model.train()
-        reference: list[ImageBatch | None] = [None]
+        at_hand: list[OnlineBatch] = []
 
         def loss(batch: OnlineBatch) -> Tensor:
-            reference[0] = batch.old
-            return F.cross_entropy(scores(self, batch.new), labels(batch.new))
+            at_hand[:] = [batch]
+            return self.loss(batch.new, np.full(len(batch.new), experience.index))
 
         def project(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-            old, reference[0] = reference[0], None
-            if old is None:
+            batch = at_hand.pop()
+            if batch.old is None:
                 return
-            past = gradients(F.cross_entropy(scores(self, old), labels(old)), params)
+            past = gradients(self.loss(batch.old, self.memory.experience[batch.rows]), params)
             new = projected(flat(grads, params), flat(past, params))
             if new is not None:
                 give(params, new)
@@ -106,13 +115,17 @@ class Agem:
         log = fit(self.runtime, "train", self, groups, loss, stream, self.recipe, **options)
         return {**log, "exemplars": float(len(self.memory))}
 
+    def loss(self, batch: ImageBatch, experiences: np.ndarray) -> Tensor:
+        """Mean cross-entropy of samples that came from `experiences` [B]."""
+        return F.cross_entropy(self.columns.of_experiences(scores(self, batch), experiences), labels(batch))
+
     def predict(self, batch: Batch) -> Tensor:
-        """Logits [B, num_seen]; a class that has not appeared has the lowest."""
+        """Logits [B, num_seen]; a class that has not appeared, or is none of the task's columns, has the lowest."""
         self.model.eval()
-        return scores(self, batch)
+        return self.columns.of_task(scores(self, batch), batch.task)
 
     def state_dict(self) -> dict[str, Any]:
-        return collect(self, "model", "head", "memory")
+        return collect(self, "model", "head", "memory", *(["columns"] if self.columns.by_task else []))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         restore(self, state)

@@ -32,7 +32,7 @@ from clbench.training.schedules import constant
 class BnAdapt(Finetune):
     """State: backbone and head."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(transductive=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(transductive=True, needs_boundaries=False)
 
     def __init__(
         self,

@@ -10,19 +10,24 @@ least u^ get new incoming weights, U(+-gain sqrt(3 / fan_in)) with gain sqrt(2) 
 outgoing weights 0, and age, utility and mean 0; the bias of the reader takes over w_out[:, i] h^_i, what the unit gave on
 average. BatchNorm and the optimiser's moments of all these numbers start anew too.
 
-variant  "paper" (default): as above. "official": the released MLP code sets the mean to 0 before it is read, so that the biases
-         of readers never change.
+variant  "paper" (default): as above. "official_mlp": the released code for MLPs sets the mean to 0 before it is read, so that
+         the biases of readers never change. "official_resnet": the released code for ResNets has
+           m_i <- m_i + (1 - eta) mean |h_i|,  u^_i = mean |w_out| m_i     (no decay, no division; utility=contribution alone)
+         and m_i goes on when a unit starts anew, so that utility grows with the age of the network. `rate` of all units of a
+         layer are due once one is eligible; new weights are normal(0, sqrt(2 / fan_in)), no bias takes anything over, and the
+         optimiser's moments stay
 
-Deviations: torch's Adam counts steps per tensor, so a new unit's moments are 0 but its count is not; a reader without a bias
-cannot take anything over. Only layers whose units one other layer reads take part: all of an MLP or a plain convolutional
-network, the inner one of a ResNet's block, the hidden layer of a ViT's MLPs.
+With optimizer=adam every number counts its own steps (`training/entry_adam.py`), as in the release: those of a new unit are 0.
+Deviations: a reader without a bias cannot take anything over. Only layers whose units one other layer reads take part: all of
+an MLP or a plain convolutional network, the inner one of a ResNet's block (the release for ResNets takes all, and as reader
+the next in its list), the hidden layer of a ViT's MLPs. Fractions that are due add up (the code for MLPs draws unless told so).
 Constants: online permuted MNIST (SGD 0.003, batch 1) rate 1e-4 to 1e-6, maturity 100; Continual ImageNet rate 3e-4.
 Published, read: Continual ImageNet, plain backpropagation falls from 89 % to 77 % at task 2,000; CBP's number was not read.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -33,6 +38,7 @@ from clbench.models.backbone import Backbone
 from clbench.models.heads import LinearHead
 from clbench.models.units import Units, hidden_units
 from clbench.streams.images.data import shuffled
+from clbench.training.entry_adam import EntryAdam
 from clbench.training.fisher import moved
 from clbench.training.fit import Recipe, fit
 from clbench.training.losses import masked_cross_entropy
@@ -40,6 +46,7 @@ from clbench.training.runtime import Runtime
 from clbench.training.schedules import constant
 from clbench.training.state import collect, groups_of, restore
 
+VARIANTS = ("paper", "official_mlp", "official_resnet")
 COUNTERS = ("age", "mean", "utility", "due")  # of every layer: [units] each, due [1]
 
 
@@ -50,7 +57,8 @@ class _Watched(Recipe):
     built: list[torch.optim.Optimizer] = field(default_factory=list, compare=False)
 
     def build(self, groups: Any) -> torch.optim.Optimizer:
-        self.built[:] = [super().build(groups)]
+        adam = self.optimizer == "adam"
+        self.built[:] = [EntryAdam(groups, self.betas, self.weight_decay) if adam else super().build(groups)]
         return self.built[0]
 
 
@@ -59,12 +67,17 @@ class Cbp:
 
     capabilities: ClassVar[Capabilities] = Capabilities(needs_boundaries=False, anytime=True)
 
+    @staticmethod
+    def capabilities_of(*, masking: str = "seen", **options: Any) -> Capabilities:
+        """A softmax over an experience's classes must be told where one ends."""
+        return replace(Cbp.capabilities, needs_boundaries=masking == "local")
+
     def __init__(
         self,
         model: Backbone,
         runtime: Runtime,
         *,
-        variant: Literal["paper", "official"] = "paper",
+        variant: Literal["paper", "official_mlp", "official_resnet"] = "paper",
         utility: Literal["adaptable", "contribution"] = "adaptable",
         rate: float = 1e-4,  # share of the eligible units that start anew at each step
         maturity: int = 100,  # steps that a unit is safe
@@ -82,11 +95,15 @@ class Cbp:
         if not 0 <= rate <= 1 or not 0 <= decay < 1 or maturity < 0:
             given = f"rate={rate} decay={decay} maturity={maturity}"
             raise UserError(f"learner.rate must lie in [0, 1], decay in [0, 1), maturity from 0, got {given}")
+        if variant not in VARIANTS:
+            raise UserError(f"unknown learner.variant={variant}: choose {', '.join(VARIANTS)}")
+        if variant == "official_resnet" and utility != "contribution":
+            raise UserError(f"learner.variant=official_resnet has learner.utility=contribution alone, got {utility}")
         self.model, self.runtime, self.masking = model, runtime, masking
         self.units = hidden_units(model)
         if not self.units:
             raise UserError(f"learner cbp: model {model.identity['name']} has no layer whose units one other layer reads alone")
-        self.corrects, self.adaptable = variant == "paper", utility == "adaptable"
+        self.variant, self.adaptable = variant, utility == "adaptable"
         self.rate, self.maturity, self.decay = rate, maturity, decay
         self.lr, self.backbone_lr = lr, backbone_lr
         self.epochs, self.batch_size = runtime.epochs(epochs), batch_size
@@ -134,36 +151,24 @@ class Cbp:
     @torch.no_grad()
     def renew(self, one: Units, h: Tensor, generator: torch.Generator) -> int:
         """One step of a layer: activations h [N, units, M] count, then what is due starts anew -> number of units."""
-        own = self.counters[one.name]
-        own["age"] += 1
-        own["mean"].lerp_(h.mean((0, 2)), 1 - self.decay)
-        correction = 1 - self.decay ** own["age"]
-        mean = own["mean"] / correction
-        size = (h - mean[:, None] if self.adaptable else h).abs().mean((0, 2))
-        out = torch.cat([w.movedim(1, 0).flatten(1) for w, _ in one.outgoing(self.head.blocks)], dim=1)
-        now = out.abs().mean(1) * size
-        if self.adaptable:
-            now = now / one.layer.weight.abs().flatten(1).mean(1).clamp_min(torch.finfo(torch.float32).tiny)
-        own["utility"].lerp_(now, 1 - self.decay)
+        own, resnet = self.counters[one.name], self.variant == "official_resnet"
+        out = torch.cat([w.movedim(1, 0).flatten(1) for w, _ in one.outgoing(self.head.blocks)], dim=1).abs().mean(1)
+        mean, worth = (summed if resnet else averaged)(one, own, h, out, self.decay, self.adaptable)
         eligible = own["age"] > self.maturity
-        own["due"] += self.rate * eligible.sum()
+        own["due"] += self.rate * (one.count * eligible.any() if resnet else eligible.sum())
         number = int(own["due"])
         if number == 0:
             return 0
         own["due"] -= number
-        worth = (own["utility"] / correction).masked_fill(~eligible, float("inf"))
-        rows = worth.argsort(stable=True)[: min(number, int(eligible.sum()))]
-        self.start_anew(one, rows, mean if self.corrects else torch.zeros_like(mean), generator)
+        rows = worth.masked_fill(~eligible, float("inf")).argsort(stable=True)[: min(number, int(eligible.sum()))]
+        self.start_anew(one, rows, mean if self.variant == "paper" else torch.zeros_like(mean), generator)
         return len(rows)
 
     @torch.no_grad()
     def start_anew(self, one: Units, rows: Tensor, mean: Tensor, generator: torch.Generator) -> None:
         """Units `rows` of a layer get new weights; their readers' biases take over `mean` [units] of them."""
-        layer, norm = one.layer, one.norm
-        fan_in = layer.weight[0].numel()
-        bound = fan_in**-0.5 * (6**0.5 if isinstance(layer, nn.Linear) else 1)
-        fresh = torch.empty(len(rows), *layer.weight.shape[1:]).uniform_(-bound, bound, generator=generator)
-        layer.weight[rows] = fresh.to(layer.weight)
+        layer, norm, resnet = one.layer, one.norm, self.variant == "official_resnet"
+        layer.weight[rows] = drawn(layer, len(rows), resnet, generator).to(layer.weight)
         incoming = [layer.weight, *([] if layer.bias is None else [layer.bias])]
         if layer.bias is not None:
             layer.bias[rows] = 0
@@ -176,9 +181,10 @@ class Cbp:
                 if getattr(norm, name, None) is not None:
                     getattr(norm, name)[rows] = value
             incoming += list(norm.parameters())
-        for name in ("age", "mean", "utility"):
+        for name in ("age", "utility") if resnet else ("age", "mean", "utility"):
             self.counters[one.name][name][rows] = 0
-        self.forget_moments(one, rows, incoming)
+        if not resnet:
+            self.forget_moments(one, rows, incoming)
 
     def forget_moments(self, one: Units, rows: Tensor, incoming: list[Tensor]) -> None:
         """The optimiser's moments of the units' weights are 0."""
@@ -203,6 +209,38 @@ class Cbp:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         restore(self, {**state, "counters": {n: moved(c, self.runtime.device) for n, c in state["counters"].items()}})
+
+
+def averaged(
+    one: Units, own: dict[str, Tensor], h: Tensor, out: Tensor, decay: float, adaptable: bool
+) -> tuple[Tensor, Tensor]:
+    """Counters after a batch of activations h [N, units, M], outgoing weights of mean size `out` [units] -> h^, u^ [units]."""
+    own["age"] += 1
+    own["mean"].lerp_(h.mean((0, 2)), 1 - decay)
+    correction = 1 - decay ** own["age"]
+    mean = own["mean"] / correction
+    now = out * (h - mean[:, None] if adaptable else h).abs().mean((0, 2))
+    if adaptable:
+        now = now / one.layer.weight.abs().flatten(1).mean(1).clamp_min(torch.finfo(torch.float32).tiny)
+    own["utility"].lerp_(now, 1 - decay)
+    return mean, own["utility"] / correction
+
+
+def summed(one: Units, own: dict[str, Tensor], h: Tensor, out: Tensor, decay: float, adaptable: bool) -> tuple[Tensor, Tensor]:
+    """The same as the released code for ResNets has it: m and u^."""
+    own["age"] += 1
+    own["mean"] += (1 - decay) * h.abs().mean((0, 2))
+    own["utility"].copy_(out * own["mean"])
+    return own["mean"], own["utility"].clone()
+
+
+def drawn(layer: nn.Linear | nn.Conv2d, number: int, normal: bool, generator: torch.Generator) -> Tensor:
+    """Incoming weights of new units, from a CPU generator."""
+    fresh, scale = torch.empty(number, *layer.weight.shape[1:]), layer.weight[0].numel() ** -0.5
+    if normal:
+        return fresh.normal_(0, 2**0.5 * scale, generator=generator)
+    bound = scale * (6**0.5 if isinstance(layer, nn.Linear) else 1)
+    return fresh.uniform_(-bound, bound, generator=generator)
 
 
 def _noting(one: Units, activations: dict[str, Tensor]) -> Any:

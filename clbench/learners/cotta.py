@@ -9,6 +9,12 @@ theta and a teacher theta', both theta_0 at the start; BatchNorm uses the statis
   4. each number of theta goes back to theta_0 with probability `restore`
 The answer is y' (answer=before, the release), or teacher(x) after these steps (answer=after).
 
+steps   how often 1. to 4. are done on a batch (the release's OPTIM.STEPS); the answer is the last y'
+loss    "cross_entropy" (default, the paper and the release for CIFAR): the term of 2.; "symmetric" (the release for ImageNet):
+        the mean of it and of the one with teacher and student exchanged
+reset   "never" (default); "set", "batch": student, teacher and moments are the source's again before each set, or batch
+        (the release's `reset` and MODEL.EPISODIC)
+
 All weights of network and head adapt. Views: colour jitter, affine, blur, flip and noise in the release's ranges, one draw for
 a batch; the confidence of `threshold` is 0.92 for CIFAR-10-C, 0.72 for CIFAR-100-C, 0.1 (restore 0.001, SGD 0.01) for
 ImageNet-C. Deviations: views that are not used are not computed (the CIFAR release computes them, which changes no answer);
@@ -28,7 +34,7 @@ from clbench.interfaces import Batch, Capabilities, Experience, Schedule, UserEr
 from clbench.learners.finetune import Finetune
 from clbench.models.backbone import Backbone
 from clbench.streams import rng
-from clbench.training.adaptation import Adapted, batch_statistics
+from clbench.training.adaptation import Adapted, Reset, batch_statistics, begins_anew, checked_reset
 from clbench.training.fit import Recipe
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import constant
@@ -36,7 +42,7 @@ from clbench.training.state import collect
 
 
 class Cotta(Finetune):
-    """State: backbone and head of the source, student with its moments, teacher, number of batches answered."""
+    """State: backbone and head of the source, student with its moments, teacher, number of steps taken."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(transductive=True, adapts_at_test=True)
 
@@ -50,6 +56,9 @@ class Cotta(Finetune):
         alpha: float = 0.999,
         restore: float = 0.01,
         answer: Literal["before", "after"] = "before",  # predict, then adapt; or adapt, then predict
+        reset: Reset = "never",  # when adaptation starts from the source again
+        steps: int = 1,  # on each test batch
+        loss: Literal["cross_entropy", "symmetric"] = "cross_entropy",
         adapt_optimizer: Literal["adam", "sgd"] = "adam",
         adapt_lr: float = 1e-3,
         lr: float = 0.01,
@@ -63,14 +72,19 @@ class Cotta(Finetune):
         for name, value in (("alpha", alpha), ("restore", restore)):
             if not 0 <= value <= 1:
                 raise UserError(f"learner.{name} must lie between 0 and 1, got {value}")
-        if augmentations < 1:
-            raise UserError(f"learner.augmentations must be at least 1, got {augmentations}")
+        for name, count in (("augmentations", augmentations), ("steps", steps)):
+            if count < 1:
+                raise UserError(f"learner.{name} must be at least 1, got {count}")
+        if loss not in ("cross_entropy", "symmetric"):
+            raise UserError(f"unknown learner.loss={loss}: choose cross_entropy or symmetric")
         super().__init__(
             model, runtime, lr=lr, backbone_lr=backbone_lr, epochs=epochs, batch_size=batch_size, momentum=momentum,
             weight_decay=weight_decay, schedule=schedule,
         )  # fmt: skip
         self.threshold, self.augmentations, self.alpha, self.restoring = threshold, augmentations, alpha, restore
         self.answer, self.answered = answer, 0
+        self.reset: Reset = checked_reset(reset)
+        self.steps, self.symmetric = steps, loss == "symmetric"
         self.student, self.teacher = Adapted(Recipe(adapt_optimizer), adapt_lr), dict[str, Tensor]()
 
     def learn(self, experience: Experience) -> dict[str, float]:
@@ -78,9 +92,13 @@ class Cotta(Finetune):
         self.student.begin({})
         self.teacher = {}
         log = super().learn(experience)
+        self.begin()
+        return log
+
+    def begin(self) -> None:
+        """Student and teacher are the source."""
         self.student.begin(self.source())
         self.teacher = {name: value.clone() for name, value in self.source().items()}
-        return log
 
     def source(self) -> dict[str, Tensor]:
         """The weights that training left, by name."""
@@ -93,16 +111,24 @@ class Cotta(Finetune):
     def predict(self, batch: Batch) -> Tensor:
         """Logits [B, num_seen]; changes the state."""
         self.model.eval()
+        if begins_anew(self.reset, batch):
+            self.begin()
         with batch_statistics(self.model):
-            z = self.target(batch.x)
-            with torch.enable_grad():
-                own = self.scores(self.student.weights, batch.x)
-                self.student.step(-(z.softmax(1) * own.log_softmax(1)).sum(1).mean())
+            for _ in range(self.steps):
+                z = self.target(batch.x)
+                with torch.enable_grad():
+                    self.student.step(self.gap(z, self.scores(self.student.weights, batch.x)))
+                with torch.no_grad():
+                    self.follow()
+                    self.go_back()
+                    self.answered += 1
             with torch.no_grad():
-                self.follow()
-                self.go_back()
-                self.answered += 1
                 return z if self.answer == "before" else self.scores(self.teacher, batch.x)
+
+    def gap(self, z: Tensor, own: Tensor) -> Tensor:
+        """What a step of the student lowers: its logits `own` [B, K] against the teacher's z [B, K]."""
+        one = -(z.softmax(1) * own.log_softmax(1)).sum(1).mean()
+        return (one - (own.softmax(1) * z.log_softmax(1)).sum(1).mean()) / 2 if self.symmetric else one
 
     @torch.no_grad()
     def target(self, x: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ New samples push no row of a class that is absent from their batch, so a new cla
 
 variant  "paper": the softmax of new samples runs over the classes present; "official": the released code also leaves open the
          seen class of the largest number, absent or not (its mask opens all columns from there on, for classes to come)
+start    replay begins with the second batch, or with the second experience (released, where the stream is not task-free)
+past     draw from samples of earlier experiences alone (an option of the release)
 
 Deviations: the head grows, so that unseen classes are in no softmax; the released code has all of them from the start, at -1e9.
 Its presets: SGD 0.1 from scratch, b = r = 10, cosine head with scale 10 (`head=cosine10`, the default here too); the default
@@ -16,7 +18,8 @@ Published: Split CIFAR-10 and Split CIFAR-100, one pass: about 52 % and 25 % (as
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -26,7 +29,7 @@ from clbench.interfaces import Batch, Capabilities, Experience, Schedule, UserEr
 from clbench.models.backbone import Backbone
 from clbench.models.heads import LOWEST, OnlineHead
 from clbench.training.fit import Recipe, fit
-from clbench.training.online import Augment, OnlineBatch, OnlineStream, grow, labels, scores
+from clbench.training.online import Augment, OnlineBatch, OnlineStream, Start, grow, labels, scores
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import constant
 from clbench.training.state import collect, groups_of, restore
@@ -49,6 +52,11 @@ class ErAce:
 
     capabilities: ClassVar[Capabilities] = Capabilities(stores_exemplars=True, needs_boundaries=False, anytime=True)
 
+    @staticmethod
+    def capabilities_of(*, start: str = "second_batch", past: bool = False, **options: Any) -> Capabilities:
+        """What refers to experiences must be told where they end."""
+        return replace(ErAce.capabilities, needs_boundaries=past or start == "second_experience")
+
     def __init__(
         self,
         model: Backbone,
@@ -58,6 +66,8 @@ class ErAce:
         memory: int | None = None,  # samples; null: what the scenario's budget allows
         replay: int | None = None,  # drawn in each update; null: as many as new ones
         updates: float = 1.0,  # on each batch of the stream; below 1: some batches have none
+        start: Start = "second_batch",
+        past: bool = False,
         head: Literal["linear", "cosine10"] = "cosine10",
         augment: Augment = "both",
         lr: float = 0.01,  # head
@@ -68,9 +78,11 @@ class ErAce:
         weight_decay: float = 0.0,
         schedule: Schedule = constant,
     ):
-        if variant not in VARIANTS:
-            raise UserError(f"unknown learner.variant={variant}: choose {' or '.join(VARIANTS)}")
-        self.model, self.runtime, self.variant = model, runtime, variant
+        for name, value, known in (("variant", variant, VARIANTS), ("start", start, get_args(Start))):
+            if value not in known:
+                raise UserError(f"unknown learner.{name}={value}: choose {' or '.join(known)}")
+        self.model, self.runtime, self.variant, self.past = model, runtime, variant, past
+        self.start: Start = start
         self.epochs, self.batch_size, self.updates, self.augment = runtime.epochs(epochs), batch_size, updates, augment
         self.replay = batch_size if replay is None else replay
         self.lr, self.backbone_lr = lr, backbone_lr
@@ -88,7 +100,7 @@ class ErAce:
             total = asymmetric_cross_entropy(scores(self, batch.new), y, self.head.seen_K, self.variant)
             return total if batch.old is None else total + F.cross_entropy(scores(self, batch.old), labels(batch.old))
 
-        stream = OnlineStream(self, experience, replay=self.replay)
+        stream = OnlineStream(self, experience, replay=self.replay, start=self.start, past=self.past)
         groups = groups_of((self.model, self.backbone_lr), (self.head, self.lr))
         log = fit(self.runtime, "train", self, groups, loss, stream, self.recipe, after_step=stream.store)
         return {**log, "exemplars": float(len(self.memory))}

@@ -41,9 +41,10 @@ class Finetune:
     capabilities: ClassVar[Capabilities] = Capabilities(needs_boundaries=False, anytime=True)
 
     @classmethod
-    def capabilities_of(cls, *, head: str = "single", **options: Any) -> Capabilities:
-        """A head for every task needs the task."""
-        return replace(cls.capabilities, needs_task_id=head == "per_task")
+    def capabilities_of(cls, *, head: str = "single", masking: str = "seen", **options: Any) -> Capabilities:
+        """A head for every task needs the task; a softmax over an experience's classes must be told where one ends."""
+        told = cls.capabilities.needs_boundaries or masking == "local"
+        return replace(cls.capabilities, needs_task_id=head == "per_task", needs_boundaries=told)
 
     def __init__(
         self,

@@ -8,6 +8,9 @@ Released recipe: SGD with momentum 0.9, weight decay 1e-6, batch 16, gradients c
 in pass 1, then cosine with warm restarts (cycles of 1, 2, 4, ... passes, down to 0.01 of the rate), 256 passes; cutmix (one
 box, area share U(0, 1)) in half of the batches. Passes that are a power of two end on a cycle. Rates there: 0.05 for all, from
 scratch; the default rates and 32 passes here are for pre-trained backbones.
+Other suites, from scratch: Mai et al. (arXiv 2101.10423) passes=30 (memory 1,000; else 70) cutmix=0 schedule=constant,
+batches of 10; Mammoth passes=250 cutmix=1 clip=null, one answer after the last experience; CapyMOA optimizer=adam
+schedule=constant cutmix=0 clip=null (there the network goes on from the answer before, against the definition; not built).
 The published numbers are the best test accuracy over passes; here the last pass counts.
 Published: CIFAR-10, ResNet-18, memory 200, 500, 1,000: 35.0, 45.4, 61.2 %; MNIST, MLP of 400, memory 4,400: 97.8 % (README).
 """
@@ -16,14 +19,14 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clbench.interfaces import Batch, Capabilities, Experience, Place, UserError
+from clbench.interfaces import Batch, Capabilities, Experience, Place, Schedule, UserError
 from clbench.models.backbone import Backbone
 from clbench.models.heads import OnlineHead
 from clbench.streams import rng
@@ -80,17 +83,18 @@ class GDumb:
         lr: float = 0.05,  # head
         backbone_lr: float = 0.001,
         batch_size: int = 16,
-        momentum: float = 0.9,
+        momentum: float = 0.9,  # of sgd
         weight_decay: float = 1e-6,
         clip: float | None = 10.0,
+        optimizer: Literal["sgd", "adam"] = "sgd",
+        schedule: Schedule | None = None,  # null: warm restarts over the passes, as released
     ):
         if passes < 1 or not 0 <= cutmix <= 1:
             raise UserError(f"learner.passes={passes} must be at least 1, learner.cutmix={cutmix} in 0..1")
         self.model, self.runtime, self.passes, self.cutmix = model, runtime, passes, cutmix
         self.lr, self.backbone_lr, self.batch_size = lr, backbone_lr, batch_size
-        self.recipe = Recipe(
-            "sgd", momentum, weight_decay=weight_decay, clip=clip, schedule=partial(warm_restarts, passes=passes)
-        )
+        schedule = partial(warm_restarts, passes=passes) if schedule is None else schedule
+        self.recipe = Recipe(optimizer, momentum, weight_decay=weight_decay, clip=clip, schedule=schedule)
         self.start = detached(model.state_dict())
         self.head = OnlineHead(model.num_features).to(runtime.device)
         self.memory = allowed_stream_memory(runtime, "balanced", memory)

@@ -12,9 +12,11 @@ Steps are those of plain SGD, so that a weight without gradient stays as it is.
 variant  "official" (default): progress = samples before the batch / samples, which never reaches 1. "paper": (b - 1) / (B - 1)
          for batch b of B.
 
-Deviations: constant rate instead of division by 3 after 5 epochs without gain on validation data, and the last weights
-instead of the best ones. Networks that HAT was not made for: what is no weight or bias beside a hidden unit (attention,
-residual sums, tokens, normalisation) is trained on the first task alone, and BatchNorm keeps that task's statistics.
+Deviations: constant rate, and the last weights; the release divides the rate by 3 after 5 epochs without gain on validation
+data, stops below 1e-4 and takes the best weights. That is not built: the number of steps of a `fit` is known before it begins,
+since budgets and schedules count them. Networks that HAT was not made for: what is no weight or bias beside a hidden unit
+(attention, residual sums, tokens, normalisation) is trained on the first task alone, and BatchNorm keeps that task's
+statistics.
 A task that comes back goes on where it was, within what the others do not use.
 Published number: none read.
 """

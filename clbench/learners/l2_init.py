@@ -8,13 +8,15 @@ row of the head was drawn with. The term is in the loss, so Adam scales it with 
 rather than from forgetting; `l2_reg` with reference=pretrained holds the backbone alone.
 Factor: the paper has no 1/2; nor has this file (`quadratic_penalty` has, and is doubled).
 
-masking  softmax over the experience's classes ("local", default: where the same classes come again, over all) or all seen.
+masking  softmax over the experience's classes ("local", default: where the same classes come again, over all; boundaries must
+         be told) or all seen.
 Constants: Adam 1e-3 or 1e-4, strength 1e-2 to 1e-5, in the paper's text; no released code was found. Published number: none
 read.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -34,7 +36,12 @@ from clbench.training.state import collect, groups_of, restore
 class L2Init:
     """State: backbone and head, and the first weights of both."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(needs_boundaries=False, anytime=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(anytime=True)
+
+    @staticmethod
+    def capabilities_of(*, masking: str = "local", **options: Any) -> Capabilities:
+        """The penalty needs no boundaries; a softmax over an experience's classes must be told where one ends."""
+        return replace(L2Init.capabilities, needs_boundaries=masking == "local")
 
     def __init__(
         self,

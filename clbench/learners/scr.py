@@ -9,6 +9,8 @@ evaluation mode, so that a look in mid-experience sees those of the network and 
 variant  "paper": every batch is trained on; "official": no step until the memory holds something, as in the released code
 review   after each experience one pass over the memory with gradients divided by 10: the review trick, which the released
          configurations switch on. Stored samples are then seen more often, and boundaries must be told
+start    replay begins with the second batch (released), or with the second experience
+past     draw from samples of earlier experiences alone
 mirror   whether the second view may be flipped (digits and texts do not mirror)
 
 Released: r = 100, b = 10, temperature 0.1, SGD 0.1 from scratch; the default rates are for pre-trained backbones.
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace as changed
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +35,7 @@ from clbench.streams import rng
 from clbench.streams.images.data import ImageBatch
 from clbench.training.contrastive import strong_view, supervised_contrastive
 from clbench.training.fit import Recipe, fit
-from clbench.training.online import MemoryMeans, OnlineBatch, OnlineStream, labels, nearest_mean
+from clbench.training.online import MemoryMeans, OnlineBatch, OnlineStream, Start, labels, nearest_mean
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import constant
 from clbench.training.state import collect, groups_of, parameters_of, restore
@@ -60,9 +62,11 @@ class Scr:
     capabilities: ClassVar[Capabilities] = Capabilities(stores_exemplars=True, needs_boundaries=False, anytime=True)
 
     @staticmethod
-    def capabilities_of(*, review: bool = False, **options: Any) -> Capabilities:
-        """A review comes where an experience ends."""
-        return changed(Scr.capabilities, needs_boundaries=review)
+    def capabilities_of(
+        *, review: bool = False, start: str = "second_batch", past: bool = False, **options: Any
+    ) -> Capabilities:
+        """A review comes where an experience ends, and what refers to experiences must be told where they end."""
+        return changed(Scr.capabilities, needs_boundaries=review or past or start == "second_experience")
 
     def __init__(
         self,
@@ -71,6 +75,8 @@ class Scr:
         *,
         variant: Literal["paper", "official"] = "paper",  # official: no step on the first batch
         review: bool = False,
+        start: Start = "second_batch",
+        past: bool = False,
         mirror: bool = True,
         temperature: float = 0.1,
         memory: int | None = None,  # samples; null: what the scenario's budget allows
@@ -86,6 +92,14 @@ class Scr:
     ):
         if variant not in ("paper", "official"):
             raise UserError(f"unknown learner.variant={variant}: choose paper or official")
+        if start not in get_args(Start):
+            raise UserError(f"unknown learner.start={start}: choose {' or '.join(get_args(Start))}")
+        if variant == "official" and start == "second_experience":
+            raise UserError(
+                "learner.variant=official makes no step without a draw, learner.start=second_experience no draw at first"
+            )
+        self.start: Start = start
+        self.past = past
         self.model, self.runtime, self.variant, self.review, self.mirror = model, runtime, variant, review, mirror
         self.epochs, self.batch_size, self.updates = runtime.epochs(epochs), batch_size, updates
         self.augment, self.replay, self.temperature = "none", replay, temperature
@@ -108,7 +122,7 @@ class Scr:
                 return torch.stack([(p * 0).sum() for p in params]).sum()
             return self.contrast(batch.joined, batch.key, experience.train.pipeline)  # type: ignore[attr-defined]
 
-        stream = OnlineStream(self, experience, replay=self.replay)
+        stream = OnlineStream(self, experience, replay=self.replay, start=self.start, past=self.past)
         groups = groups_of((self.model, self.backbone_lr), (self.projector, self.lr))
         log = fit(self.runtime, "train", self, groups, loss, stream, self.recipe, after_step=stream.store)
         if self.review and len(self.memory):

@@ -35,9 +35,9 @@ class ShrinkPerturb:
     capabilities: ClassVar[Capabilities] = Capabilities(anytime=True)
 
     @staticmethod
-    def capabilities_of(*, variant: str = "paper", **options: Any) -> Capabilities:
-        """What is done at every step needs no boundaries."""
-        return replace(ShrinkPerturb.capabilities, needs_boundaries=variant == "paper")
+    def capabilities_of(*, variant: str = "paper", masking: str = "seen", **options: Any) -> Capabilities:
+        """What is done at every step needs no boundaries; a softmax over an experience's classes does."""
+        return replace(ShrinkPerturb.capabilities, needs_boundaries=variant == "paper" or masking == "local")
 
     def __init__(
         self,

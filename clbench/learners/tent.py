@@ -3,10 +3,12 @@ arXiv 2006.10726).
 
 Network and head are trained on the source as in `finetune`. Then, for every test batch of n samples,
   loss = 1/n sum_i H(softmax z_i),  H(p) = -sum_c p_c log p_c
-takes one step on scale and shift of the normalisation layers; BatchNorm uses the statistics of the batch. Nothing else moves,
-and what was learned goes on from set to set: no reset (the paper resets before each corruption; papers on continual
-adaptation do not). `learn` starts from the source's own weights again.
+takes one step on scale and shift of the normalisation layers; BatchNorm uses the statistics of the batch. Nothing else moves.
+`learn` starts from the source's own weights again.
 
+reset   "never" (default, as papers on continual adaptation): what was learned goes on from set to set; "set" (the paper):
+        scales, shifts and moments of the optimiser are the source's again before each set; "batch": before each batch (the
+        release's MODEL.EPISODIC)
 norms   "all" (default): BatchNorm, LayerNorm and GroupNorm, as later papers use it on ViTs; "batch": BatchNorm alone, the
         release's choice; in a network without it that is refused
 answer  "before" (default, the release): the scores with which the loss was computed (of the last of `steps`); "after": those
@@ -27,7 +29,7 @@ from torch.func import functional_call
 from clbench.interfaces import Batch, Capabilities, Experience, Schedule, UserError
 from clbench.learners.finetune import Finetune
 from clbench.models.backbone import Backbone
-from clbench.training.adaptation import Adapted, affine, batch_statistics, entropy
+from clbench.training.adaptation import Adapted, Reset, affine, batch_statistics, begins_anew, checked_reset, entropy
 from clbench.training.fit import Recipe
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import constant
@@ -46,6 +48,7 @@ class Tent(Finetune):
         *,
         norms: Literal["all", "batch"] = "all",
         answer: Literal["before", "after"] = "before",  # predict, then adapt; or adapt, then predict
+        reset: Reset = "never",  # when adaptation starts from the source again
         steps: int = 1,  # on each test batch
         adapt_optimizer: Literal["adam", "sgd"] = "adam",
         adapt_lr: float = 1e-3,
@@ -64,6 +67,7 @@ class Tent(Finetune):
             weight_decay=weight_decay, schedule=schedule,
         )  # fmt: skip
         self.batch_norm_alone, self.answer, self.steps = norms == "batch", answer, steps
+        self.reset: Reset = checked_reset(reset)
         if not affine(model, self.batch_norm_alone):
             name = model.identity["name"]
             raise UserError(f"learner.norms={norms}: model {name} has no such layer with a scale, nothing would change")
@@ -83,6 +87,8 @@ class Tent(Finetune):
     def predict(self, batch: Batch) -> Tensor:
         """Logits [B, num_seen]; changes the state."""
         self.model.eval()
+        if begins_anew(self.reset, batch):
+            self.adapted.begin(affine(self.model, self.batch_norm_alone))
         with batch_statistics(self.model), torch.enable_grad():
             for _ in range(self.steps):
                 z = self.scores(batch.x)

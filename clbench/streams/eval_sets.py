@@ -74,6 +74,7 @@ def _issued(
     batch = data.batch(np.arange(len(data)))
     batch.y = None
     batch.ids = opaque(data.ids)
+    batch.begins = any(rows[0] == 0 for _, rows in pieces)
     yield batch, torch.from_numpy(data.y.copy()), owners
     data.stored.end()
 

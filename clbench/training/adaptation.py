@@ -7,16 +7,29 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clbench.interfaces import UserError
+from clbench.interfaces import Batch, UserError
 from clbench.training.fit import Recipe
 
 NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
+Reset = Literal["never", "set", "batch"]
+
+
+def begins_anew(reset: Reset, batch: Batch) -> bool:
+    """Whether adaptation starts from the source again before this batch: at a set's first one, at every one, or at none."""
+    return reset == "batch" or (reset == "set" and batch.begins)
+
+
+def checked_reset(reset: Reset) -> Reset:
+    """`UserError` where it is none of those."""
+    if reset not in get_args(Reset):
+        raise UserError(f"unknown learner.reset={reset}: choose never, set or batch")
+    return reset
 
 
 @contextlib.contextmanager

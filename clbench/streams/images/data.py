@@ -26,6 +26,7 @@ class ImageBatch:
 
     plain     seen under the test transform (features of frozen backbones may be remembered)
     replayed  how many of the samples come from a memory
+    begins    the first samples of an evaluation set are among them
     stored    the handles that the samples were issued with; None for a batch made by hand, whose features are not remembered
     """
 
@@ -39,7 +40,7 @@ class ImageBatch:
         stored: Stored | None = None,
     ):
         self.ids, self.y, self.task, self.plain, self.stored = ids, y, task, plain, stored
-        self.replayed = 0
+        self.replayed, self.begins = 0, False
         self._make: Callable[[], Tensor] | None = make
         self._x: Tensor | None = None
 

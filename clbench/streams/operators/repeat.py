@@ -31,7 +31,8 @@ def repeat(
     """Classes that come back, by slots or by sampling (CIR), or in long streams of small tasks (SCoLe).
 
     experiences  so many
-    how          slots: CIR's slot-based G(N, K). sampling: CIR's G(n_e, s_e, P_f, P_r) (Hemati et al., CoLLAs 2023).
+    how          slots: CIR's slot-based G(N, K). sampling: CIR's G(n_e, s_e, P_f, P_r) (Hemati et al., CoLLAs 2023,
+                 arXiv 2301.11396).
                  tasks: SCoLe (Lesort et al., CoLLAs 2023, arXiv 2207.04543)
     classes      slots: K slots of an experience, each a part of a class (default 2); every sample comes once. N K = number of
                  classes: disjoint; K = number of classes: domain-incremental. tasks: classes of each, drawn anew (default 2)
