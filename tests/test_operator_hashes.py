@@ -1,6 +1,6 @@
 """The hash of a stream under every operator, committed: the same on any machine.
 
-`pytest tests/test_operator_hashes.py --update-golden` writes it anew; a hash that changes means other streams than those of old records.
+`pytest tests/test_operator_hashes.py --update-golden` writes it anew; a new hash means other streams than those of old records.
 """
 
 import json
@@ -27,6 +27,7 @@ CHAINS = [
     [{"repeat": {"experiences": 8, "classes": 3}}],
     [{"repeat": {"how": "sampling", "experiences": 9, "samples": 30}}],
     [{"repeat": {"how": "tasks", "experiences": 40, "samples": 3}}, {"evaluate": {"every": 8}}],
+    [{"mnist_360": {"classes": 4, "rounds": 2}}, {"single_pass": {"shuffle": False}}],
     [{"drift": {"width": 0.5}}, {"looks": {"number": 3}}],
     [{"order": {"by": "edge_hard"}}],
     [{"order": {"of": "experiences", "by": "hard_first"}}, {"evaluators": {"names": ["confusion"]}}],

@@ -11,6 +11,7 @@ FAMILIES = (
     "task-incremental",
     "domain-incremental",
     "few-shot",
+    "re-occurring",
     "online and general",
     "test-time",
     "continual pre-training",
@@ -21,6 +22,7 @@ _OWN = ("from_manifest",)  # targets that run what somebody else made
 _BY_OPERATOR = (  # the first that is among a scenario's operators
     ("test_time", "test-time"),
     ("shots", "few-shot"),
+    ("repeat", "re-occurring"),
     ("hide_boundaries", "online and general"),
     ("single_pass", "online and general"),
     ("blur", "online and general"),
@@ -32,6 +34,7 @@ _BY_TARGET = (
     ("class_incremental", "class-incremental"),
     ("task_incremental", "task-incremental"),
     ("domain_incremental", "domain-incremental"),
+    ("listed_batches", "re-occurring"),
 )
 
 
