@@ -474,7 +474,8 @@ def test_committed_leaderboard_is_made_from_the_committed_records():
 
 
 def test_committed_table_is_in_order():
-    lines = [r for r in csv.DictReader(io.StringIO((RESULTS / "leaderboard.csv").read_text())) if r["scenario"] == "cil_digits"]
+    rows = list(csv.DictReader(io.StringIO((RESULTS / "leaderboard.csv").read_text())))
+    lines = [r for r in rows if (r["scenario"], r["model"], r["manifest"]) == ("cil_digits", "nano", "332b26c0")]
     assert min(lines, key=lambda row: float(row["last_macro_mean"]))["learner"] == "finetune"
     five = ("finetune", "joint", "ncm", "replay", "slca")
     table = {name: [float(row["last_macro_mean"]) for row in lines if row["learner"] == name] for name in five}
@@ -483,8 +484,8 @@ def test_committed_table_is_in_order():
     assert min(table["ncm"]) >= 0.8 and min(table["slca"]) >= 0.9 and min(table["replay"]) >= 0.9
     readme = (RESULTS.parent / "README.md").read_text()
     shown = readme[readme.index("<!-- leaderboard:start -->") : readme.index("<!-- leaderboard:end -->")]
-    for row in csv.DictReader(io.StringIO((RESULTS / "leaderboard.csv").read_text())):
-        if (row["scenario"], row["model"]) not in (("cil_digits", "nano"), ("cil_cifar100", "vit_tiny_112")):
+    for row in rows:
+        if row not in lines and (row["scenario"], row["model"]) != ("cil_cifar100", "vit_tiny_112"):
             continue
         (line,) = (line for line in shown.splitlines() if re.match(rf"\| {row['learner']}( \(reference\))? \|", line))
         same = [r for r in lines if r["learner"] == row["learner"]] if row["scenario"] == "cil_digits" else [row]

@@ -47,6 +47,7 @@ _PUBLISHED: Kinds = {
 _OURS: Kinds = {"stream": (str,), "overrides": (dict,), "tuning": (dict, type(None))}
 _TUNING: Kinds = {"grid": (str,), "stream": (str,), "runs": (int,), "seconds": _NUMBER}
 _PARTS = ("scenario", "learner", "model", "precision")
+_PLAIN = {"scenario.operators": []}  # a record names them only where there are some
 
 
 def write(results: pathlib.Path, conf: pathlib.Path) -> list[pathlib.Path]:
@@ -142,13 +143,16 @@ def same(a: Any, b: Any) -> bool:
 
 
 def matching(learner: str, stream: Mapping[str, Any], overrides: Mapping[str, Any], records: Sequence[Any]) -> list[Any]:
-    """Finished records of the learner on the stream in which every option named has its value; a missing option differs."""
-    wanted = {**stream["options"], **overrides}
+    """Finished records of the learner on the stream in which every option named has its value; a missing option differs.
+
+    Operators make another stream: where none are named, records that have some are left out.
+    """
+    wanted = _PLAIN | {**stream["options"], **overrides}
     found = []
     for entry in records:
         names = (entry["learner"]["name"], entry["scenario"]["name"], entry["model"]["name"])
         if entry["status"] == "ok" and names == (learner, stream["scenario"], stream["model"]):
-            given = flat(entry["config"])
+            given = _PLAIN | flat(entry["config"])
             if all(key in given and same(given[key], value) for key, value in wanted.items()):
                 found.append(entry)
     return found
@@ -220,9 +224,9 @@ def _changes(node: Mapping[str, Any], conf: pathlib.Path, part: str, name: str) 
                     break
     for key, value in flat(left).items():
         if key not in default:
-            yield f"{'+' if default else ''}{part}.{key}={_word(value)}"
+            yield f"{'+' if default else ''}{part}.{key}={word(value)}"
         elif not same(value, default[key]):
-            yield f"{part}.{key}={_word(value)}"
+            yield f"{part}.{key}={word(value)}"
 
 
 @functools.lru_cache(maxsize=512)
@@ -237,12 +241,14 @@ def _alike(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> bool
     return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
 
 
-def _word(value: Any) -> str:
+def word(value: Any) -> str:
     """A value as Hydra reads it."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     if isinstance(value, list):
-        return "[" + ",".join(_word(item) for item in value) + "]"
+        return "[" + ",".join(word(item) for item in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{word(item)}" for key, item in value.items()) + "}"
     if isinstance(value, str) and not re.fullmatch(r"[\w./:@-]+", value):
         return "'" + value.replace("'", "\\'") + "'"
     return str(value)
