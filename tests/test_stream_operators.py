@@ -609,6 +609,7 @@ def test_any_chain_is_a_stream_or_one_line(chain: list):
 
 
 REFUSED: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "pixels": ({"permute": {"size": 10_000}}, ("permute.size", "1..4096")),
     "severity": ({"corrupt": {"severity": 6}}, ("corrupt.severity", "0..5")),
     "kind": ({"corrupt": {"kinds": ["rain"]}}, ("corrupt.kinds", "rain")),
     "kinds": ({"corrupt": {"kinds": []}}, ("corrupt.kinds",)),
@@ -653,6 +654,9 @@ MISPLACED: dict[str, tuple[list[Any], tuple[str, ...]]] = {
     "looks": ([{"looks": {"number": 2}}, "long_tail"], ("put long_tail before",)),
     "looks and evaluate": (["evaluate", {"looks": {"number": 2}}], ("evaluation after each",)),
     "hidden": (["hide_boundaries", "blur"], ("rules of their own",)),
+    "adapted twice": (["test_time", "test_time"], ("already",)),
+    "dealt after adapting": (["test_time", "blur"], ("sets to adapt to", "put blur before")),
+    "passed twice": (["single_pass", "single_pass"], ("already",)),
     "twice": (["hide_boundaries", "hide_boundaries"], ("already",)),
     "corrupted copies": (["shuffle", "corrupt"], ("shuffle has no effect", "to: stream")),
     "shuffled again": (["shuffle", "single_pass"], ("single_pass makes an order of its own",)),
@@ -887,3 +891,13 @@ def test_a_stopped_long_stream_goes_on(clbench):
     (other,) = clbench.records("again")
     assert other["correct"] == whole["correct"] and other["final_state_sha256"] == whole["final_state_sha256"]
     assert other["resumed"] == 1 and len(other["correct"]) == 3
+
+
+def test_what_is_left_out_is_said(caplog):
+    base = stream(uneven(), increment=3)
+    datasets.say.cache_clear()
+    shots(base, base=3, way=3, shot=1)
+    assert "1 of the classes are left out, too few for another session of 3" in caplog.text
+    repeat.repeat(base, "sampling", 5, samples=10_000)
+    assert "fewer than 10000 samples" in caplog.text
+    fails(lambda: shots(base, base=20, way=5, shot=1), "20 base classes and 5 more are more than the stream's 7")

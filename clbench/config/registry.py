@@ -221,6 +221,8 @@ def _check_ranges(learner: Any) -> Iterator[str]:
             yield f"learner.{name} must be a finite number from 0, got {value:g}"
         if name in ("epochs", "batch_size") and value < 1:
             yield f"learner.{name} must be at least 1, got {value:g}"
+        if name == "updates" and not 0 < value < math.inf:
+            yield f"learner.updates must be a finite number above 0, got {value:g}"
 
 
 def operators_after(node: Mapping[str, Any]) -> Any:

@@ -187,7 +187,7 @@ def _npz_at(name: str, path: Path, size: int, mtime_ns: int, share: Share | None
 
 
 @cache
-def _say(line: str) -> None:
+def say(line: str) -> None:
     """A line for the user, once a process."""
     log.warning(line)
 
@@ -210,7 +210,7 @@ def _finish(name: str, pool: Pool, where: str = "", share: Share | None = None) 
 def _dataset(name: str, pool: Pool, where: str = "", share: Share | None = None) -> Dataset:
     """Hash a pool and make it read-only."""
     if pool.passed_over:
-        _say(f"{where or name}: passed over {pool.passed_over}")
+        say(f"{where or name}: passed over {pool.passed_over}")
     for array in (pool.y, pool.split, pool.domain, pool.source_order):
         if array is not None:
             array.flags.writeable = False

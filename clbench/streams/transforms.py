@@ -92,6 +92,7 @@ def corrupt(image: np.ndarray, sample: int, **options: Any) -> np.ndarray:
     return corruptions.corrupt(image, sample, **options)
 
 
+LARGEST = 4096  # pixels of a side
 _STEPS = {"permute": permute, "rotate": rotate, "turn": turn, "resize": resize, "corrupt": corrupt}
 _BY_SAMPLE = ("turn", "corrupt")
 _FIELDS = {
@@ -101,7 +102,7 @@ _FIELDS = {
         "interpolation": lambda v: v in INTERPOLATIONS,
     },
     "turn": {"first": lambda v: _angle(v), "by": lambda v: _angle(v), "ids": lambda v: _ids(v)},
-    "resize": {"size": lambda v: _whole(v, 1) and v <= 4096},
+    "resize": {"size": lambda v: _whole(v, 1) and v <= LARGEST},
     "corrupt": {
         "kind": lambda v: v in CORRUPTIONS,
         "severity": lambda v: _whole(v, 1) and v <= 5,

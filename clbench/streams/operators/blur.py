@@ -50,6 +50,8 @@ def blur(
     without_tasks(stream, "blur")
     number = experiences or len(stream.manifest.experiences)
     found = pool(stream, "blur")
+    if len(found.classes) < 2:
+        raise UserError("operator blur needs two classes or more, and the stream has one")
     if number < 2 or number > len(found.classes):
         raise UserError(f"operator blur needs 2 to {len(found.classes)} experiences, as many as classes at most, got {number}")
     classes = np.array(found.classes)[rng.permutation(rng.key("blur classes", seed), len(found.classes))].tolist()

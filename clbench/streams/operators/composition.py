@@ -77,7 +77,9 @@ def _clash(earlier: str, later: str, options: Mapping[str, Any]) -> str | None:
         return f"looks are places among the samples that there are; put {later} before it" if later != "evaluate" else _BOTH
     if earlier == "evaluate" and later == "looks":
         return _BOTH
-    if earlier == later and later in ("concatenate", "hide_boundaries", "looks", "evaluate"):
+    if earlier == "test_time" and later in (*MIXES, "shuffle", "single_pass", "drift", *JOINS, "corrupt"):
+        return f"the stream is a source experience and sets to adapt to by then; put {later} before it"
+    if earlier == later and later in ("concatenate", "hide_boundaries", "looks", "evaluate", "single_pass", "test_time"):
         return "name all data sets in one" if later == "concatenate" else "it stands there already"
     return None
 

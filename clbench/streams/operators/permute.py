@@ -10,6 +10,7 @@ import numpy as np
 from clbench.interfaces import UserError
 from clbench.streams.operators.copies import chosen, copied, flag, whole, with_transforms
 from clbench.streams.scenario import Scenario
+from clbench.streams.transforms import LARGEST
 
 
 def permute(
@@ -34,13 +35,15 @@ def permute(
     whole(seed, "permute.seed")
     flag(identity_first, "permute.identity_first")
     chosen(classes, "permute.classes", ("shared", "new"))
+    if size is not None and whole(size, "permute.size", 1) > LARGEST:
+        raise UserError(f"permute.size must be a whole number in 1..{LARGEST}, got {size}")
     if experiences is None and classes == "new":
         raise UserError("permute.classes=new needs permute.experiences: a number of them")
     if experiences is not None:
         stream = copied(stream, whole(experiences, "permute.experiences", 1), "permuted", "permute")
     if classes == "new":
         stream = _apart(stream)
-    first: tuple[Any, ...] = () if size is None else ({"resize": {"size": whole(size, "permute.size", 1)}},)
+    first: tuple[Any, ...] = () if size is None else ({"resize": {"size": size}},)
     number = len(stream.manifest.experiences)
     if identity_first and number == 1:
         raise UserError("operator permute has no effect on one experience: say permute.experiences, or identity_first: false")

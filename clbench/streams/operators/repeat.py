@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from clbench.interfaces import UserError
-from clbench.streams import rng
+from clbench.streams import datasets, rng
 from clbench.streams.operators.copies import chosen, share, whole
 from clbench.streams.operators.dealing import Pool, dealt, pool, split, without_tasks
 from clbench.streams.scenario import Scenario
@@ -31,8 +31,7 @@ def repeat(
     """Classes that come back, by slots or by sampling (CIR), or in long streams of small tasks (SCoLe).
 
     experiences  so many
-    how          slots: CIR's slot-based G(N, K). sampling: CIR's G(n_e, s_e, P_f, P_r) (Hemati et al., CoLLAs 2023,
-                 arXiv 2301.11396).
+    how          slots: CIR's G(N, K). sampling: CIR's G(n_e, s_e, P_f, P_r) (Hemati et al., CoLLAs 2023, arXiv 2301.11396).
                  tasks: SCoLe (Lesort et al., CoLLAs 2023, arXiv 2207.04543)
     classes      slots: K slots of an experience, each a part of a class (default 2); every sample comes once. N K = number of
                  classes: disjoint; K = number of classes: domain-incremental. tasks: classes of each, drawn anew (default 2)
@@ -148,6 +147,10 @@ def _sampled(found: Pool, arrival: np.ndarray, again: float, samples: int, seed:
         sizes = split(samples, len(present)) if present else []
         ids = [found.shuffled(c, "repeat sample", seed, i)[:n] for c, n in zip(present, sizes, strict=True)]
         parts.append(np.concatenate(ids) if ids else np.zeros(0, np.int64))
+    short = [len(ids) for ids in parts if 0 < len(ids) < samples]
+    if short:
+        least = f"the least has {min(short)}, all that its classes have"
+        datasets.say(f"operator repeat: {len(short)} experiences have fewer than {samples} samples; {least}")
     return parts
 
 

@@ -27,8 +27,9 @@ def rotate(
 ) -> Scenario:
     """All images in every experience, turned by an angle of its own ("Rotated MNIST").
 
-    experiences    so many, each with all samples of the stream and an evaluation set; null: those that there are
-    angles         in degrees, counter-clockwise, one for each experience (then `experiences` is their number); or drawn:
+    experiences    so many, each with all samples of the stream and an evaluation set (without it 10, or as many as angles);
+                   null: those that there are
+    angles         in degrees, counter-clockwise, one for each experience; or drawn:
     draw           evenly: 0, M / T, 2 M / T, ... of M = `largest` and T experiences. bins: one uniform draw in each of these T
                    bins (GEM, Lopez-Paz & Ranzato 2017). uniform: T draws of [0, M), in no order (Mammoth)
     seed           of the draws, to a hundredth of a degree

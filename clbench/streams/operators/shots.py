@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from clbench.interfaces import UserError
+from clbench.streams import datasets
 from clbench.streams.operators.copies import whole
 from clbench.streams.operators.dealing import Pool, dealt, pool
 from clbench.streams.scenario import Dataset, FileImages, Scenario
@@ -50,9 +51,13 @@ def shots(
     found = pool(stream, "shots")
     most = (len(found.classes) - base) // way
     wanted = most if sessions is None else sessions
-    if most < 1 or wanted > most:
-        text = f"{base} base classes and {wanted or 1} x {way} more"
+    if base + way > len(found.classes):
+        raise UserError(f"operator shots: {base} base classes and {way} more are more than the stream's {len(found.classes)}")
+    if wanted > most:
+        text = f"{base} base classes and {wanted} x {way} more"
         raise UserError(f"operator shots: {text} are more than the stream's {len(found.classes)}")
+    if sessions is None and (rest := len(found.classes) - base - wanted * way):
+        datasets.say(f"operator shots: {rest} of the classes are left out, too few for another session of {way}")
     listed = None if lines is None else _ids(stream.dataset, lines)
     parts = [np.sort(np.concatenate([found.train[c] for c in found.classes[:base]]))]
     for s in range(wanted):
