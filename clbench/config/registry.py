@@ -11,9 +11,11 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import logging
 import math
+import re
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,11 +69,12 @@ def choices(group: str) -> dict[str, list[Path]]:
 
 
 def description(path: Path) -> str:
-    """The first comment line of a YAML file."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith("#") and not line.startswith("# @"):
-            return line.lstrip("# ").strip()
-    return ""
+    """The first comment line of a YAML file; where its sentence goes on in the next one, to the end of the sentence."""
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("# @")]
+    block = [line.lstrip("# ").strip() for line in itertools.takewhile(lambda line: line.startswith("#"), lines)]
+    if len(block) < 2 or block[0].endswith((".", ")")):
+        return block[0] if block else ""
+    return re.split(r"(?<=\.) (?=\w)", " ".join(block), maxsplit=1)[0]
 
 
 def origin(path: Path) -> str:
