@@ -118,7 +118,7 @@ def _missing(name: str, root: Path, cls: Any, download: bool, error: Exception) 
     known = [str(getattr(cls, key)) for key in ("url", "_URL", "_DATASET_URL") if hasattr(cls, key)]
     source = TABLE[name].by_hand or (known or [*getattr(cls, "mirrors", ()), f"the source of torchvision's {cls.__name__}"])[0]
     md5 = next((f", MD5 {getattr(cls, key)}" for key in ("tgz_md5", "_MD5", "_DATASET_MD5") if hasattr(cls, key)), "")
-    reason = " ".join(str(error).split())[:200]
+    reason = " ".join(str(error).split()).replace(" You can use download=True to download it", "")[:200]  # torchvision's word
     if download and not TABLE[name].by_hand:
         return UserError(f"data set {name} could not be downloaded to {root} from {source}{md5}: {reason}")
     way = "it must be put there by hand" if TABLE[name].by_hand else "`download=true` gets it"
