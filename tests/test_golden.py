@@ -70,7 +70,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "agem": ("learner.augment=none",),
     "aper": ("learner.pet.scale=1", "learner.lr=1", "learner.batch_size=16"),
     "bic": ("learner.batch_size=16",),
-    "bn_adapt": ("model=convnet", "learner.lr=0.05", "learner.backbone_lr=0.02", "learner.batch_size=16"),
+    "bn_adapt": ("model=convnet", "learner.lr=0.02", "learner.backbone_lr=0", "learner.batch_size=16"),
     "cbp": (
         "learner.rate=1e-3",
         "learner.maturity=1",
