@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import NARROW
 from torch.nn import functional as F
 
 from clbench.config.compose import compose
@@ -43,8 +44,6 @@ VARIANTS = {
     "tent": ["learner.answer=after"],
     "slca": ["learner.restore_heads=false", "learner.fresh_norm=false", "learner.logit_norm=null"],
 }
-# The contract holds for any network, so it is tried on a narrow one.
-NARROW = ["model=nano_random", "model.kwargs.embed_dim=32", "model.kwargs.num_heads=2"]
 NORMS = ["model=resnet32", "model.timm=test_resnet"]  # with batch norms, for those that adapt them
 CASES = [(name, "") for name in NAMES] + [(name, option) for name, options in VARIANTS.items() for option in options]
 

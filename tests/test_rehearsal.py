@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from conftest import NARROW
 from torch.nn import functional as F
 
 from clbench.config.compose import compose
@@ -28,7 +29,7 @@ class Stopped(Exception):
 
 @pytest.mark.parametrize(("name", "option"), VARIANTS)
 def test_contract_of_variants(name, option):
-    (config,) = compose([f"learner={name}", option])
+    (config,) = compose([f"learner={name}", *NARROW, option])
     assert [f"{check}: {message}" for check, ok, message in check_learner(config) if not ok] == []
 
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import NARROW
 from torch import nn
 from torch.nn import functional as F
 
@@ -26,7 +27,7 @@ VARIANTS = [
 
 @pytest.mark.parametrize("options", VARIANTS)
 def test_contract(options):
-    (config,) = compose(["learner=slca_pp", *options])
+    (config,) = compose(["learner=slca_pp", *NARROW, *options])
     assert [f"{check}: {message}" for check, ok, message in check_learner(config) if not ok] == []
 
 
