@@ -656,7 +656,6 @@ MISPLACED: dict[str, tuple[list[Any], tuple[str, ...]]] = {
     "hidden": (["hide_boundaries", "blur"], ("rules of their own",)),
     "adapted twice": (["test_time", "test_time"], ("already",)),
     "dealt after adapting": (["test_time", "blur"], ("sets to adapt to", "put blur before")),
-    "passed twice": (["single_pass", "single_pass"], ("already",)),
     "twice": (["hide_boundaries", "hide_boundaries"], ("already",)),
     "corrupted copies": (["shuffle", "corrupt"], ("shuffle has no effect", "to: stream")),
     "shuffled again": (["shuffle", "single_pass"], ("single_pass makes an order of its own",)),

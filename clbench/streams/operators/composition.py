@@ -79,7 +79,7 @@ def _clash(earlier: str, later: str, options: Mapping[str, Any]) -> str | None:
         return _BOTH
     if earlier == "test_time" and later in (*MIXES, "shuffle", "single_pass", "drift", *JOINS, "corrupt"):
         return f"the stream is a source experience and sets to adapt to by then; put {later} before it"
-    if earlier == later and later in ("concatenate", "hide_boundaries", "looks", "evaluate", "single_pass", "test_time"):
+    if earlier == later and later in ("concatenate", "hide_boundaries", "looks", "evaluate", "test_time"):
         return "name all data sets in one" if later == "concatenate" else "it stands there already"
     return None
 
