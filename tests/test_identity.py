@@ -241,3 +241,16 @@ def test_from_clbench_import_of_a_moved_module_names_its_place():
     with pytest.raises(ImportError, match=r"clbench.walk is now clbench.run.loop"):
         from clbench import walk  # noqa: F401
     assert record.SCHEMA
+
+
+@pytest.mark.parametrize("target", provenance.ADDED)
+def test_options_that_came_later_leave_ids_as_they_were(target):
+    """At the value of what a learner did before it had them they are no part of its identity; at another one they are."""
+    added, name = provenance.ADDED[target], target.split(".")[0]
+    (config,) = compose.compose([f"learner={name}"])
+    assert added.items() <= config["learner"].items(), "these are the defaults"
+    plain = provenance.identity(config)["learner"]
+    assert not added.keys() & plain.keys() and config["learner"].keys() - plain.keys() >= added.keys()
+    for option in added:
+        other = {**config, "learner": config["learner"] | {option: "other"}}
+        assert provenance.identity(other)["learner"] == plain | {option: "other"}

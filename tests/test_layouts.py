@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from clbench.interfaces import UserError
-from clbench.streams import datasets, file_lists, generators, splits
+from clbench.streams import datasets, generators, splits
 from clbench.streams.images import domain_folders, notmnist, time_buckets
 from clbench.streams.manifest import Manifest
 from clbench.streams.operators import registry
@@ -442,8 +442,10 @@ def small50(tmp_path: Path, monkeypatch) -> Path:
 
 
 def test_batches_of_new_instances_and_classes(small50: Path):
-    def made(**options):
-        return file_lists.listed_batches("nic", "core50", **{"lists": "NIC_v2_3", "data_root": str(small50), **options})
+    def made(then=(), folder="NIC_v2_3", run=0, **options):
+        listed = {"file_lists": {"folder": folder, "run": run}}
+        options |= {"data_root": str(small50), "increment": 1, "operators": [listed, *then]}
+        return generators.class_incremental("nic", "core50", **options)
 
     stream = made()
     manifest, data = stream.manifest, stream.dataset
@@ -458,28 +460,29 @@ def test_batches_of_new_instances_and_classes(small50: Path):
     assert Manifest.from_json(manifest.to_json()) == manifest
     few = made(classes=["o2", "o11"], limit_test=2).manifest
     assert [e.classes for e in few.experiences] == [(1,), (1, 10)] and [len(e.ids) for e in few.evals] == [3, 3]
-    once = made(operators=["single_pass"]).manifest
-    assert next(iter(once.operators[0])) == "single_pass" and once.budget["in_order"]
+    once = made(["single_pass"]).manifest
+    assert next(iter(once.operators[1])) == "single_pass" and once.budget["in_order"]
     lists(small50, run=4)
     batch = small50 / "NIC_v2_3" / "run4" / "train_batch_00_filelist.txt"
     batch.write_text("s5/o3/C_05_03_000.png 2\n")
     assert made(run=4).manifest.experiences[0].classes == (2,)
     (small50 / "NIC_v2_3").rename(small50 / "core50_lists")
-    assert made(lists=str(small50 / "core50_lists")).manifest == manifest, "a path serves as well"
+    other = made(folder=str(small50 / "core50_lists")).manifest
+    assert replace(other, operators=manifest.operators) == manifest, "a path serves as well"
+    assert other.operators == ({"file_lists": {"folder": "core50_lists", "run": 0}},), "where it lies is not part of the stream"
 
 
-def test_lists_that_are_none(small50: Path, monkeypatch):
-    fails(lambda: file_lists.listed_batches("nic", "digits", "NIC_v2_3", data_root=str(small50)), "digits is no folder")
-    data = datasets.load("core50", str(small50))
-    monkeypatch.setattr(datasets, "load", lambda *_: data)
+def test_lists_that_are_none(small50: Path):
+    digits = generators.class_incremental("nic", "digits", increment=10)
+    base = generators.class_incremental("nic", "core50", str(small50), increment=1)
 
-    def made(**options):
-        options = {"lists": "NIC_v2_3", "data_root": str(small50), **options}
-        return file_lists.listed_batches("nic", "core50", **options)
+    def made(stream=base, **options):
+        return registry.apply(stream, [{"file_lists": {"folder": "NIC_v2_3", **options}}], data_root=str(small50))
 
-    fails(lambda: made(lists="NIC_v2_79"), "no lists of batches at NIC_v2_79", "batches_filelists_NICv2.zip")
-    fails(lambda: made(run=3), "scenario.run=3", "has the runs 0")
-    fails(lambda: made(run=-1), "scenario.run")
+    fails(lambda: made(digits), "digits is no folder")
+    fails(lambda: made(folder="NIC_v2_79"), "no lists of batches at NIC_v2_79", "batches_filelists_NICv2.zip")
+    fails(lambda: made(run=3), "file_lists.run=3", "has the runs 0")
+    fails(lambda: made(run=-1), "file_lists.run")
     folder, texts = small50 / "NIC_v2_3" / "run0", lists(small50)
     first, second = "train_batch_00_filelist.txt", "train_batch_01_filelist.txt"
     for file, text, words in (

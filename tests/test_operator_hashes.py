@@ -31,6 +31,7 @@ CHAINS = [
     [{"drift": {"width": 0.5}}, {"looks": {"number": 3}}],
     [{"order": {"by": "edge_hard"}}],
     [{"order": {"of": "experiences", "by": "hard_first"}}, {"evaluators": {"names": ["confusion"]}}],
+    [{"file_lists": {"folder": "lists", "run": 0}}],
     [{"concatenate": {"datasets": ["other.npz"], "increment": 2}}],
 ]
 
@@ -39,14 +40,34 @@ def test_every_operator_is_there():
     assert {next(iter(one)) if isinstance(one, dict) else one for chain in CHAINS for one in chain} == set(registry.BUILT_IN)
 
 
+def listed_folder(root):
+    """Two classes of two training images and one test image, grey and of equal bytes everywhere, and two lists of them."""
+    lines = {0: "", 1: ""}
+    for c in range(2):
+        for part, k in (("train", 0), ("train", 1), ("test", 0)):
+            place = root / "files" / part / f"kind{c}"
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{k}.pgm").write_bytes(b"P5 3 3 255\n" + bytes([40 * c + 9 * k + i for i in range(9)]))
+            if part == "train":
+                lines[k] += f"train/kind{c}/{k}.pgm {c}\n"
+    run = root / "lists" / "run0"
+    run.mkdir(parents=True)
+    for k, text in lines.items():
+        (run / f"train_batch_0{k}_filelist.txt").write_text(text)
+    (run / "test_filelist.txt").write_text("test/kind0/0.pgm 0\ntest/kind1/0.pgm 1\n")
+    return root / "files"
+
+
 def test_hashes_are_the_committed_ones(request, tmp_path):
     rng = np.random.Generator(np.random.Philox(7))
     x, y = rng.integers(0, 256, (24, 9, 7, 3), dtype=np.uint8), np.arange(24) % 4
     np.savez(tmp_path / "other.npz", train_x=x[:16], train_y=y[:16], test_x=x[16:], test_y=y[16:])
     base = generators.class_incremental("hashed", "digits", str(tmp_path), increment=2, limit_train=60, limit_test=10)
+    files = generators.class_incremental("hashed", str(listed_folder(tmp_path)), increment=2)
     made = {}
     for chain in CHAINS:
-        made[json.dumps(chain)] = registry.apply(base, chain, data_root=str(tmp_path)).manifest.sha256
+        one = files if "file_lists" in chain[0] else base
+        made[json.dumps(chain)] = registry.apply(one, chain, data_root=str(tmp_path)).manifest.sha256
     if request.config.getoption("--update-golden"):
         FILE.write_text(json.dumps(made, indent=1) + "\n")
     if made != json.loads(FILE.read_text()):

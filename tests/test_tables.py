@@ -82,7 +82,7 @@ def test_numbers_are_ordered_as_numbers_and_texts_as_texts(tmp_path: Path):
 
 
 def test_validation_rows(tmp_path: Path, caplog):
-    datasets._say.cache_clear()
+    datasets.say.cache_clear()
     rows = [(f"{c}{s}.png", c, s) for c in "ab" for s in ("train", "val")]
     data = datasets.load(write(tmp_path / "t.csv", "path,label,split", rows))
     assert data.split.tolist() == [0, 1, 0, 1] and "passed over" not in caplog.text

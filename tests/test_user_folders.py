@@ -40,7 +40,7 @@ def fails(call, *words: str) -> str:
 
 @pytest.fixture
 def said(caplog):
-    datasets._say.cache_clear()
+    datasets.say.cache_clear()
     caplog.set_level(logging.WARNING, "clbench")
     logging.getLogger("clbench").propagate = True
     return lambda: [record.message for record in caplog.records if "passed over" in record.message]
@@ -82,7 +82,7 @@ def test_links_in_a_circle_and_twice_to_one_folder_are_counted(tree: Path, said)
     os.symlink(cat / "deep", tree / "train" / "dog" / "a")
     os.symlink(cat / "deep", tree / "train" / "dog" / "b")
     picture(cat / "deep" / "0.png")
-    datasets._say.cache_clear()
+    datasets.say.cache_clear()
     assert np.bincount(datasets.load(str(tree)).y).tolist() == [6, 6] and "3 link(s)" in said()[-1]
 
 

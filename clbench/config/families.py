@@ -23,6 +23,7 @@ _BY_OPERATOR = (  # the first that is among a scenario's operators
     ("test_time", "test-time"),
     ("shots", "few-shot"),
     ("repeat", "re-occurring"),
+    ("file_lists", "re-occurring"),
     ("hide_boundaries", "online and general"),
     ("single_pass", "online and general"),
     ("blur", "online and general"),
@@ -34,7 +35,6 @@ _BY_TARGET = (
     ("class_incremental", "class-incremental"),
     ("task_incremental", "task-incremental"),
     ("domain_incremental", "domain-incremental"),
-    ("listed_batches", "re-occurring"),
 )
 
 

@@ -48,6 +48,16 @@ MACHINE = (
     "sweep",
     "names",
 )
+ADDED: dict[str, dict[str, Any]] = {  # options that came to a learner later: what it did before it had them
+    "agem.Agem": {"columns": "seen", "head": "linear"},
+    "cotta.Cotta": {"reset": "never", "steps": 1, "loss": "cross_entropy"},
+    "er_ace.ErAce": {"start": "second_batch", "past": False},
+    "gdumb.GDumb": {"optimizer": "sgd", "schedule": None},
+    "gem.Gem": {"columns": "seen", "head": "linear"},
+    "mir.Mir": {"columns": "seen", "score": "rise", "start": "second_batch"},
+    "scr.Scr": {"start": "second_batch", "past": False},
+    "tent.Tent": {"reset": "never"},
+}
 
 
 def now() -> str:
@@ -91,6 +101,7 @@ def identity(config: dict[str, Any], can: Capabilities | None = None) -> dict[st
 def _leave_out_added(learner: dict[str, Any]) -> None:
     """Drop options at the value that stands for what the learner did before it had them."""
     added = {"head_init": "normal", "head": "single", "streaming": False, "online": False}
+    added |= ADDED.get(str(learner["_target_"]).removeprefix("clbench.learners."), {})
     if learner.get("online") is False:  # what is of no effect then
         added |= {"updates": 1.0} | ({"replay": None} if learner["_target_"].endswith(".Icarl") else {})
     for name, value in added.items():

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -35,6 +36,11 @@ from clbench.streams.splits import Share
 log = logging.getLogger("clbench")
 
 HASHED_CONTENT = 256 << 20  # bytes of image files up to which the contents are hashed, not only names and sizes
+_READERS: dict[str, Callable[[str, Path, Share | None], Pool]] = {  # of sets in the folders of their makers
+    **dict.fromkeys(domain_folders.SETS, domain_folders.read_set),
+    **dict.fromkeys(time_buckets.SETS, time_buckets.read),
+    "notmnist": notmnist.read,
+}
 _SIZES = {"digits": (10, 1_438, 359), "pacs": (7, None, None)}
 _SOURCES = {
     "pacs": "https://huggingface.co/datasets/flwrlabs/pacs (9,991 images), stored as arrays x, y, domain, classes, domains"
@@ -43,7 +49,7 @@ _SOURCES = {
 
 def names() -> tuple[str, ...]:
     """All names that `load` knows (a path works as well)."""
-    return ("digits", "pacs", "notmnist", *domain_folders.SETS, *time_buckets.SETS, *vision.TABLE, *splits.FOLDERS)
+    return ("digits", "pacs", *_READERS, *vision.TABLE, *splits.FOLDERS)
 
 
 def load(
@@ -102,7 +108,7 @@ def _load(name: str, root: Path | None, download: bool, share: Share | None, by_
         raise UserError(
             f"data set {name} has several splits with different results; choose {' or '.join(splits.variants(name))}"
         )
-    if share is not None and name in names() and name not in (*domain_folders.SETS, *time_buckets.SETS):
+    if share is not None and name in names() and name not in domain_folders.SETS | time_buckets.SETS:
         raise UserError(f"scenario.test_share has no effect: data set {name} has test images of its own")
     if name == "digits":
         return _digits()
@@ -111,14 +117,10 @@ def _load(name: str, root: Path | None, download: bool, share: Share | None, by_
         raise UserError(f"data set {name}: no data root; set data_root=PATH or the environment variable CLBENCH_DATA")
     if name in splits.FOLDERS:
         return _finish(name, folders.read_variant(root, name))
-    if name in domain_folders.SETS and not (root / f"{name}.npz").is_file():
-        return _finish(name, domain_folders.read_set(name, root, share), share=share)
-    if name in time_buckets.SETS and not (root / f"{name}.npz").is_file():
-        return _finish(name, time_buckets.read(name, root, share), str(root), share)
-    if name == "notmnist" and not (root / f"{name}.npz").is_file():
-        return _finish(name, notmnist.read(root), str(root))
     if (root / f"{name}.npz").is_file():
         return _npz(name, root / f"{name}.npz", share)
+    if name in _READERS:
+        return _finish(name, _READERS[name](name, root, share), str(root), share)
     if folders.is_tree(root / name) or arrow.is_saved(root / name) or (share is not None and (root / name).is_dir()):
         return _folder(name, root / name, share, by_domain)
     if name in vision.TABLE:

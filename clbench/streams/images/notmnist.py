@@ -14,6 +14,7 @@ from clbench.interfaces import UserError
 from clbench.streams.images.arrays import Pool, check_classes
 from clbench.streams.images.class_folders import Listing
 from clbench.streams.scenario import FileImages
+from clbench.streams.splits import Share
 
 FOLDERS = ("notMNIST", "notmnist")
 PARTS = (("Train", "train"), ("Test", "test"))
@@ -23,12 +24,13 @@ IMAGES = 18_724
 SOURCE = "https://github.com/facebookresearch/Adversarial-Continual-Learning (data/notMNIST.zip)"
 
 
-def read(root: Path) -> Pool:
+def read(name: str, root: Path, share: Share | None) -> Pool:
     """Read the set below the data root; a missing folder or another number of images raises `UserError`."""
+    assert share is None, "it has test images of its own"
     folder = next((root / name for name in FOLDERS if all(_parts(root / name))), None)
     if folder is None:
         looked = f"{root / FOLDERS[0]}/Train/<letter>/ and {root / FOLDERS[0]}/Test/<letter>/"
-        raise UserError(f"data set notmnist not found: looked for {root / 'notmnist.npz'}, {looked}; get it from {SOURCE}")
+        raise UserError(f"data set {name} not found: looked for {root / f'{name}.npz'}, {looked}; get it from {SOURCE}")
     listing = Listing()
     paths, y, split, broken = [], [], [], 0
     for part, place in enumerate(_parts(folder)):

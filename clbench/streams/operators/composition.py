@@ -9,7 +9,7 @@ from typing import Any
 from clbench.interfaces import UserError
 from clbench.streams.operators import registry
 
-DEALS = ("shots", "blur", "repeat", "mnist_360")  # make experiences of the whole stream's samples
+DEALS = ("shots", "blur", "repeat", "mnist_360", "file_lists")  # make experiences of the whole stream's samples
 MIXES = (*DEALS, "order", "drift")
 JOINS = {"permute": 10, "rotate": 10, "relabel": None}  # show all samples in every experience, unless `experiences` is null
 
@@ -77,7 +77,7 @@ def _clash(earlier: str, later: str, options: Mapping[str, Any]) -> str | None:
         return f"looks are places among the samples that there are; put {later} before it" if later != "evaluate" else _BOTH
     if earlier == "evaluate" and later == "looks":
         return _BOTH
-    if earlier == "test_time" and later in (*MIXES, "shuffle", "single_pass", "drift", *JOINS, "corrupt"):
+    if earlier == "test_time" and (later in MIXES or _joins(later, options)):
         return f"the stream is a source experience and sets to adapt to by then; put {later} before it"
     if earlier == later and later in ("concatenate", "hide_boundaries", "looks", "evaluate", "test_time"):
         return "name all data sets in one" if later == "concatenate" else "it stands there already"

@@ -22,10 +22,13 @@ if TYPE_CHECKING:
 GROUP = "clbench.operators"
 _NAMES = (
     *("permute", "rotate", "corrupt", "relabel", "label_noise", "long_tail", "shots", "blur", "repeat", "drift", "order"),
-    *("mnist_360", "concatenate", "shuffle", "single_pass", "hide_boundaries", "looks", "evaluate", "test_time", "evaluators"),
+    *("mnist_360", "file_lists", "concatenate", "shuffle", "single_pass"),
+    *("hide_boundaries", "looks", "evaluate", "test_time", "evaluators"),
 )
 BUILT_IN = {name: f"{__package__}.{name}.{name}" for name in _NAMES}
-PLACES = ("datasets", "dataset", "support", "published")  # options that say where data lies
+# options that came to an operator later: left out of a manifest at this value, so that hashes stay
+ADDED: dict[str, dict[str, Any]] = {"corrupt": {"published": None}}
+PLACES = ("datasets", "dataset", "support", "published", "folder")  # options that say where data lies
 SUPPLIED = ("stream", "data_root", "download")  # arguments that clbench gives, those that an operator has
 
 
@@ -97,7 +100,8 @@ def apply(stream: Scenario, operators: Sequence[Any], data_root: str | None = No
         except TypeError as error:
             raise UserError(f"operator {name}: {error}{_near_option(options, takes)}") from None
         filled.apply_defaults()
-        noted = {key: value for key, value in list(filled.arguments.items())[1:] if key not in SUPPLIED}
+        left = {key for key, value in ADDED.get(name, {}).items() if filled.arguments[key] == value}
+        noted = {key: value for key, value in list(filled.arguments.items())[1:] if key not in (*SUPPLIED, *left)}
         try:
             made = work(*filled.args, **filled.kwargs)
         except Exception as error:

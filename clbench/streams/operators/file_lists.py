@@ -1,4 +1,4 @@
-"""Streams whose experiences are published as lists of files: CORe50's small batches of new instances and classes (NICv2).
+"""Experiences as they are published in lists of files: CORe50's small batches of new instances and classes (NICv2).
 
 Lomonaco, Maltoni & Pellegrini, "Rehearsal-free continual learning over small non-i.i.d. batches", arXiv 1907.03799. The lists
 come in batches_filelists_NICv2.zip: <lists>/run<r>/train_batch_<b>_filelist.txt and test_filelist.txt, a path below the images
@@ -12,16 +12,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from clbench.interfaces import UserError
-from clbench.streams import generators
 from clbench.streams.operators import dealing
-from clbench.streams.operators.registry import apply
+from clbench.streams.operators.copies import whole
 from clbench.streams.scenario import Dataset, FileImages, Scenario
-from clbench.streams.selection import whole
 
 SOURCE = "https://vlomonaco.github.io/core50 (batches_filelists_NICv2.zip)"
 ARCHIVES = (".", "batches_filelists_NICv2", "batches_filelists")
@@ -31,69 +28,50 @@ _BATCH = re.compile(r"train_batch_(\d+)_filelist\.txt")
 DEPTH = 3  # the parts of a listed path: session, object, image
 
 
-def listed_batches(
-    name: str,
-    dataset: str,
-    lists: str = "NIC_v2_79",
-    run: int = 0,
-    data_root: str | None = None,
-    download: bool = False,
-    sha256: str | None = None,
-    num_classes: int | None = None,
-    limit_train: int | None = None,
-    limit_test: int | None = None,
-    validation: float = 0.0,
-    validation_seed: int = 0,
-    evaluate_on: str = "test",
-    augment: str = "profile",
-    budget: Mapping[str, int | None] | None = None,
-    classes: Sequence[int | str] | None = None,
-    operators: Sequence[Any] = (),
-) -> Scenario:
+def file_lists(stream: Scenario, folder: str = "NIC_v2_79", run: int = 0, data_root: str | None = None) -> Scenario:
     """An experience for each list of training images, in the order of the lists; classes come again beside new ones.
 
-    lists   NIC_v2_79, NIC_v2_196 or NIC_v2_391, a folder below the data root or below core50/; or a path
+    folder  NIC_v2_79, NIC_v2_196 or NIC_v2_391, or another one, below the data root or below core50/; or a path
     run     which of its runs: another order of the batches
 
-    Other arguments as in `generators.class_incremental`; an experience of which they leave no sample is left out. An evaluation
+    Samples that the stream lacks, by its limits, are passed over, and an experience without samples is left out. An evaluation
     set holds the listed test images of the classes that appear first in its experience: together the common test set. Raises
     `UserError` for a list that names what the data set lacks, or that calls one class by two labels.
     """
-    number = whole("run", run, 0)
-    options = {key: value for key, value in locals().items() if key not in ("lists", "run", "number", "operators")}
-    every = generators.class_incremental(**options, increment=1)
-    found = dealing.pool(every, name)
-    folder = _folder(lists, number, data_root)
-    batches, known, called = _batches(folder, lists), _known(every.dataset), {}
-    parts = [_listed(path, known, every.dataset, 0, called) for path in batches]
-    _check_once(batches, parts, every.dataset)
-    tested = _listed(folder / TEST, known, every.dataset, 1, called)
-    if evaluate_on == "test":
-        found = replace(found, test={c: ids[np.isin(ids, tested)] for c, ids in found.test.items()})
+    if not isinstance(folder, str) or not folder.strip():
+        raise UserError(f"file_lists.folder must be a name or a path, got {folder!r}")
+    whole(run, "file_lists.run")
+    dealing.without_tasks(stream, "file_lists")
+    found, data = dealing.pool(stream, "file_lists"), stream.dataset
+    place = _folder(folder, run, data_root)
+    batches, known, called = _batches(place, folder), _known(data), {}
+    parts = [_listed(path, known, data, 0, called) for path in batches]
+    _check_once(batches, parts, data)
+    tested = _listed(place / TEST, known, data, 1, called)
+    held_out = {c: ids[(data.split[ids] == 0) | np.isin(ids, tested)] for c, ids in found.test.items()}
     kept = np.concatenate(list(found.train.values()))
     parts = [ids[np.isin(ids, kept)] for ids in parts]
-    made = dealing.dealt(found, parts, [f"batch{i}" for i in range(len(parts))], name)
-    return apply(made, operators, data_root, download)
+    return dealing.dealt(replace(found, test=held_out), parts, [f"batch{i}" for i in range(len(parts))], "file_lists")
 
 
-def _folder(lists: str, run: int, data_root: str | None) -> Path:
+def _folder(name: str, run: int, data_root: str | None) -> Path:
     """The folder of a run's lists."""
     root = data_root or os.environ.get("CLBENCH_DATA")
-    places = [Path(lists), *(Path(root) / place / lists for place in PLACES if root)]
+    places = [Path(name), *(Path(root) / place / name for place in PLACES if root)]
     folder = next((place for place in places if place.is_dir()), None)
     if folder is None:
-        looked = f"{lists} or below {root}, {root}/core50" if root else str(lists)
-        raise UserError(f"scenario.lists: no lists of batches at {looked}; they come from {SOURCE}")
+        looked = f"{name} or below {root}, {root}/core50" if root else name
+        raise UserError(f"file_lists.folder: no lists of batches at {looked}; they come from {SOURCE}")
     if not (folder / f"run{run}").is_dir():
         runs = sorted(int(path.name[3:]) for path in folder.glob("run*") if path.name[3:].isdecimal())
-        raise UserError(f"scenario.run={run}: {folder} has the runs {', '.join(map(str, runs)) or 'none'}")
+        raise UserError(f"file_lists.run={run}: {folder} has the runs {', '.join(map(str, runs)) or 'none'}")
     return folder / f"run{run}"
 
 
-def _batches(folder: Path, lists: str) -> list[Path]:
+def _batches(folder: Path, name: str) -> list[Path]:
     """The lists of training images in the order of their numbers, which are 0, 1, 2, ..."""
     found = {int(m[1]): path for path in folder.iterdir() if (m := _BATCH.fullmatch(path.name))}
-    promised = re.fullmatch(r"NIC_v2_(\d+)", Path(lists).name)
+    promised = re.fullmatch(r"NIC_v2_(\d+)", Path(name).name)
     number = int(promised[1]) if promised else max(found, default=0) + 1
     if missing := [i for i in range(number) if i not in found]:
         raise UserError(f"{folder}: train_batch_{missing[0]:02d}_filelist.txt is missing, {number} lists expected")
@@ -105,7 +83,7 @@ def _batches(folder: Path, lists: str) -> list[Path]:
 def _known(data: Dataset) -> dict[str, int]:
     """Sample ids by the last parts of their paths."""
     if not isinstance(data.images, FileImages):
-        raise UserError(f"lists name files, and data set {data.name} is no folder of images")
+        raise UserError(f"operator file_lists: lists name files, and data set {data.name} is no folder of images")
     return {"/".join(path.parts[-DEPTH:]): i for i, path in enumerate(data.images.paths)}
 
 
