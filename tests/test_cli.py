@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import yaml
@@ -50,6 +50,11 @@ def test_help_of_each_command_has_examples(clbench, name):
         (["run", "-m", "learner=ncm,slac"], "no learner 'slac'; did you mean 'slca'? (one of: "),
         (["run", "learner.lr=fast"], "learner.lr must be float, got 'fast'"),
         (["plan", "learner.slwo=1"], "no key 'learner.slwo'; did you mean 'learner.slow'?"),
+        (["plan", "scenario.targt=1"], "no key 'scenario.targt'; did you mean 'scenario.data_root'?"),
+        (
+            ["plan", "scenario=manifest", "scenario.limit_train=3"],
+            "no key 'scenario.limit_train' beside scenario=manifest",
+        ),
         (["list", "learnerz"], "no group 'learnerz'; did you mean 'learners'? (one of: "),
         (["check"], "say what to check: learner=NAME or scenario=NAME"),
         (["check", "--measure", "learner=slac"], "no learner 'slac'; did you mean 'slca'? (one of: "),
@@ -144,6 +149,8 @@ def test_list_learners_tells_paper_capabilities_and_bytes_without_torch(clbench)
     )
     assert sum("; holds " in line for line in lines) == len(registry.choices("learner"))
     assert "(more with some options); holds" in done.stdout
+    said = {line.split()[0] for line in lines if line.startswith("  ")}
+    assert {field.name for field in fields(Capabilities)} <= said, "every word is explained"
     assert "needs_boundaries=False (more with some options); holds 1.3 kB a class + 0 B" in done.stdout
 
 
@@ -193,6 +200,7 @@ def test_bytes_held_are_measured():
         registry.stored_text({"class": 640, "experience": 12800, "besides": -5})
         == "640 B a class + 12.8 kB an experience + 0 B"
     )
+    assert registry.stored_text({"class": 64, "experience": -12, "besides": 5}) == "64 B a class + 0 B an experience + 5 B"
 
 
 @pytest.mark.parametrize("learner", ["ncm", "slca", "ease"])

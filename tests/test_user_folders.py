@@ -296,3 +296,24 @@ def test_what_cannot_be_read_as_one_path_says_what_to_quote():
     assert job["scenario"]["dataset"] == "./a,b"
     fails(lambda: compose.compose(["learner.lr=0.1,"]), "cannot read 'learner.lr=0.1,'", "learner.lr='0.1,'")
     fails(lambda: compose.compose(["scenario=cil_folder", "scenario.dataset=./${x}"]), "nterpolation", "\\${...}")
+
+
+def test_a_stream_of_long_names_is_shown_in_columns(tree: Path):
+    for part in ("train", "test"):
+        (tree / part / "cat").rename(tree / part / "a very long name of a cat")
+    shown = generators.class_incremental("long", str(tree), increment=1).text().splitlines()[1:]
+    assert shown[0].endswith("classes 0=a very long name of a cat")
+    both = generators.class_incremental("long", str(tree), increment=2).text().splitlines()[1]
+    assert both.endswith("classes 0=a very long name of a cat, 1=dog")
+    every = generators.domain_incremental("long", str(_domains(tree.parent))).text().splitlines()[1:]
+    assert len({line.index(" samples") for line in every if "evaluate" not in line}) == 1
+    assert len({line.index(" samples") for line in every if "evaluate" in line}) == 1
+
+
+def _domains(folder: Path) -> Path:
+    for name in ("a", "photographs of 2014"):
+        for part in ("train", "test"):
+            for label in ("cat", "dog"):
+                for i in range(2):
+                    picture(folder / "domains" / name / part / label / f"{i}.png", 10 * i)
+    return folder / "domains"

@@ -238,7 +238,9 @@ def _unknown_key(message: str, overrides: Sequence[str]) -> str:
     known = _names(_compose(others)) if others != list(overrides) else []
     if key in known:
         return f"'{key}' takes no new parts at once: write +{key}.NAME=VALUE for each"
-    return f"no key '{key}'{nearest(key, [*known, *GROUPS])}"
+    if key.startswith("scenario.") and key != "scenario.path" and "scenario.path" in known:
+        return f"no key '{key}' beside scenario=manifest: samples, order and budget are those of the file"
+    return f"no key '{key}'{nearest(key, [*(name for name in known if not name.endswith('._target_')), *GROUPS])}"
 
 
 def _names(config: Any) -> list[str]:

@@ -28,7 +28,7 @@ from clbench.config.moved import current
 from clbench.config.run_options import wrong_options
 from clbench.config.signatures import problems, signature
 from clbench.evaluation import evaluators
-from clbench.interfaces import UserError
+from clbench.interfaces import Capabilities, UserError
 from clbench.streams.operators import composition, registry
 
 log = logging.getLogger("clbench")
@@ -106,8 +106,14 @@ def listing(words: Sequence[str] = ()) -> str:
                 paper, needs = details(path)
                 held = stored_text(None if mark else known.get(name))
                 lines += [f"  {'':<18} {text}" for text in (paper or "-", f"{needs or 'no special needs'}; holds {held}")]
-        lines += ["", STORED] if words and group == "learner" else []
+        lines += ["", STORED, "", *_capability_lines()] if words and group == "learner" else []
     return "\n".join(lines)
+
+
+def _capability_lines() -> list[str]:
+    """What the words between a learner's paper and its bytes mean, as `Capabilities` says it."""
+    said = [line[2:] for line in str(Capabilities.__doc__).splitlines() if line.startswith("    ") and line.strip()]
+    return ["The words before it are a learner's capabilities:", *said]
 
 
 def stored() -> dict[str, dict[str, int]]:
@@ -125,7 +131,8 @@ def stored() -> dict[str, dict[str, int]]:
 
 STORED = (
     "holds: bytes that grow with classes and with experiences, and the rest; exemplars not counted. Measured with the default\n"
-    "options on the nano ViT (160 features), 12 images a class, from the second to the third experience"
+    "options on the nano ViT (160 features), 12 images a class, from the second to the third experience. ranpac holds a row a\n"
+    "sample until it has as many as projected features, and only sums of them from then on"
 )
 
 
@@ -133,7 +140,8 @@ def stored_text(held: Mapping[str, int] | None) -> str:
     """Bytes in a few words; '-' where they were not measured."""
     if held is None:
         return "-"
-    return f"{_bytes(held['class'])} a class + {_bytes(held['experience'])} an experience + {_bytes(max(0, held['besides']))}"
+    growth = (_bytes(max(0, held[name])) for name in ("class", "experience", "besides"))
+    return "{} a class + {} an experience + {}".format(*growth)
 
 
 def _bytes(count: int) -> str:

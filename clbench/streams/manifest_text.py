@@ -23,11 +23,13 @@ def lines(m: Manifest, name: Callable[[int], str]) -> Iterator[str]:
 def _ids(m: Manifest, name: Callable[[int], str]) -> Iterator[str]:
     named = any(name(c) != str(c) for c in m.class_order)  # "10=2": id 10 is the class named 2
     classes = {c: f"{c}={name(c)}" if named else str(c) for c in m.class_order}
+    between = ", " if any(" " in one for one in classes.values()) else " "
+    wide, tested = (max([10, *(len(e.name) for e in entries)]) for entries in (m.experiences, m.evals))
     for e in m.experiences:
-        line = f"  {e.name:<10} {len(e.train):>7} samples  classes {' '.join(classes[c] for c in e.classes)}"
+        line = f"  {e.name:<{wide}} {len(e.train):>7} samples  classes {between.join(classes[c] for c in e.classes)}"
         yield line + _remarks(e)
     for e in m.evals:
-        yield f"  evaluate {e.name:<10} {len(e.ids):>7} samples  first seen in experience {e.first_seen}" + _remarks(e)
+        yield f"  evaluate {e.name:<{tested}} {len(e.ids):>7} samples  first seen in experience {e.first_seen}{_remarks(e)}"
 
 
 def _remarks(entry: ExperienceEntry | EvalEntry) -> str:
