@@ -277,8 +277,8 @@ def test_online_loops_do_the_same_work():
     model = build(compose(["model=convnet", "model.kwargs.maps=[4]", "model.kwargs.hidden=8", "model.norm=none"])[0]["model"])
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 256, (60, 32, 32, 3), np.uint8), rng.integers(0, 10, 60)
-    ours = online.OfClbench(copy.deepcopy(model), x, y, "fp32")
-    theirs = online.ByHand(copy.deepcopy(model), x, y, "fp32")
+    ours = online.OfClbench(copy.deepcopy(model), x, y, "fp32", 10)
+    theirs = online.ByHand(copy.deepcopy(model), x, y, "fp32", 10)
     ours(1)
     theirs.head.load_state_dict({k.removeprefix("blocks.0."): v for k, v in ours.learner.head.state_dict().items()})
     theirs.net.load_state_dict(ours.model.net.state_dict())
@@ -298,7 +298,7 @@ def test_online_writes_a_table_with_the_machine_in_it(tmp_path, monkeypatch):
     monkeypatch.setattr(
         online,
         "_rows",
-        lambda node, flags, precision, steps, rounds: [
+        lambda node, flags, precision, batch, times: [
             {
                 "precision": precision,
                 "layout": "x",
@@ -309,7 +309,7 @@ def test_online_writes_a_table_with_the_machine_in_it(tmp_path, monkeypatch):
             }
         ],
     )
-    left = ("preset", "cases", "learners", "scenario", "model", "experiences", "classes", "records", "name")
+    left = ("preset", "cases", "learners", "scenario", "model", "experiences", "classes", "records", "name", "batch")
     args = argparse.Namespace(overrides=["online"], precision="fp32", quick=True, results_dir=str(tmp_path), no_naive=False)
     vars(args).update(dict.fromkeys(left), stand_ins=False)
     shown, code = command.run(args)
@@ -318,7 +318,13 @@ def test_online_writes_a_table_with_the_machine_in_it(tmp_path, monkeypatch):
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 and set(rows[0]) == set(online.COLUMNS) and rows[0]["cpu"] and rows[0]["model"] == "resnet18_slim"
     assert json.loads((tmp_path / "bench" / "online.json").read_text())["rows"][0]["precision"] == "fp32"
-    args.precision = "fp16"
+    args.batch, args.name = 128, "wide"
+    assert "batches of 128," in command.run(args)[0]
+    assert next(csv.DictReader((tmp_path / "bench" / "wide.csv").read_text().splitlines()))["batch"] == "128"
+    args.batch = 0
+    with pytest.raises(UserError, match="--batch must be at least 1, got 0"):
+        online.measure(args)
+    args.batch, args.precision = None, "fp16"
     with pytest.raises(UserError, match=r"--precision must be fp32, bf16 or fp32,bf16, got 'fp16'"):
         online.measure(args)
     args.overrides = ["online", "learner=ncm"]

@@ -16,6 +16,7 @@ BLOCKS = dict(
 TEXTS = {
     "cpu_targets": lambda found: table.cases_text(found, found["targets"]),
     "online": online.text,
+    "online_resnet32": online.text,
     "scaling": scaling.text,
     "startup": startup.text,
     "tokens": tokens.text,
@@ -61,13 +62,14 @@ def test_the_growth_file_is_whole():
             ), name
 
 
-def test_the_loop_costs_at_most_a_tenth_at_batch_10():
-    measured = found("online")
-    assert not measured["quick"] and measured["model"] == "resnet18_slim" and measured["batch"] == 10
+@pytest.mark.parametrize(("name", "model", "batch"), [("online", "resnet18_slim", 10), ("online_resnet32", "resnet32", 128)])
+def test_the_loop_costs_at_most_a_tenth(name, model, batch):
+    measured = found(name)
+    assert not measured["quick"] and measured["model"] == model and measured["batch"] == batch
     ours = [row for row in measured["rows"] if row["loop"] == "clbench"]
     assert len(ours) == 4 and all(row["ratio_cpu"] <= online.MOST for row in ours)
-    with open(WHERE / "online.csv") as file:
+    with open(WHERE / f"{name}.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [{name: str(row[name]) for name in online.COLUMNS[5:]} for row in measured["rows"]] == [
-        {name: row[name] for name in online.COLUMNS[5:]} for row in rows
+    assert [{k: str(row[k]) for k in online.COLUMNS[5:]} for row in measured["rows"]] == [
+        {k: row[k] for k in online.COLUMNS[5:]} for row in rows
     ]

@@ -1,9 +1,9 @@
-"""`clbench bench online`: one pass in batches of 10, clbench's loop beside one written by hand, in one process.
+"""`clbench bench online`: one pass in small batches, clbench's loop beside one written by hand, in one process.
 
-Both train the same network (`resnet18_slim`) from the same weights on the same images with SGD. The hand-written loop is what
-one would write: uint8 images are normalised, forward, cross-entropy over all classes, backward, step, and the loss is read.
-clbench's is `finetune` on a stream of single passes. Rounds of both alternate, and a ratio is the median over rounds of
-clbench's seconds to the other's: the absolute numbers of a busy machine mean little.
+Both train the same network (`resnet18_slim`, or --model) from the same weights on the same images with SGD. The hand-written
+loop is what one would write: uint8 images are normalised, forward, cross-entropy over all classes, backward, step, and the loss
+is read. Of clbench it is `finetune` on a stream of single passes. Rounds of both alternate, and a ratio is the median over
+rounds of its seconds to the other's: the absolute numbers of a busy machine mean little.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from clbench.streams.scenario import ArrayImages
 from clbench.training import arithmetic
 from clbench.training.runtime import Runtime
 
-BATCH, CLASSES, RATE, DECAY = 10, 10, 0.01, 5e-4
+CLASSES, RATE, DECAY = 10, 0.01, 5e-4
 MOST = 1.10  # of the hand-written loop's seconds
 COLUMNS = (
     "cpu",
@@ -57,17 +57,18 @@ COLUMNS = (
 class ByHand:
     """The loop that one would write."""
 
-    def __init__(self, model: Any, x: np.ndarray, y: np.ndarray, precision: str):
+    def __init__(self, model: Any, x: np.ndarray, y: np.ndarray, precision: str, batch: int):
         self.net, self.head, self.precision = model.net.train(), nn.Linear(model.num_features, CLASSES), precision
         self.channels_last = model.channels_last
         self.mean, self.std = (torch.tensor(v)[:, None, None] for v in (model.profile.mean, model.profile.std))
         self.x, self.y, self.at = torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), torch.from_numpy(y.copy()), 0
+        self.batch = batch
         params = [*self.net.parameters(), *self.head.parameters()]
         self.optimizer = torch.optim.SGD(params, lr=RATE, momentum=0.9, weight_decay=DECAY)
 
     def __call__(self, steps: int) -> None:
         for _ in range(steps):
-            rows = slice(self.at, self.at + BATCH)
+            rows = slice(self.at, self.at + self.batch)
             x, y = (self.x[rows].float() / 255 - self.mean) / self.std, self.y[rows]
             if self.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
@@ -78,21 +79,21 @@ class ByHand:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             loss.item()
-            self.at += BATCH
+            self.at += self.batch
 
 
 class OfClbench:
     """`finetune` on the next experience of a stream whose samples come once."""
 
-    def __init__(self, model: Any, x: np.ndarray, y: np.ndarray, precision: str):
+    def __init__(self, model: Any, x: np.ndarray, y: np.ndarray, precision: str, batch: int):
         self.model = set_precision(model, precision)
         self.runtime = Runtime(0, torch.device("cpu"), Budget(epochs=1, in_order=True), precision)
         self.pipeline = Pipeline(model.profile, "cpu", "none")
-        self.source, self.y, self.at, self.index = ArrayImages(x), y, 0, 0
-        self.learner = Finetune(self.model, self.runtime, batch_size=BATCH, lr=RATE, backbone_lr=RATE, weight_decay=DECAY)
+        self.source, self.y, self.at, self.index, self.batch = ArrayImages(x), y, 0, 0, batch
+        self.learner = Finetune(self.model, self.runtime, batch_size=batch, lr=RATE, backbone_lr=RATE, weight_decay=DECAY)
 
     def __call__(self, steps: int) -> None:
-        rows = np.arange(self.at, self.at + steps * BATCH)
+        rows = np.arange(self.at, self.at + steps * self.batch)
         images = ImageData(self.source, rows, rows, self.y[rows], self.pipeline, None, f"part {self.index}")
         classes = tuple(range(CLASSES))
         new = () if self.index else classes
@@ -113,27 +114,33 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     precisions = options.listed(args.precision, "--precision") if args.precision else ["fp32", "bf16"]
     if any(p not in ("fp32", "bf16") for p in precisions):
         raise UserError(f"--precision must be fp32, bf16 or fp32,bf16, got {args.precision!r}")
+    if args.batch is not None and args.batch < 1:
+        raise UserError(f"--batch must be at least 1, got {args.batch}")
     steps, rounds = (2, 2) if args.quick else (10, 7)
+    batch = args.batch or 10
     name = args.model or "resnet18_slim"
     node = compose([f"model={name}"])[0]["model"]
     device, threads = torch.device("cpu"), arithmetic.choose_threads("auto")
-    found: dict[str, Any] = {"bench": args.name or "online", "kind": "online", "quick": bool(args.quick), "batch": BATCH}
+    found: dict[str, Any] = {"bench": args.name or "online", "kind": "online", "quick": bool(args.quick), "batch": batch}
     found |= {"model": name, "steps": steps, "rounds": rounds, "machine": machine.describe(device, threads), "rows": []}
     for precision in precisions:
         for layout in ("", "+channels_last"):
             flags = arithmetic.apply(device, threads, 0, wanted=arithmetic.REFERENCE + layout, precision=precision)
             print(f"{precision}{layout}", file=sys.stderr, flush=True)
-            found["rows"] += _rows(node, flags, precision, steps, rounds)
+            found["rows"] += _rows(node, flags, precision, batch, (steps, rounds))
     return found
 
 
-def _rows(node: dict[str, Any], flags: dict[str, Any], precision: str, steps: int, rounds: int) -> list[dict[str, Any]]:
-    """Both loops under one arithmetic, in turns; the first round of each is not counted."""
+def _rows(
+    node: dict[str, Any], flags: dict[str, Any], precision: str, batch: int, times: tuple[int, int]
+) -> list[dict[str, Any]]:
+    """Both loops under one arithmetic, in turns, `times` = (steps, rounds); the first round of each is not counted."""
+    steps, rounds = times
     model = arithmetic.pin(build(node), flags)
-    rng, number = np.random.default_rng(0), steps * BATCH * (rounds + 1)
+    rng, number = np.random.default_rng(0), steps * batch * (rounds + 1)
     side = model.profile.size
     x, y = rng.integers(0, 256, (number, side, side, 3), np.uint8), rng.integers(0, CLASSES, number)
-    loops = {name: kind(copy.deepcopy(model), x, y, precision) for name, kind in LOOPS.items()}
+    loops = {name: kind(copy.deepcopy(model), x, y, precision, batch) for name, kind in LOOPS.items()}
     clocks: dict[str, list[tuple[float, float]]] = {name: [] for name in loops}
     for turn in range(rounds + 1):
         for name in list(loops)[:: 1 if turn % 2 else -1]:
@@ -149,7 +156,7 @@ def _rows(node: dict[str, Any], flags: dict[str, Any], precision: str, steps: in
                 "precision": precision,
                 "layout": "channels_last" if flags.get("channels_last") else "contiguous",
                 "loop": name,
-                "images_per_second": round(steps * BATCH / statistics.median(wall for wall, _ in pairs), 1),
+                "images_per_second": round(steps * batch / statistics.median(wall for wall, _ in pairs), 1),
                 "ratio": round(statistics.median(mine[0] / other[0] for mine, other in both), 3),
                 "ratio_cpu": round(statistics.median(mine[1] / other[1] for mine, other in both), 3),
             }

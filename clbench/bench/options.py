@@ -12,7 +12,7 @@ from clbench.interfaces import UserError
 KINDS = {
     "cases": "learners of a preset, or --learners: seconds by phase, share of the floor, ratio to naive code",
     "scaling": "seconds and memory against the number of experiences and of classes, on synthetic images",
-    "online": "one pass in batches of 10: clbench's loop beside one written by hand, fp32 and bf16, both layouts",
+    "online": "one pass in batches of 10 (--batch): clbench's loop beside one written by hand, fp32 and bf16, both layouts",
     "startup": "import, --help, a mistyped option, a report over many records",
 }
 QUICK = ("scenario.limit_train=6", "scenario.limit_test=4")
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="few images, seeds and repetitions: shows that it works")
     parser.add_argument("--experiences", metavar="A,B", help=f"scaling: numbers of experiences ({STEPS})")
     parser.add_argument("--classes", metavar="A,B", help=f"scaling: numbers of classes ({CLASSES})")
+    parser.add_argument("--batch", type=int, metavar="N", help="online: images a batch (10)")
     parser.add_argument("--records", type=int, metavar="N", help=f"startup: records in the report ({RECORDS})")
     parser.add_argument("--name", metavar="NAME", help="of the file (the preset's, or what is measured)")
     parser.add_argument("--results-dir", default="results", metavar="DIR", help="the file lies in DIR/bench (results)")
@@ -61,6 +62,7 @@ def split(args: argparse.Namespace) -> tuple[str, list[str]]:
         "cases": ("preset", "cases", "no_naive", "stand_ins", "scenario"),
         "scaling": ("experiences", "classes"),
         "startup": ("records",),
+        "online": ("batch",),
     }
     both = {
         "learners": ("cases", "scaling"),
