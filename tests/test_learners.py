@@ -44,6 +44,7 @@ VARIANTS = {
     "tent": ["learner.answer=after"],
     "eata": ["learner.fisher=0 learner.margin=0.9", "learner.margin=0.9"],
     "sar": ["learner.variant=official learner.margin=0.9"],
+    "lame": ["learner.affinity=rbf"],
     "slca": ["learner.restore_heads=false", "learner.fresh_norm=false", "learner.logit_norm=null"],
 }
 NORMS = ["model=resnet32", "model.timm=test_resnet"]  # with batch norms, for those that adapt them
