@@ -13,8 +13,9 @@ affinity   "knn" (default, the paper): W_ij = 1 for the `neighbours` nearest j !
 symmetric  (W + W^T) / 2; the release has it, switched off
 
 The learner's state never changes while it is tested, yet an answer depends on the other samples of its batch (`transductive`).
-BatchNorm uses the source's statistics. As the specification recalls the paper, it helps where samples of a batch share their
-classes and costs a little where they do not: a control for streams in the order of classes (`test_time: {order: sorted}`).
+BatchNorm uses the source's statistics. It helps where the samples of a batch share their classes, and harms where a class has
+fewer of them than `neighbours`: on ctta_digits (40 images a class, 2 epochs, batches of 20, one seed) 83.0 % of the clean set
+without edges are 32.0 % in random order and 100 % sorted by class. A control for `test_time: {order: sorted}`.
 Deviation: distances and the iteration are in float64. Published numbers: none read.
 """
 
