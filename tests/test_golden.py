@@ -67,6 +67,7 @@ STREAMS = {
     ),
 }
 OPTIONS = {  # for the stream of images: so few train at these rates, and each method's own term counts
+    "adanpc": ("learner.batch_size=16", "learner.training=knn"),
     "agem": ("learner.augment=none",),
     "aper": ("learner.pet.scale=1", "learner.lr=1", "learner.batch_size=16"),
     "bic": ("learner.batch_size=16",),
@@ -84,6 +85,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "derpp": ("learner.batch_size=16",),
     "dualprompt": ("learner.batch_size=16", "learner.lr=0.01"),
     "ease": ("learner.pet.scale=1", "learner.lr=0.5", "learner.batch_size=8"),
+    "eata": ("learner.batch_size=16", "learner.adapt_lr=0.02", "learner.fisher=100"),
     "er": ("learner.updates=2",),
     "er_ace": ("learner.lr=0.02", "learner.batch_size=4"),
     "ewc": ("learner.strength=1e6", "learner.lr=2e-3", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
@@ -100,6 +102,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "l2p": ("learner.lr=0.005",),
     "l2p_pp": ("learner.lr=0.01", "learner.batch_size=16"),
     "lae": ("learner.lr=0.005", "learner.batch_size=16"),
+    "lame": ("learner.batch_size=16",),
     "lwf": ("learner.batch_size=16",),
     "mir": ("learner.candidates=20",),
     "mas": ("learner.strength=100", "learner.lr=2e-3", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
@@ -116,6 +119,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
         "learner.batch_size=16",
         "learner.interval=2",
     ),
+    "sar": ("learner.batch_size=16", "learner.adapt_lr=1", "learner.margin=0.6", "learner.variant=official"),
     "s_prompts": ("learner.lr=0.5", "learner.batch_size=16"),
     "seed_ensemble": ("learner.lr=0.01", "learner.batch_size=16", "learner.experts=2"),
     "shrink_perturb": ("learner.batch_size=16", "learner.shrink=0.9", "learner.sigma=0.001"),

@@ -42,6 +42,10 @@ VARIANTS = {
     "hat": ["learner.variant=paper"],
     "shrink_perturb": ["learner.variant=official"],
     "tent": ["learner.answer=after"],
+    "eata": ["learner.fisher=0 learner.margin=0.9", "learner.margin=0.9"],
+    "sar": ["learner.variant=official learner.margin=0.9"],
+    "lame": ["learner.affinity=rbf"],
+    "adanpc": ["learner.variant=official learner.threshold=0", "learner.training=knn learner.threshold=0.5"],
     "slca": ["learner.restore_heads=false", "learner.fresh_norm=false", "learner.logit_norm=null"],
 }
 NORMS = ["model=resnet32", "model.timm=test_resnet"]  # with batch norms, for those that adapt them

@@ -77,8 +77,16 @@ class Tent(Finetune):
         """Train on the source; adaptation starts anew."""
         self.adapted.begin({})
         log = super().learn(experience)
-        self.adapted.begin(affine(self.model, self.batch_norm_alone))
+        self.begin()
         return log
+
+    def source(self) -> dict[str, Tensor]:
+        """What adapts, as training left it, by name."""
+        return affine(self.model, self.batch_norm_alone)
+
+    def begin(self) -> None:
+        """From the source."""
+        self.adapted.begin(self.source())
 
     def scores(self, x: Tensor) -> Tensor:
         """Logits of images under the weights as they are adapted [B, num_seen]."""
@@ -88,15 +96,20 @@ class Tent(Finetune):
         """Logits [B, num_seen]; changes the state."""
         self.model.eval()
         if begins_anew(self.reset, batch):
-            self.adapted.begin(affine(self.model, self.batch_norm_alone))
+            self.begin()
         with batch_statistics(self.model), torch.enable_grad():
             for _ in range(self.steps):
-                z = self.scores(batch.x)
-                self.adapted.step(entropy(z).mean())
+                z = self.adapt(batch.x)
             if self.answer == "after":
                 with torch.no_grad():
                     z = self.scores(batch.x)
         return z.detach()
+
+    def adapt(self, x: Tensor) -> Tensor:
+        """One step on images -> the logits with which it was computed [B, num_seen]."""
+        z = self.scores(x)
+        self.adapted.step(entropy(z).mean())
+        return z
 
     def state_dict(self) -> dict[str, Any]:
         return collect(self, "model", "head", "adapted")

@@ -1,4 +1,5 @@
-"""What learners that adapt while they are tested share: statistics of the batch at hand, weights that change, the entropy.
+"""What learners that adapt while they are tested share: statistics of the batch at hand, weights that change, the entropy, the
+Fisher information of answers.
 
 No label is seen and no budget is used, so these steps do not go through `fit`; what changes is in the learner's state.
 """
@@ -6,15 +7,18 @@ No label is seen and no budget is used, so these steps do not go through `fit`; 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clbench.interfaces import Batch, UserError
+from clbench.interfaces import Batch, Experience, UserError
+from clbench.training.fisher import Weights, fisher_per_batch
 from clbench.training.fit import Recipe
+from clbench.training.runtime import Runtime
 
 NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
 Reset = Literal["never", "set", "batch"]
@@ -85,6 +89,40 @@ def entropy(z: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(1)
 
 
+def fisher_batches(experience: Experience, runtime: Runtime, samples: int, size: int = 64) -> Iterator[Batch]:
+    """Some of an experience's images in the test view, drawn by seed, `size` at a time; a last one alone is left out."""
+    rows = torch.randperm(len(experience.train), generator=runtime.generator("fisher"))[:samples]
+    for part in rows.split(size):
+        runtime.check_stop()
+        if len(part) > 1:  # one image has no statistics of a batch
+            yield experience.train.batch(part.numpy())
+
+
+def fisher_of_answers(net: nn.Module, scores: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> Weights:
+    """Mean over batches of the squared gradient of a batch's mean cross-entropy to the answers themselves, by parameter name.
+
+    scores  images [B, C, H, W] -> logits [B, K] of the network in evaluation mode
+    """
+    total: Weights = {name: torch.zeros_like(p) for name, p in net.named_parameters() if p.requires_grad}
+    number = 0
+
+    def loss(batch: Batch) -> Tensor:
+        z_BK = scores(batch.x)
+        return F.cross_entropy(z_BK, z_BK.argmax(1))
+
+    with torch.enable_grad():
+        for batch in batches:
+            number += 1
+            for name, squared in fisher_per_batch(net, loss, batch).items():
+                total[name] += squared
+    return {name: f / max(number, 1) for name, f in total.items()}
+
+
+def distance(weights: Mapping[str, Tensor], source: Mapping[str, Tensor], importance: Mapping[str, Tensor]) -> Tensor:
+    """Sum of importance (theta - source)^2 over `weights` -> scalar; without the half of `fisher.quadratic_penalty`."""
+    return torch.stack([(importance[n] * (value - source[n]).square()).sum() for n, value in weights.items()]).sum()
+
+
 class Adapted:
     """Weights by parameter name that change at test time, and their optimiser; empty before `begin`."""
 
@@ -99,14 +137,21 @@ class Adapted:
         groups = [{"params": list(self.weights.values()), "lr": self.lr}]
         self.optimizer = self.recipe.build(groups) if self.weights else None
 
-    def step(self, loss: Tensor) -> None:
-        """One step down the gradient of a scalar; parameters of the network get none."""
+    def gradients(self, loss: Tensor) -> tuple[Tensor | None, ...]:
+        """Of a scalar with respect to each weight, None where it does not depend on one; parameters of the network get none."""
+        return torch.autograd.grad(loss, list(self.weights.values()), allow_unused=True)
+
+    def move(self, grads: Sequence[Tensor | None]) -> None:
+        """One step of the optimiser along these."""
         assert self.optimizer is not None
-        grads = torch.autograd.grad(loss, list(self.weights.values()), allow_unused=True)
         for value, grad in zip(self.weights.values(), grads, strict=True):
             value.grad = grad
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self, loss: Tensor) -> None:
+        """One step down the gradient of a scalar."""
+        self.move(self.gradients(loss))
 
     def state_dict(self) -> dict[str, Any]:
         """Weights and moments."""
