@@ -33,6 +33,7 @@ VARIANTS = {
     "aper": ["pet=none", "pet=vpt", "pet=ssf"],
     "ranpac": ["pet=none", "learner.projection=0"],
     "ease": ["learner.pretrained_weight=1.0"],
+    "inflora": ["learner.variant=paper"],
     "ssiat": ["learner.compat_unpaired=true"],
     "si": ["learner.variant=paper"],
     "mas": ["learner.variant=official"],
@@ -220,7 +221,7 @@ def old_beside_new(tmp_path):
     return ("scenario=dil_pacs", f"scenario.dataset={tmp_path / 'mixed.npz'}", "scenario.name=mixed")
 
 
-NEED_DISJOINT = ("ease", "seed_ensemble", "slca", "slca_pp", "ssiat")
+NEED_DISJOINT = ("ease", "inflora", "seed_ensemble", "slca", "slca_pp", "ssiat")
 
 
 @pytest.mark.parametrize("name", NEED_DISJOINT)
