@@ -118,6 +118,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
         "learner.interval=2",
     ),
     "s_prompts": ("learner.lr=0.5", "learner.batch_size=16"),
+    "sd_lora": ("learner.lr=0.1", "learner.batch_size=16"),
     "seed_ensemble": ("learner.lr=0.01", "learner.batch_size=16", "learner.experts=2"),
     "shrink_perturb": ("learner.batch_size=16", "learner.shrink=0.9", "learner.sigma=0.001"),
     "si": (

@@ -34,6 +34,7 @@ VARIANTS = {
     "ranpac": ["pet=none", "learner.projection=0"],
     "ease": ["learner.pretrained_weight=1.0"],
     "inflora": ["learner.variant=paper"],
+    "sd_lora": ["learner.redundant=0.5 learner.reduce_at=[1] learner.reduce_to=[3]"],
     "ssiat": ["learner.compat_unpaired=true"],
     "si": ["learner.variant=paper"],
     "mas": ["learner.variant=official"],

@@ -2,13 +2,16 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import NARROW
 
 from clbench.config.compose import compose
 from clbench.interfaces import Capabilities, Place, UserError
-from clbench.learners import inflora
+from clbench.learners import inflora, sd_lora
+from clbench.models.pet_modules import lora
+from clbench.models.pet_sites import linear_of
 from clbench.testing.contract import Trial, small_stream
 from clbench.training.state import detached
 
@@ -39,6 +42,13 @@ def drawn(*shape, seed=0):
         ("inflora learner.energy_end=0.9", r"learner\.energy"),
         ("inflora learner.experiences=0", r"learner\.experiences"),
         ("inflora learner.variant=code", r"learner\.variant=code"),
+        ("sd_lora pet=adapter", "choose pet=lora"),
+        ("sd_lora pet=lora_lae", "choose pet=lora"),
+        ("sd_lora learner.variant=code", r"learner\.variant=code"),
+        ("sd_lora learner.reduce_at=[4]", r"learner\.reduce_at"),
+        ("sd_lora learner.reduce_at=[4,2] learner.reduce_to=[8,6]", r"learner\.reduce_at"),
+        ("sd_lora learner.reduce_at=[4] learner.reduce_to=[11]", r"learner\.reduce_to"),
+        ("sd_lora learner.redundant=0", r"learner\.redundant"),
     ],
 )
 def test_bad_options_are_named(words, said):
@@ -178,3 +188,115 @@ def test_inflora_designs_trains_and_adds(monkeypatch):
             learner.model.features(first.train.batch(range(6)).x), seen["unmerged"], atol=1e-5, rtol=1e-4
         )
     assert second.index == 1 and learner.head.widths == [2, 2]
+
+
+# --- SD-LoRA
+
+
+def naive_sum(pairs, magnitudes, product):
+    """Sum of s_i B_i A_i, all but the last divided by their norms, as one matrix."""
+    total = torch.zeros(len(pairs[0][1]), pairs[0][0].shape[1], dtype=torch.float64)
+    for i, (a, b) in enumerate(pairs):
+        matrix = b @ a
+        if i < len(pairs) - 1:
+            size = matrix.square().sum().sqrt() if product else a.square().sum().sqrt() * b.square().sum().sqrt()
+            matrix = matrix / size
+        total = total + magnitudes[i] * matrix
+    return total
+
+
+@pytest.mark.parametrize("product", [False, True])
+def test_all_terms_are_one_term(product):
+    pairs = [(drawn(r, 7, seed=r), drawn(5, r, seed=10 + r)) for r in (4, 3, 2)]
+    s = drawn(3, seed=5)
+    old = sd_lora.no_directions(*pairs[0])
+    for pair in pairs[:2]:
+        old = sd_lora.with_direction(old, *pair, product, None)
+    a, b = sd_lora.joined(old, *pairs[2], s)
+    assert a.shape == (9, 7) and b.shape == (5, 9)
+    torch.testing.assert_close(b @ a, naive_sum(pairs, s, product), atol=1e-9, rtol=0)
+    scaled = sd_lora.no_directions(*pairs[0])
+    for p, q in pairs[:2]:
+        scaled = sd_lora.with_direction(scaled, p, 7.5 * q, product, None)
+    other = sd_lora.joined(scaled, *pairs[2], s)
+    torch.testing.assert_close(other[1] @ other[0], b @ a, atol=1e-9, rtol=0)
+    product_by_factors, whole = sd_lora.size_of(*pairs[0], True), (pairs[0][1] @ pairs[0][0]).norm()
+    torch.testing.assert_close(product_by_factors, whole)
+
+
+def test_a_direction_that_others_explain_is_dropped():
+    pairs = [(drawn(3, 7, seed=i), drawn(5, 3, seed=10 + i)) for i in range(2)]
+    old = sd_lora.no_directions(*pairs[0])
+    for pair in pairs:
+        old = sd_lora.with_direction(old, *pair, True, 9e-4)
+    assert len(old["owner"]) == 6, "random directions explain nothing"
+    d = [b @ a / (b @ a).norm() for a, b in pairs]
+    u, sing, v = torch.linalg.svd(0.6 * d[0] - 1.1 * d[1])
+    mix = (v[:5], u * sing)
+    size = (0.6 * d[0] - 1.1 * d[1]).norm()
+    for new, alpha in ((pairs[1], [0, 1]), (mix, [0.6 / size, -1.1 / size])):
+        less, more = (sd_lora.with_direction(old, *new, True, limit) for limit in (9e-4, None))
+        assert len(less["owner"]) == 6 and len(more["owner"]) == 6 + len(new[0])
+        torch.testing.assert_close(less["share"][:2, 2], torch.as_tensor(alpha).double(), atol=1e-9, rtol=0)
+        zero, s = (drawn(1, 7), torch.zeros(5, 1).double()), drawn(4, seed=8)
+        x, y = (sd_lora.joined(one, *zero, s) for one in (less, more))
+        torch.testing.assert_close(x[1] @ x[0], y[1] @ y[0], atol=1e-9, rtol=0)
+    a, b = drawn(3, 7, seed=30), drawn(5, 3, seed=31)
+    unit = b / (b @ a).norm()
+    alpha, rest = sd_lora.explained(old, a, unit)
+    columns = torch.stack([one.flatten() for one in d], dim=1)
+    exact = torch.linalg.lstsq(columns, (unit @ a).flatten()[:, None])
+    torch.testing.assert_close(alpha, exact.solution[:, 0])
+    assert rest == pytest.approx(float((columns @ exact.solution - (unit @ a).flatten()[:, None]).square().sum()))
+
+
+def test_sd_lora_in_a_stream():
+    options = ("learner.lr=0.05", "learner.pet.rank=4", "learner.reduce_at=[1,2]", "learner.reduce_to=[3,2]")
+    t, learner, runtime, pipeline, seen = learned("learner=sd_lora", *options, sizes=[2, 2, 2], experiences=1)
+    state = learner.pet.state()
+    assert len(learner.magnitudes) == 1 and learner.magnitudes[0] != 0.8 and learner.directions["0/q"]["owner"].numel() == 0
+    seen.append(t.learn(learner, runtime, pipeline, 1))
+    assert list(learner.directions) == [f"{i}/{target}" for i in range(len(learner.model.net.blocks)) for target in "qv"]
+    for name, found in learner.directions.items():
+        a, b = state[f"{name}/a"], state[f"{name}/b"]
+        torch.testing.assert_close(found["a"], a)
+        torch.testing.assert_close(found["b"], b / (a.norm() * b.norm()))
+    own = learner.pet.state()
+    assert own["0/q/b"][:, :3].abs().min() > 0 and own["0/q/b"][:, 3].abs().max() == 0, "rank 3 from experience 1 on"
+    before = detached(learner.directions), learner.head.blocks[0].weight.clone()
+    log_rank = t.learn(learner, runtime, pipeline, 2) and len(learner.terms()["0/q/a"])
+    assert log_rank == 4 + 3 + 2 and len(learner.magnitudes) == 3
+    assert torch.equal(learner.directions["1/v"]["a"][:4], before[0]["1/v"]["a"]), "directions stand still"
+    assert torch.equal(learner.head.blocks[0].weight, before[1]), "so do rows of classes that are not there"
+    x = seen[0].train.batch(range(4)).x
+    terms = {name: value.detach().double() for name, value in learner.terms().items()}
+    merged = trial("learner=ncm").start()[0].model
+    with torch.no_grad():
+        for name in learner.layers:
+            i, target = name.split("/")
+            layer, part = linear_of(merged.net.blocks[int(i)], target)
+            layer.weight[part * 32 : (part + 1) * 32] += (terms[f"{name}/b"] @ terms[f"{name}/a"]).float()
+        one = learner.predict(seen[0].train.batch(range(4)))
+        torch.testing.assert_close(learner.head(merged.eval().features(x)), one, atol=1e-5, rtol=1e-4)
+
+
+def test_one_experience_is_plain_lora_with_a_scale():
+    """T = 1: the released terms of `pet=lora` with a scale to learn, shared by all layers, are the same function."""
+    _, learner, *_, (e,) = learned("learner=sd_lora", "learner.lr=0.05", experiences=1)
+    bare, runtime, _ = trial("learner=ncm").start()
+    plain = lora(bare.model, runtime, rank=10, targets=("q", "v"), scale=float(learner.magnitudes[0].detach()))
+    plain.insert(learner.pet.state())
+    x = e.train.batch(range(4))
+    with torch.no_grad():
+        torch.testing.assert_close(bare.model.eval().features(x.x), features(learner, x), atol=1e-5, rtol=1e-4)
+
+
+def features(learner, batch):
+    with torch.no_grad(), learner.pet.use(learner.terms()):
+        return learner.model.eval().features(batch.x)
+
+
+def test_sd_lora_drops_nothing_by_default_and_all_of_one_layer_where_it_may():
+    _, learner, *_ = learned("learner=sd_lora", "learner.redundant=1e9", "learner.lr=0.05", experiences=3)
+    assert all(len(found["owner"]) == 10 and found["share"].shape == (2, 2) for found in learner.directions.values())
+    assert np.isfinite(learner.magnitudes.detach().numpy()).all()
