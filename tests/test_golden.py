@@ -80,6 +80,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
         "learner.momentum=0.9",
     ),
     "coda_prompt": ("learner.lr=0.01", "learner.batch_size=16"),
+    "cofima": ("learner.batch_size=16", "learner.slow=0.5", "learner.share=0.3"),
     "cotta": ("learner.augmentations=2", "learner.batch_size=16"),
     "derpp": ("learner.batch_size=16",),
     "dualprompt": ("learner.batch_size=16", "learner.lr=0.01"),

@@ -35,6 +35,7 @@ VARIANTS = {
     "ease": ["learner.pretrained_weight=1.0"],
     "inflora": ["learner.variant=paper"],
     "sd_lora": ["learner.redundant=0.5 learner.reduce_at=[1] learner.reduce_to=[3]"],
+    "cofima": ["learner.fisher=false", "learner.official_new_head=true"],
     "ssiat": ["learner.compat_unpaired=true"],
     "si": ["learner.variant=paper"],
     "mas": ["learner.variant=official"],
@@ -222,7 +223,7 @@ def old_beside_new(tmp_path):
     return ("scenario=dil_pacs", f"scenario.dataset={tmp_path / 'mixed.npz'}", "scenario.name=mixed")
 
 
-NEED_DISJOINT = ("ease", "inflora", "seed_ensemble", "slca", "slca_pp", "ssiat")
+NEED_DISJOINT = ("cofima", "ease", "inflora", "seed_ensemble", "slca", "slca_pp", "ssiat")
 
 
 @pytest.mark.parametrize("name", NEED_DISJOINT)

@@ -9,9 +9,10 @@ from conftest import NARROW
 
 from clbench.config.compose import compose
 from clbench.interfaces import Capabilities, Place, UserError
-from clbench.learners import inflora, sd_lora
+from clbench.learners import cofima, inflora, sd_lora
 from clbench.models.pet_modules import lora
 from clbench.models.pet_sites import linear_of
+from clbench.streams.images.data import shuffled
 from clbench.testing.contract import Trial, small_stream
 from clbench.training.state import detached
 
@@ -49,6 +50,8 @@ def drawn(*shape, seed=0):
         ("sd_lora learner.reduce_at=[4,2] learner.reduce_to=[8,6]", r"learner\.reduce_at"),
         ("sd_lora learner.reduce_at=[4] learner.reduce_to=[11]", r"learner\.reduce_to"),
         ("sd_lora learner.redundant=0", r"learner\.redundant"),
+        ("cofima learner.share=1.5", r"learner\.share"),
+        ("cofima learner.fisher=false learner.official_new_head=true", r"learner\.official_new_head"),
     ],
 )
 def test_bad_options_are_named(words, said):
@@ -300,3 +303,79 @@ def test_sd_lora_drops_nothing_by_default_and_all_of_one_layer_where_it_may():
     _, learner, *_ = learned("learner=sd_lora", "learner.redundant=1e9", "learner.lr=0.05", experiences=3)
     assert all(len(found["owner"]) == 10 and found["share"].shape == (2, 2) for found in learner.directions.values())
     assert np.isfinite(learner.magnitudes.detach().numpy()).all()
+
+
+# --- CoFiMA
+
+
+def test_average_of_weights_by_hand_and_at_its_ends():
+    old, new = drawn(40, seed=1), drawn(40, seed=2)
+    f_old, f_new = drawn(40, seed=3).square(), drawn(40, seed=4).square()
+    f_old[:5], f_new[3:8] = 0, 0
+    for share in (0.0, 0.3, 0.5, 1.0):
+        found = cofima.weighted(old, new, f_old, f_new, share)
+        for i in range(40):
+            a, b = (1 - share) * float(f_old[i]), share * float(f_new[i])
+            expected = (a * old[i] + b * new[i]) / (a + b) if a + b > 0 else (1 - share) * old[i] + share * new[i]
+            assert float(found[i]) == pytest.approx(float(expected), abs=1e-12)
+        scaled = cofima.weighted(old, new, 7 * f_old, 7 * f_new, share)
+        torch.testing.assert_close(found, scaled, atol=1e-12, rtol=0)
+        flat = cofima.weighted(old, new, torch.full((40,), 3.0), torch.full((40,), 3.0), share)
+        torch.testing.assert_close(flat, (1 - share) * old + share * new, atol=1e-12, rtol=0)
+    assert torch.equal(cofima.weighted(old, new, f_old, f_new, 0.0), old)
+    assert torch.equal(cofima.weighted(old, new, f_old, f_new, 1.0), new)
+    tiny = torch.full((1,), 1e-38)
+    assert float(cofima.weighted(torch.zeros(1), torch.ones(1), tiny, 3 * tiny, 0.5)) == pytest.approx(0.75)
+
+
+def fisher_by_loop(learner, data, key):
+    """Mean over batches of the squared gradient of the mean cross-entropy over all classes, at most 1e-4."""
+    batches = shuffled(data, learner.batch_size, 1, key)
+    named = {**{f"model.{n}": p for n, p in learner.model.named_parameters()}}
+    named |= {f"heads.{n}": p for n, p in learner.aligned.named_parameters()}
+    total = {name: torch.zeros_like(p) for name, p in named.items()}
+    for step in range(batches.steps):
+        batch = batches(step)
+        f = learner.model.features(batch)
+        z = torch.cat([f @ block.weight.T + block.bias for block in learner.aligned.blocks], dim=1)
+        (-z.log_softmax(1)[torch.arange(len(f)), batch.y].mean()).backward()
+        for name, p in named.items():
+            total[name] += p.grad**2 / batches.steps
+            p.grad = None
+    return {name: value.clamp(max=1e-4) for name, value in total.items()}
+
+
+@pytest.mark.parametrize("words", [(), ("learner.official_new_head=true",), ("learner.fisher=false",)])
+def test_cofima_averages_what_was_deployed_with_what_was_trained(monkeypatch, words):
+    options = ("learner=cofima", "learner.align_epochs=1", "learner.batch_size=16", "learner.slow=0.5", "learner.share=0.4")
+    t = trial(*options, *words, sizes=[2, 2, 2])
+    learner, runtime, pipeline = t.start()
+    t.learn(learner, runtime, pipeline, 0)
+    deployed, old_fisher = detached(learner.deployed.state_dict()), dict(learner.fisher)
+    assert not old_fisher or old_fisher["heads.blocks.0.bias"].max() <= torch.tensor(1e-4)
+    trained_to, real = {}, cofima.Slca._slow_learning
+
+    def spy(self, experience, first):
+        log = real(self, experience, first)
+        trained_to.update(detached(self.deployed.state_dict()))
+        trained_to["fisher"] = fisher_by_loop(self, experience.train, self.runtime.key("fisher"))
+        return log
+
+    monkeypatch.setattr(cofima.Slca, "_slow_learning", spy)
+    monkeypatch.setattr(cofima.Slca, "_alignment", lambda self, experience: {})
+    t.learn(learner, runtime, pipeline, 1)
+    fisher = trained_to.pop("fisher")
+    assert bool(learner.fisher) == (words != ("learner.fisher=false",))
+    for name, now in learner.deployed.state_dict().items():
+        if learner.fisher:
+            torch.testing.assert_close(learner.fisher[name], fisher[name], atol=1e-9, rtol=1e-3)
+        new = trained_to[name]
+        f = learner.fisher.get(name, torch.ones(()))
+        if name in deployed:
+            expected = cofima.weighted(deployed[name], new, old_fisher.get(name, torch.ones(())), f, 0.4)
+            assert name.startswith("heads") or not torch.equal(deployed[name], new), "slow learning moves the whole backbone"
+        else:
+            assert name.startswith("heads.blocks.1")
+            expected = f * new if words == ("learner.official_new_head=true",) else new
+        torch.testing.assert_close(now, expected)
+    assert torch.equal(learner.head.blocks[1].weight, trained_to["heads.blocks.1.weight"]), "training goes on from it"

@@ -114,7 +114,7 @@ def sum_per_sample(
     return total
 
 
-def fisher_per_batch(model: Backbone, loss: Callable[[Any], Tensor], batch: Any) -> Weights:
+def fisher_per_batch(model: nn.Module, loss: Callable[[Any], Tensor], batch: Any) -> Weights:
     """The squared gradient of a batch's mean loss, as PyCIL has it: far smaller than the mean of squares."""
     grads = torch.autograd.grad(loss(batch), list(trained(model).values()), allow_unused=True)
     return {
