@@ -223,7 +223,7 @@ def test_presets_of_published_protocols_say_claim_number_cost_and_command():
 
 UNMEASURED = {  # no record of theirs is committed: no card
     *("agem", "bn_adapt", "cbp", "cofima", "cotta", "er", "er_ace", "ewc_online", "gdumb", "gem", "hat"),
-    *("inflora", "l2_init", "mas", "mir", "s_prompts", "scr", "sd_lora", "shrink_perturb", "tent"),
+    *("inflora", "l2_init", "mas", "mir", "s_prompts", "scr", "sd_lora", "shrink_perturb", "tent", "tuna"),
 }
 ON_DIGITS = {"incremental_frozen", "packnet", "rwalk", "si", "slda"}  # measured on the digits stream that they are made for
 

@@ -9,9 +9,10 @@ from conftest import NARROW
 
 from clbench.config.compose import compose
 from clbench.interfaces import Capabilities, Place, UserError
-from clbench.learners import cofima, inflora, sd_lora
+from clbench.learners import cofima, inflora, sd_lora, tuna
 from clbench.models.pet_modules import lora
 from clbench.models.pet_sites import linear_of
+from clbench.streams.eval_sets import open_eval
 from clbench.streams.images.data import shuffled
 from clbench.testing.contract import Trial, small_stream
 from clbench.training.state import detached
@@ -52,6 +53,10 @@ def drawn(*shape, seed=0):
         ("sd_lora learner.redundant=0", r"learner\.redundant"),
         ("cofima learner.share=1.5", r"learner\.share"),
         ("cofima learner.fisher=false learner.official_new_head=true", r"learner\.official_new_head"),
+        ("tuna pet=lora", "choose pet=adapter"),
+        ("tuna learner.variant=code", r"learner\.variant=code"),
+        ("tuna learner.start=old", r"learner\.start=old"),
+        ("tuna learner.covariance=multi-centroid", r"learner\.covariance"),
     ],
 )
 def test_bad_options_are_named(words, said):
@@ -379,3 +384,85 @@ def test_cofima_averages_what_was_deployed_with_what_was_trained(monkeypatch, wo
             expected = f * new if words == ("learner.official_new_head=true",) else new
         torch.testing.assert_close(now, expected)
     assert torch.equal(learner.head.blocks[1].weight, trained_to["heads.blocks.1.weight"]), "training goes on from it"
+
+
+# --- TUNA
+
+
+def test_universal_adapter_entry_by_entry():
+    states = [{"0/up": drawn(3, 4, seed=i), "0/up_bias": drawn(3, seed=9 + i)} for i in range(4)]
+    found = tuna.universal(states)
+    for name in states[0]:
+        for index in np.ndindex(*states[0][name].shape):
+            values = [float(state[name][index]) for state in states]
+            sign = 1 if sum(values) > 0 else -1
+            agreeing = [abs(v) for v in values if v * sign > 0]
+            assert float(found[name][index]) == pytest.approx(sign * max(agreeing, default=0))
+    for other in ([states[i] for i in (2, 0, 3, 1)], [{n: -v for n, v in state.items()} for state in states]):
+        again, flip = tuna.universal(other), other[0]["0/up"].equal(-states[0]["0/up"])
+        assert all(torch.equal(again[name], -found[name] if flip else found[name]) for name in found)
+    assert all(torch.equal(tuna.universal([states[1]] * n)[name], states[1][name]) for n in (1, 3) for name in found)
+    hand = [{"x": torch.tensor([1.0, -3.0, 2.0, 0.0, -1.0])}, {"x": torch.tensor([2.0, 1.0, -1.0, 0.0, 1.0])}]
+    assert tuna.universal(hand)["x"].tolist() == [2.0, -3.0, 2.0, 0.0, -1.0]
+
+
+def test_likeness_of_adapters_against_loops():
+    new, old = ({f"{i}/up": drawn(5, 3, seed=i + s) for i in range(2)} | {"0/down": drawn(3, 5)} for s in (0, 7))
+    for absolute in (False, True):
+        parts = []
+        for i in range(2):
+            u, v = new[f"{i}/up"], old[f"{i}/up"]
+            cosines = [float(u[j] @ v[k] / (u[j].norm() * v[k].norm())) for j in range(5) for k in range(5)]
+            parts.append(np.mean(np.abs(cosines)) if absolute else abs(np.mean(cosines)))
+        assert float(tuna.likeness(new, old, absolute)) == pytest.approx(np.mean(parts))
+
+
+def test_entropy_of_sure_and_even_answers():
+    assert tuna.entropy(torch.tensor([[1.0, 0.0], [0.5, 0.5]])).tolist() == pytest.approx([0, math.log(2)])
+
+
+def test_tuna_answers_with_the_surest_adapter_and_the_universal_one():
+    options = ("learner=tuna", "learner.lr=0.3", "learner.align_epochs=1", "learner.pet.scale=1", "learner.pet.bottleneck=4")
+    t, learner, runtime, pipeline, seen = learned(*options, sizes=[2, 2, 2], experiences=1, narrow=())
+    x = seen[0].train.batch(range(5))
+    only = learner.predict(x)
+    assert torch.equal(only["both"], only["universal"]) and len(learner.bank) == 1
+    seen += [t.learn(learner, runtime, pipeline, i) for i in (1, 2)]
+    assert len({float(state["0/down"].sum()) for state in learner.bank}) == 3, "every experience has a fresh adapter"
+    with torch.no_grad(), learner.pet.use(learner.bank[2]):
+        f = torch.cat([learner.model.features(b.x) for b in seen[2].train.test_batches(8)]).double()
+    y = torch.as_tensor(seen[2].train.y)
+    torch.testing.assert_close(learner.gaussians.mean_KD[4].double(), f[y == 4].mean(0), atol=1e-4, rtol=1e-4)
+    centred = f[y == 5] - f[y == 5].mean(0)
+    expected = centred.T @ centred / (len(centred) - 1) + 1e-4 * torch.eye(f.shape[1]).double()
+    torch.testing.assert_close(learner.gaussians.cov_KDD[5].double(), expected, atol=1e-4, rtol=1e-3)
+    learner.bank = [
+        {n: v + 0.05 * drawn(*v.shape, seed=40 * i + k).float() for k, (n, v) in enumerate(state.items())}
+        for i, state in enumerate(learner.bank)
+    ]
+    learner.load_state_dict(detached(learner.state_dict()))
+    common, chosen = tuna.universal(learner.bank), []
+    rows = torch.nn.functional.normalize(torch.cat([block.weight for block in learner.head.blocks]), dim=1)
+
+    def answer(state, image):
+        with torch.no_grad(), learner.pet.use(state):
+            f = learner.model.eval().features(image)[0]
+        return (20 * rows @ f / f.norm()).softmax(0).detach()
+
+    for i in range(3):
+        data = open_eval(t.scenario, i, pipeline).data
+        z = t.scores(learner, pipeline, i, 6)
+        for j in range(len(data)):
+            image = data.batch([j]).x
+            answers = [answer(state, image) for state in learner.bank]
+            spread = [-sum(float(p) * math.log(float(p)) for p in one if p > 0) for one in answers]
+            chosen.append(int(np.argmin(spread)))
+            torch.testing.assert_close(z[j], answers[chosen[-1]] + answer(common, image), atol=1e-4, rtol=1e-3)
+    assert len(set(chosen)) > 1, "no adapter was ever chosen over another"
+
+
+def test_tuna_may_go_on_from_the_adapter_before(monkeypatch):
+    options = ("learner=tuna", "learner.lr=0", "learner.align_epochs=0", "learner.pet.bottleneck=4")
+    for start, same in (("fresh", False), ("previous", True)):
+        _, learner, *_ = learned(*options, f"learner.start={start}", sizes=[2, 2, 2])
+        assert torch.equal(learner.bank[0]["0/down"], learner.bank[1]["0/down"]) == same
