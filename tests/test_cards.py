@@ -222,8 +222,8 @@ def test_presets_of_published_protocols_say_claim_number_cost_and_command():
 
 
 UNMEASURED = {  # no record of theirs is committed: no card
-    *("agem", "bn_adapt", "cbp", "cotta", "er", "er_ace", "ewc_online", "gdumb", "gem", "hat", "l2_init", "mas", "mir"),
-    *("adanpc", "eata", "lame", "s_prompts", "sar", "scr", "shrink_perturb", "tent"),
+    *("adanpc", "agem", "bn_adapt", "cbp", "cofima", "cotta", "eata", "er", "er_ace", "ewc_online", "gdumb", "gem", "hat"),
+    *("inflora", "l2_init", "lame", "mas", "mir", "s_prompts", "sar", "scr", "sd_lora", "shrink_perturb", "tent", "tuna"),
 }
 ON_DIGITS = {"incremental_frozen", "packnet", "rwalk", "si", "slda"}  # measured on the digits stream that they are made for
 

@@ -81,6 +81,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
         "learner.momentum=0.9",
     ),
     "coda_prompt": ("learner.lr=0.01", "learner.batch_size=16"),
+    "cofima": ("learner.batch_size=16", "learner.slow=0.5", "learner.share=0.3"),
     "cotta": ("learner.augmentations=2", "learner.batch_size=16"),
     "derpp": ("learner.batch_size=16",),
     "dualprompt": ("learner.batch_size=16", "learner.lr=0.01"),
@@ -97,6 +98,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "hat": ("scenario=til_digits", "learner.batch_size=16"),
     "icarl": ("learner.batch_size=16",),
     "incremental_frozen": ("learner.lr=0.003", "learner.batch_size=16"),
+    "inflora": ("learner.lr=0.01", "learner.batch_size=16", "learner.energy=0.5"),
     "l2_init": ("learner.backbone_lr=5e-4", "learner.batch_size=16"),
     "l2_reg": ("learner.lr=2e-3", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
     "l2p": ("learner.lr=0.005",),
@@ -121,6 +123,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     ),
     "sar": ("learner.batch_size=16", "learner.adapt_lr=1", "learner.margin=0.6", "learner.variant=official"),
     "s_prompts": ("learner.lr=0.5", "learner.batch_size=16"),
+    "sd_lora": ("learner.lr=0.1", "learner.batch_size=16"),
     "seed_ensemble": ("learner.lr=0.01", "learner.batch_size=16", "learner.experts=2"),
     "shrink_perturb": ("learner.batch_size=16", "learner.shrink=0.9", "learner.sigma=0.001"),
     "si": (
@@ -134,6 +137,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "slca_pp": ("learner.lr=0.02", "learner.slow=0.3", "learner.batch_size=16"),
     "ssiat": ("learner.batch_size=16",),
     "tent": ("learner.batch_size=16", "learner.adapt_lr=0.03"),
+    "tuna": ("learner.pet.scale=1", "learner.lr=0.3", "learner.align_epochs=5"),
     "wa": ("learner.batch_size=16",),
 }
 VARIANTS = {  # of learners of images: with what they differ from the default

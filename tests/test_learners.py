@@ -33,6 +33,10 @@ VARIANTS = {
     "aper": ["pet=none", "pet=vpt", "pet=ssf"],
     "ranpac": ["pet=none", "learner.projection=0"],
     "ease": ["learner.pretrained_weight=1.0"],
+    "inflora": ["learner.variant=paper"],
+    "sd_lora": ["learner.redundant=0.5 learner.reduce_at=[1] learner.reduce_to=[3]"],
+    "cofima": ["learner.fisher=false", "learner.official_new_head=true"],
+    "tuna": ["learner.variant=paper learner.start=previous learner.covariance=diagonal"],
     "ssiat": ["learner.compat_unpaired=true"],
     "si": ["learner.variant=paper"],
     "mas": ["learner.variant=official"],
@@ -224,7 +228,7 @@ def old_beside_new(tmp_path):
     return ("scenario=dil_pacs", f"scenario.dataset={tmp_path / 'mixed.npz'}", "scenario.name=mixed")
 
 
-NEED_DISJOINT = ("ease", "seed_ensemble", "slca", "slca_pp", "ssiat")
+NEED_DISJOINT = ("cofima", "ease", "inflora", "seed_ensemble", "slca", "slca_pp", "ssiat", "tuna")
 
 
 @pytest.mark.parametrize("name", NEED_DISJOINT)

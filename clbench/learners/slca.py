@@ -89,7 +89,6 @@ class Slca:
         features, y = extract(self.runtime, self.model, experience.train, self.batch_size)
         self.gaussians.add(*(features[rows] for rows in class_rows(y, experience.new_classes).values()))
         self.experience_of_class += [experience.index] * len(experience.new_classes)
-        self.aligned.load_state_dict(self.head.state_dict())
         if first > 0 and self.align["epochs"] > 0:
             log |= self._alignment(experience)
         if not self.restore_heads:
@@ -107,7 +106,9 @@ class Slca:
 
         groups = groups_of((self.model, self.lr * self.slow), (newest, self.lr))
         batches = shuffled(experience.train, self.batch_size, self.epochs, self.runtime.key("train"))
-        return fit(self.runtime, "train", self, groups, loss, batches, self.recipe)
+        log = fit(self.runtime, "train", self, groups, loss, batches, self.recipe)
+        self.aligned.load_state_dict(self.head.state_dict())  # where alignment begins
+        return log
 
     def _alignment(self, experience: Experience) -> dict[str, float]:
         """Train a copy of all heads on Gaussian features; the rate follows a cosine that moves once an epoch."""

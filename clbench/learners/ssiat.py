@@ -31,6 +31,7 @@ from clbench.streams.images.data import shuffled
 from clbench.training.features import extract
 from clbench.training.fit import Recipe, fit
 from clbench.training.gaussians import ClassGaussians, align, class_rows, shrunken_means
+from clbench.training.losses import margin_logits
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import cosine
 from clbench.training.state import collect, groups_of, restore
@@ -41,12 +42,6 @@ def shifted(means_KD: Tensor, old_ND: Tensor, new_ND: Tensor, sigma: float) -> T
     near_KN = torch.exp(-torch.cdist(means_KD.double(), old_ND.double()).square() / (2 * sigma**2)) + 1e-5
     weight_KN = near_KN / near_KN.sum(dim=1, keepdim=True)
     return (means_KD.double() + weight_KN @ (new_ND - old_ND).double()).to(means_KD.dtype)
-
-
-def margin_logits(cosines: Tensor, y: Tensor, scale: float, margin: float) -> Tensor:
-    """CosFace: scale x (cosine, less `margin` at the own class); cosines [B, K], y [B]."""
-    own = y[:, None] == torch.arange(cosines.shape[1], device=y.device)
-    return scale * (cosines - margin * own)
 
 
 class Ssiat:

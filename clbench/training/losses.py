@@ -31,6 +31,12 @@ def masked_cross_entropy(z: Tensor, y: Tensor, masking: str, classes: Sequence[i
     return F.cross_entropy(z[:, keep], torch.searchsorted(keep, y))
 
 
+def margin_logits(cosines: Tensor, y: Tensor, scale: float, margin: float) -> Tensor:
+    """CosFace: scale x (cosine, less `margin` at the own class); cosines [B, K], y [B]."""
+    own = y[:, None] == torch.arange(cosines.shape[1], device=y.device)
+    return scale * (cosines - margin * own)
+
+
 def normalised_cross_entropy(z: Tensor, y: Tensor, blocks: Sequence[int], temperature: float) -> Tensor:
     """SLCA's logit normalisation: divide z by the mean over blocks of each block's norm (+1e-7) and by `temperature`.
 
