@@ -42,6 +42,7 @@ VARIANTS = {
     "hat": ["learner.variant=paper"],
     "shrink_perturb": ["learner.variant=official"],
     "tent": ["learner.answer=after"],
+    "randumb": ["learner.gamma=0.01", "learner.projection=0"],
     "slca": ["learner.restore_heads=false", "learner.fresh_norm=false", "learner.logit_norm=null"],
 }
 NORMS = ["model=resnet32", "model.timm=test_resnet"]  # with batch norms, for those that adapt them
