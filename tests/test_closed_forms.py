@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from sklearn.covariance import OAS
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from test_online import online
 
 from clbench.interfaces import UserError, declared
+from clbench.learners.klda import FLOAT32, Klda
 from clbench.learners.randumb import RanDumb
 from clbench.models.heads import LOWEST
 from clbench.models.random_features import Fourier
@@ -195,10 +197,68 @@ def test_randumb_with_full_shrinkage_is_the_nearest_mean_and_unseen_classes_neve
     assert torch.isfinite(one.predict(x)).all() and (one.predict(x).argmax(1) == y[0]).all()
 
 
+# --- KLDA ------------------------------------------------------------------------------------------------------------------
+
+
+def naive_klda(z, y, divided, classes=4):
+    """-(z - mu_c)^T C^+ (z - mu_c), sample by sample."""
+    means, scatter, _ = moments(z, y, classes)
+    inverse = torch.linalg.pinv(scatter / (len(z) if divided else 1), rtol=len(scatter) * FLOAT32, hermitian=True)
+    return torch.stack([torch.stack([-(row - mean) @ inverse @ (row - mean) for mean in means]) for row in z])
+
+
+@pytest.mark.parametrize("variant", ["paper", "official"])
+@pytest.mark.parametrize(("projection", "size"), [(400, 80), (400, 9), (24, 80), (24, 9), (24, 1)])
+def test_klda_is_the_batch_formula_in_any_order_and_split(variant, projection, size):
+    x, y = data_of(5)
+    order = permuted(size)
+    found = learned(Klda, x[order], y[order], size, variant=variant, projection=projection, sigma=0.05)
+    z = found.layers[0](x, 0.05)
+    naive = naive_klda(z, y, variant == "paper")
+    ((w, b),) = found.weights()
+    own = z @ w.T + b
+    scale = float(naive.abs().max())
+    torch.testing.assert_close(own - own.mean(1, keepdim=True), naive - naive.mean(1, keepdim=True), rtol=0, atol=1e-8 * scale)
+    assert torch.equal(found.predict(x).argmax(1), naive.argmax(1))
+
+
+def sklearns(z, y):
+    """Classes by linear discriminant analysis with equal shares (its own priors would weight the covariances too)."""
+    theirs = LinearDiscriminantAnalysis(solver="lsqr").fit(z.numpy(), y.numpy())
+    return torch.from_numpy(theirs.decision_function(z.numpy()) - np.log(theirs.priors_)).argmax(1)
+
+
+def test_klda_of_full_rank_is_sklearns_discriminant_analysis():
+    x, y = data_of(11, n=300)
+    found = learned(Klda, x, y, 50, projection=16, sigma=0.2)
+    assert torch.equal(found.predict(x).argmax(1), sklearns(found.layers[0](x, 0.2), y))
+
+
+def test_klda_of_a_wide_kernel_is_linear_discriminant_analysis():
+    x, y = data_of(12, n=300)
+    found = learned(Klda, x, y, 50, projection=200, sigma=1e-7)
+    assert (found.predict(x).argmax(1) == sklearns(x, y)).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("variant", ["paper", "official"])
+def test_klda_e_is_the_mean_of_its_models_probabilities(variant):
+    x, y = data_of(6, n=500, classes=2)
+    found = learned(Klda, x, y, 100, classes=3, variant=variant, projection=20, sigma=0.05, models=3)
+    naive = []
+    for layer in found.layers:
+        z = layer(x, 0.05)
+        naive.append(naive_klda(z, y, variant == "paper", 2).softmax(1))
+    torch.testing.assert_close(found.predict(x)[:, :2], (sum(naive) / 3).float(), rtol=1e-5, atol=1e-6)
+    assert (found.predict(x)[:, 2] == LOWEST).all()
+    best = found.predict(x).amax(1)
+    assert bool(best.max() < 0.53) == (variant == "official"), "without the division probabilities are nearly flat"
+    assert len({fingerprint(sums.state_dict()) for sums in found.sums}) == 3, "each model has a layer of its own"
+
+
 # --- all of them -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [RanDumb])
+@pytest.mark.parametrize("kind", [RanDumb, Klda])
 def test_nan_features_are_named(kind):
     x, y = data_of(1)
     x[3, 2] = float("nan")
@@ -223,6 +283,10 @@ def test_features_that_do_not_vary_have_no_gamma(monkeypatch):
         ("randumb learner.gamma=0", "learner.gamma=0"),
         ("randumb learner.gamma=1 learner.projection=0", "learner.gamma has no effect"),
         ("randumb learner.shrinkage=0", "learner.shrinkage must be above 0"),
+        ("klda learner.variant=code", "learner.variant=code"),
+        ("klda learner.projection=0", "learner.projection=0"),
+        ("klda learner.models=0", "learner.models=0"),
+        ("klda learner.sigma=-1", "learner.sigma must be above 0"),
     ],
 )
 def test_bad_options_are_one_line(words, line):

@@ -95,6 +95,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "hat": ("scenario=til_digits", "learner.batch_size=16"),
     "icarl": ("learner.batch_size=16",),
     "incremental_frozen": ("learner.lr=0.003", "learner.batch_size=16"),
+    "klda": ("learner.projection=60", "learner.sigma=0.01"),
     "l2_init": ("learner.backbone_lr=5e-4", "learner.batch_size=16"),
     "l2_reg": ("learner.lr=2e-3", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
     "l2p": ("learner.lr=0.005",),

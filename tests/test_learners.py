@@ -43,6 +43,7 @@ VARIANTS = {
     "shrink_perturb": ["learner.variant=official"],
     "tent": ["learner.answer=after"],
     "randumb": ["learner.gamma=0.01", "learner.projection=0"],
+    "klda": ["learner.models=2"],
     "slca": ["learner.restore_heads=false", "learner.fresh_norm=false", "learner.logit_norm=null"],
 }
 NORMS = ["model=resnet32", "model.timm=test_resnet"]  # with batch norms, for those that adapt them

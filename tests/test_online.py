@@ -318,6 +318,7 @@ def test_boundaries_announced_and_hidden():
         "agem learner.policy=reservoir": True, "gem": False, "gdumb": True, "mir": True, "mir learner.past=true": False,
         "scr": True, "scr learner.review=true": False, "slda": True, "ncm": True, "ncm learner.streaming=true": True,
         "randumb": True,
+        "klda": True,
         "derpp": False, "derpp learner.online=true": True, "icarl learner.online=true": False,
     }  # fmt: skip
     for words, expected in fits.items():
