@@ -11,10 +11,11 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from test_online import online
 
 from clbench.interfaces import UserError, declared
+from clbench.learners.acil import Acil
 from clbench.learners.klda import FLOAT32, Klda
 from clbench.learners.randumb import RanDumb
 from clbench.models.heads import LOWEST
-from clbench.models.random_features import Fourier
+from clbench.models.random_features import Fourier, uniform
 from clbench.training.discriminant import WithinClass
 from clbench.training.ridge import RidgeRoot
 from clbench.training.runtime import Runtime
@@ -88,6 +89,12 @@ def test_fourier_features_by_hand_and_near_their_kernel():
     assert max(errors) < 1.5 and min(errors) > 0.2, "the error falls as M to the power of -1/2"
     assert torch.equal(Fourier(6, 3, key=5).weight_DM, layer.weight_DM)
     assert not torch.equal(Fourier(6, 3, key=6).weight_DM, layer.weight_DM)
+
+
+def test_the_layer_of_a_linear_starts_as_torchs():
+    found, theirs = uniform(16, 4000, key=1), torch.nn.Linear(16, 4000, bias=False).weight.detach().T
+    assert float(found.abs().max()) <= 0.25 and float(found.abs().max()) > 0.2499
+    assert float(found.std()) == pytest.approx(float(theirs.std()), rel=0.02) and abs(float(found.mean())) < 0.002
 
 
 @pytest.mark.parametrize(("width", "rows"), [(120, None), (120, 30), (6, None)])
@@ -255,10 +262,58 @@ def test_klda_e_is_the_mean_of_its_models_probabilities(variant):
     assert len({fingerprint(sums.state_dict()) for sums in found.sums}) == 3, "each model has a layer of its own"
 
 
+# --- ACIL ------------------------------------------------------------------------------------------------------------------
+
+
+def grown(w, k):
+    return torch.cat([w, torch.zeros(len(w), k - w.shape[1]).double()], 1)
+
+
+def recursion(p, w, h, target):
+    """One step of recursive least squares -> P, W."""
+    gain = torch.linalg.inv(torch.eye(len(h)).double() + h @ p @ h.T)
+    p = p - p @ h.T @ gain @ h @ p
+    return p, w + p @ h.T @ (target - h @ w)
+
+
+@pytest.mark.parametrize(("projection", "size"), [(300, 11), (30, 11), (30, 1), (300, 80)])
+def test_acil_is_the_recursion_and_the_batch_solution(projection, size):
+    """Batches of mixed labels; classes 2 and 3 come first in the middle; all of them come back."""
+    x, y = data_of(8)
+    y[:30] %= 2
+    found = Acil(Flat(), Runtime(3, torch.device("cpu")), projection=projection, ridge=0.1)
+    h = (x @ found.layer_DM).clamp_min(0)
+    p, w = torch.eye(projection).double() / 0.1, torch.zeros(projection, 0).double()
+    for hs, xs, ys in zip(h.split(size), x.split(size), y.split(size), strict=True):
+        seen = max(w.shape[1], int(ys.max()) + 1)
+        p, w = recursion(p, grown(w, seen), hs, torch.eye(seen).double()[ys])
+        found.update(xs, ys, seen)
+        torch.testing.assert_close(found.readout(), w, **CLOSE)
+    batch = torch.linalg.solve(h.T @ h + 0.1 * torch.eye(projection).double(), h.T @ torch.eye(4).double()[y])
+    torch.testing.assert_close(found.readout(), batch, **CLOSE)
+    order = permuted(1)
+    other = learned(Acil, x[order], y[order], 7, projection=projection)
+    other.layer_DM.copy_(found.layer_DM)
+    assert (other.sums.sums is None) == (projection == 300 and projection // 4 > 80)
+    torch.testing.assert_close(found.predict(x), (h @ batch).float(), rtol=1e-5, atol=1e-6)
+
+
+def test_acil_in_any_order_and_split():
+    x, y = data_of(9)
+    first = learned(Acil, x, y, 80, projection=500)
+    for size, projection in itertools.product((1, 13), (500, 100)):
+        order = permuted(size)
+        own = learned(Acil, x[order], y[order], size, projection=projection)
+        once = first if projection == 500 else learned(Acil, x, y, 80, projection=projection)
+        torch.testing.assert_close(own.readout(), once.readout(), **CLOSE)
+    unseen = learned(Acil, x, y % 3, 10, projection=100)
+    assert (unseen.predict(x)[:, 3] == LOWEST).all() and (unseen.predict(x)[:, :3] > LOWEST / 2).all()
+
+
 # --- all of them -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [RanDumb, Klda])
+@pytest.mark.parametrize("kind", [RanDumb, Klda, Acil])
 def test_nan_features_are_named(kind):
     x, y = data_of(1)
     x[3, 2] = float("nan")
@@ -287,6 +342,8 @@ def test_features_that_do_not_vary_have_no_gamma(monkeypatch):
         ("klda learner.projection=0", "learner.projection=0"),
         ("klda learner.models=0", "learner.models=0"),
         ("klda learner.sigma=-1", "learner.sigma must be above 0"),
+        ("acil learner.ridge=0", "learner.ridge=0"),
+        ("acil learner.projection=0", "learner.projection=0"),
     ],
 )
 def test_bad_options_are_one_line(words, line):

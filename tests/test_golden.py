@@ -67,6 +67,7 @@ STREAMS = {
     ),
 }
 OPTIONS = {  # for the stream of images: so few train at these rates, and each method's own term counts
+    "acil": ("learner.projection=100", "learner.ridge=10"),
     "agem": ("learner.augment=none",),
     "aper": ("learner.pet.scale=1", "learner.lr=1", "learner.batch_size=16"),
     "bic": ("learner.batch_size=16",),

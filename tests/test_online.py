@@ -319,6 +319,7 @@ def test_boundaries_announced_and_hidden():
         "scr": True, "scr learner.review=true": False, "slda": True, "ncm": True, "ncm learner.streaming=true": True,
         "randumb": True,
         "klda": True,
+        "acil": True,
         "derpp": False, "derpp learner.online=true": True, "icarl learner.online=true": False,
     }  # fmt: skip
     for words, expected in fits.items():
@@ -352,7 +353,7 @@ def test_who_must_be_told_where_an_experience_ends(kind, options, told):
 
 RESUMED = [
     "er learner.updates=2", "er learner.updates=0.5", "er_ace", "agem", "gem", "mir", "scr", "derpp learner.online=true",
-    "derpp learner.online=true learner.updates=0.5", "icarl learner.online=true", "gdumb learner.passes=2", "slda",
+    "derpp learner.online=true learner.updates=0.5", "icarl learner.online=true", "gdumb learner.passes=2", "slda", "acil",
 ]  # fmt: skip
 
 
