@@ -12,6 +12,7 @@ from test_online import online
 
 from clbench.interfaces import UserError, declared
 from clbench.learners.acil import Acil
+from clbench.learners.dsal import Dsal
 from clbench.learners.klda import FLOAT32, Klda
 from clbench.learners.randumb import RanDumb
 from clbench.models.heads import LOWEST
@@ -262,7 +263,7 @@ def test_klda_e_is_the_mean_of_its_models_probabilities(variant):
     assert len({fingerprint(sums.state_dict()) for sums in found.sums}) == 3, "each model has a layer of its own"
 
 
-# --- ACIL ------------------------------------------------------------------------------------------------------------------
+# --- ACIL, DS-AL -----------------------------------------------------------------------------------------------------------
 
 
 def grown(w, k):
@@ -310,17 +311,59 @@ def test_acil_in_any_order_and_split():
     assert (unseen.predict(x)[:, 3] == LOWEST).all() and (unseen.predict(x)[:, :3] > LOWEST / 2).all()
 
 
+@pytest.mark.parametrize("projection", [300, 20])
+def test_dsal_is_two_recursions_with_cleansed_labels(projection):
+    """Experiences of 2, 2 and no new classes, one batch each."""
+    x, y = data_of(10)
+    parts = [(slice(0, 30), 2, 2), (slice(30, 60), 4, 2), (slice(60, 80), 4, 0)]
+    y[:30] %= 2
+    options = {"projection": projection, "ridge": 0.2, "compensation": 0.7, "compensation_ridge": 0.3}
+    found = Dsal(Flat(), Runtime(0, torch.device("cpu")), **options)
+    eye, empty = torch.eye(projection).double(), torch.zeros(projection, 0).double()
+    p, w, p_rest, w_rest = eye / 0.2, empty, eye / 0.3, empty
+    for rows, seen, new in parts:
+        h, t = (x[rows] @ found.layer_DM).clamp_min(0), (x[rows] @ found.layer_DM).tanh()
+        target = torch.eye(seen).double()[y[rows]]
+        p, w = recursion(p, grown(w, seen), h, target)
+        error = target - h @ w
+        for c in range(seen):
+            if c < seen - new:
+                error[:, c] = 0
+        p_rest, w_rest = recursion(p_rest, grown(w_rest, seen), t, error)
+        found.update(x[rows], y[rows], seen, new)
+        torch.testing.assert_close(found.main_MK, w, **CLOSE)
+        torch.testing.assert_close(found.rest_MK, w_rest, **CLOSE)
+    scores = (x @ found.layer_DM).clamp_min(0) @ w + 0.7 * (x @ found.layer_DM).tanh() @ w_rest
+    torch.testing.assert_close(found.predict(x), scores.float(), rtol=1e-5, atol=1e-5)
+    assert float(w_rest.abs().max()) > 1e-3, "the compensation counts"
+
+
+def test_dsal_without_compensation_is_acil_and_ignores_the_order_inside_an_experience(monkeypatch):
+    monkeypatch.setattr("clbench.learners.dsal.ROWS", 7)
+    x, y = data_of(13)
+    y[:40] %= 2
+    found = []
+    for order in (torch.arange(40), permuted(4, 40)):
+        own = Dsal(Flat(), Runtime(0, torch.device("cpu")), projection=60, compensation=0.0 if not found else 0.6)
+        own.update(x[:40][order], y[:40][order], 2, 2)
+        own.update(x[40:][order], y[40:][order], 4, 2)
+        found.append(own)
+    torch.testing.assert_close(found[0].rest_MK, found[1].rest_MK, **CLOSE)
+    acil = learned(Acil, x, y, 80, projection=60)
+    torch.testing.assert_close(found[0].predict(x), acil.predict(x), rtol=1e-5, atol=1e-6)
+
+
 # --- all of them -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [RanDumb, Klda, Acil])
+@pytest.mark.parametrize("kind", [RanDumb, Klda, Acil, Dsal])
 def test_nan_features_are_named(kind):
     x, y = data_of(1)
     x[3, 2] = float("nan")
     own = kind(Flat(), Runtime(0, torch.device("cpu")), projection=40)
     own.gamma = 0.1
     with pytest.raises(FloatingPointError, match="features are NaN"):
-        own.update(x, y, 4)
+        own.update(x, y, 4, *([4] if kind is Dsal else []))
 
 
 def test_features_that_do_not_vary_have_no_gamma(monkeypatch):
@@ -344,6 +387,8 @@ def test_features_that_do_not_vary_have_no_gamma(monkeypatch):
         ("klda learner.sigma=-1", "learner.sigma must be above 0"),
         ("acil learner.ridge=0", "learner.ridge=0"),
         ("acil learner.projection=0", "learner.projection=0"),
+        ("dsal learner.compensation=-1", "learner.compensation must be at least 0"),
+        ("dsal learner.compensation_ridge=0", "learner.compensation_ridge=0"),
     ],
 )
 def test_bad_options_are_one_line(words, line):

@@ -320,6 +320,7 @@ def test_boundaries_announced_and_hidden():
         "randumb": True,
         "klda": True,
         "acil": True,
+        "dsal": False,
         "derpp": False, "derpp learner.online=true": True, "icarl learner.online=true": False,
     }  # fmt: skip
     for words, expected in fits.items():
