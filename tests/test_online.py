@@ -321,6 +321,7 @@ def test_boundaries_announced_and_hidden():
         "klda": True,
         "acil": True,
         "dsal": False,
+        "fetril learner.train_first=false": False,
         "derpp": False, "derpp learner.online=true": True, "icarl learner.online=true": False,
     }  # fmt: skip
     for words, expected in fits.items():
