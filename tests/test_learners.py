@@ -45,6 +45,7 @@ VARIANTS = {
     "randumb": ["learner.gamma=0.01", "learner.projection=0"],
     "klda": ["learner.models=2"],
     "fetril": ["learner.train_first=false", "learner.classifier=svm"],
+    "figmn": ["learner.variant=published"],
     "slca": ["learner.restore_heads=false", "learner.fresh_norm=false", "learner.logit_norm=null"],
 }
 NORMS = ["model=resnet32", "model.timm=test_resnet"]  # with batch norms, for those that adapt them
