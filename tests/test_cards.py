@@ -222,8 +222,9 @@ def test_presets_of_published_protocols_say_claim_number_cost_and_command():
 
 
 UNMEASURED = {  # no record of theirs is committed: no card
-    *("adanpc", "agem", "bn_adapt", "cbp", "cofima", "cotta", "eata", "er", "er_ace", "ewc_online", "gdumb", "gem", "hat"),
-    *("inflora", "l2_init", "lame", "mas", "mir", "s_prompts", "sar", "scr", "sd_lora", "shrink_perturb", "tent", "tuna"),
+    *("acil", "adanpc", "agem", "bn_adapt", "cbp", "cofima", "cotta", "dsal", "eata", "er", "er_ace"),
+    *("ewc_online", "fetril", "figmn", "gdumb", "gem", "hat", "inflora", "klda", "l2_init", "lame", "mas"),
+    *("mir", "randumb", "s_prompts", "sar", "scr", "sd_lora", "shrink_perturb", "tent", "tuna"),
 }
 ON_DIGITS = {"incremental_frozen", "packnet", "rwalk", "si", "slda"}  # measured on the digits stream that they are made for
 

@@ -68,6 +68,7 @@ STREAMS = {
 }
 OPTIONS = {  # for the stream of images: so few train at these rates, and each method's own term counts
     "adanpc": ("learner.batch_size=16", "learner.training=knn"),
+    "acil": ("learner.projection=100", "learner.ridge=10"),
     "agem": ("learner.augment=none",),
     "aper": ("learner.pet.scale=1", "learner.lr=1", "learner.batch_size=16"),
     "bic": ("learner.batch_size=16",),
@@ -84,6 +85,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "cofima": ("learner.batch_size=16", "learner.slow=0.5", "learner.share=0.3"),
     "cotta": ("learner.augmentations=2", "learner.batch_size=16"),
     "derpp": ("learner.batch_size=16",),
+    "dsal": ("learner.projection=100", "learner.compensation=2"),
     "dualprompt": ("learner.batch_size=16", "learner.lr=0.01"),
     "ease": ("learner.pet.scale=1", "learner.lr=0.5", "learner.batch_size=8"),
     "eata": ("learner.batch_size=16", "learner.adapt_lr=0.02", "learner.fisher=100"),
@@ -92,6 +94,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "ewc": ("learner.strength=1e6", "learner.lr=2e-3", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
     "ewc_online": ("learner.strength=1e5", "learner.lr=2e-3", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
     "feat_kd": ("learner.lr=2e-3", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
+    "fetril": ("learner.lr=0.003", "learner.batch_size=16", "learner.head_epochs=10"),
     "finetune": ("learner.batch_size=16",),
     "gdumb": ("learner.passes=8",),
     "gem": ("learner.lr=0.005",),
@@ -99,6 +102,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "icarl": ("learner.batch_size=16",),
     "incremental_frozen": ("learner.lr=0.003", "learner.batch_size=16"),
     "inflora": ("learner.lr=0.01", "learner.batch_size=16", "learner.energy=0.5"),
+    "klda": ("learner.projection=60", "learner.sigma=0.01"),
     "l2_init": ("learner.backbone_lr=5e-4", "learner.batch_size=16"),
     "l2_reg": ("learner.lr=2e-3", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
     "l2p": ("learner.lr=0.005",),
@@ -112,6 +116,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "ovor": ("learner.lr=0.01", "learner.batch_size=16"),
     "packnet": ("scenario=til_digits", "learner.lr=0.01", "learner.retrain_lr=0.003", "learner.batch_size=16"),
     "pred_kd": ("learner.lr=5e-4", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
+    "randumb": ("learner.projection=100",),
     "ranpac": ("learner.pet.scale=1", "learner.lr=1", "learner.batch_size=16", "learner.projection=1000"),
     "replay": ("learner.batch_size=16",),
     "rwalk": (
@@ -145,6 +150,7 @@ VARIANTS = {  # of learners of images: with what they differ from the default
     "dualprompt-compat_reshape": ("learner.compat_reshape=true",),
     "ewc-batch": ("learner.fisher=batch", "learner.strength=1e6"),
     "fecam-pilot": ("learner.variant=pilot",),
+    "figmn-published": ("learner.variant=published",),
     "finetune-lora": ("pet=lora", "learner.backbone_lr=0.01"),
     "er_ace-official": ("learner.variant=official",),
     "gem-paper": ("learner.variant=paper",),

@@ -50,6 +50,10 @@ VARIANTS = {
     "sar": ["learner.variant=official learner.margin=0.9"],
     "lame": ["learner.affinity=rbf"],
     "adanpc": ["learner.variant=official learner.threshold=0", "learner.training=knn learner.threshold=0.5"],
+    "randumb": ["learner.gamma=0.01", "learner.projection=0"],
+    "klda": ["learner.models=2"],
+    "fetril": ["learner.train_first=false", "learner.classifier=svm"],
+    "figmn": ["learner.variant=published"],
     "slca": ["learner.restore_heads=false", "learner.fresh_norm=false", "learner.logit_norm=null"],
 }
 NORMS = ["model=resnet32", "model.timm=test_resnet"]  # with batch norms, for those that adapt them
@@ -66,7 +70,8 @@ def one_thread(monkeypatch):
 @pytest.mark.parametrize(("name", "option"), CASES)
 def test_contract(name, option):
     (config,) = compose([f"learner={name}", *(NORMS if name == "bn_adapt" else NARROW), *option.split()])
-    fewer = {"align_epochs": 2, "augmentations": 2, "interval": 2, "passes": 2}  # the same phases in fewer steps
+    names = ("align_epochs", "augmentations", "head_epochs", "interval", "passes")
+    fewer = dict.fromkeys(names, 2)  # the same phases in fewer steps
     config["learner"] |= {key: value for key, value in fewer.items() if key in config["learner"]}
     assert [f"{check}: {message}" for check, ok, message in check_learner(config) if not ok] == []
 

@@ -280,8 +280,12 @@ class Watch(looks.Observer):
 
 
 @pytest.mark.parametrize(
-    "name", ["er", "er_ace", "mir", "scr", "slda", "ncm learner.streaming=true", "derpp learner.online=true"]
-)
+    "name",
+    [
+        "er", "er_ace", "mir", "scr", "slda", "ncm learner.streaming=true", "derpp learner.online=true",
+        "randumb learner.gamma=0.01", "klda", "acil", "figmn",
+    ],
+)  # fmt: skip
 def test_a_class_may_appear_in_the_middle_of_an_experience(name):
     """Sorted by class: the learner answers with the classes that have come, and with columns for all of the experience."""
     words = [f"learner={name.split()[0]}", *name.split()[1:], "learner.batch_size=6"]
@@ -313,6 +317,7 @@ def test_boundaries_announced_and_hidden():
         "er": True, "er learner.past=true": False, "er learner.start=second_experience": False, "er_ace": True, "agem": False,
         "agem learner.policy=reservoir": True, "gem": False, "gdumb": True, "mir": True, "mir learner.past=true": False,
         "scr": True, "scr learner.review=true": False, "slda": True, "ncm": True, "ncm learner.streaming=true": True,
+        "randumb": True, "klda": True, "acil": True, "dsal": False, "fetril learner.train_first=false": False, "figmn": True,
         "derpp": False, "derpp learner.online=true": True, "icarl learner.online=true": False,
     }  # fmt: skip
     for words, expected in fits.items():
@@ -347,6 +352,7 @@ def test_who_must_be_told_where_an_experience_ends(kind, options, told):
 RESUMED = [
     "er learner.updates=2", "er learner.updates=0.5", "er_ace", "agem", "gem", "mir", "scr", "derpp learner.online=true",
     "derpp learner.online=true learner.updates=0.5", "icarl learner.online=true", "gdumb learner.passes=2", "slda",
+    "acil", "figmn",
 ]  # fmt: skip
 
 

@@ -131,8 +131,9 @@ def stored() -> dict[str, dict[str, int]]:
 
 STORED = (
     "holds: bytes that grow with classes and with experiences, and the rest; exemplars not counted. Measured with the default\n"
-    "options on the nano ViT (160 features), 12 images a class, from the second to the third experience. ranpac holds a row a\n"
-    "sample until it has as many as projected features, and only sums of them from then on"
+    "options on the nano ViT (160 features), 12 images a class, from the second to the third experience. Learners with\n"
+    "a random layer (ranpac, ...) hold a row a sample until these are as many as its features, or a quarter of them, and only\n"
+    "sums of them from then on"
 )
 
 

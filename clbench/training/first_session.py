@@ -2,6 +2,7 @@
 
 APER (Zhou et al., IJCV 2024), RanPAC (McDonnell et al., NeurIPS 2023), and FeCAM as PILOT has it, begin like this:
 cross-entropy of sigma cos(f, w_c), sigma learnable and 1 at the start, both trained at one rate.
+FeTrIL (Petit et al., WACV 2023) begins with a linear classifier.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clbench.interfaces import Batch, Experience
-from clbench.models.heads import CosineHead
+from clbench.models.heads import CosineHead, LinearHead
 from clbench.streams.images.data import shuffled
 from clbench.training.fit import Recipe, fit
 from clbench.training.runtime import Runtime
@@ -24,7 +25,7 @@ def adapt(
     learner: Any,
     tuned: nn.Module,
     model: Any,
-    head: CosineHead,
+    head: CosineHead | LinearHead,
     experience: Experience,
     *,
     lr: float,

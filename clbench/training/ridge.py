@@ -44,14 +44,14 @@ class RidgeSums:
         self.cross_MK = torch.zeros(num_features, 0, dtype=dtype, device=device)
 
     def update(self, features: Tensor, y: Tensor, num_classes: int) -> None:
-        """Add samples: features [N, M], y [N] below `num_classes`; Q grows by columns of 0 where it is narrower."""
+        """Add samples: features [N, M], y [N] below `num_classes` or targets; Q grows by columns of 0 where it is narrower."""
         more = num_classes - self.cross_MK.shape[1]
         if more > 0:
             self.cross_MK = F.pad(self.cross_MK, (0, more))
         for h, labels in zip(features.split(ROWS), y.split(ROWS), strict=True):
             h = h.to(self.gram_MM)
             self.gram_MM += h.T @ h
-            self.cross_MK += h.T @ F.one_hot(labels.to(h.device), self.cross_MK.shape[1]).to(h)
+            self.cross_MK += h.T @ targets(labels, self.cross_MK.shape[1]).to(h)
 
     def solve(self, ridge: float) -> Tensor:
         """W [M, K] in the precision of the sums."""
@@ -70,18 +70,26 @@ class RidgeRoot:
 
     W = R^T (R R^T + lambda I)^-1 C is what the sums give, for R^2 M instead of M^3 operations and R M instead of M^2 numbers.
     [R C] is the triangular factor of the QR decomposition of all rows [h y]: a function of G and Q alone (up to the signs of
-    its rows), whatever the order of the samples was. It has as many rows as samples until they are M, and becomes G and Q then.
+    its rows), whatever the order of the samples was. It has as many rows as samples until they are M, and becomes G and Q then;
+    at `rows` of them where that is given: a root of few rows is cheaper for those that add small batches.
     """
 
-    def __init__(self, num_features: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64):
+    def __init__(
+        self,
+        num_features: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float64,
+        rows: int | None = None,
+    ):
+        self.most = num_features if rows is None else min(rows, num_features)
         self.root_RM = torch.zeros(0, num_features, dtype=dtype, device=device)
         self.cross_RK = torch.zeros(0, 0, dtype=dtype, device=device)
         self.sums: RidgeSums | None = None
 
     def update(self, features: Tensor, y: Tensor, num_classes: int, expand: Expand = same) -> None:
-        """Add samples: features [N, D] before `expand`, y [N] below `num_classes`."""
+        """Add samples: features [N, D] before `expand`, y [N] below `num_classes` or targets [N, `num_classes`]."""
         rows, width = self.root_RM.shape
-        if self.sums is None and rows + len(y) >= width:
+        if self.sums is None and rows + len(y) >= self.most:
             self.sums = RidgeSums(width, self.root_RM.device, self.root_RM.dtype)
             self.sums.gram_MM, self.sums.cross_MK = self.root_RM.T @ self.root_RM, self.root_RM.T @ self.cross_RK
             self.root_RM, self.cross_RK = self.root_RM[:0], self.cross_RK[:0]
@@ -91,8 +99,7 @@ class RidgeRoot:
             return
         classes = max(self.cross_RK.shape[1], num_classes)
         old = torch.cat([self.root_RM, F.pad(self.cross_RK, (0, classes - self.cross_RK.shape[1]))], dim=1)
-        target = F.one_hot(y.to(self.root_RM.device), classes)
-        new = torch.cat([expand(features).detach().to(self.root_RM), target.to(self.root_RM)], dim=1)
+        new = torch.cat([expand(features).detach().to(self.root_RM), targets(y, classes).to(self.root_RM)], dim=1)
         mixed = torch.linalg.qr(torch.cat([old, new]), mode="r").R
         self.root_RM, self.cross_RK = mixed[:, :width].contiguous(), mixed[:, width:].contiguous()
 
@@ -113,6 +120,11 @@ class RidgeRoot:
         if state["sums"] is not None:
             self.sums = RidgeSums(self.root_RM.shape[1], self.root_RM.device, self.root_RM.dtype)
             self.sums.load_state_dict(state["sums"])
+
+
+def targets(y: Tensor, num_classes: int) -> Tensor:
+    """One-hot rows of labels [N]; targets [N, num_classes] are what they are."""
+    return y if y.ndim == 2 else F.one_hot(y, num_classes)
 
 
 def blocks(features: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
