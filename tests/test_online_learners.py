@@ -3,6 +3,7 @@
 import colorsys
 import copy
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -713,3 +714,13 @@ def test_bad_options_are_one_line(words, line):
 def test_an_unlimited_budget_needs_a_number(name):
     with pytest.raises(UserError, match=r"learner\.memory=N"):
         online(*f"learner={name}".split(), budget={"epochs": 1}).start()
+
+
+def test_slda_sums_on_the_cpu_after_a_restore_whatever_the_network_runs_on():
+    x, y = data_of(0)
+    found = slda(x, y, 10)
+    found.runtime = SimpleNamespace(device=torch.device("meta"))  # of the network
+    found.load_state_dict(slda(x, y, 7).state_dict())
+    found.update(x, y)
+    assert {t.device.type for t in (found.counts_K, found.means_KD, found.scatter_DD)} == {"cpu"}
+    assert found.counts_K.sum() == 160

@@ -29,7 +29,7 @@ from clbench.models.heads import LOWEST
 from clbench.training.cholesky import check_finite
 from clbench.training.features import streamed_features
 from clbench.training.runtime import Runtime
-from clbench.training.state import collect, restore
+from clbench.training.state import collect
 
 
 class Slda:
@@ -117,5 +117,6 @@ class Slda:
         return collect(self, "counts_K", "means_KD", "scatter_DD")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        restore(self, {name: value.cpu() for name, value in state.items()})
+        for name, value in state.items():  # on the CPU, where they are summed up, whatever the network runs on
+            setattr(self, name, value.detach().to("cpu", copy=True))
         self._weights = None
