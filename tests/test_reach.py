@@ -405,6 +405,15 @@ def test_the_walk_finds(kind):
     assert found is not None and found.startswith("root") and "foreign" in found
 
 
+def test_a_view_of_a_parameter_that_has_changed_is_walked_through():
+    """Made under no_grad, it cannot say whether it is a leaf."""
+    weights = torch.nn.Parameter(torch.from_numpy(np.asarray(FOREIGN[0], np.float32)).clone())
+    with torch.no_grad():
+        view = weights[...]
+        weights.mul_(1)
+    assert "_base" in {path.split(".")[-1] for path, _ in reachable({"root": [view]})}
+
+
 def test_the_walk_finds_what_stands_in_a_class(monkeypatch):
     monkeypatch.setattr(Shared, "pool", FOREIGN)
     assert "<class Shared>" in (found_in({"root": Shared()}, Marks({"f": FOREIGN[0]})) or "")

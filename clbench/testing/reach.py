@@ -69,7 +69,10 @@ def _children(found: Any) -> Iterator[tuple[str, Any]]:
         if found.dtype == object:
             yield ".tolist()", found.ravel().tolist()
     elif isinstance(found, Tensor):
-        yield from ((f".{name}", getattr(found, name)) for name in ("_base", "grad") if found.is_leaf or name == "_base")
+        leaf = False
+        with suppress(RuntimeError):  # a view made under no_grad of what has changed since cannot say whether it is one
+            leaf = found.is_leaf
+        yield from ((f".{name}", getattr(found, name)) for name in (("_base", "grad") if leaf else ("_base",)))
     elif isinstance(found, weakref.ref):
         yield from (("()", found()), (".__callback__", found.__callback__))
     elif isinstance(found, ITERATORS):
