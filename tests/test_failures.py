@@ -347,3 +347,16 @@ def test_a_twin_that_ends_before_the_lock_is_taken_makes_a_skip(tmp_path, monkey
     Doomed.reached = []
     outcome = runner.run_job(job(tmp_path, "images"))
     assert outcome.status == "skipped" and not Doomed.reached and first.path.read_text() == done
+
+
+def test_a_learner_that_cannot_be_built_is_refused_and_leaves_no_record(clbench, small):
+    done = clbench("run", "learner=bn_adapt", "scenario.operators=[test_time]", *small, code=2)
+    assert done.stderr == "clbench: learner bn_adapt: model nano has no BatchNorm, nothing would change\n"
+    assert clbench.records() == []
+
+
+def test_rows_of_the_matrix_are_numbered_by_the_experiences_learned(clbench, small):
+    words = ("scenario.operators=[{repeat:{how:tasks,experiences:5,samples:2}},{evaluate:{every:2}}]", *small)
+    lines = clbench("run", "learner=ncm", *words).stdout.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("after"))
+    assert [line.split()[0] for line in lines[first + 1 : first + 4]] == ["2", "4", "5"]

@@ -254,3 +254,17 @@ def test_options_that_came_later_leave_ids_as_they_were(target):
     for option in added:
         other = {**config, "learner": config["learner"] | {option: "other"}}
         assert provenance.identity(other)["learner"] == plain | {option: "other"}
+
+
+@pytest.mark.parametrize(
+    ("learner", "version"),
+    [
+        ({"_target_": "clbench.learners.er.Er", "updates": 0.5}, 2),
+        ({"_target_": "clbench.learners.er.Er", "updates": 1.0}, 1),
+        ({"_target_": "clbench.learners.cbp.Cbp", "optimizer": "adam"}, 2),
+        ({"_target_": "clbench.learners.cbp.Cbp", "optimizer": "sgd"}, 1),
+        ({"_target_": "clbench.learners.ncm.NearestClassMean"}, 1),
+    ],
+)
+def test_runs_whose_numbers_moved_have_a_version_of_their_own(learner, version):
+    assert record.numbers_version({"learner": learner}) == version

@@ -2,7 +2,9 @@
 
 import copy
 import itertools
+import math
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ from clbench.testing.contract import Trial, small_stream
 from clbench.training import looks
 from clbench.training.checkpoint import Journal
 from clbench.training.memory import exemplar_means
-from clbench.training.online import OnlineStream, per_batch
+from clbench.training.online import OnlineStream, per_batch, places
 from clbench.training.runtime import Interrupted
 from clbench.training.state import fingerprint
 from clbench.training.stream_memory import Remembered, StreamMemory
@@ -235,6 +237,43 @@ def test_updates_on_each_batch(monkeypatch, updates):
     assert runtime.used_new == 36 and runtime.meter.visits["new"] == 36
     extra = sum(len(new) for (new, _), (before, _) in zip(seen[1:], seen, strict=False) if new == before)
     assert runtime.meter.visits["replayed"] == extra + sum(len(old) for _, old in seen)
+
+
+@pytest.mark.parametrize("updates", ["0.25", "0.3", "1/3", "0.9"])
+def test_updates_below_one_are_counted_over_the_run_whatever_its_experiences(updates):
+    """The places of all updates are those of the same samples in one experience."""
+    exact, rng = Fraction(updates), np.random.default_rng(3)
+    for size in (1, 4, 10):
+        sizes, before, found = rng.integers(1, 30, 25).tolist(), 0, []
+        for n in sizes:
+            each = -(-n // size)
+            numbers = places(before, n, each, size, exact)
+            assert len(set(numbers)) == len(numbers) and all(0 <= k < each for k in numbers), "at most one update a batch"
+            found += [(before + k * size, before + min(n, (k + 1) * size)) for k in numbers]
+            before += n
+        due = [math.floor(t * size / exact) for t in range(math.ceil(before * exact / size))]
+        assert len(found) == len(due) and all(start <= place < end for (start, end), place in zip(found, due, strict=True))
+    assert places(0, 6, 4, 4, Fraction(1, 2)) == [0, 2], "two passes of 4 + 2 samples: 12 samples, one update for each 8"
+
+
+def test_experiences_without_an_update_fill_the_memory_and_looks_fall_between_batches(monkeypatch):
+    t = online("learner=er", "learner.updates=0.25", "learner.batch_size=10")
+    sizes = [len(e.train) for e in t.scenario.manifest.experiences]
+
+    class Looking(looks.Observer):
+        def at_step(self, name, place, lr, visits):
+            at.append((runtime.experience, visits))
+            return 0.0
+
+    at: list[tuple[int, int]] = []
+    learner, runtime, pipeline = t.start()
+    with looks.observed_by(Looking()):
+        for i, _ in enumerate(sizes):
+            t.learn(learner, runtime, pipeline, i)
+    assert learner.memory.visited == sum(sizes) and runtime.meter.by_name["train"] == -(-sum(sizes) // 40)
+    for i, n in enumerate(sizes):
+        seen = {visits for experience, visits in at if experience == i}
+        assert seen >= {*range(0, n, 10), n}, "after every batch, with an update or without"
 
 
 @pytest.mark.parametrize("word", ["0", "-1", ".inf", "true"])

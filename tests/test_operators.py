@@ -1,6 +1,7 @@
 """Operators: what they do to samples, labels, pictures and budgets, by hand and against plain loops; and what they refuse."""
 
 import json
+import logging
 import subprocess
 import sys
 import textwrap
@@ -741,3 +742,21 @@ def test_all_built_in_operators_are_there():
     assert set(registry.BUILT_IN) <= set(registry.targets())
     for name, target in registry.BUILT_IN.items():
         assert callable(choices.load_target(target)) and f"  {name} " in "\n".join(choices.operators_listing())
+
+
+def test_what_repeat_leaves_out_is_said_and_shares_of_blur_are_in_per_cent(caplog):
+    datasets.say.cache_clear()
+    caplog.set_level(logging.WARNING, "clbench")
+    logging.getLogger("clbench").propagate = True
+    stream = generators.class_incremental("few", "digits", increment=2, num_classes=4, limit_train=20)
+    made = registry.apply(stream, [{"repeat": {"how": "sampling", "experiences": 10, "samples": 5}}])
+    gone = 10 - len(made.manifest.experiences)
+    assert gone and f"operator repeat: no class came in {gone} of the 10 experiences, which are left out" in caplog.text
+    registry.apply(stream, [{"repeat": {"how": "tasks", "experiences": 3, "samples": 500}}])
+    assert "operator repeat: 3 experiences have fewer than 1000 samples; the least has 40" in caplog.text
+    for options in ({"disjoint": 0.5}, {"blurred": 0.1}):
+        with pytest.raises(UserError, match="is in per cent: a half is 50"):
+            registry.apply(stream, [{"blur": options}])
+    for severity in (0, 6, 2.5, True):
+        with pytest.raises(UserError, match=r"corrupt.severity must be a whole number in 1\.\.5, got"):
+            registry.apply(stream, [{"corrupt": {"severity": severity}}])

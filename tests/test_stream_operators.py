@@ -610,7 +610,7 @@ def test_any_chain_is_a_stream_or_one_line(chain: list):
 
 REFUSED: dict[str, tuple[Any, tuple[str, ...]]] = {
     "pixels": ({"permute": {"size": 10_000}}, ("permute.size", "1..4096")),
-    "severity": ({"corrupt": {"severity": 6}}, ("corrupt.severity", "0..5")),
+    "severity": ({"corrupt": {"severity": 6}}, ("corrupt.severity", "1..5")),
     "kind": ({"corrupt": {"kinds": ["rain"]}}, ("corrupt.kinds", "rain")),
     "kinds": ({"corrupt": {"kinds": []}}, ("corrupt.kinds",)),
     "order number": ({"corrupt": {"order": 10}}, ("corrupt.order", "0..9")),
@@ -854,7 +854,7 @@ def test_refused_before_torch(clbench):
     lines = done.stderr.splitlines()
     assert lines[:2] == [
         "clbench: rotate.largest must be in (0, 360], got 400",
-        "clbench: corrupt.severity must be a whole number in 0..5, got 9",
+        "clbench: corrupt.severity must be a whole number in 1..5, got 9",
     ]
     assert [line.split(":")[1] for line in lines[2:]] == [
         " operator rotate cannot stand after blur",

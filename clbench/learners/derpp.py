@@ -200,6 +200,7 @@ class DerPP:
             return total
 
         stream = OnlineStream(self, experience, replay=self.replay)
+        self._record(stream.passed, self.logits_MK[:0])
 
         def store(place: Place, batch: OnlineDark) -> None:
             self._record(stream.store(place, batch), seen[0])

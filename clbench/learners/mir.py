@@ -136,16 +136,21 @@ class Mir:
 
         stream = OnlineStream(self, experience, replay=self.candidates, start=self.start, past=self.past, trained=self.replay)
 
+        self._forget_best(stream.passed)
+
         def store(place: Place, batch: OnlineBatch) -> None:
-            entered = [slot for slot, _ in stream.store(place, batch)]
-            if self.keeps_best:
-                self.best_M = F.pad(self.best_M, (0, len(self.memory) - len(self.best_M)), value=torch.inf)
-                self.best_M[entered] = torch.inf
+            self._forget_best(stream.store(place, batch))
 
         groups = groups_of((self.model, self.backbone_lr), (self.head, self.lr))
         options: Any = {"at_place": at_place, "after_step": store}
         log = fit(self.runtime, "train", self, groups, loss, stream, self.recipe, **options)
         return {**log, "exemplars": float(len(self.memory))}
+
+    def _forget_best(self, entered: list[tuple[int, int]]) -> None:
+        """Samples that have just come have no least loss yet."""
+        if self.keeps_best:
+            self.best_M = F.pad(self.best_M, (0, len(self.memory) - len(self.best_M)), value=torch.inf)
+            self.best_M[[slot for slot, _ in entered]] = torch.inf
 
     def loss(self, batch: ImageBatch, experiences: np.ndarray) -> Tensor:
         """Mean cross-entropy of samples that came from `experiences` [B]."""

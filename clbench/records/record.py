@@ -51,7 +51,9 @@ def digest(value: Any) -> str:
 
 def numbers_version(config: Mapping[str, Any]) -> int:
     """Version of the code's numbers for a configuration: raised for the runs whose numbers a change moves, and no others."""
-    return 2 if any(_holds(config, part) for part in _RAISED) else NUMBERS_VERSION
+    updates = (config.get("learner") or {}).get("updates", 1)  # below 1 they are counted over the run, not in an experience
+    seldom = isinstance(updates, int | float) and updates < 1
+    return 2 if seldom or any(_holds(config, part) for part in _RAISED) else NUMBERS_VERSION
 
 
 def _holds(config: Any, part: Any) -> bool:

@@ -56,10 +56,16 @@ def accuracy_matrix_text(entry: Mapping[str, Any]) -> str:
         last = "  ".join(f"{v:.4f}" for v in mean)
         return f"accuracy after each experience (macro over the sets seen)\n{last}"
     rows = [
-        (str(i + 1), [*("." if math.isnan(v) else f"{100 * v:.1f}" for v in row), f"{100 * mean[i]:.1f}"])
+        (str(learned(entry, i)), [*("." if math.isnan(v) else f"{100 * v:.1f}" for v in row), f"{100 * mean[i]:.1f}"])
         for i, row in enumerate(a)
     ]
     return _grid([*names, "macro"], rows, max(6, *(len(name) for name in names)) + 1)
+
+
+def learned(entry: Mapping[str, Any], i: int) -> int:
+    """Experiences that were learned when row `i` of the matrix was taken: several lie between two evaluations."""
+    about = entry["scenario"]
+    return min((i + 1) * about.get("evaluate_every", 1), about.get("learned", i + 1))
 
 
 def loss_matrix_text(entry: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ COLUMNS: dict[str, str] = {
     "seconds_evaluate_mean": "seconds evaluating",
     "exemplar_bytes": "bytes of kept samples, largest over the runs",
     "parameters_trained": "parameters that were ever trained, largest over the runs",
-    "parameters_total": "parameters of the model, largest over the runs",
+    "parameters_total": "parameters of the model without a learner's own (heads, prompts), largest over the runs",
     "passes_train_mean": "images through the backbone while learning",
     "passes_eval_mean": "images through the backbone without gradients",
     "visits_new_mean": "training visits to samples of the current experience",

@@ -32,7 +32,7 @@ def train_only(model: Backbone, part: str) -> None:
         p.requires_grad_(any(word in name for word in words[part]))
         found += p.requires_grad
     if not found:
-        raise UserError(f"learner.trainable={part}: {model.identity['name']} has no such layers")
+        raise UserError(f"learner.trainable={part}: {model.identity['name']} has no such layers; choose learner.trainable=all")
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -2,9 +2,10 @@
 
     for each batch of the stream: (draw from the memory, one step of `fit`) `updates` times; offer the samples to the memory
 
-With `updates` below 1 some batches have no update (0.25: one of four has); their samples are offered to the memory at once
-and count as visited. Insertion comes after the optimiser's step, so no batch replays itself. The further updates on one batch
-count as replayed visits: a batch at hand is a memory of one batch.
+With `updates` below 1 some batches have no update (0.25: one of four has, counted over the samples of the whole run, whatever
+experiences they came in); their samples are offered to the memory at once and count as visited, and looks fall between them.
+Insertion comes after the optimiser's step, so no batch replays itself. The further updates on one batch count as replayed
+visits: a batch at hand is a memory of one batch.
 
 A batch is a pure function of its step and of the memory; what changes after a step is in the learner's state. So a killed run
 goes on from the middle of a pass, to the last bit.
@@ -27,6 +28,7 @@ from clbench.interfaces import Experience, Place, UserError
 from clbench.models.heads import LOWEST
 from clbench.streams import rng
 from clbench.streams.images.data import ImageBatch, shuffled
+from clbench.training import looks
 from clbench.training.memory import exemplar_means
 
 Augment = Literal["both", "new", "replayed", "none"]
@@ -78,6 +80,8 @@ class OnlineStream:
     past     draw from samples of earlier experiences alone
     augment  which samples are seen under the random transform
     trained  see `OnlineBatch`
+
+    passed   what entered the memory before the first update, as `store` gives it
     """
 
     def __init__(
@@ -106,11 +110,20 @@ class OnlineStream:
         augment = learner.augment in ("both", "new")
         self.new = shuffled(self.data, learner.batch_size, learner.epochs, runtime.key("train"), augment)
         self.steps = math.ceil(self.new.steps * self.updates)
+        self._places: list[int] | None = None  # the batch of each update, where not every batch has one
+        if self.updates < 1:
+            self._places = places(self.memory.visited, len(self.data), self.new.steps, learner.batch_size, self.updates)
+            self.steps = len(self._places)
         self._taken: tuple[int, Any] = (-1, None)
+        self.passed = (
+            self._pass(0, self.batch_of(0), Place(runtime.experience, 0, self.steps, 0)) if self._places is not None else []
+        )
 
     def batch_of(self, step: int) -> int:
-        """The batch of the stream that an update is made on."""
-        return math.floor(step / self.updates)
+        """The batch of the stream that an update is made on; behind the last update, the number of batches."""
+        if self._places is None:
+            return math.floor(step / self.updates)
+        return self._places[step] if step < self.steps else self.new.steps
 
     def __call__(self, step: int) -> OnlineBatch:
         """New samples and a draw; the memory is as the steps before have left it."""
@@ -145,12 +158,31 @@ class OnlineStream:
         number = self.batch_of(place.step)
         after = self.new.steps if place.step + 1 == self.steps else self.batch_of(place.step + 1)
         entered = self.memory.insert(self.data, self.new.rows(number), batch.new, self.index)
-        for skipped in range(number + 1, after):
-            passing = self._batch(skipped)
+        done = Place(place.experience, place.step + 1, place.steps, place.global_step + 1)
+        return entered + self._pass(number + 1, after, done)
+
+    def _pass(self, first: int, after: int, place: Place) -> list[tuple[int, int]]:
+        """Offer the samples of batches without an update to the memory -> (slot, -1) of those that entered."""
+        entered: list[tuple[int, int]] = []
+        for number in range(first, after):
+            looks.at_step("train", place, 0.0, self.runtime.used_new)
+            passing = self._batch(number)
             self.runtime.count_visits(len(passing), 0)
-            found = self.memory.insert(self.data, self.new.rows(skipped), passing, self.index)
+            found = self.memory.insert(self.data, self.new.rows(number), passing, self.index)
             entered += [(slot, -1) for slot, _ in found]
         return entered
+
+
+def places(before: int, samples: int, batches: int, size: int, updates: Fraction) -> list[int]:
+    """The batches that have an update, of an experience of `samples` in passes of `batches` in all, `size` each but the last.
+
+    One update for each `size` / `updates` samples of the run, of which `before` have come: t falls on the batch that holds the
+    run's sample number t size / updates. So boundaries of experiences, told or hidden, move no update.
+    """
+    each = -(-samples // size)
+    first, last = (math.ceil(n * updates / size) for n in (before, before + samples * (batches // each)))
+    numbers = (math.floor(t * size / updates) - before for t in range(first, last))
+    return [(n // samples) * each + (n % samples) // size for n in numbers]
 
 
 def per_batch(updates: float) -> Fraction:

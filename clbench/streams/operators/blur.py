@@ -39,8 +39,7 @@ def blur(
     Of equal classes a share 1 - M / 100 (1 - 1 / T) is at home on average. An evaluation set holds the classes that appear
     first in its experience, so accuracy over the sets seen is that over the classes seen.
     """
-    percent = share(disjoint, "blur.disjoint", 0, 100)
-    stray = share(blurred, "blur.blurred", 0, 100)
+    percent, stray = _per_cent(disjoint, "blur.disjoint"), _per_cent(blurred, "blur.blurred")
     flag(stochastic, "blur.stochastic")
     whole(seed, "blur.seed")
     if experiences is not None:
@@ -63,6 +62,13 @@ def blur(
         ids = np.concatenate([*(found.train[c] for c in home[0][t]), parts[t]]) if home[0][t] else parts[t]
         made.append(ids[rng.permutation(rng.key("blur order", seed, t), len(ids))])
     return dealt(found, made, [f"blur{t}" for t in range(number)], "blur", classes)
+
+
+def _per_cent(value: float, what: str) -> float:
+    percent = share(value, what, 0, 100)
+    if 0 < percent < 1:
+        raise UserError(f"{what}={value:g} is in per cent: a half is 50")
+    return percent
 
 
 def _cut(classes: Sequence[int], number: int, stochastic: bool, seed: int, k: int) -> list[list[int]]:

@@ -100,15 +100,15 @@ def _kinds(kinds: Any, order: Any, known: Sequence[str]) -> list[str]:
     return [chosen(kind, "corrupt.kinds", known) for kind in kinds]
 
 
-def _below(value: Any, what: str, end: int) -> int:
-    if whole(value, what) >= end:
-        raise UserError(f"{what} must be a whole number in 0..{end - 1}, got {value}")
+def _below(value: Any, what: str, end: int, least: int = 0) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < end:
+        raise UserError(f"{what} must be a whole number in {least}..{end - 1}, got {value!r}")
     return value
 
 
 def _sequence(kinds: Sequence[str], severity: Any, gradual: bool, rounds: int) -> list[tuple[str, int]]:
     """(corruption, severity) of every step."""
-    most = _below(whole(severity, "corrupt.severity", 1), "corrupt.severity", 6)
+    most = _below(severity, "corrupt.severity", 6, 1)
     if gradual and most == 1:
         raise UserError("corrupt.gradual has no effect with corrupt.severity=1")
     up, down = list(range(1, most + 1)), list(range(most - 1, 0, -1))

@@ -48,7 +48,7 @@ def label_noise(
             raise UserError(f"operator label_noise: no sample of experience {entry.name} is left with label {name}")
         steps.append(replace(entry, labels=new) if (new != old).any() else entry)
     if not moved:
-        raise UserError(f"operator label_noise has no effect with share {share}: no label has another to become")
+        raise UserError(f"operator label_noise has no effect with share {share}: too few samples, or no class to change to")
     return replace(stream, manifest=replace(stream.manifest, experiences=tuple(steps)))
 
 

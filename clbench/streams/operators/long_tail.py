@@ -51,7 +51,11 @@ def long_tail(
     if order == "shuffled":
         sizes = np.array(sizes)[rng.permutation(rng.key("long_tail order", seed), len(sizes))].tolist()
     if sizes == [most] * len(sizes):
-        raise UserError(f"operator long_tail has no effect on {len(classes)} classes of {most} samples with ratio {ratio}")
+        least = stream.class_name(min(ids, key=lambda c: len(ids[c])))
+        of = f"{len(classes)} classes of {most} samples" + (
+            f", as many as the smallest, {least}, has" if largest is None else ""
+        )
+        raise UserError(f"operator long_tail has no effect with ratio {ratio} on {of}; scenario.classes leaves classes out")
     kept = np.zeros(len(stream.dataset), bool)
     for c, size in zip(classes, sizes, strict=True):
         if len(ids[c]) < size:

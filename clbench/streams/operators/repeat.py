@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -147,11 +147,17 @@ def _sampled(found: Pool, arrival: np.ndarray, again: float, samples: int, seed:
         sizes = split(samples, len(present)) if present else []
         ids = [found.shuffled(c, "repeat sample", seed, i)[:n] for c, n in zip(present, sizes, strict=True)]
         parts.append(np.concatenate(ids) if ids else np.zeros(0, np.int64))
-    short = [len(ids) for ids in parts if 0 < len(ids) < samples]
-    if short:
+    if empty := sum(not len(ids) for ids in parts):
+        datasets.say(f"operator repeat: no class came in {empty} of the {number} experiences, which are left out")
+    _say_short(parts, samples)
+    return parts
+
+
+def _say_short(parts: Sequence[np.ndarray], samples: int) -> None:
+    """A line where classes have not enough samples for their experiences."""
+    if short := [len(ids) for ids in parts if 0 < len(ids) < samples]:
         least = f"the least has {min(short)}, all that its classes have"
         datasets.say(f"operator repeat: {len(short)} experiences have fewer than {samples} samples; {least}")
-    return parts
 
 
 def _tasks(found: Pool, number: int, each: int, samples: int | None, skew: float, seed: int) -> list[np.ndarray]:
@@ -164,4 +170,6 @@ def _tasks(found: Pool, number: int, each: int, samples: int | None, skew: float
         every = [found.classes[k] for k in sorted(row)]
         ids = [found.train[c] if samples is None else found.shuffled(c, "repeat sample", seed, i)[:samples] for c in every]
         parts.append(np.concatenate(ids))
+    if samples is not None:
+        _say_short(parts, each * samples)
     return parts

@@ -37,8 +37,7 @@ def test_time(
     [{rotate: {experiences: 5}}, test_time] trains on upright images and tests four angles in a row.
 
     batch_size  samples that are answered, and adapted to, at a time; the last batch of a set may be smaller
-    order       of the samples of every set, the clean ones too: random, drawn from `seed`; sorted by class; given, as the
-                stream lists them
+    order       of the samples of every set, clean ones too: random, drawn from `seed`; sorted by class; given, as listed
     source      first: the pictures of the first experience; plain: its samples under the changes alone that all share
     clean       the source's own test samples as the first and the last set ("both": forgetting is their difference), as the
                 last set alone (nothing is adapted to before the first shift, as published), or not at all
