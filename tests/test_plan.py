@@ -9,6 +9,7 @@ import torch
 from timm.layers.config import set_fused_attn, use_fused_attn
 
 from clbench.config import compose
+from clbench.run import image_stream
 from clbench.run.plan import plan_job
 from clbench.training import kernel_timing
 
@@ -126,3 +127,18 @@ def test_the_command_line(clbench):
     there = files(clbench.folder)
     done = clbench("plan", *JOBS["images"], "num_threads=1", "device=cpu")
     assert "1 jobs: 1 new" in done.stdout and files(clbench.folder) == there
+
+
+def test_steps_and_views_at_test_time_are_in_the_estimate(home, monkeypatch):
+    """By hand: 1 s an image forward, 3 s forward and backward; 20 test images in two sets, with steps, or a step on 4 views."""
+    monkeypatch.setattr(image_stream, "_pace", lambda job: (1.0, 3.0))
+    few = ["scenario.limit_train=5", "scenario.limit_test=2", "num_threads=1", "device=cpu", "seed=5", "model=convnet"]
+
+    def seconds(*words):
+        (job,) = compose.compose([*few, "scenario=ctta_digits", "scenario.operators=[{test_time:{clean:after}}]", *words])
+        return plan_job(job).seconds - image_stream.BESIDES
+
+    learned = 50 * 5 * 3 + 50  # five epochs, and one pass
+    assert seconds("learner=bn_adapt") == pytest.approx(learned + 40)
+    assert seconds("learner=tent", "learner.steps=2") == pytest.approx(learned + 40 * (1 + 2 * 3))
+    assert seconds("learner=cotta", "learner.augmentations=4") == pytest.approx(learned + 40 * (1 + 3 + 4))
