@@ -568,3 +568,11 @@ def test_the_policy_is_enforced(committed, browser):
 def test_formulas_are_told(committed):
     data = contents.collect(RESULTS)
     assert {name for name in data["names"] if name in metrics.FORMULAS} <= data["formulas"].keys()
+
+
+def test_a_stream_names_its_operators():
+    """Two streams of one scenario differ by them; a name from outside is cut, never markup."""
+    scenario = {"name": "cil", "manifest_sha256": "m" * 64, "operators": ["permute", *HOSTILE]}
+    found = contents._stream(entry(scenario=scenario["name"]) | {"scenario": scenario})["operators"]
+    assert found[0] == "permute" and len(found) == 1 + len(HOSTILE) and max(map(len, found)) <= 61
+    assert contents._stream(entry())["operators"] == []

@@ -237,6 +237,7 @@ def _stream(entry: Mapping[str, Any]) -> dict[str, Any]:
     made = {"scenario": _cut(scenario["name"]), "manifest": _cut(str(scenario.get("manifest_sha256", ""))[:8])}
     made |= {"kind": _cut(scenario.get("kind", "")), "sets": [_cut(name, 60) for name in names]}
     made |= {"n": entry["n"], "first": entry["first_seen"], "classes": classes}
+    made |= {"operators": [_cut(str(name), 60) for name in scenario.get("operators", ())]}
     made |= {"brings": _brings(scenario)} if isinstance(scenario.get("class_names"), list) else {}
     return made | {"order": len(order) if isinstance(order, list) else None}
 

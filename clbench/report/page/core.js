@@ -84,7 +84,8 @@ const about = (stream) => {
   const steps = 1 + Math.max(...stream.first, stream.classes.length - 1);
   parts.push(`${stream.order ? 'in ' : ''}${plural(steps, 'experience')}`);
   parts.push(`${whole(stream.n.reduce((a, b) => a + b, 0))} test samples`);
-  return parts.join(', ').replace(', in ', ' in ');
+  const made = (stream.operators || []).length ? `; ${stream.operators.join(', ')}` : '';
+  return parts.join(', ').replace(', in ', ' in ') + made;
 };
 const streamName = (stream) => {
   const twins = D.streams.filter((other) => other.scenario === stream.scenario).length > 1;
