@@ -263,9 +263,7 @@ def _sizes(total: int, base: int, increment: int | None, sizes: Sequence[int] | 
         raise UserError("scenario.increment is missing: classes per experience (or give scenario.sizes)")
     increment = whole("increment", increment, 1)
     if increment > total:
-        raise UserError(
-            f"scenario.increment={increment} is above the {total} classes: write {total} or less"
-        )
+        raise UserError(f"scenario.increment={increment} is above the {total} classes: write {total} or less")
     first = [base] if base else []
     full, rest = divmod(total - base, increment)
     return first + [increment] * full + ([rest] if rest else [])
