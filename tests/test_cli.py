@@ -50,6 +50,11 @@ def test_help_of_each_command_has_examples(clbench, name):
         (["run", "-m", "learner=ncm,slac"], "no learner 'slac'; did you mean 'slca'? (one of: "),
         (["run", "learner.lr=fast"], "learner.lr must be float, got 'fast'"),
         (["plan", "learner.slwo=1"], "no key 'learner.slwo'; did you mean 'learner.slow'?"),
+        (["plan", "scenario.operators=permute"], "scenario.operators is a list: write 'scenario.operators=[permute]'"),
+        (
+            ["plan", "scenario.operators={permute:{experiences:3}}"],
+            "scenario.operators is a list: write 'scenario.operators=[{permute:{experiences:3}}]'",
+        ),
         (["plan", "scenario.targt=1"], "no key 'scenario.targt'; did you mean 'scenario.data_root'?"),
         (
             ["plan", "scenario=manifest", "scenario.limit_train=3"],

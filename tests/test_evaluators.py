@@ -288,7 +288,7 @@ def test_bad_sums_end_a_run_in_one_line(outside):
         (("toppkg.Nameless",), "evaluator toppkg.Nameless must be callable and have a `name` of its own"),
         (("toppkg.nothing",), "evaluator toppkg.nothing must be callable and have a `name` of its own"),
         (("top3", "toppkg.Top3"), "two evaluators have one name: top3, top3"),
-        ((), "evaluators.names must be a list of names, got []"),
+        ((), "evaluators.names is missing: a list of names"),
     ],
 )
 def test_refused_before_anything_is_trained(outside, names, message):

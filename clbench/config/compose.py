@@ -66,6 +66,7 @@ def read(overrides: Sequence[str], multirun: bool = False) -> Composed:
         overrides = [_parsable(override, parser) for override in overrides]
         parsed = parser.parse_overrides(overrides)
         check_groups(parsed)
+        _check_lists(parsed)
         late = _late(parsed)
         overrides = [late.get(o.get_key_element(), str(o.input_line)) for o in parsed]
         parsed = parser.parse_overrides(overrides) if late else parsed
@@ -88,6 +89,17 @@ def read(overrides: Sequence[str], multirun: bool = False) -> Composed:
             return Composed([resolve(base)], overrides, True, launcher, varying)  # a search: its sweeper chooses the jobs
         jobs = BasicSweeper.split_arguments(every, None)[0]
         return Composed([resolve(_compose(job)) for job in jobs], overrides, True, launcher, varying)
+
+
+def _check_lists(parsed: Sequence[Any]) -> None:
+    """Operators are a list, also where there is one: Hydra's own words for another form help nobody."""
+    for one in parsed:
+        value = None if one.is_sweep_override() else one.value()
+        if one.get_key_element() != "scenario.operators" or not isinstance(value, str | dict):
+            continue
+        if isinstance(value, dict) or not value.startswith("$"):
+            written = str(one.input_line).partition("=")[2]
+            raise UserError(f"scenario.operators is a list: write 'scenario.operators=[{written}]'")
 
 
 def _late(parsed: Sequence[Any]) -> dict[str, str]:

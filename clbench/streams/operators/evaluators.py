@@ -14,6 +14,8 @@ def evaluators(stream: Scenario, names: Sequence[str] = ()) -> Scenario:
 
     names  of installed evaluators, or module.Class (see `evaluation.evaluators`)
     """
+    if not names:
+        raise UserError("evaluators.names is missing: a list of names (clbench list evaluators)")
     if isinstance(names, str) or not names or not all(isinstance(name, str) and name for name in names):
         raise UserError(f"evaluators.names must be a list of names, got {names!r}")
     every = tuple(dict.fromkeys((*stream.manifest.evaluators, *names)))
