@@ -276,6 +276,28 @@ def test_experiences_without_an_update_fill_the_memory_and_looks_fall_between_ba
         assert seen >= {*range(0, n, 10), n}, "after every batch, with an update or without"
 
 
+@pytest.mark.parametrize("word", ["scr", "icarl learner.online=true"])
+def test_looks_between_batches_without_an_update_see_the_memory_of_that_moment(word):
+    t = online(f"learner={word.split()[0]}", *word.split()[1:], "learner.updates=0.25", "learner.batch_size=4")
+
+    class Looking(looks.Observer):
+        def at_step(self, name, place, lr, visits):
+            if not visits:  # no look falls before the first sample
+                return 0.0
+            shown = learner._means()
+            learner._means.forget()
+            torch.testing.assert_close(shown, learner._means(), rtol=0, atol=0, equal_nan=True)
+            at.append(learner.memory.visited)
+            return 0.0
+
+    at: list[int] = []
+    learner, runtime, pipeline = t.start()
+    with looks.observed_by(Looking()):
+        for i in range(2):
+            t.learn(learner, runtime, pipeline, i)
+    assert len(set(at)) > runtime.meter.by_name["train"] + 2, "most looks fall between updates"
+
+
 @pytest.mark.parametrize("word", ["0", "-1", ".inf", "true"])
 def test_no_updates_are_refused(word):
     t = online("learner=er", f"learner.updates={word}")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy.optimize import minimize
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from test_closed_forms import Flat
 from test_online import online
 from torch.nn import functional as F
 
@@ -463,21 +464,6 @@ def test_scr_official_makes_no_step_on_the_first_batch_and_reviews(monkeypatch):
 
 
 # --- SLDA --------------------------------------------------------------------------------------------------------------
-
-
-class Flat:
-    """A model of 6 features that are the images."""
-
-    num_features = 6
-
-    def freeze(self):
-        return self
-
-    def eval(self):
-        return self
-
-    def features(self, batch):
-        return batch
 
 
 def data_of(seed, n=80, classes=4):

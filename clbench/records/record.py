@@ -51,8 +51,10 @@ def digest(value: Any) -> str:
 
 def numbers_version(config: Mapping[str, Any]) -> int:
     """Version of the code's numbers for a configuration: raised for the runs whose numbers a change moves, and no others."""
-    updates = (config.get("learner") or {}).get("updates", 1)  # below 1 they are counted over the run, not in an experience
-    seldom = isinstance(updates, int | float) and updates < 1
+    learner = config.get("learner") or {}
+    ours = str(learner.get("_target_")).startswith("clbench.learners.")
+    updates = learner.get("updates", 1)  # below 1 they are counted over the run, not in an experience
+    seldom = ours and isinstance(updates, int | float) and updates < 1
     return 2 if seldom or any(_holds(config, part) for part in _RAISED) else NUMBERS_VERSION
 
 

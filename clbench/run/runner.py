@@ -209,8 +209,8 @@ def _lead(job: Job, command: list[str] | None, progress: bool, tuning: dict[str,
         old = earlier(job)
         if (done := _done(job, old)) is not None:  # another process ended it between the look and the lock
             return done
-        if old is None and job.group.size == 1:  # what cannot be built is refused, and leaves no record
-            build_learner(job)
+        if old is None and job.group.size == 1 and not (job.folder / "journal").exists():
+            build_learner(job)  # what cannot be built is refused, and leaves no record
         journal = Journal(job.folder / "journal", options.checkpoint_seconds, job.group, job.scenario.manifest.sha256)
         if options.force:
             journal.clear()

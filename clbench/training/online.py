@@ -250,7 +250,9 @@ def give(params: Sequence[Tensor], vector: Tensor) -> None:
 
 
 class MemoryMeans:
-    """Class means of the memory's features [K, D] under the network of now: taken when they are asked for, kept until `forget`.
+    """Class means of the memory's features [K, D] under the network of now: taken when they are asked for.
+
+    Kept until `forget`, or until the memory is offered more: batches without an update change it alone.
 
     For answers in the middle of an experience: features and means are L2-normalised, a class without samples is NaN.
     """
@@ -258,9 +260,11 @@ class MemoryMeans:
     def __init__(self, learner: Any, like: Any, num_classes: int):
         self.learner, self.like, self.num_classes = learner, like, num_classes
         self._found: Tensor | None = None
+        self._at = -1  # what the memory had been offered then
 
     def __call__(self) -> Tensor:
-        if self._found is None:
+        if self._found is None or self._at != self.learner.memory.visited:
+            self._at = self.learner.memory.visited
             model, data = self.learner.model, self.learner.memory.data(self.like)
             model.eval()
             with torch.no_grad():
