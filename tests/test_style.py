@@ -23,6 +23,7 @@ LAYERS = [
     {"testing", "tuning"},
     {"studies"},
     {"bench"},
+    {"guide"},
     {"cli"},
     {"__main__"},
 ]

@@ -96,3 +96,28 @@ def test_a_job_that_is_refused_is_seen(clbench, small):
     assert "needs_new_classes" in report
     planned = clbench("plan", *words[1:], code=2)
     assert "learner slca does not fit scenario" in planned.stderr
+
+
+def test_a_pattern_leaves_out_what_does_not_fit(clbench, small):
+    """hat needs the task, bn_adapt a BatchNorm: `glob` leaves them out and says why, no record fails; named, they fail."""
+    words = ("-m", "learner=glob([bn_adapt,hat,ncm])", *small)
+    planned = clbench("plan", *words).stdout
+    whys = [
+        "learner bn_adapt: model nano has no BatchNorm, nothing would change",
+        "learner hat does not fit scenario cil_digits: needs_task_id, and the scenario does not disclose tasks",
+    ]
+    assert planned.endswith("".join(f"left out: {why}\n" for why in whys)) and "1 jobs: 1 new" in planned
+    done = clbench("run", *words)
+    assert done.stdout.endswith("3 jobs: 1 ok, 2 left out\n") and all(why in done.stdout for why in whys)
+    assert len(list((clbench.folder / "results" / "records").glob("*.json"))) == 1
+    clbench("report", "--strict")
+    named = clbench("run", "-m", "learner=hat,ncm", *small).stdout
+    assert "1 skipped, 1 failed" in named and "report --strict" in named
+
+
+def test_a_pattern_leaves_out_learners_alone(clbench, small):
+    """A wrong option of the stream is an error of every job, not a reason to leave learners out."""
+    words = ("-m", "learner=glob([hat,ncm])", *small, "scenario.operators=[{shots:{base:50}}]")
+    planned = clbench("plan", *words, code=2)
+    assert "left out" not in planned.stdout and "shots" in planned.stderr
+    assert "2 failed" in clbench("run", *words).stdout

@@ -71,7 +71,8 @@ def sweep(composed: compose.Composed, command: list[str], launch: Launch) -> int
     log = runs / f".sweep-{os.getpid()}-{time.time_ns()}.jsonl"
     log.touch()
     one_by_one = composed.launcher.endswith("BasicLauncher")
-    job = SubprocessJob(str(log), command, list(sys.path), composed.varying, one_by_one and sys.stderr.isatty())
+    progress = one_by_one and sys.stderr.isatty()
+    job = SubprocessJob(str(log), command, list(sys.path), composed.varying, progress, composed.by_pattern)
     tail = Tail(log, len(composed.jobs))
     tail.start()
     code = 0
@@ -95,7 +96,7 @@ def sweep(composed: compose.Composed, command: list[str], launch: Launch) -> int
 
 def summary(counts: Counter[str], total: int, job: dict[str, Any]) -> str:
     """How a sweep ended, in one line or two."""
-    parts = [f"{counts[s]} {s}" for s in ("ok", "skipped", "failed", "died", "busy", "interrupted") if counts[s]]
+    parts = [f"{counts[s]} {s}" for s in ("ok", "skipped", "left out", "failed", "died", "busy", "interrupted") if counts[s]]
     left = total - sum(counts.values())
     text = f"{total} jobs: {', '.join([*parts, *([f'{left} not run'] if left > 0 else [])])}"
     if counts["failed"] or counts["died"]:
@@ -145,9 +146,12 @@ class Tail(threading.Thread):
 
 
 def plan(args: Namespace) -> int:
-    """A row for each job; all errors together -> 0, or 2 if a job cannot run."""
+    """A row for each job; all errors together -> 0, or 2 if a job cannot run.
+
+    What `learner=glob(...)` leaves out is no error.
+    """
     composed = compose.read(args.overrides, args.multirun)
-    rows, errors = [], {}
+    rows, errors, left_out = [], {}, {}
     good = []
     for job in composed.jobs:
         try:
@@ -156,14 +160,17 @@ def plan(args: Namespace) -> int:
         except UserError as error:
             errors |= dict.fromkeys(str(error).splitlines())
     if good:
-        from clbench.run.plan import plan_job
+        from clbench.run.plan import DoesNotFit, plan_job
 
         for job in good:
             try:
                 rows.append(plan_job(job))
             except UserError as error:
-                errors |= dict.fromkeys(str(error).splitlines())
+                found = left_out if composed.by_pattern and isinstance(error, DoesNotFit) else errors
+                found |= dict.fromkeys(str(error).splitlines())
     print(plan_text(rows))
+    for line in left_out:
+        print(f"left out: {line}")
     for line in errors:
         print(f"clbench: {line}", file=sys.stderr)
     return 2 if errors else 0

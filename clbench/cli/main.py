@@ -16,6 +16,7 @@ from clbench import __version__
 from clbench.cli.help_text import ABOUT, EXAMPLES
 from clbench.config.registry import conf_dir
 from clbench.config.signatures import nearest
+from clbench.guide import topics
 from clbench.interfaces import UserError
 from clbench.training import torchrun
 
@@ -45,6 +46,8 @@ def overview() -> str:
     lines = [ABOUT, "commands, each with --help:"]
     for name, (what, examples) in EXAMPLES.items():
         lines += [f"  {name:<8} {what}", f"  {'':<9}  {examples[0]}"]
+    lines += ["", "pages of the guide (clbench help TOPIC):"]
+    lines += [f"  {topic:<8} {topics.title(path)}" for topic, path in topics.topics().items()]
     return "\n".join(
         [*lines, "", "start here:  clbench run        (digits, 5 experiences, under a minute, nothing to download)"]
     )
@@ -151,11 +154,22 @@ def launch(overrides: Sequence[str], job: Any) -> None:
         sys.argv = old
 
 
+def show_help(topic: str) -> int:
+    """Show the help of a command, or a page of the guide -> exit code."""
+    if topic in EXAMPLES:
+        print(parser_of(topic).format_help(), end="")
+    else:
+        print(topics.read(topic), end="")
+    return 0
+
+
 def dispatch(argv: Sequence[str]) -> int:
     """Find the command and do it -> exit code. Raises `UserError` for what the user can mend."""
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    if not argv or argv[0] in ("-h", "--help") or list(argv) == ["help"]:
         print(overview())
         return 0
+    if argv[0] == "help":
+        return show_help(" ".join(argv[1:]))
     if argv[0] in ("-V", "--version"):
         print(f"clbench {__version__}")
         return 0

@@ -38,13 +38,17 @@ _LOOSE = "_file"
 
 @dataclass(frozen=True)
 class Composed:
-    """The composed jobs: one configuration each, the overrides that Hydra is given, and how they are launched."""
+    """The composed jobs: one configuration each, the overrides that Hydra is given, and how they are launched.
+
+    by_pattern  the learners were not named one by one but by `learner=glob(...)`: those that do not fit are left out
+    """
 
     jobs: list[dict[str, Any]]
     overrides: list[str]
     multirun: bool
     launcher: str = ""
     varying: tuple[str, ...] = ()
+    by_pattern: bool = False
 
 
 def compose(overrides: Sequence[str] = (), multirun: bool = False) -> list[dict[str, Any]]:
@@ -80,15 +84,18 @@ def read(overrides: Sequence[str], multirun: bool = False) -> Composed:
         launcher = str(base.hydra.launcher._target_)
         if not multirun:
             return Composed([resolve(base)], overrides, False, launcher)
+        by_pattern = any(_is_pattern(o) for o in parsed)
         overrides = [_fitting(o, base) for o in parsed]
         params = [f"{k}={v}" for k, v in (base.hydra.sweeper.get("params") or {}).items()]
         every = parser.parse_overrides([*params, *overrides])
         last = {o.get_key_element(): o for o in every}
         varying = tuple(key for key, o in last.items() if o.is_sweep_override() and key not in late)
         if any(o.is_sweep_override() and not o.is_discrete_sweep() for o in every):
-            return Composed([resolve(base)], overrides, True, launcher, varying)  # a search: its sweeper chooses the jobs
+            return Composed(
+                [resolve(base)], overrides, True, launcher, varying, by_pattern
+            )  # a search: its sweeper chooses the jobs
         jobs = BasicSweeper.split_arguments(every, None)[0]
-        return Composed([resolve(_compose(job)) for job in jobs], overrides, True, launcher, varying)
+        return Composed([resolve(_compose(job)) for job in jobs], overrides, True, launcher, varying, by_pattern)
 
 
 def _check_lists(parsed: Sequence[Any]) -> None:
@@ -117,12 +124,16 @@ def _late(parsed: Sequence[Any]) -> dict[str, str]:
     return found
 
 
+def _is_pattern(o: Any) -> bool:
+    """Whether an override is `learner=glob(...)`."""
+    return o.get_key_element() == "learner" and o.is_sweep_override() and hasattr(o.value(), "filter")
+
+
 def _fitting(o: Any, base: Any) -> str:
     """The override as typed; `learner=glob(...)` as the names of learners that can answer what the scenario asks."""
-    glob: Any = o.value() if o.is_sweep_override() else None
-    if o.get_key_element() != "learner" or not hasattr(glob, "filter"):
+    if not _is_pattern(o):
         return str(o.input_line)
-    names = answering(glob.filter(list(choices("learner"))), base.hydra.runtime.choices.get("scenario"))
+    names = answering(o.value().filter(list(choices("learner"))), base.hydra.runtime.choices.get("scenario"))
     return f"learner={','.join(names)}" if names else str(o.input_line)
 
 

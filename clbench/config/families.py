@@ -1,4 +1,7 @@
-"""Families of scenarios: what kind of stream a configuration file makes, read from its text alone."""
+"""Families of scenarios and learners, read from the text of a configuration file alone.
+
+A scenario's data, operators and target say what kind of stream it makes; a learner's file names its family: `# family: online`.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,25 @@ FAMILIES = (
     "test-time",
     "continual pre-training",
     "your own data",
+    "other",
+)
+LEARNERS = (
+    "bounds",
+    "regularisation",
+    "rehearsal",
+    "online",
+    "expanding networks",
+    "task-wise",
+    "function space",
+    "plasticity",
+    "averaging and merging",
+    "prompts",
+    "adapters and low-rank terms",
+    "alignment of classifiers",
+    "classifiers on features",
+    "few-shot",
+    "test-time",
+    "continual pre-training",
     "other",
 )
 _OWN = ("from_manifest",)  # targets that run what somebody else made
@@ -53,9 +75,21 @@ def family(path: Path) -> str:
     return dict(_BY_TARGET).get(name, "other")
 
 
-def sorted_by_family(named: Sequence[tuple[str, Path]]) -> list[tuple[str, Path]]:
-    """Names and files in the order of `FAMILIES`, within a family as they were."""
-    return sorted(named, key=lambda one: FAMILIES.index(family(one[1])))
+def learner_family(path: Path) -> str:
+    """The family that a learner's file names in its comments; "other" where it names none that is known."""
+    found = re.search(r"^# family: (.+)$", path.read_text(encoding="utf-8"), re.M)
+    return found[1] if found and found[1] in LEARNERS else "other"
+
+
+ORDERED = {"scenario": (family, FAMILIES), "learner": (learner_family, LEARNERS)}  # group -> family of a file, all in order
+
+
+def sorted_by_family(group: str, named: Sequence[tuple[str, Path]]) -> list[tuple[str, str, Path]]:
+    """Family, name and file, in the order of the families and within a family as they were; groups without families: ""."""
+    if group not in ORDERED:
+        return [("", name, path) for name, path in named]
+    of, families = ORDERED[group]
+    return sorted(((of(path), name, path) for name, path in named), key=lambda one: families.index(one[0]))
 
 
 def _value(text: str, key: str) -> str:

@@ -70,7 +70,7 @@ def choices(group: str) -> dict[str, list[Path]]:
 
 def description(path: Path) -> str:
     """The first comment line of a YAML file; where its sentence goes on in the next one, to the end of the sentence."""
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("# @")]
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith(("# @", "# family: "))]
     block = [line.lstrip("# ").strip() for line in itertools.takewhile(lambda line: line.startswith("#"), lines)]
     if len(block) < 2 or block[0].endswith((".", ")")):
         return block[0] if block else ""
@@ -93,13 +93,10 @@ def listing(words: Sequence[str] = ()) -> str:
         lines.append(f"{group}s")
         lines += operators_listing() if group == "operator" else evaluators.listing() if group == "evaluator" else ()
         found = [(name, path) for name, (path, *_) in choices(group).items()]
-        width = 18
-        if group == "scenario":
-            found, width = families.sorted_by_family(found), 24
-        heading = ""
-        for name, path in found:
+        width, heading = 24 if group == "scenario" else 18, ""
+        for family, name, path in families.sorted_by_family(group, found):
             mark = "" if origin(path) == "clbench" else f"  [{origin(path)}]"
-            if group == "scenario" and heading != (heading := families.family(path)):
+            if heading != (heading := family):
                 lines.append(f" {heading}")
             lines.append(f"  {name:<{width}} {description(path)}{mark}".rstrip())
             if words and group == "learner":

@@ -9,6 +9,7 @@ from typing import Any
 
 from clbench.records import record
 from clbench.run import provenance
+from clbench.run.runner import DoesNotFit as DoesNotFit
 from clbench.run.runner import Job, build_learner, earlier, previewed
 
 

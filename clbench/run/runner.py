@@ -40,6 +40,19 @@ log = logging.getLogger("clbench")
 KINDS: dict[type, StreamKind] = {Scenario: image_stream, TokenScenario: token_stream, ImageScenario: token_stream}
 
 
+class DoesNotFit(UserError):
+    """This learner cannot run on this stream and model. `learner=glob(...)` leaves it out, and says why."""
+
+
+@contextmanager
+def _of_learner() -> Iterator[None]:
+    """What a learner's checks and constructor refuse is a matter of the learner alone."""
+    try:
+        yield
+    except UserError as error:
+        raise DoesNotFit(str(error)) from error
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a job ended: status ok, failed, skipped, busy or interrupted; `text` is for the person at the terminal."""
@@ -133,8 +146,9 @@ def _assemble(config: dict[str, Any], options: RunOptions, parallel: str, device
     learner = provenance.learner_name(config)
     pretrained = str(config["model"].get("weights")) not in ("none", "None")
     if why := mismatch(learner, capabilities, scenario.facts(), pretrained):
-        raise UserError(why)
-    kind.check(scenario, options, parallel, learner, capabilities)
+        raise DoesNotFit(why)
+    with _of_learner():
+        kind.check(scenario, options, parallel, learner, capabilities)
     saved_model.check(options.save_model, parallel)
     asked = evaluators.load(scenario.manifest.evaluators, config["scenario"])
     model = set_precision(kind.build_model(build, config["model"], scenario), options.precision).to(device)
@@ -371,7 +385,8 @@ def build_learner(job: Job) -> None:
     if job.learner is not None:
         return
     job.runtime = job.kind.make_runtime(job)
-    job.learner = build(job.config["learner"], model=job.model, runtime=job.runtime)
+    with _of_learner():
+        job.learner = build(job.config["learner"], model=job.model, runtime=job.runtime)
     name = type(job.learner).__name__
     for method in ("learn", job.scenario.asks, "state_dict", "load_state_dict"):
         if not callable(getattr(job.learner, method, None)):

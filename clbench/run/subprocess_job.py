@@ -35,6 +35,7 @@ class SubprocessJob:
     log       the sweep's log: one JSON line for each finished job
     paths     `sys.path` of the process the sweep was started from, for learners in loose files
     progress  show the child's progress bar: only where jobs run one after another
+    leave_out a learner that does not fit its stream leaves no failed record
     """
 
     log: str
@@ -42,6 +43,7 @@ class SubprocessJob:
     paths: list[str]
     varying: tuple[str, ...] = ()
     progress: bool = False
+    leave_out: bool = False
 
     def __call__(self, config: Any) -> None:
         """Run one job to its end and note how it ended. Raises KeyboardInterrupt when the user stopped it."""
@@ -52,7 +54,7 @@ class SubprocessJob:
         shown = label(self.varying)
         plain = resolve_job(config)
         torchrun.from_launcher()
-        ended = run_alone(_run, plain, self.command, self.progress)
+        ended = run_alone(_run, plain, self.command, self.progress, self.leave_out)
         ended |= {"label": shown, "seconds": time.perf_counter() - start}
         if torchrun.rank() == 0:
             note(Path(self.log), ended)
@@ -180,15 +182,17 @@ def _listen(conn: Connection, finished: threading.Event) -> None:
         os._exit(1)
 
 
-def _run(config: dict[str, Any], command: list[str], progress: bool) -> dict[str, Any]:
+def _run(config: dict[str, Any], command: list[str], progress: bool, leave_out: bool) -> dict[str, Any]:
     """The job itself, in the child."""
     from clbench.interfaces import UserError
-    from clbench.run.runner import run_job, write_refusal
+    from clbench.run.runner import DoesNotFit, run_job, write_refusal
 
     show_log(progress)
     try:
         outcome = run_job(config, command=command, progress=progress)
     except UserError as error:
+        if leave_out and isinstance(error, DoesNotFit):
+            return {"run_id": "", "status": "left out", "text": str(error)}
         with suppress(UserError):
             write_refusal(config, error)
         return {"run_id": "", "status": "failed", "text": str(error)}
