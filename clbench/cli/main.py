@@ -155,8 +155,10 @@ def launch(overrides: Sequence[str], job: Any) -> None:
 
 
 def show_help(topic: str) -> int:
-    """Show the help of a command, or a page of the guide -> exit code."""
-    if topic in EXAMPLES:
+    """Show what there is, the help of a command, or a page of the guide -> exit code."""
+    if not topic:
+        print(overview())
+    elif topic in EXAMPLES:
         print(parser_of(topic).format_help(), end="")
     else:
         print(topics.read(topic), end="")
@@ -165,10 +167,7 @@ def show_help(topic: str) -> int:
 
 def dispatch(argv: Sequence[str]) -> int:
     """Find the command and do it -> exit code. Raises `UserError` for what the user can mend."""
-    if not argv or argv[0] in ("-h", "--help") or list(argv) == ["help"]:
-        print(overview())
-        return 0
-    if argv[0] == "help":
+    if not argv or argv[0] in ("-h", "--help", "help"):
         return show_help(" ".join(argv[1:]))
     if argv[0] in ("-V", "--version"):
         print(f"clbench {__version__}")
