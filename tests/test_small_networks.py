@@ -311,7 +311,7 @@ def test_a_run_that_is_done_says_that_its_network_was_not_saved(tmp_path):
     finished(tmp_path, *words)
     outcome, entry = finished(tmp_path, *words, "save_model=true")
     assert outcome.status == "skipped"
-    assert outcome.text.endswith("its network was not saved: force=true save_model=true repeats the run")
+    assert outcome.text.endswith("no network saved: force=true save_model=true repeats the run")
     finished(tmp_path, *words, "save_model=true", "force=true")
     outcome, _ = finished(tmp_path, *words, "save_model=true")
     assert outcome.text.endswith(f"network {tmp_path}/runs/{entry['run_id']}/model.safetensors")

@@ -41,6 +41,7 @@ OPTIONS: dict[str, tuple[str, Any]] = {
         lambda v: isinstance(v, int | float) and not isinstance(v, bool) and v >= 0.001,
     ),
     "save_model": ("true or false", lambda v: isinstance(v, bool)),
+    "save_predictions": ("true or false", lambda v: isinstance(v, bool)),
     "track": ("none, tensorboard, wandb or mlflow", lambda v: v in ("none", "tensorboard", "wandb", "mlflow")),
     "on_error": ("record or raise", lambda v: v in ("record", "raise")),
 }
@@ -71,6 +72,7 @@ class RunOptions:
     feature_store: str = "off"
     feature_store_gb: float = 8
     save_model: bool = False
+    save_predictions: bool = False
     track: str = "none"
     on_error: str = "record"
 

@@ -74,6 +74,30 @@ def look(entry: Entry, place: Place, gaps: list[str]) -> Iterator[str]:
     yield from _manifest(entry, place, gaps)
     yield from _weights(entry, place, gaps)
     yield from _code(entry, place, gaps)
+    yield from _predictions(entry, place)
+
+
+def _predictions(entry: Entry, place: Place) -> Iterator[str]:
+    """Answers that lie beside the records are those that the record names, and counting them again gives its counts."""
+    from clbench.records import predictions
+
+    path, said = predictions.path_of(place.results, str(entry["run_id"])), entry.get("predictions_sha256")
+    if said is None or not path.exists():
+        return
+    if predictions.sha256(path) != said:
+        yield f"{path.name} does not hold the predictions that the record names"
+        return
+    try:
+        found = predictions.read(path)
+    except UserError as error:
+        yield str(error)
+        return
+    for i, row in enumerate(entry["correct"] or ()):
+        for j, count in enumerate(row):
+            right = found.right(i, j)
+            if (None if right is None else int(right.sum())) != count:
+                yield f"its predictions of set {j} after experience {i + 1} do not give the {count} right answers of the record"
+                return
 
 
 def _manifest(entry: Entry, place: Place, gaps: list[str]) -> Iterator[str]:

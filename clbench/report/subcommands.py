@@ -42,6 +42,13 @@ PAGES: dict[str, tuple[str, tuple[str, ...]]] = {
         "seven findings on continual pre-training: which of them the runs show",
         ("clbench report targets", "clbench report targets --scenario 'cpt_text*' --format md"),
     ),
+    "flips": (
+        "what was right before an experience and wrong after it, and the other way round (needs save_predictions=true)",
+        (
+            "clbench report flips 0123456789abcdef",
+            "clbench report flips results/records/*.json --part sets --format csv --out flips.csv",
+        ),
+    ),
     "html": (
         "one page to open in a browser: table, curves, heat maps, costs",
         ("clbench report html", "clbench report html --results-dir 'other results' --out page.html"),
@@ -79,6 +86,8 @@ def add_arguments(parser: argparse.ArgumentParser, page: str) -> None:
         parser.add_argument("--strict", action="store_true", help="exit 1 if a run failed, died, or a record is damaged")
     if page == "explain":
         parser.add_argument("record", nargs="?", help="a record's file or run id (none: a worked example)")
+    if page == "flips":
+        parser.add_argument("records", nargs="+", metavar="RECORD", help="files of records, or run ids")
     if page == "compare":
         parser.add_argument("a", metavar="A", help="a results folder, or a learner (NAME or NAME@VARIANT)")
         parser.add_argument("b", metavar="B", help="the same, what A is compared with")
@@ -86,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser, page: str) -> None:
     if page in ("compare", "statistics"):
         words = "any number that `explain` names (last_macro, of pre-training final_loss)"
         parser.add_argument("--metric", help=words)
-    if page != "explain" and page != "html":
+    if page not in ("explain", "flips", "html"):
         for part in ("scenario", "learner", "model"):
             words = f"only this {part}; globs and repetition allowed"
             parser.add_argument(f"--{part}", action="append", default=[], metavar="NAME", help=words)
@@ -135,6 +144,8 @@ def run(args: argparse.Namespace, conf: pathlib.Path) -> tuple[str, int]:
     part = args.part
     if part is None and args.page == "compare" and form != "json":
         part = "full" if form == "csv" else "rows"
+    if part is None and args.page == "flips" and form == "csv":
+        part = "pairs"
     return _given(formats.render(tables, form, part), form, args), 0
 
 
@@ -154,6 +165,11 @@ def _tables(args: argparse.Namespace, results: pathlib.Path) -> list[Table]:
 
         made = explain.of_record(args.record, results) if args.record else explain.tables(explain.example())
         return made if args.part else [table for table in made if "columns" not in table.part]
+    if args.page == "flips":
+        from clbench.report import flips
+
+        made = flips.tables(args.records, results)
+        return made if args.part or formats.form_of(args.format, args.out) != "text" else made[:1]
     wanted = Filter(args.scenario, args.learner, args.model, args.where)
     if args.page == "compare":
         from clbench.report.compare import compare

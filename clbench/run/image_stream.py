@@ -16,6 +16,7 @@ from clbench.evaluation.accuracy import evaluate, sums_of
 from clbench.evaluation.evaluators import Answered, row_of
 from clbench.interfaces import Capabilities, Experience, Place, UserError
 from clbench.models import feature_store
+from clbench.run import saved_predictions
 from clbench.run.build_model import build_classifier
 from clbench.run.loop import Row
 from clbench.streams.eval_sets import open_eval
@@ -189,7 +190,8 @@ class ImageStream:
 
     def _rows(self, index: int, step: int | None) -> list[Row]:
         can, num_seen = self.job.capabilities, self.job.scenario.manifest.num_seen(index)
-        kept: dict[int, list[Any]] | None = {} if self.evaluators else None
+        saves = self.job.options.save_predictions and step is None
+        kept: dict[int, list[Any]] | None = {} if self.evaluators or saves else None
         counts = evaluate(
             self.learner,
             self.sets,
@@ -207,6 +209,8 @@ class ImageStream:
         else:
             seen = [one.first_seen <= index for one in self.sets]
             made = [place | {"evaluator": "accuracy"} | sums_of(counts, seen, self.job.scenario.manifest.rows)]
+        if saves:
+            saved_predictions.keep(self.job, int(place["experience"]), kept or {}, self.sets)
         asked = [
             Answered(one.name, one.classes, num_seen, one.task, (kept or {})[j], one.batches) if j in (kept or {}) else None
             for j, one in enumerate(self.sets)
@@ -233,7 +237,14 @@ class ImageStream:
             "parameters": {"trained": meter.trained, "total": sum(p.numel() for p in model.parameters())},
             "passes": dict(model.passes),
             "visits": dict(meter.visits),
+            **self._saved(),
         }
+
+    def _saved(self) -> dict[str, str]:
+        """The hash of the file of answers, where one is wanted."""
+        if not self.job.options.save_predictions:
+            return {}
+        return {"predictions_sha256": saved_predictions.join(self.job, self.job.scenario.manifest.rows, self.sets)}
 
     def state_dict(self) -> dict[str, Any]:
         """Passes through the network."""
@@ -242,6 +253,8 @@ class ImageStream:
     def load_state_dict(self, state: dict[str, Any], experiences: int) -> None:
         """Go on after the first `experiences` experiences."""
         self.job.model.passes.update(state["passes"])
+        if self.job.options.save_predictions:
+            saved_predictions.check(self.job, (experiences - 1) // self.job.scenario.manifest.evaluate_every)
         if self.job.capabilities.stores_all_data:
             self.past = [self._open(i).train for i in range(experiences)]
 

@@ -43,6 +43,7 @@ MACHINE = (
     "feature_store_gb",
     "on_error",
     "save_model",
+    "save_predictions",
     "track",
     "machine",
     "sweep",

@@ -26,7 +26,7 @@ from clbench.records import record
 from clbench.records.liveness import Heartbeat, this_process
 from clbench.records.rows import rows_of
 from clbench.records.tables import tables
-from clbench.run import image_stream, provenance, saved_model, token_stream, tracking
+from clbench.run import image_stream, provenance, saved_model, saved_predictions, token_stream, tracking
 from clbench.run.loop import KEPT_FLAGS, Loop, StreamKind
 from clbench.run.terminal import bar_of, logging_to, signals
 from clbench.streams.scenario import Scenario
@@ -239,6 +239,7 @@ def _lead(job: Job, command: list[str] | None, progress: bool, tuning: dict[str,
             with job.group.watching():
                 finished = _run(job, journal, entry, progress)
             saved = f"\nnetwork {saved_model.save(job)}" if options.save_model else ""
+            saved += f"\npredictions {saved_predictions.place(job)}" * options.save_predictions
             path = record.write(finished, job.results / "records")
         except (Interrupted, distributed.Lost) as error:
             text = f"{str(error) or 'stopped'}; the same command goes on where {job.run_id} was"
@@ -279,10 +280,10 @@ def _done(job: Job, old: dict[str, Any] | None) -> Outcome | None:
         return None
     job.group.broadcast_object("skipped")
     text = f"{job.run_id} is done already (force=true repeats it)\n\n{_closing_text(old, job.record_path)}"
-    if job.options.save_model:
-        there = saved_model.place(job)
-        missing = "its network was not saved: force=true save_model=true repeats the run"
-        text += f"\nnetwork {there}" if there.exists() else f"\n{missing}"
+    for option, what, place in (("save_model", "network", saved_model), ("save_predictions", "predictions", saved_predictions)):
+        if getattr(job.options, option):
+            there, missing = place.place(job), f"no {what} saved: force=true {option}=true repeats the run"
+            text += f"\n{what} {there}" if there.exists() else f"\n{missing}"
     return Outcome(job.run_id, "skipped", text, job.record_path)
 
 

@@ -52,6 +52,8 @@ def check(scenario: TokenScenario, options: RunOptions, parallel: str, learner: 
     """Moments at a boundary are the learner's own option; several processes need a learner that supports them."""
     if options.optimizer_state != "fresh":
         raise UserError(f"optimizer_state has no effect in scenario {scenario.name}: its learners have options of their own")
+    if options.save_predictions:
+        raise UserError(f"save_predictions has no effect in scenario {scenario.name}, which asks for losses")
     if parallel != "none" and not can.supports_parallel:
         raise UserError(f"learner {learner} does not declare supports_parallel: it trains in one process, without torchrun")
     damage.look(scenario)
