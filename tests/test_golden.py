@@ -71,6 +71,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "acil": ("learner.projection=100", "learner.ridge=10"),
     "agem": ("learner.augment=none",),
     "aper": ("learner.pet.scale=1", "learner.lr=1", "learner.batch_size=16"),
+    "bcwi": ("learner.batch_size=16", "learner.share=0.3"),
     "bic": ("learner.batch_size=16",),
     "bn_adapt": ("model=convnet", "learner.lr=0.02", "learner.backbone_lr=0", "learner.batch_size=16"),
     "cbp": (
@@ -96,6 +97,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "feat_kd": ("learner.lr=2e-3", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
     "fetril": ("learner.lr=0.003", "learner.batch_size=16", "learner.head_epochs=10"),
     "finetune": ("learner.batch_size=16",),
+    "focal_kd": ("learner.batch_size=16", "learner.base=3"),
     "gdumb": ("learner.passes=8",),
     "gem": ("learner.lr=0.005",),
     "hat": ("scenario=til_digits", "learner.batch_size=16"),
@@ -138,6 +140,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
         "learner.backbone_lr=5e-4",
         "learner.batch_size=16",
     ),
+    "simplex": ("learner.batch_size=16", "learner.backbone_lr=0.005"),
     "slca": ("learner.batch_size=16",),
     "slca_pp": ("learner.lr=0.02", "learner.slow=0.3", "learner.batch_size=16"),
     "ssiat": ("learner.batch_size=16",),

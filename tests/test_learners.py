@@ -45,6 +45,7 @@ VARIANTS = {
     "cbp": ["learner.rate=0.01 learner.maturity=1 learner.optimizer=adam"],
     "hat": ["learner.variant=paper"],
     "shrink_perturb": ["learner.variant=official"],
+    "bcwi": ["learner.fisher=true learner.share=null learner.held_out=0.4"],
     "tent": ["learner.answer=after"],
     "eata": ["learner.fisher=0 learner.margin=0.9", "learner.margin=0.9"],
     "sar": ["learner.variant=official learner.margin=0.9"],
