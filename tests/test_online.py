@@ -345,6 +345,7 @@ class Watch(looks.Observer):
     [
         "er", "er_ace", "mir", "scr", "slda", "ncm learner.streaming=true", "derpp learner.online=true",
         "randumb learner.gamma=0.01", "klda", "acil", "figmn",
+        "losse_ftl",
         "naive_bayes",
     ],
 )  # fmt: skip
@@ -381,6 +382,7 @@ def test_boundaries_announced_and_hidden():
         "scr": True, "scr learner.review=true": False, "slda": True, "ncm": True, "ncm learner.streaming=true": True,
         "randumb": True, "klda": True, "acil": True, "dsal": False, "fetril learner.train_first=false": False, "figmn": True,
         "derpp": False, "derpp learner.online=true": True, "icarl learner.online=true": False,
+        "losse_ftl": True,
         "naive_bayes": True,
     }  # fmt: skip
     for words, expected in fits.items():
@@ -416,6 +418,7 @@ RESUMED = [
     "er learner.updates=2", "er learner.updates=0.5", "er_ace", "agem", "gem", "mir", "scr", "derpp learner.online=true",
     "derpp learner.online=true learner.updates=0.5", "icarl learner.online=true", "gdumb learner.passes=2", "slda",
     "acil", "figmn",
+    "losse_ftl",
     "naive_bayes",
 ]  # fmt: skip
 
