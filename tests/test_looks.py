@@ -30,6 +30,7 @@ ANYTIME |= {"cbp", "ewc_online", "l2_init", "mas", "rwalk", "shrink_perturb", "s
 ANYTIME |= {"acil", "agem", "er", "er_ace", "figmn", "gem", "klda", "mir", "scr", "slda"}
 ANYTIME |= {"losse_ftl"}
 ANYTIME |= {"naive_bayes"}
+ANYTIME |= {"online_ensemble"}
 
 
 def stored(folder):

@@ -347,6 +347,7 @@ class Watch(looks.Observer):
         "randumb learner.gamma=0.01", "klda", "acil", "figmn",
         "losse_ftl",
         "naive_bayes",
+        "online_ensemble",
     ],
 )  # fmt: skip
 def test_a_class_may_appear_in_the_middle_of_an_experience(name):
@@ -384,6 +385,7 @@ def test_boundaries_announced_and_hidden():
         "derpp": False, "derpp learner.online=true": True, "icarl learner.online=true": False,
         "losse_ftl": True,
         "naive_bayes": True,
+        "online_ensemble": True,
     }  # fmt: skip
     for words, expected in fits.items():
         (config,) = compose([f"learner={words.split()[0]}", *words.split()[1:]])
@@ -420,6 +422,7 @@ RESUMED = [
     "acil", "figmn",
     "losse_ftl",
     "naive_bayes",
+    "online_ensemble",
 ]  # fmt: skip
 
 
