@@ -55,6 +55,9 @@ VARIANTS = {
     "klda": ["learner.models=2"],
     "fetril": ["learner.train_first=false", "learner.classifier=svm"],
     "figmn": ["learner.variant=published"],
+    "losse_ftl": ["learner.update=exact"],
+    "naive_bayes": ["learner.features=pixels learner.prior=uniform"],
+    "online_ensemble": ["learner.keys=fixed learner.top=hard learner.members=16 learner.chosen=4"],
     "slca": ["learner.restore_heads=false", "learner.fresh_norm=false", "learner.logit_norm=null"],
 }
 NORMS = ["model=resnet32", "model.timm=test_resnet"]  # with batch norms, for those that adapt them

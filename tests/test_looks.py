@@ -29,6 +29,9 @@ ANYTIME = {"derpp", "ewc", "feat_kd", "finetune", "joint", "l2_reg", "lwf", "pre
 ANYTIME |= {"cbp", "ewc_online", "l2_init", "mas", "rwalk", "shrink_perturb", "si"}
 ANYTIME |= {"focal_kd", "simplex"}
 ANYTIME |= {"acil", "agem", "er", "er_ace", "figmn", "gem", "klda", "mir", "scr", "slda"}
+ANYTIME |= {"losse_ftl"}
+ANYTIME |= {"naive_bayes"}
+ANYTIME |= {"online_ensemble"}
 
 
 def stored(folder):

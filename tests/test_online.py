@@ -345,6 +345,9 @@ class Watch(looks.Observer):
     [
         "er", "er_ace", "mir", "scr", "slda", "ncm learner.streaming=true", "derpp learner.online=true",
         "randumb learner.gamma=0.01", "klda", "acil", "figmn",
+        "losse_ftl",
+        "naive_bayes",
+        "online_ensemble",
     ],
 )  # fmt: skip
 def test_a_class_may_appear_in_the_middle_of_an_experience(name):
@@ -380,6 +383,9 @@ def test_boundaries_announced_and_hidden():
         "scr": True, "scr learner.review=true": False, "slda": True, "ncm": True, "ncm learner.streaming=true": True,
         "randumb": True, "klda": True, "acil": True, "dsal": False, "fetril learner.train_first=false": False, "figmn": True,
         "derpp": False, "derpp learner.online=true": True, "icarl learner.online=true": False,
+        "losse_ftl": True,
+        "naive_bayes": True,
+        "online_ensemble": True,
     }  # fmt: skip
     for words, expected in fits.items():
         (config,) = compose([f"learner={words.split()[0]}", *words.split()[1:]])
@@ -414,6 +420,9 @@ RESUMED = [
     "er learner.updates=2", "er learner.updates=0.5", "er_ace", "agem", "gem", "mir", "scr", "derpp learner.online=true",
     "derpp learner.online=true learner.updates=0.5", "icarl learner.online=true", "gdumb learner.passes=2", "slda",
     "acil", "figmn",
+    "losse_ftl",
+    "naive_bayes",
+    "online_ensemble",
 ]  # fmt: skip
 
 
