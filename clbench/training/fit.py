@@ -6,13 +6,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from clbench.interfaces import Place, Schedule, UserError
-from clbench.training import looks, optimizer_state
+from clbench.training import looks, optimizer_state, optimizers
+from clbench.training.optimizers import Optimizer
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import constant
 from clbench.training.state import detached
@@ -38,7 +39,7 @@ class Recipe:
     accumulate  batches per optimiser step; their losses are averaged by their number of samples
     """
 
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    optimizer: Optimizer = "sgd"
     momentum: float = 0.9
     nesterov: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
@@ -48,13 +49,9 @@ class Recipe:
     accumulate: int = 1
 
     def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The torch optimiser over `groups`."""
-        if self.optimizer == "sgd":
-            return torch.optim.SGD(groups, momentum=self.momentum, nesterov=self.nesterov, weight_decay=self.weight_decay)
-        if self.optimizer not in ("adam", "adamw"):
-            raise UserError(f"unknown optimizer {self.optimizer!r}: choose sgd, adam or adamw")
-        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.optimizer]
-        return kind(groups, betas=self.betas, weight_decay=self.weight_decay)
+        """The optimiser over `groups`."""
+        options = {"momentum": self.momentum, "nesterov": self.nesterov, "betas": self.betas, "weight_decay": self.weight_decay}
+        return optimizers.build(self.optimizer, groups, **options)
 
 
 @dataclass(frozen=True)
