@@ -224,7 +224,7 @@ def test_presets_of_published_protocols_say_claim_number_cost_and_command():
 UNMEASURED = {  # no record of theirs is committed: no card
     *("acil", "adanpc", "cofima", "dsal", "eata", "fetril", "figmn", "inflora", "klda"),
     *("lame", "randumb", "sar", "sd_lora", "tuna"),
-    *("bcwi", "focal_kd", "simplex"),
+    *("bcwi", "focal_kd", "merge", "simplex"),
     *("losse_ftl",),
     *("naive_bayes",),
     *("online_ensemble",),

@@ -115,6 +115,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "lwf": ("learner.batch_size=16",),
     "mir": ("learner.candidates=20",),
     "mas": ("learner.strength=100", "learner.lr=2e-3", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
+    "merge": ("learner.batch_size=16", "learner.backbone_lr=0.01", "learner.operator=ties"),
     "mos": ("learner.pet.scale=1", "learner.lr=1", "learner.batch_size=16", "learner.align_epochs=5"),
     "online_ensemble": ("learner.members=32", "learner.chosen=4", "learner.key_lr=1e-3", "learner.epsilon=0.01"),
     "ovor": ("learner.lr=0.01", "learner.batch_size=16"),

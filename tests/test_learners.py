@@ -45,6 +45,7 @@ VARIANTS = {
     "cbp": ["learner.rate=0.01 learner.maturity=1 learner.optimizer=adam"],
     "hat": ["learner.variant=paper"],
     "shrink_perturb": ["learner.variant=official"],
+    "merge": ["learner.operator=fisher learner.start=merged"],
     "bcwi": ["learner.fisher=true learner.share=null learner.held_out=0.4"],
     "tent": ["learner.answer=after"],
     "eata": ["learner.fisher=0 learner.margin=0.9", "learner.margin=0.9"],
@@ -237,7 +238,7 @@ def old_beside_new(tmp_path):
     return ("scenario=dil_pacs", f"scenario.dataset={tmp_path / 'mixed.npz'}", "scenario.name=mixed")
 
 
-NEED_DISJOINT = ("cofima", "ease", "inflora", "seed_ensemble", "slca", "slca_pp", "ssiat", "tuna")
+NEED_DISJOINT = ("cofima", "ease", "inflora", "merge", "seed_ensemble", "slca", "slca_pp", "ssiat", "tuna")
 
 
 @pytest.mark.parametrize("name", NEED_DISJOINT)
