@@ -84,6 +84,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "coda_prompt": ("learner.lr=0.01", "learner.batch_size=16"),
     "cofima": ("learner.batch_size=16", "learner.slow=0.5", "learner.share=0.3"),
     "cotta": ("learner.augmentations=2", "learner.batch_size=16"),
+    "der_expand": ("learner.lr=0.01", "learner.batch_size=16"),
     "derpp": ("learner.batch_size=16",),
     "dsal": ("learner.projection=100", "learner.compensation=2"),
     "dualprompt": ("learner.batch_size=16", "learner.lr=0.01"),
