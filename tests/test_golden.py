@@ -113,6 +113,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "lwf": ("learner.batch_size=16",),
     "mir": ("learner.candidates=20",),
     "mas": ("learner.strength=100", "learner.lr=2e-3", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
+    "memo": ("learner.lr=0.01", "learner.batch_size=16"),
     "mos": ("learner.pet.scale=1", "learner.lr=1", "learner.batch_size=16", "learner.align_epochs=5"),
     "ovor": ("learner.lr=0.01", "learner.batch_size=16"),
     "packnet": ("scenario=til_digits", "learner.lr=0.01", "learner.retrain_lr=0.003", "learner.batch_size=16"),

@@ -55,6 +55,7 @@ VARIANTS = {
     "fetril": ["learner.train_first=false", "learner.classifier=svm"],
     "figmn": ["learner.variant=published"],
     "der_expand": ["learner.balance=finetune learner.balance_epochs=2 learner.classifier=fresh"],
+    "memo": ["learner.train_base=false"],
     "slca": ["learner.restore_heads=false", "learner.fresh_norm=false", "learner.logit_norm=null"],
 }
 NORMS = ["model=resnet32", "model.timm=test_resnet"]  # with batch norms, for those that adapt them
