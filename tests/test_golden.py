@@ -97,6 +97,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "feat_kd": ("learner.lr=2e-3", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
     "fetril": ("learner.lr=0.003", "learner.batch_size=16", "learner.head_epochs=10"),
     "finetune": ("learner.batch_size=16",),
+    "foster": ("learner.lr=0.02", "learner.batch_size=8"),
     "gdumb": ("learner.passes=8",),
     "gem": ("learner.lr=0.005",),
     "hat": ("scenario=til_digits", "learner.batch_size=16"),
