@@ -59,6 +59,9 @@ VARIANTS = {
     "losse_ftl": ["learner.update=exact"],
     "naive_bayes": ["learner.features=pixels learner.prior=uniform"],
     "online_ensemble": ["learner.keys=fixed learner.top=hard learner.members=16 learner.chosen=4"],
+    "der_expand": ["learner.balance=finetune learner.balance_epochs=2 learner.classifier=fresh"],
+    "memo": ["learner.train_base=false"],
+    "foster": ["learner.deploy=boosted learner.new_on_old=zero"],
     "slca": ["learner.restore_heads=false", "learner.fresh_norm=false", "learner.logit_norm=null"],
 }
 NORMS = ["model=resnet32", "model.timm=test_resnet"]  # with batch norms, for those that adapt them
