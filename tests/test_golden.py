@@ -109,6 +109,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "l2p_pp": ("learner.lr=0.01", "learner.batch_size=16"),
     "lae": ("learner.lr=0.005", "learner.batch_size=16"),
     "lame": ("learner.batch_size=16",),
+    "lucir": ("learner.eta=10", "learner.batch_size=16"),
     "lwf": ("learner.batch_size=16",),
     "mir": ("learner.candidates=20",),
     "mas": ("learner.strength=100", "learner.lr=2e-3", "learner.backbone_lr=5e-4", "learner.batch_size=16"),

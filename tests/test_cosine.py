@@ -1,0 +1,171 @@
+"""LUCIR against naive versions of their formulas."""
+
+import copy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from clbench.config.compose import compose
+from clbench.interfaces import Capabilities, Place, UserError, declared
+from clbench.learners import lucir
+from clbench.models.backbone import build_backbone
+from clbench.models.heads import LOWEST
+from clbench.streams import rng
+from clbench.streams.images.data import ImageBatch
+from clbench.testing.contract import Trial, small_stream
+from clbench.training.state import detached, fingerprint
+
+MLP = ("model=mlp", "model.kwargs.img_size=8", "model.kwargs.hidden=[12]")
+FAST = ("learner.lr=0.1", "learner.backbone_lr=0.1", "learner.batch_size=8")
+
+
+def trial(*words, kind="class_incremental", **stream):
+    (config,) = compose([*MLP, *words])
+    return Trial(config, small_stream(kind, **stream), Capabilities())
+
+
+def learned(*words, experiences=1, **stream):
+    t = trial(*words, **stream)
+    learner, runtime, pipeline = t.start()
+    for i in range(experiences):
+        t.learn(learner, runtime, pipeline, i)
+    return t, learner, runtime, pipeline
+
+
+class Stopped(Exception):
+    pass
+
+
+def before_training(monkeypatch, module, t, learner, runtime, pipeline, index):
+    """What `fit` is given in an experience, which then does not train: loss, batches and hooks."""
+
+    def fit(runtime, name, learner, groups, loss, batches, recipe, **hooks):
+        raise Stopped(SimpleNamespace(loss=loss, batches=batches, groups=groups, **hooks))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "fit", fit)
+        with pytest.raises(Stopped) as stopped:
+            t.learn(learner, runtime, pipeline, index)
+    return stopped.value.args[0]
+
+
+def moved(model, size=0.1):
+    """Weights elsewhere."""
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.add_(size * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+
+
+def weights_of(model):
+    return detached(dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("lucir learner.hardest=0", r"learner\.hardest must be at least 1, got 0"),
+        ("lucir learner.balance_epochs=-1", r"learner\.balance_epochs must be at least 0"),
+        ("lucir learner.eta=0", r"learner\.eta must be above 0"),
+    ],
+)
+def test_bad_options_are_named(words, said):
+    with pytest.raises(UserError, match=said):
+        trial(*f"learner={words}".split()).start()
+
+
+# --- LUCIR
+
+
+def naive_margin(cosines, y, known, margin, hardest):
+    parts = []
+    for row, label in zip(cosines, y, strict=True):
+        if label < known:
+            parts += [max(0.0, margin - row[label] + rival) for rival in sorted(row[known:], reverse=True)[:hardest]]
+    return np.mean(parts) if parts else 0.0
+
+
+def test_margin_between_old_and_new_classes():
+    cosines = torch.rand(9, 7, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    y = torch.tensor([0, 1, 2, 3, 4, 5, 6, 3, 0])
+    for known, hardest in ((4, 2), (4, 3), (6, 2), (4, 9)):
+        found = lucir.margin_term(cosines, y, known, 0.5, hardest)
+        assert float(found) == pytest.approx(naive_margin(cosines.tolist(), y.tolist(), known, 0.5, hardest)) and found > 0
+    assert lucir.margin_term(cosines[4:7], y[4:7], 4, 0.5, 2) == 0, "no old sample"
+    assert lucir.margin_term(cosines, y, 7, 0.5, 2) == 0, "no new class"
+
+
+def test_loss_of_lucir(monkeypatch):
+    words = ("learner=lucir", "learner.less_forget=3", "learner.ranking=2", "learner.margin=0.4", "learner.eta=4", *FAST)
+    t, learner, runtime, pipeline = learned(*words, experiences=2)
+    old, rows = copy.deepcopy(learner.model), torch.cat([block.weight for block in learner.head.blocks]).detach()
+    found = before_training(monkeypatch, lucir, t, learner, runtime, pipeline, 2)
+    batch = next(b for b in map(found.batches, range(found.batches.steps)) if 0 < (b.y < 4).sum() < len(b))
+    eta = float(learner.head.sigma.detach())
+    all_rows = torch.cat([block.weight for block in learner.head.blocks]).detach()
+    assert torch.equal(all_rows[:4], rows) and len(all_rows) == 6
+    for step in range(2):
+        f, before = (m.features(batch).detach().double() for m in (learner.model, old))
+        cosines = F.normalize(f, dim=1) @ F.normalize(all_rows.double(), dim=1).T
+        entropy = -(eta * cosines).log_softmax(1)[torch.arange(len(f)), batch.y].mean()
+        pairs = zip(f.numpy(), before.numpy(), strict=True)
+        apart = np.mean([1 - np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b) for a, b in pairs])
+        assert (apart > 1e-3) == (step == 1), "the network has not moved yet"
+        naive = entropy + 3 * np.sqrt(4 / 2) * apart + 2 * naive_margin(cosines.tolist(), batch.y.tolist(), 4, 0.4, 2)
+        assert float(found.loss(batch).detach()) == pytest.approx(float(naive), rel=1e-4)
+        moved(learner.model)
+
+
+def test_imprinted_rows_and_rows_that_stand_still(monkeypatch):
+    t, learner, runtime, pipeline = learned("learner=lucir", *FAST)
+    first = detached(learner.head.blocks[0].weight)
+    before_training(monkeypatch, lucir, t, learner, runtime, pipeline, 1)
+    data = t.open(1, pipeline).train
+    f = torch.cat([learner.model.features(b) for b in data.test_batches(5)]).detach().double().numpy()
+    mean = np.mean([row / np.linalg.norm(row) for row in f], axis=0)
+    wanted = mean / np.linalg.norm(mean) * np.mean([np.linalg.norm(row) for row in first.double().numpy()])
+    np.testing.assert_allclose(learner.head.blocks[1].weight.detach().double().numpy()[0], wanted, rtol=1e-4, atol=1e-6)
+    t, learner, runtime, pipeline = learned("learner=lucir", *FAST, experiences=2)
+    assert torch.equal(learner.head.blocks[0].weight, first), "weight decay and momentum do not move old rows"
+    f = learner.model.features(next(data.test_batches(5)))
+    torch.testing.assert_close(learner.head(7 * f), learner.head(f))
+
+
+def test_balanced_steps_train_the_head_alone(monkeypatch):
+    words = ("learner=lucir", *FAST)
+    plain = learned(*words, experiences=2)[1]
+    t, learner, runtime, pipeline = learned(*words)
+    learner.balance_epochs, learner.balance_lr, seen, rates = 4, 0.05, [], []
+    real = lucir.fit
+
+    def fit(runtime, name, own, groups, loss, batches, recipe):
+        if name == "balance":
+            rates.extend(groups[0]["lr"] * recipe.schedule(Place(1, i, batches.steps, i)) for i in range(batches.steps))
+            seen.extend(batches(i) for i in range(batches.steps))
+        return real(runtime, name, own, groups, loss, batches, recipe)
+
+    monkeypatch.setattr(lucir, "fit", fit)
+    used = runtime.meter.visits["replayed"]
+    t.learn(learner, runtime, pipeline, 1)
+    y = torch.cat([batch.y for batch in seen])
+    assert y.bincount().tolist() == [12] * 4, "three samples of each class, four times"
+    assert rates == pytest.approx([0.05] * 4 + [0.005] * 4)
+    assert all(batch.replayed == len(batch) for batch in seen) and runtime.meter.visits["replayed"] >= used + 48
+    assert fingerprint(learner.model.state_dict()) == fingerprint(plain.model.state_dict())
+    assert not torch.equal(learner.head.blocks[0].weight, plain.head.blocks[0].weight), "old rows train too"
+
+
+def test_the_last_relu_goes():
+    x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for name, options, known in (("mlp", {"img_size": 32}, True), ("resnet18_slim", {}, True), ("convnet", {}, False)):
+        model = build_backbone("m", name, options, profile="small", stem="small" if known and name != "mlp" else None)
+        moved(model)  # the last residual branch is 0 at the start
+        model.eval()
+        assert (model.features(x) >= 0).all() and lucir.drop_last_relu(model.net) == known
+        assert (model.features(x) < 0).any() == known
+    for keep in (True, False):
+        model = learned("learner=lucir", f"learner.last_relu={keep}", *FAST)[1].model
+        assert (model.features(x[..., :8, :8]) >= 0).all() == keep
