@@ -1,4 +1,4 @@
-"""LUCIR against naive versions of their formulas."""
+"""LUCIR and GPM against naive versions of their formulas."""
 
 import copy
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from clbench.config.compose import compose
 from clbench.interfaces import Capabilities, Place, UserError, declared
-from clbench.learners import lucir
+from clbench.learners import gpm, lucir
 from clbench.models.backbone import build_backbone
 from clbench.models.heads import LOWEST
 from clbench.streams import rng
@@ -70,6 +70,11 @@ def weights_of(model):
         ("lucir learner.hardest=0", r"learner\.hardest must be at least 1, got 0"),
         ("lucir learner.balance_epochs=-1", r"learner\.balance_epochs must be at least 0"),
         ("lucir learner.eta=0", r"learner\.eta must be above 0"),
+        ("gpm learner.energy=0", r"learner\.energy must lie in \(0, 1\]"),
+        ("gpm learner.energy=1.1", r"learner\.energy must lie in \(0, 1\]"),
+        ("gpm learner.rise=-0.1", r"learner\.rise be at least 0"),
+        ("gpm learner.samples=0", r"learner\.samples must be at least 1"),
+        ("gpm learner.head=both", r"learner\.head must be"),
     ],
 )
 def test_bad_options_are_named(words, said):
@@ -169,3 +174,110 @@ def test_the_last_relu_goes():
     for keep in (True, False):
         model = learned("learner=lucir", f"learner.last_relu={keep}", *FAST)[1].model
         assert (model.features(x[..., :8, :8]) >= 0).all() == keep
+
+
+# --- GPM
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(5, 4), nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 2, (3, 2), stride=2, padding=(2, 1), dilation=(1, 2))],
+    ids=["linear", "conv", "strided"],
+)
+def test_inputs_are_what_weights_are_multiplied_with(layer):
+    g = torch.Generator().manual_seed(0)
+    if isinstance(layer, nn.Linear):
+        x = torch.randn(2, 3, 5, generator=g)
+        assert torch.equal(gpm.inputs(layer, x), x.reshape(6, 5))
+        return
+    x = torch.randn(2, layer.in_channels, 7, 6, generator=g)
+    padded, out, rows = F.pad(x, [layer.padding[1]] * 2 + [layer.padding[0]] * 2), layer(x), []
+    for image in padded:
+        for i in range(out.shape[2]):
+            for j in range(out.shape[3]):
+                top, left = i * layer.stride[0], j * layer.stride[1]
+                patch = [
+                    image[c, top + a * layer.dilation[0], left + b * layer.dilation[1]]
+                    for c in range(layer.in_channels)
+                    for a in range(layer.kernel_size[0])
+                    for b in range(layer.kernel_size[1])
+                ]
+                rows.append(torch.stack(patch))
+    found = gpm.inputs(layer, x)
+    assert torch.equal(found, torch.stack(rows))
+    product = (found @ layer.weight.flatten(1).T + layer.bias).detach()
+    torch.testing.assert_close(product, out.permute(0, 2, 3, 1).flatten(0, 2).detach(), atol=1e-5, rtol=1e-5)
+
+
+def naive_grown(basis, r, share):
+    """Left singular vectors of what is left of R join one by one, until the share of |R|^2 is held."""
+    basis, r = basis.numpy(), r.numpy()
+    left = r - basis @ (basis.T @ r)
+    u, s, _ = np.linalg.svd(left)
+    whole, held, count = (r**2).sum(), (r**2).sum() - (left**2).sum(), 0
+    while held < share * whole:
+        held, count = held + s[count] ** 2, count + 1
+    return np.concatenate([basis, u[:, :count]], axis=1)
+
+
+def test_directions_join_until_the_energy_is_held():
+    basis = torch.zeros(9, 0).double()
+    for t in range(5):
+        g, sizes = torch.Generator().manual_seed(t), 0.7 ** torch.arange(9).double()
+        mix = torch.linalg.qr(torch.randn(9, 9, generator=g, dtype=torch.float64)).Q
+        r, share = mix @ (sizes[:, None] * torch.randn(9, 30, generator=g, dtype=torch.float64)), 0.8 + 0.04 * t
+        wanted, wide = naive_grown(basis, r, share), basis.shape[1]
+        basis = gpm.grown(basis, r @ r.T, share)
+        np.testing.assert_allclose((basis @ basis.T).numpy(), wanted @ wanted.T, atol=1e-9)
+        assert wide <= basis.shape[1] == wanted.shape[1] <= 9
+        torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]).double(), atol=1e-10, rtol=0)
+    assert gpm.grown(basis, r @ r.T, 1.0).shape == (9, 9) and gpm.grown(torch.eye(9).double(), r @ r.T, 1.0).shape == (9, 9)
+    low = r[:, :3] @ r[:, :3].T  # three inputs
+    assert gpm.grown(torch.zeros(9, 0).double(), low, 1.0).shape == (9, 3)
+    assert gpm.grown(torch.zeros(9, 0).double(), 0 * low, 0.9).shape == (9, 0), "no input at all"
+
+
+def test_weights_leave_earlier_inputs_alone():
+    words = ("learner=gpm", "learner.lr=0.05", "learner.backbone_lr=0.05", "learner.batch_size=8", "learner.energy=0.9")
+    t, learner, runtime, pipeline = learned(*words, "model=convnet", "model.kwargs.img_size=8", "model.kwargs.maps=[3]",
+                                            "model.kwargs.hidden=6", kind="task_incremental", sizes=[2, 2, 2])  # fmt: skip
+    for i in (1, 2):
+        bases, before, state = dict(learner.bases), weights_of(learner.model), detached(learner.model.state_dict())
+        energies = learner.energies(t.open(0, pipeline)) if i == 1 else {}
+        t.learn(learner, runtime, pipeline, i)
+        for name, layer in learner.layers.items():
+            step = (layer.weight.detach() - before[f"{name}.weight"]).flatten(1)
+            assert 0 < bases[name].shape[1] < len(bases[name]) and step.norm() > 1e-3, name
+            assert (step @ bases[name]).abs().max() < 1e-6
+            if i == 1:  # outputs for the first task's inputs move by what was left out at most
+                left = (1 - 0.9) * energies[name].trace() * torch.linalg.matrix_norm(step.double(), 2) ** 2
+                assert 0 < (step.double() @ energies[name] @ step.double().T).trace() <= left
+            assert bases[name].shape[1] <= learner.bases[name].shape[1] <= len(bases[name])
+        rest = [name for name in state if name.removesuffix(".weight") not in learner.layers]
+        assert len(rest) > 6 and all(torch.equal(state[name], learner.model.state_dict()[name]) for name in rest)
+
+
+def test_what_is_held_whole_is_not_forgotten():
+    """All directions of all training images: their answers stay, while the second task is learned."""
+    words = ("learner=gpm", "learner.energy=1", "learner.lr=0.2", "learner.backbone_lr=0.2", "learner.batch_size=6")
+    t, learner, runtime, pipeline = learned(*words, "model.kwargs.hidden=[60]", kind="task_incremental", limit_train=5)
+    data = t.open(0, pipeline).train
+    before = torch.cat([learner.predict(b) for b in data.test_batches(15)]).detach()[:, :3]
+    weight = detached(learner.layers["net.layers.0.0"].weight)
+    t.learn(learner, runtime, pipeline, 1)
+    t.learn(learner, runtime, pipeline, 2)
+    after = torch.cat([learner.predict(b) for b in data.test_batches(15)]).detach()[:, :3]
+    torch.testing.assert_close(after, before, atol=2e-5, rtol=0)
+    assert (learner.layers["net.layers.0.0"].weight - weight).abs().max() > 1e-3
+
+
+def test_one_head_is_a_layer():
+    words = ("learner=gpm", "learner.head=single", "learner.energy=0.8", *FAST)
+    t, learner, runtime, pipeline = learned(*words)
+    (block,), basis = learner.head.blocks, learner.bases["head"]
+    before = detached(block.state_dict())
+    t.learn(learner, runtime, pipeline, 1)
+    step = block.weight.detach() - before["weight"]
+    assert step.norm() > 1e-3 and (step @ basis).abs().max() < 1e-6 and 0 < basis.shape[1] < 12
+    assert torch.equal(block.bias, before["bias"]) and learner.head.blocks[1].bias.abs().sum() > 0
+    assert declared(gpm.Gpm, {}).needs_task_id and not declared(gpm.Gpm, {"head": "single"}).needs_task_id

@@ -98,6 +98,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "finetune": ("learner.batch_size=16",),
     "gdumb": ("learner.passes=8",),
     "gem": ("learner.lr=0.005",),
+    "gpm": ("scenario=til_digits", "learner.energy=0.7", "learner.batch_size=16"),
     "hat": ("scenario=til_digits", "learner.batch_size=16"),
     "icarl": ("learner.batch_size=16",),
     "incremental_frozen": ("learner.lr=0.003", "learner.batch_size=16"),

@@ -54,6 +54,7 @@ VARIANTS = {
     "klda": ["learner.models=2"],
     "fetril": ["learner.train_first=false", "learner.classifier=svm"],
     "figmn": ["learner.variant=published"],
+    "gpm": ["learner.head=single"],
     "lucir": ["learner.balance_epochs=2"],
     "slca": ["learner.restore_heads=false", "learner.fresh_norm=false", "learner.logit_norm=null"],
 }
