@@ -1,4 +1,4 @@
-"""LUCIR and GPM against naive versions of their formulas."""
+"""LUCIR, GPM and CLS-ER against naive versions of their formulas."""
 
 import copy
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from clbench.config.compose import compose
 from clbench.interfaces import Capabilities, Place, UserError, declared
-from clbench.learners import gpm, lucir
+from clbench.learners import cls_er, gpm, lucir
 from clbench.models.backbone import build_backbone
 from clbench.models.heads import LOWEST
 from clbench.streams import rng
@@ -75,6 +75,9 @@ def weights_of(model):
         ("gpm learner.rise=-0.1", r"learner\.rise be at least 0"),
         ("gpm learner.samples=0", r"learner\.samples must be at least 1"),
         ("gpm learner.head=both", r"learner\.head must be"),
+        ("cls_er learner.answer=slow", r"learner\.answer=slow: choose stable, plastic, working"),
+        ("cls_er learner.stable_rate=1.5", r"learner\.stable_rate must lie between 0 and 1, got 1\.5"),
+        ("cls_er learner.plastic_decay=-1", r"learner\.plastic_decay must lie between 0 and 1"),
     ],
 )
 def test_bad_options_are_named(words, said):
@@ -281,3 +284,78 @@ def test_one_head_is_a_layer():
     assert step.norm() > 1e-3 and (step @ basis).abs().max() < 1e-6 and 0 < basis.shape[1] < 12
     assert torch.equal(block.bias, before["bias"]) and learner.head.blocks[1].bias.abs().sum() > 0
     assert declared(gpm.Gpm, {}).needs_task_id and not declared(gpm.Gpm, {"head": "single"}).needs_task_id
+
+
+# --- CLS-ER
+
+ONCE = {"operators": ["single_pass"], "budget": {"epochs": 1, "exemplars": 9}}
+SLOW = ("learner.batch_size=6", "learner.lr=0.05", "learner.backbone_lr=0.05")
+
+
+def test_without_its_own_term_the_working_network_is_er():
+    _, own, *_ = learned("learner=cls_er", "learner.strength=0", "learner.answer=working", *SLOW, experiences=3, **ONCE)
+    _, er, *_ = learned("learner=er", *SLOW, experiences=3, **ONCE)
+    assert fingerprint(own.model.state_dict()) == fingerprint(er.model.state_dict())
+    assert fingerprint(own.head.state_dict()) == fingerprint(er.head.state_dict())
+
+
+def test_averages_follow_step_by_step(monkeypatch):
+    """From the working weights of every step; a rate of 1 without memory is the working network itself."""
+    found, real = [], cls_er.fit
+
+    def fit(runtime, name, learner, groups, loss, batches, recipe, after_step):
+        if len(found) == 0:
+            found.append((runtime.key("follow", "plastic"), weights_of(learner.plastic.model)))
+
+        def after(place, batch):
+            after_step(place, batch)
+            found.append((runtime.key("follow", "plastic"), place.step, weights_of(learner.model)))
+            same = fingerprint(learner.stable.model.state_dict()) == fingerprint(learner.model.state_dict())
+            assert same and fingerprint(learner.stable.classifier.state_dict()) == fingerprint(learner.head.inner.state_dict())
+
+        return real(runtime, name, learner, groups, loss, batches, recipe, after_step=after)
+
+    monkeypatch.setattr(cls_er, "fit", fit)
+    words = ("learner.stable_rate=1", "learner.stable_decay=0", "learner.plastic_rate=0.6", "learner.plastic_decay=0.7")
+    _, learner, *_ = learned("learner=cls_er", *words, *SLOW, experiences=2, **ONCE)
+    average, followed = found[0][1], 0
+    for number, (key, step, weights) in enumerate(found[1:], 1):
+        if rng.uniform(key, np.array(step)) < 0.6:
+            keep, followed = min(1 - 1 / number, 0.7), followed + 1
+            average = {name: keep * average[name] + (1 - keep) * w for name, w in weights.items()}
+    assert 0 < followed < len(found) - 1 == learner.steps == 8
+    torch.testing.assert_close(weights_of(learner.plastic.model), average)
+
+
+def test_loss_of_cls_er(monkeypatch):
+    t, learner, runtime, pipeline = learned("learner=cls_er", "learner.strength=0.7", *SLOW, **ONCE)
+    found = before_training(monkeypatch, cls_er, t, learner, runtime, pipeline, 1)
+    batch = found.batches(1)
+    moved(learner.plastic.model)
+    moved(learner.stable.model, -0.2)
+    moved(learner.plastic.classifier, 0.5)
+    z_p, z_s = (one.classifier(one.model.features(batch.old)).detach() for one in (learner.plastic, learner.stable))
+    wanted, chosen = [], set()
+    for p, s, label in zip(z_p, z_s, batch.old.y, strict=True):
+        chosen.add(is_stable := bool(s.softmax(0)[label] > p.softmax(0)[label]))
+        wanted.append(s if is_stable else p)
+    assert chosen == {True, False}
+    x = torch.cat([batch.new.x, batch.old.x])
+    z, y = learner.head(learner.model.features(x)), torch.cat([batch.new.y, batch.old.y])
+    naive = -z.log_softmax(1)[torch.arange(len(y)), y].mean()
+    naive = naive + 0.7 * ((z[len(batch.new) :] - torch.stack(wanted)) ** 2).mean()
+    assert z.shape[1] == 4 and float(found.loss(batch).detach()) == pytest.approx(float(naive.detach()), rel=1e-5)
+
+
+def test_who_answers_and_for_which_classes(monkeypatch):
+    t, learner, runtime, pipeline = learned("learner=cls_er", *SLOW, **ONCE)
+    batch = ImageBatch.of(torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+    f = {name: getattr(learner, name) for name in ("stable", "plastic")}
+    z = {name: one.classifier(one.model.features(batch)) for name, one in f.items()}
+    z["working"] = learner.head(learner.model.features(batch))
+    for learner.answer in ("stable", "plastic", "working"):
+        torch.testing.assert_close(learner.predict(batch), z[learner.answer])
+    assert not torch.allclose(z["stable"], z["working"])
+    before_training(monkeypatch, cls_er, t, learner, runtime, pipeline, 1)
+    for learner.answer in ("stable", "plastic", "working"):
+        assert (learner.predict(batch)[:, 3] == LOWEST).all(), "its first sample has not come"

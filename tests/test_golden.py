@@ -81,6 +81,13 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
         "learner.batch_size=16",
         "learner.momentum=0.9",
     ),
+    "cls_er": (
+        "learner.updates=2",
+        "learner.strength=2",
+        "learner.plastic_rate=1",
+        "learner.stable_rate=0.9",
+        "learner.stable_decay=0.9",
+    ),
     "coda_prompt": ("learner.lr=0.01", "learner.batch_size=16"),
     "cofima": ("learner.batch_size=16", "learner.slow=0.5", "learner.share=0.3"),
     "cotta": ("learner.augmentations=2", "learner.batch_size=16"),
