@@ -1,4 +1,4 @@
-"""LUCIR, GPM and CLS-ER against naive versions of their formulas."""
+"""LUCIR, GPM, CLS-ER and PASS against naive versions of their formulas."""
 
 import copy
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from clbench.config.compose import compose
 from clbench.interfaces import Capabilities, Place, UserError, declared
-from clbench.learners import cls_er, gpm, lucir
+from clbench.learners import cls_er, gpm, lucir, pass_prototypes
 from clbench.models.backbone import build_backbone
 from clbench.models.heads import LOWEST
 from clbench.streams import rng
@@ -78,6 +78,10 @@ def weights_of(model):
         ("cls_er learner.answer=slow", r"learner\.answer=slow: choose stable, plastic, working"),
         ("cls_er learner.stable_rate=1.5", r"learner\.stable_rate must lie between 0 and 1, got 1\.5"),
         ("cls_er learner.plastic_decay=-1", r"learner\.plastic_decay must lie between 0 and 1"),
+        ("pass learner.variant=paper", r"learner\.variant=paper: choose official or pycil"),
+        ("pass learner.rotations=2", r"learner\.rotations=2: choose 1 or 4"),
+        ("pass learner.reduction=norm", r"learner\.reduction=norm: choose sum or mean"),
+        ("pass learner.temperature=0", r"learner\.temperature must be above 0"),
     ],
 )
 def test_bad_options_are_named(words, said):
@@ -359,3 +363,86 @@ def test_who_answers_and_for_which_classes(monkeypatch):
     before_training(monkeypatch, cls_er, t, learner, runtime, pipeline, 1)
     for learner.answer in ("stable", "plastic", "working"):
         assert (learner.predict(batch)[:, 3] == LOWEST).all(), "its first sample has not come"
+
+
+# --- PASS
+
+
+def test_orientations_are_classes():
+    x, y = torch.arange(8.0).reshape(2, 1, 2, 2), torch.tensor([3, 0])
+    views, labels = pass_prototypes.turned(x, y, 4)
+    assert labels.tolist() == [12, 13, 14, 15, 0, 1, 2, 3]
+    for i in range(8):
+        np.testing.assert_array_equal(views[i, 0].numpy(), np.rot90(x[i // 4, 0].numpy(), i % 4))
+    views, labels = pass_prototypes.turned(x, y, 1)
+    assert torch.equal(views, x) and torch.equal(labels, y)
+
+
+@pytest.mark.parametrize("variant", ["official", "pycil"])
+def test_means_and_radius(variant):
+    t, learner, _, pipeline = learned("learner=pass", f"learner.variant={variant}", *FAST)
+    data, spread = t.open(0, pipeline).train, []
+    f = torch.cat([learner.model.features(b) for b in data.test_batches(9)]).detach().double().numpy()
+    for c in range(3):
+        own = f[data.y == c]
+        np.testing.assert_allclose(learner.means_KD[c].numpy(), own.mean(0), rtol=1e-4, atol=1e-6)
+        spread.append(np.trace(np.cov(own.T)) / 12)
+    assert learner.radius == pytest.approx(np.sqrt(np.mean(spread)), rel=1e-4)
+    assert len(learner.head.blocks[0].weight) == 12
+    learner.spread_K = torch.cat([learner.spread_K, torch.tensor([100.0])])
+    wanted = spread if variant == "official" else [*spread, 100.0]
+    assert learner.radius == pytest.approx(np.sqrt(np.mean(wanted)), rel=1e-4)
+
+
+def test_noisy_means():
+    _, learner, *_ = learned("learner=pass", *FAST)
+    learner.means_KD, learner.spread_K = torch.randn(3, 12, generator=torch.Generator().manual_seed(0)), torch.full((3,), 4.0)
+    noisy, c = learner.noisy_means(torch.tensor([0, 2]), 4000, 5)
+    assert c.bincount(minlength=3).tolist()[1] == 0 and abs(int((c == 0).sum()) - 2000) < 200
+    noise = noisy - learner.means_KD[c]
+    assert float(noise.std()) == pytest.approx(2, rel=0.02) and abs(float(noise.mean())) < 0.05
+    learner.spread_K.zero_()
+    noisy, c = learner.noisy_means(torch.tensor([0, 2]), 7, 5)
+    assert torch.equal(noisy, learner.means_KD[c]), "without a radius they are the means"
+
+
+@pytest.mark.parametrize(("variant", "reduction"), [("official", "sum"), ("pycil", "mean")])
+def test_loss_of_pass(monkeypatch, variant, reduction):
+    words = (
+        f"learner.variant={variant}",
+        f"learner.reduction={reduction}",
+        "learner.distillation=0.3",
+        "learner.augmentation=2",
+    )
+    t, learner, runtime, pipeline = learned("learner=pass", *words, *FAST, experiences=2)
+    found, old = before_training(monkeypatch, pass_prototypes, t, learner, runtime, pipeline, 2), copy.deepcopy(learner.model)
+    batch, drawn, real = found.batches(3), [], learner.noisy_means
+    monkeypatch.setattr(learner, "noisy_means", lambda *args: drawn.append(real(*args)) or drawn[-1])
+    moved(learner.model)
+    found.at_place(Place(2, 3, found.batches.steps, 3))
+    loss = float(found.loss(batch).detach())
+    x = torch.stack([torch.rot90(image, k, (1, 2)) for image in batch.x for k in range(4)])
+    y = [4 * int(label) + k for label in batch.y for k in range(4)]
+    f, before = learner.model.features(x), old.features(x)
+    (noisy, c), rows = drawn[0], torch.arange(len(x))
+    assert len(noisy) == 8 * (1 if variant == "official" else 4 // 2) and set(c.tolist()) <= {0, 1, 2, 3}
+    naive = -(learner.head(f) / 0.1).log_softmax(1)[rows, y].mean()
+    naive = naive + 0.3 * ((f - before) ** 2).sum().sqrt() / (1 if reduction == "sum" else np.sqrt(len(x)))
+    naive = naive - 2 * (learner.head(noisy) / 0.1).log_softmax(1)[torch.arange(len(c)), 4 * c].mean()
+    assert loss == pytest.approx(float(naive.detach()), rel=1e-4)
+    found.at_place(Place(2, 4, found.batches.steps, 4))
+    found.loss(batch)
+    assert not torch.equal(drawn[1][0], noisy), "each step has means of its own"
+
+
+def test_answers_are_those_of_upright_classes(monkeypatch):
+    t, learner, runtime, pipeline = learned("learner=pass", *FAST)
+    batch = ImageBatch.of(torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(learner.predict(batch), learner.head(learner.model.features(batch))[:, [0, 4, 8]])
+    t, learner, runtime, pipeline = learned("learner=pass", "learner.rotations=1", *FAST)
+    assert torch.equal(learner.predict(batch), learner.head(learner.model.features(batch)))
+    found = before_training(monkeypatch, pass_prototypes, t, learner, runtime, pipeline, 0)
+    learner.head.blocks = learner.head.blocks[:1]
+    batch = found.batches(0)
+    plain = F.cross_entropy(learner.head(learner.model.features(batch)) / 0.1, batch.y)
+    assert torch.equal(found.loss(batch), plain)

@@ -56,6 +56,7 @@ VARIANTS = {
     "figmn": ["learner.variant=published"],
     "gpm": ["learner.head=single"],
     "lucir": ["learner.balance_epochs=2"],
+    "pass": ["learner.variant=pycil learner.reduction=mean"],
     "slca": ["learner.restore_heads=false", "learner.fresh_norm=false", "learner.logit_norm=null"],
 }
 NORMS = ["model=resnet32", "model.timm=test_resnet"]  # with batch norms, for those that adapt them
