@@ -62,6 +62,9 @@ VARIANTS = {
     "der_expand": ["learner.balance=finetune learner.balance_epochs=2 learner.classifier=fresh"],
     "memo": ["learner.train_base=false"],
     "foster": ["learner.deploy=boosted learner.new_on_old=zero"],
+    "gpm": ["learner.head=single"],
+    "lucir": ["learner.balance_epochs=2"],
+    "pass": ["learner.variant=pycil learner.reduction=mean"],
     "slca": ["learner.restore_heads=false", "learner.fresh_norm=false", "learner.logit_norm=null"],
 }
 NORMS = ["model=resnet32", "model.timm=test_resnet"]  # with batch norms, for those that adapt them

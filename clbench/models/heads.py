@@ -252,11 +252,15 @@ class CosineHead(nn.Module):
                         block.weight[i].copy_(prototypes[row - first])  # type: ignore[index]
                     row += 1
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Scaled cosines [B, K]."""
+    def cosines(self, features: Tensor) -> Tensor:
+        """Cosines of features and rows [B, K]."""
         assert len(self.blocks), "the head has no class yet"
         rows = torch.cat([block.weight for block in self.blocks])  # type: ignore[misc]
-        return self.sigma * F.linear(F.normalize(features, dim=1), F.normalize(rows, dim=1))
+        return F.linear(F.normalize(features, dim=1), F.normalize(rows, dim=1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Scaled cosines [B, K]."""
+        return self.sigma * self.cosines(features)
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Fill in place, growing first where needed."""
