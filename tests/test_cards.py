@@ -230,6 +230,7 @@ UNMEASURED = {  # no record of theirs is committed: no card
     *("online_ensemble",),
     *("der_expand", "foster", "memo"),
     *("cls_er", "gpm", "lucir", "pass"),
+    *("rehearsal_free",),
 }
 ON_DIGITS = {  # measured on the digits stream that they are made for
     *("agem", "bn_adapt", "cbp", "cotta", "er", "er_ace", "ewc_online", "gdumb", "gem"),

@@ -136,6 +136,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "pred_kd": ("learner.lr=5e-4", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
     "randumb": ("learner.projection=100",),
     "ranpac": ("learner.pet.scale=1", "learner.lr=1", "learner.batch_size=16", "learner.projection=1000"),
+    "rehearsal_free": ("learner.lr=5e-4", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
     "replay": ("learner.batch_size=16",),
     "rwalk": (
         "learner.strength=1e4",

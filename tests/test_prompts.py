@@ -20,6 +20,7 @@ from clbench.run import provenance
 from clbench.streams.eval_sets import open_eval
 from clbench.streams.images.data import ImageBatch, open_experience
 from clbench.testing.contract import Trial, check_learner, small_stream
+from clbench.training import virtual_outliers
 from clbench.training.losses import masked_cross_entropy
 from clbench.training.prompts import epoch_cosine, part_of
 from clbench.training.runtime import Runtime
@@ -606,15 +607,15 @@ def test_kth_distance():
     x = torch.randn(6, 4, generator=rng())
     for k in (1, 3, 9):
         want = torch.stack([(x - row).norm(dim=1).sort().values[min(k, 6) - 1] for row in x])
-        torch.testing.assert_close(ovor.kth_distance(x, x, k), want, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(virtual_outliers.kth_distance(x, x, k), want, atol=1e-4, rtol=1e-4)
 
 
 def test_outliers_as_described_lie_around_boundary_points():
     f = cloud()
-    made = ovor.around_boundary(f, 2, rng(1), **(SMALL | {"noise": 0.01}))
+    made = virtual_outliers.around_boundary(f, 2, rng(1), **(SMALL | {"noise": 0.01}))
     assert made.shape == (10, 8)
     inside = F.normalize(f, dim=1)
-    rim = ovor.kth_distance(inside, inside, 3).argsort(descending=True)[:4].tolist()
+    rim = virtual_outliers.kth_distance(inside, inside, 3).argsort(descending=True)[:4].tolist()
     assert {3, 17} <= set(rim)
     for row in made:
         gaps = (row / f.norm(dim=1, keepdim=True) - inside).norm(dim=1)
@@ -632,7 +633,7 @@ def test_outliers_as_described_lie_around_boundary_points():
 
 def test_outliers_as_released_lie_around_the_origin():
     f = cloud()
-    made = ovor.around_origin(f, 2, rng(1), **SMALL)
+    made = virtual_outliers.around_origin(f, 2, rng(1), **SMALL)
     assert made.shape == (10, 8) and made.norm(dim=1).max() < 1 < f.norm(dim=1).min()
     assert len(made.unique(dim=0)) == 3, "duplicates: each draw stands there once for every boundary point"
     offsets = 0.1 * torch.randn(20, 8, generator=rng(1))
@@ -641,14 +642,14 @@ def test_outliers_as_released_lie_around_the_origin():
 
 
 def test_fewer_features_than_neighbours():
-    for make in (ovor.around_boundary, ovor.around_origin):
+    for make in (virtual_outliers.around_boundary, virtual_outliers.around_origin):
         made = make(cloud()[:2], 1, rng(), neighbours=50, boundary=50, candidates=7, per_class=40, noise=0.1)
         assert made.shape == (14, 8) and torch.isfinite(made).all()
 
 
 def test_hinge():
-    assert ovor.hinge(torch.tensor([-3.0, 0.5, 4.0])) == pytest.approx((0.125 + 3.5) / 3)
-    assert ovor.hinge(torch.zeros(0)) == 0
+    assert virtual_outliers.hinge(torch.tensor([-3.0, 0.5, 4.0])) == pytest.approx((0.125 + 3.5) / 3)
+    assert virtual_outliers.hinge(torch.zeros(0)) == 0
 
 
 def test_stage_2_trains_the_head_alone(monkeypatch):
@@ -687,3 +688,67 @@ def test_ovor_without_outliers_is_oneprompt(monkeypatch):
     learner, *_ = learned("ovor", 1, "learner.outlier_epochs=0")
     assert learner.early.num_values() == 2 * 2 * 5 * 160 and learner.late.num_values() == 2 * 2 * 20 * 160
     assert not torch.allclose(learner.early.values["0/k"], learner.late.values["2/k"][:5], atol=0.1)
+
+
+def test_one_prefix_with_the_option_is_ovor():
+    """L2P++ with one prompt that is always chosen, no pull, and prefixes as OVOR has them: the same two stages."""
+    both = ("learner.batch_size=18", "learner.lr=0.01")
+    one = trial("learner=ovor", *both, *(f"learner.{w}" for w in ("early_length=3", "late_length=3", "late_blocks='2:4'")))
+    other = trial(
+        "learner=l2p_pp", *both, "learner.pool=1", "learner.top_k=1", "learner.length=6", "learner.blocks='0:4'",
+        "learner.pull=0", "learner.ovor={}",
+    )  # fmt: skip
+    learner, runtime, pipeline = one.start()
+    twin, twins_runtime, _ = other.start()
+    parts = {**learner.early.values, **learner.late.values}
+    rows = [torch.stack([parts[f"{i}/{part}"].detach() for part in "kv"]) for i in range(4)]
+    with torch.no_grad():
+        next(twin.prompts.parameters()).copy_(torch.stack(rows)[None])
+    one.learn(learner, runtime, pipeline, 0)
+    other.learn(twin, twins_runtime, pipeline, 0)
+    for a, b in zip(learner.head.parameters(), twin.head.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(one.scores(learner, pipeline, 0, 6), other.scores(twin, pipeline, 0, 6), atol=5e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["l2p", "dualprompt", "coda_prompt"])
+def test_outliers_for_other_prompts(name, monkeypatch):
+    """The second stage trains the head alone, on the features that the learner answers with, at the rates behind the first."""
+    calls, real = [], virtual_outliers.fit
+
+    def spy(runtime, word, learner, groups, loss, batches, recipe):
+        before = (
+            fingerprint({k: v for k, v in learner.state_dict().items() if k != "head"}),
+            fingerprint(learner.head.state_dict()),
+        )
+        rates = [recipe.schedule(Place(0, step, batches.steps, step)) for step in range(batches.steps)]
+        features = batches(0)[0]
+        assert ((learner.head(features)[:, None] - every).abs().amax(2).amin(1) < 1e-3).all()
+        log = real(runtime, word, learner, groups, loss, batches, recipe)
+        after = (
+            fingerprint({k: v for k, v in learner.state_dict().items() if k != "head"}),
+            fingerprint(learner.head.state_dict()),
+        )
+        calls.append((word, before[0] == after[0], before[1] == after[1], len(rates)))
+        return log
+
+    every = None
+
+    def extracted(runtime, net, data, size):
+        nonlocal every
+        with torch.no_grad():
+            every = torch.cat([learner.predict(batch) for batch in data.test_batches(size)])
+        return real_extract(runtime, net, data, size)
+
+    real_extract = virtual_outliers.extract
+    monkeypatch.setattr(virtual_outliers, "fit", spy)
+    monkeypatch.setattr(virtual_outliers, "extract", extracted)
+    t = trial(f"learner={name}", "learner.batch_size=18", "learner.ovor={epochs:2,candidates:30}")
+    learner, runtime, pipeline = t.start()
+    t.learn(learner, runtime, pipeline, 0)
+    assert calls == [("outliers", True, False, 4)]
+    assert (
+        type(learner).capabilities_of(ovor={}).needs_random_access and not type(learner).capabilities_of().needs_random_access
+    )
+    with pytest.raises(UserError, match="ovor has no option 'radius'"):
+        trial(f"learner={name}", "learner.ovor={radius:2}").start()

@@ -24,8 +24,10 @@ Published (as read in the MOS table, a re-run, ViT-B/16 augreg_in21k, one order)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -42,12 +44,19 @@ from clbench.training.losses import masked_cross_entropy
 from clbench.training.prompts import epoch_cosine
 from clbench.training.runtime import Runtime
 from clbench.training.state import collect, groups_of, restore
+from clbench.training.steps import made
+from clbench.training.virtual_outliers import VirtualOutliers, with_outliers
 
 
 class CodaPrompt:
     """State: components [M, blocks, length, D], keys and attention vectors [M, blocks, D], head."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(needs_pretrained=True)
+
+    @staticmethod
+    def capabilities_of(*, ovor: Any = None, **options: Any) -> Capabilities:
+        """A second stage needs features of all samples again."""
+        return replace(CodaPrompt.capabilities, needs_random_access=ovor is not None)
 
     def __init__(
         self,
@@ -63,6 +72,7 @@ class CodaPrompt:
         batch_size: int = 128,
         weight_decay: float = 0.0,
         schedule: Schedule | None = None,  # null: the paper's quarter cosine, moved once an epoch
+        ovor: Mapping[str, Any] | None = None,  # {variant: paper | official, epochs, ...}: `training/virtual_outliers.py`
     ):
         if not 1 <= components_per_experience <= model.num_features:
             raise UserError(
@@ -74,7 +84,9 @@ class CodaPrompt:
         self.model, self.runtime = model, runtime
         self.count, self.ortho = components_per_experience, ortho
         self.lr, self.epochs, self.batch_size = lr, runtime.epochs(epochs), batch_size
-        self.recipe = Recipe("adam", weight_decay=weight_decay, schedule=schedule or partial(epoch_cosine, epochs=self.epochs))
+        self.ovor: VirtualOutliers | None = None if ovor is None else made(VirtualOutliers, "ovor", ovor, runtime)
+        schedule = schedule or partial(epoch_cosine, epochs=self.epochs + (self.ovor.epochs if self.ovor else 0))
+        self.recipe = Recipe("adam", weight_decay=weight_decay, schedule=schedule)
         self.pet = prefix(model, runtime, length=length // 2, blocks=blocks)
         width, depth = next(iter(self.pet.values.values())).shape[-1], len(prefix_blocks(self.pet))
         self.components = GrownPool((depth, length, width)).to(runtime.device)
@@ -98,7 +110,12 @@ class CodaPrompt:
         pools = (self.components, self.keys, self.attention)
         groups = groups_of(*((pool, self.lr) for pool in pools), (self.head, self.lr))
         batches = shuffled(experience.train, self.batch_size, self.epochs, self.runtime.key("train"), drop_last=True)
-        return fit(self.runtime, "train", self, groups, loss, batches, self.recipe)
+        net = SimpleNamespace(eval=self.pet.eval, features=self.features)
+
+        def train(recipe: Recipe) -> dict[str, float]:
+            return fit(self.runtime, "train", self, groups, loss, batches, recipe)
+
+        return with_outliers(self, net, experience, batches.steps, train)
 
     def grow(self) -> None:
         """New components, block by block orthogonal to the earlier ones; those stand still from now on."""

@@ -9,6 +9,8 @@ online   the released protocol: samples enter a reservoir step by step, with the
          step; draws begin with the second batch, `updates` are made on each batch of the stream. One pass is enough, no
          boundary is needed. Logits of classes that had not appeared are not known
 
+refresh  forget a little before each step (`training/refresh.py`): what its release adds to this method
+
 Deviations: with `online: false` the memory is chosen at the end of each experience (a uniform sample of everything seen), and
 logits are recorded then, under the test transform; Mammoth inserts after each step, with the logits of the augmented image.
 Logits cover the classes known at that time, and the error is taken on these alone (Mammoth's head has all classes from the
@@ -38,6 +40,7 @@ from clbench.training.online import OnlineBatch, OnlineStream, grow, labels, sco
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import constant
 from clbench.training.state import collect, groups_of, restore
+from clbench.training.steps import RefreshOptions, Steps, reads_again
 from clbench.training.stream_memory import allowed_stream_memory
 
 
@@ -107,9 +110,10 @@ class DerPP:
     capabilities: ClassVar[Capabilities] = Capabilities(stores_exemplars=True, needs_random_access=True, anytime=True)
 
     @staticmethod
-    def capabilities_of(*, online: bool = False, **options: Any) -> Capabilities:
+    def capabilities_of(*, online: bool = False, refresh: Any = None, **options: Any) -> Capabilities:
         """A memory that is filled step by step needs neither the samples again nor boundaries."""
-        return replace(DerPP.capabilities, needs_random_access=not online, needs_boundaries=not online)
+        again = not online or reads_again(refresh)
+        return replace(DerPP.capabilities, needs_random_access=again, needs_boundaries=again)
 
     def __init__(
         self,
@@ -129,9 +133,11 @@ class DerPP:
         schedule: Schedule = constant,
         online: bool = False,  # a memory that is filled step by step
         updates: float = 1.0,  # online: on each batch of the stream
+        refresh: RefreshOptions = None,  # {variant: official | paper, ...}
     ):
         if not online and updates != 1:
             raise UserError(f"learner.updates={updates} has no effect without learner.online=true")
+        self.stepping = Steps(runtime, refresh=refresh)
         self.online, self.updates, self.augment = online, updates, "both"
         self.model, self.runtime, self.alpha, self.beta = model, runtime, alpha, beta
         self.lr, self.backbone_lr = lr, backbone_lr
@@ -151,7 +157,7 @@ class DerPP:
         self.model.train()
 
         def loss(batch: DarkBatch) -> Tensor:
-            total = F.cross_entropy(self.head(self.model.features(batch.new)), labels(batch.new))
+            total = self.new(batch.new)
             if batch.dark is not None and batch.labelled is not None:
                 stored = self.logits_MK[torch.as_tensor(batch.rows, device=self.logits_MK.device)]
                 total = total + self.alpha * dark_error(self.head(self.model.features(batch.dark)), stored)
@@ -161,8 +167,7 @@ class DerPP:
 
         new = shuffled(experience.train, self.batch_size, self.epochs, self.runtime.key("train"))
         batches = DarkBatches(new, self.memory.data(experience.train), self.replay, self.runtime.key("replay"))
-        groups = groups_of((self.model, self.backbone_lr), (self.head, self.lr))
-        log = fit(self.runtime, "train", self, groups, loss, batches, self.recipe)
+        log = self._fit(experience, loss, batches)
         self._store(experience)
         return {**log, "exemplars": float(len(self.memory))}
 
@@ -205,9 +210,21 @@ class DerPP:
         def store(place: Place, batch: OnlineDark) -> None:
             self._record(stream.store(place, batch), seen[0])
 
-        groups = groups_of((self.model, self.backbone_lr), (self.head, self.lr))
-        log = fit(self.runtime, "train", self, groups, loss, OnlineDarks(stream), self.recipe, after_step=store)
+        log = self._fit(experience, loss, OnlineDarks(stream), after_step=store)
         return {**log, "exemplars": float(len(self.memory))}
+
+    def _fit(self, experience: Experience, loss: Any, batches: Any, **hooks: Any) -> dict[str, float]:
+        """One `fit` over everything that trains."""
+        modules = {"model": self.model, "head": self.head}
+        with self.stepping.around(self.model, modules, loss, new=lambda batch: self.new(batch.new), **hooks) as (total, more):
+            groups = groups_of((self.model, self.backbone_lr), (self.head, self.lr))
+            log = fit(self.runtime, "train", self, groups, total, batches, self.recipe, **more)
+        self.stepping.end(modules, experience, self.new)
+        return log
+
+    def new(self, batch: ImageBatch) -> Tensor:
+        """Cross-entropy of new samples over the classes seen."""
+        return F.cross_entropy(scores(self, batch), labels(batch))
 
     def _record(self, entered: list[tuple[int, int]], z: Tensor) -> None:
         """Keep the logits [B, K] of samples that have entered by (slot, position in the batch or -1: none are known)."""
@@ -222,7 +239,7 @@ class DerPP:
         return self.head(self.model.features(batch))
 
     def state_dict(self) -> dict[str, Any]:
-        return collect(self, "model", "head", "memory", "logits_MK")
+        return collect(self, "model", "head", "memory", "logits_MK", *self.stepping.state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         restore(self, {**state, "logits_MK": state["logits_MK"].to(self.runtime.device)})

@@ -25,8 +25,9 @@ epochs, E length 20) 68.23 / 4.49 (paper 68.13 / 4.68).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -44,6 +45,8 @@ from clbench.training.losses import masked_cross_entropy
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import constant
 from clbench.training.state import collect, groups_of, restore
+from clbench.training.steps import made
+from clbench.training.virtual_outliers import VirtualOutliers, with_outliers
 
 
 class DualPrompt:
@@ -52,9 +55,12 @@ class DualPrompt:
     capabilities: ClassVar[Capabilities] = Capabilities(needs_pretrained=True)
 
     @staticmethod
-    def capabilities_of(*, batchwise_prompt: bool = False, compat_reshape: bool = False, **options: Any) -> Capabilities:
-        """A vote over the batch is transductive, and so is the reshape error."""
-        return replace(DualPrompt.capabilities, transductive=batchwise_prompt or compat_reshape)
+    def capabilities_of(
+        *, batchwise_prompt: bool = False, compat_reshape: bool = False, ovor: Any = None, **options: Any
+    ) -> Capabilities:
+        """A vote over the batch is transductive, and so is the reshape error; a second stage needs all samples again."""
+        vote = batchwise_prompt or compat_reshape
+        return replace(DualPrompt.capabilities, transductive=vote, needs_random_access=ovor is not None)
 
     def __init__(
         self,
@@ -74,9 +80,11 @@ class DualPrompt:
         clip: float | None = 1.0,
         weight_decay: float = 0.0,
         schedule: Schedule = constant,
+        ovor: Mapping[str, Any] | None = None,  # {variant: paper | official, epochs, ...}: `training/virtual_outliers.py`
     ):
         self.model, self.runtime = model, runtime
         self.pull, self.compat_reshape, self.batchwise = pull, compat_reshape, batchwise_prompt
+        self.ovor: VirtualOutliers | None = None if ovor is None else made(VirtualOutliers, "ovor", ovor, runtime)
         self.lr, self.epochs, self.batch_size = lr, runtime.epochs(epochs), batch_size
         self.recipe = Recipe("adam", weight_decay=weight_decay, schedule=schedule, clip=clip)
         self.general = prefix(model, runtime, length=g_length, blocks=g_blocks, low=-1.0, high=1.0)
@@ -107,7 +115,12 @@ class DualPrompt:
 
         groups = groups_of((self.general, self.lr), (self.experts, self.lr), (self.keys, self.lr), (self.head, self.lr))
         batches = shuffled(experience.train, self.batch_size, self.epochs, self.runtime.key("train"))
-        return fit(self.runtime, "train", self, groups, loss, batches, self.recipe)
+        net = SimpleNamespace(eval=self.expert.eval, features=self.answered)
+
+        def train(recipe: Recipe) -> dict[str, float]:
+            return fit(self.runtime, "train", self, groups, loss, batches, recipe)
+
+        return with_outliers(self, net, experience, batches.steps, train)
 
     def features(self, batch: Batch, experts: State, rows: Tensor | None) -> Tensor:
         """Features [B, D] under the general prefix and `experts`: one for all, or with rows [B] chosen from a stack of them."""
@@ -119,10 +132,14 @@ class DualPrompt:
 
     def predict(self, batch: Batch) -> Tensor:
         """Logits over the classes seen so far [B, num_seen], each image under the expert that its query chose."""
+        return self.head(self.answered(batch))
+
+    def answered(self, batch: Batch) -> Tensor:
+        """What the head reads of a batch at test time [B, D]."""
         self.general.eval()
         self.expert.eval()
         chosen = most_similar(cosines(query(self.model, batch), self.keys.rows()), 1, self.batchwise)[:, 0]
-        return self.head(self.features(batch, as_prefixes(self.expert, self.experts.rows()), chosen))
+        return self.features(batch, as_prefixes(self.expert, self.experts.rows()), chosen)
 
     def state_dict(self) -> dict[str, Any]:
         return collect(self, "general", "experts", "keys", "head")

@@ -8,6 +8,8 @@ combine  "joint": one pass and one mean over b + r samples (the paper; Mammoth);
 start    replay begins with the second batch (the paper), or with the second experience
 past     draw from samples of earlier experiences alone
 head     linear | cosine10, ten times the cosine without bias
+project  "bloop": the memory's gradient gives way to that of the new samples (`training/bloop.py`); of combine=added
+refresh  forget a little before each update (`training/refresh.py`)
 
 Differs from `replay`, which chooses its memory at an experience's end. r = 0 is fine-tuning. The paper's memory is a ring or a
 reservoir; its rate is 0.1 for a small ResNet from scratch, the default rates here are for pre-trained backbones. Its reservoir
@@ -21,15 +23,18 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from clbench.interfaces import Batch, Capabilities, Experience, Schedule, UserError
 from clbench.models.backbone import Backbone
 from clbench.models.heads import OnlineHead
+from clbench.streams.images.data import ImageBatch
 from clbench.training.fit import Recipe, fit
-from clbench.training.online import Augment, OnlineBatch, OnlineStream, Start, grow, replay_loss, scores
+from clbench.training.online import Augment, OnlineBatch, OnlineStream, Start, grow, labels, replay_loss, scores
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import constant
 from clbench.training.state import collect, groups_of, restore
+from clbench.training.steps import Project, RefreshOptions, Steps, reads_again
 from clbench.training.stream_memory import allowed_stream_memory
 
 
@@ -39,9 +44,13 @@ class ExperienceReplay:
     capabilities: ClassVar[Capabilities] = Capabilities(stores_exemplars=True, needs_boundaries=False, anytime=True)
 
     @staticmethod
-    def capabilities_of(*, start: str = "second_batch", past: bool = False, **options: Any) -> Capabilities:
+    def capabilities_of(
+        *, start: str = "second_batch", past: bool = False, refresh: Any = None, project: Any = None, **options: Any
+    ) -> Capabilities:
         """What refers to experiences must be told where they end."""
-        return replace(ExperienceReplay.capabilities, needs_boundaries=past or start == "second_experience")
+        again = reads_again(refresh)
+        told = past or start == "second_experience" or again or project is not None
+        return replace(ExperienceReplay.capabilities, needs_boundaries=told, needs_random_access=again)
 
     def __init__(
         self,
@@ -64,11 +73,18 @@ class ExperienceReplay:
         weight_decay: float = 0.0,
         clip: float | None = None,
         schedule: Schedule = constant,
+        refresh: RefreshOptions = None,  # {variant: official | paper, ...}
+        project: Project = None,  # bloop
     ):
         for name, value, known in (("combine", combine, ("joint", "added")), ("start", start, get_args(Start))):
             if value not in known:
                 raise UserError(f"unknown learner.{name}={value}: choose {' or '.join(known)}")
+        if project is not None and (combine != "added" or clip is not None):
+            raise UserError(
+                f"learner.project={project} needs a loss of two parts: choose learner.combine=added, learner.clip=null"
+            )
         self.model, self.runtime, self.past = model, runtime, past
+        self.stepping = Steps(runtime, refresh=refresh, project=project)
         self.combine: Literal["joint", "added"] = combine
         self.start: Start = start
         self.epochs, self.batch_size, self.updates, self.augment = runtime.epochs(epochs), batch_size, updates, augment
@@ -86,9 +102,22 @@ class ExperienceReplay:
         def loss(batch: OnlineBatch) -> Tensor:
             return replay_loss(self, batch, self.combine)
 
+        def new(batch: ImageBatch) -> Tensor:
+            return F.cross_entropy(scores(self, batch), labels(batch))
+
+        def parts(batch: OnlineBatch) -> tuple[Tensor, Tensor | None]:
+            return new(batch.new), None if batch.old is None else new(batch.old)
+
+        def of_new(batch: OnlineBatch) -> Tensor:
+            return new(batch.new)
+
         stream = OnlineStream(self, experience, replay=self.replay, start=self.start, past=self.past)
-        groups = groups_of((self.model, self.backbone_lr), (self.head, self.lr))
-        log = fit(self.runtime, "train", self, groups, loss, stream, self.recipe, after_step=stream.store)
+        modules = {"model": self.model, "head": self.head}
+        hooks: Any = {"after_step": stream.store}
+        with self.stepping.around(self.model, modules, loss, new=of_new, parts=parts, **hooks) as (total, hooks):
+            groups = groups_of((self.model, self.backbone_lr), (self.head, self.lr))
+            log = fit(self.runtime, "train", self, groups, total, stream, self.recipe, **hooks)
+        self.stepping.end(modules, experience, new)
         return {**log, "exemplars": float(len(self.memory))}
 
     def predict(self, batch: Batch) -> Tensor:
@@ -97,7 +126,7 @@ class ExperienceReplay:
         return scores(self, batch)
 
     def state_dict(self) -> dict[str, Any]:
-        return collect(self, "model", "head", "memory")
+        return collect(self, "model", "head", "memory", *self.stepping.state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         restore(self, state)

@@ -23,7 +23,6 @@ Deviations: the head is not held; the local loss gives its old rows no gradient.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -37,7 +36,6 @@ from clbench.models.backbone import Backbone
 from clbench.models.heads import scores
 from clbench.streams.images.data import shuffled
 from clbench.training.fisher import (
-    Part,
     Weights,
     fisher_per_batch,
     fisher_per_sample,
@@ -50,18 +48,13 @@ from clbench.training.fisher import (
 from clbench.training.fit import Recipe
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import cosine
-from clbench.training.state import collect
+from clbench.training.steps import PartOrTrainable, Project, RefreshOptions, Steps, part_of
 
 
 class Ewc(Regularised):
     """State: backbone, head, the Fisher information so far (empty before the first experience)."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(needs_random_access=True, anytime=True)
-
-    @staticmethod
-    def capabilities_of(*, head: str = "single", **options: Any) -> Capabilities:
-        """A head for every task needs the task."""
-        return replace(Ewc.capabilities, needs_task_id=head == "per_task")
 
     def __init__(
         self,
@@ -72,7 +65,7 @@ class Ewc(Regularised):
         fisher: Literal["per_sample", "batch", "true", "mammoth"] = "per_sample",  # batch: PyCIL's; its strength is 1000
         clip_fisher: float = 1e-4,  # of fisher=batch
         decay: float = 1.0,  # below 1: online EWC
-        trainable: Part = "qkv",
+        trainable: PartOrTrainable = "qkv",
         lr: float = 5e-5,  # head
         backbone_lr: float = 5e-5,
         epochs: int | None = None,
@@ -80,11 +73,16 @@ class Ewc(Regularised):
         weight_decay: float = 0.0,
         schedule: Schedule = cosine,
         head: Literal["single", "per_task"] = "single",  # per_task: for streams that disclose their tasks
+        refresh: RefreshOptions = None,  # {variant: official | paper, ...}, see `training/refresh.py`
+        project: Project = None,  # bloop: the penalty gives way to the cross-entropy, see `training/bloop.py`
     ):
-        train_only(model, trainable)
+        train_only(model, part_of(trainable))
         recipe = Recipe("adam", weight_decay=weight_decay, schedule=schedule)
         rates = {"lr": lr, "backbone_lr": backbone_lr}
-        super().__init__(model, runtime, recipe, strength, **rates, epochs=epochs, batch_size=batch_size, head=head)
+        steps = Steps(runtime, refresh=refresh, trainable=trainable, project=project)
+        super().__init__(
+            model, runtime, recipe, strength, **rates, epochs=epochs, batch_size=batch_size, head=head, steps=steps
+        )
         self.kind, self.clip_fisher, self.decay = fisher, clip_fisher, decay
         self.fisher: Weights = {}
 
@@ -153,7 +151,7 @@ class Ewc(Regularised):
         return {name: (f / batches.steps).clamp_max(self.clip_fisher) for name, f in total.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return collect(self, "model", "head", "fisher")
+        return self.collect("fisher")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict({**state, "fisher": moved(state["fisher"], self.runtime.device)})

@@ -17,10 +17,11 @@ from clbench.interfaces import Batch, Capabilities, Experience, Schedule
 from clbench.learners.regularised import Penalty, Regularised
 from clbench.models.backbone import Backbone
 from clbench.training.distillation import feature_distillation, frozen_copy
-from clbench.training.fisher import Part, train_only
+from clbench.training.fisher import train_only
 from clbench.training.fit import Recipe
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import cosine
+from clbench.training.steps import PartOrTrainable, Project, RefreshOptions, Steps, part_of
 
 
 class FeatKd(Regularised):
@@ -34,27 +35,35 @@ class FeatKd(Regularised):
         runtime: Runtime,
         *,
         strength: float = 1.0,
-        trainable: Part = "qkv",
+        trainable: PartOrTrainable = "qkv",
         lr: float = 5e-5,  # head
         backbone_lr: float = 5e-5,
         epochs: int | None = None,
         batch_size: int = 128,
         weight_decay: float = 0.0,
         schedule: Schedule = cosine,
+        refresh: RefreshOptions = None,  # {variant: official | paper, ...}, see `training/refresh.py`
+        project: Project = None,  # bloop: the penalty gives way to the cross-entropy, see `training/bloop.py`
     ):
-        train_only(model, trainable)
+        train_only(model, part_of(trainable))
         recipe = Recipe("adam", weight_decay=weight_decay, schedule=schedule)
-        super().__init__(model, runtime, recipe, strength, lr=lr, backbone_lr=backbone_lr, epochs=epochs, batch_size=batch_size)
+        steps = Steps(runtime, refresh=refresh, trainable=trainable, project=project)
+        super().__init__(
+            model, runtime, recipe, strength, lr=lr, backbone_lr=backbone_lr, epochs=epochs, batch_size=batch_size, steps=steps
+        )
 
     def penalty(self, experience: Experience) -> Penalty | None:
         """|f_t(x) - f_{t-1}(x)|^2."""
-        if not experience.index:
-            return None
-        (teacher,) = frozen_copy(self.model)
+        return distance_of_features(self.model) if experience.index else None
 
-        def distance(batch: Batch, features: Tensor, z: Tensor) -> Tensor:
-            with torch.no_grad():
-                old = teacher.features(batch)
-            return feature_distillation(features, old)
 
-        return distance
+def distance_of_features(model: Backbone) -> Penalty:
+    """Distillation of the features that the network has now."""
+    (teacher,) = frozen_copy(model)
+
+    def distance(batch: Batch, features: Tensor, z: Tensor) -> Tensor:
+        with torch.no_grad():
+            old = teacher.features(batch)
+        return feature_distillation(features, old)
+
+    return distance

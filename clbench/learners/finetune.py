@@ -8,6 +8,8 @@ papers that use lr 1e-2 over all seen classes quote 20 to 33 % (SLCA, ICCV 2023,
 masking    "seen": softmax over all classes seen; "local": over the experience's classes; "batch": over those in the batch.
 head       "single": one head over all classes; "per_task": one for every task, which answers for its task's classes alone and
            needs the task of a test sample. The head of a task is trained in that task only.
+trainable  "half", "lisa": a random part of the network's blocks (`training/chosen_layers.py`).
+refresh    forget a little before each step (`training/refresh.py`).
 head_init  new rows of the head: "normal" (0, 0.02), or "kaiming_uniform", U(-sqrt(3 / D), sqrt(3 / D)), as PILOT's `finetune`.
 """
 
@@ -18,7 +20,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from clbench.interfaces import Batch, Capabilities, Experience, Schedule
+from clbench.interfaces import Batch, Capabilities, Experience, Schedule, UserError
 from clbench.models.backbone import Backbone
 from clbench.models.heads import grow, linear_head, scores
 from clbench.models.pet import Factory
@@ -29,6 +31,7 @@ from clbench.training.losses import masked_cross_entropy
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import constant
 from clbench.training.state import collect, groups_of, restore
+from clbench.training.steps import RefreshOptions, Steps, Trainable, reads_again, whole
 
 
 class Finetune:
@@ -41,10 +44,14 @@ class Finetune:
     capabilities: ClassVar[Capabilities] = Capabilities(needs_boundaries=False, anytime=True)
 
     @classmethod
-    def capabilities_of(cls, *, head: str = "single", masking: str = "seen", **options: Any) -> Capabilities:
-        """A head for every task needs the task; a softmax over an experience's classes must be told where one ends."""
-        told = cls.capabilities.needs_boundaries or masking == "local"
-        return replace(cls.capabilities, needs_task_id=head == "per_task", needs_boundaries=told)
+    def capabilities_of(
+        cls, *, head: str = "single", masking: str = "seen", trainable: Any = "all", refresh: Any = None, **options: Any
+    ) -> Capabilities:
+        """A head for every task needs the task; what is done for each experience must be told where one ends."""
+        can, again = cls.capabilities, reads_again(refresh)
+        told = can.needs_boundaries or masking == "local" or trainable != "all" or again
+        random = can.needs_random_access or again
+        return replace(can, needs_task_id=head == "per_task", needs_boundaries=told, needs_random_access=random)
 
     def __init__(
         self,
@@ -64,9 +71,16 @@ class Finetune:
         pet: Factory = none,  # none: all weights; pet=adapter, lora, ... trains that module alone, at backbone_lr
         head_init: Literal["normal", "kaiming_uniform"] = "normal",
         head: Literal["single", "per_task"] = "single",  # per_task: for streams that disclose their tasks
+        trainable: Trainable = "all",  # all | half | lisa: a random part of the blocks, see `training/chosen_layers.py`
+        refresh: RefreshOptions = None,  # {variant: official | paper, ...}, see `training/refresh.py`
     ):
         self.model, self.runtime, self.masking = model, runtime, masking
         self.pet = pet(model, runtime)
+        if self.pet and trainable != "all":
+            raise UserError(f"learner.trainable={trainable} is for the whole network: choose pet=none")
+        if refresh is not None and accumulate != 1:
+            raise UserError(f"learner.refresh moves weights before each batch: learner.accumulate must be 1, got {accumulate}")
+        self.stepping = Steps(runtime, refresh=refresh, trainable=whole(trainable))
         self.epochs, self.batch_size = runtime.epochs(epochs), batch_size
         self.lr, self.backbone_lr = lr, backbone_lr
         self.recipe = Recipe("sgd", momentum, weight_decay=weight_decay, schedule=schedule, clip=clip, accumulate=accumulate)
@@ -82,9 +96,13 @@ class Finetune:
             z = scores(self.head, self.model.features(batch), experience.task)
             return masked_cross_entropy(z, batch.y, self.masking, experience.classes)
 
-        groups = groups_of((self.pet or self.model, self.backbone_lr), (self.head, self.lr))
         batches = shuffled(experience.train, self.batch_size, self.epochs, self.runtime.key("train"))
-        return fit(self.runtime, "train", self, groups, loss, batches, self.recipe)
+        modules = {"model": self.model, "head": self.head} | ({"pet": self.pet} if self.pet else {})
+        with self.stepping.around(self.model, modules, loss, new=loss) as (total, hooks):
+            groups = groups_of((self.pet or self.model, self.backbone_lr), (self.head, self.lr))
+            log = fit(self.runtime, "train", self, groups, total, batches, self.recipe, **hooks)
+        self.stepping.end(modules, experience, loss)
+        return log
 
     def predict(self, batch: Batch) -> Tensor:
         """Logits over the classes seen so far [B, num_seen]."""
@@ -93,7 +111,7 @@ class Finetune:
 
     def state_dict(self) -> dict[str, Any]:
         """Backbone (or what is tuned of it) and head."""
-        return collect(self, "pet" if self.pet else "model", "head")
+        return collect(self, "pet" if self.pet else "model", "head", *self.stepping.state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         restore(self, state)

@@ -19,11 +19,11 @@ from typing import Any, ClassVar, Literal
 from clbench.interfaces import Capabilities, Experience, Schedule
 from clbench.learners.regularised import Penalty, Regularised
 from clbench.models.backbone import Backbone
-from clbench.training.fisher import Part, kept, moved, quadratic_penalty, train_only
+from clbench.training.fisher import kept, moved, quadratic_penalty, train_only
 from clbench.training.fit import Recipe
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import cosine
-from clbench.training.state import collect
+from clbench.training.steps import PartOrTrainable, Project, RefreshOptions, Steps, part_of
 
 
 class L2Reg(Regularised):
@@ -38,17 +38,22 @@ class L2Reg(Regularised):
         *,
         strength: float = 1.0,
         reference: Literal["previous", "pretrained"] = "previous",
-        trainable: Part = "qkv",
+        trainable: PartOrTrainable = "qkv",
         lr: float = 5e-5,  # head
         backbone_lr: float = 5e-5,
         epochs: int | None = None,
         batch_size: int = 128,
         weight_decay: float = 0.0,
         schedule: Schedule = cosine,
+        refresh: RefreshOptions = None,  # {variant: official | paper, ...}, see `training/refresh.py`
+        project: Project = None,  # bloop: the penalty gives way to the cross-entropy, see `training/bloop.py`
     ):
-        train_only(model, trainable)
+        train_only(model, part_of(trainable))
         recipe = Recipe("adam", weight_decay=weight_decay, schedule=schedule)
-        super().__init__(model, runtime, recipe, strength, lr=lr, backbone_lr=backbone_lr, epochs=epochs, batch_size=batch_size)
+        steps = Steps(runtime, refresh=refresh, trainable=trainable, project=project)
+        super().__init__(
+            model, runtime, recipe, strength, lr=lr, backbone_lr=backbone_lr, epochs=epochs, batch_size=batch_size, steps=steps
+        )
         self.pretrained = kept(model) if reference == "pretrained" else None
 
     def penalty(self, experience: Experience) -> Penalty | None:
@@ -59,7 +64,7 @@ class L2Reg(Regularised):
         return lambda batch, features, z: quadratic_penalty(self.model, reference)
 
     def state_dict(self) -> dict[str, Any]:
-        return collect(self, "model", "head", "pretrained")
+        return self.collect("pretrained")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict({**state, "pretrained": moved(state["pretrained"], self.runtime.device)})

@@ -22,9 +22,10 @@ B0 Inc10 last 83.77 %, forgetting 6.63 (paper 83.83 / 7.63). L2P++: none read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -42,6 +43,8 @@ from clbench.training.prompts import epoch_cosine
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import constant
 from clbench.training.state import collect, groups_of, restore
+from clbench.training.steps import made
+from clbench.training.virtual_outliers import VirtualOutliers, with_outliers
 
 
 class L2p:
@@ -50,9 +53,9 @@ class L2p:
     capabilities: ClassVar[Capabilities] = Capabilities(needs_pretrained=True)
 
     @staticmethod
-    def capabilities_of(*, batchwise_prompt: bool = False, **options: Any) -> Capabilities:
-        """A vote over the batch is transductive."""
-        return replace(L2p.capabilities, transductive=batchwise_prompt)
+    def capabilities_of(*, batchwise_prompt: bool = False, ovor: Any = None, **options: Any) -> Capabilities:
+        """A vote over the batch is transductive; a second stage needs features of all samples again."""
+        return replace(L2p.capabilities, transductive=batchwise_prompt, needs_random_access=ovor is not None)
 
     def __init__(
         self,
@@ -72,6 +75,7 @@ class L2p:
         clip: float | None = 1.0,
         weight_decay: float = 0.0,
         schedule: Schedule | None = constant,  # null: the paper's quarter cosine, moved once an epoch
+        ovor: Mapping[str, Any] | None = None,  # {variant: paper | official, epochs, ...}: `training/virtual_outliers.py`
     ):
         if not 1 <= top_k <= pool:
             raise UserError(f"learner.top_k must lie between 1 and learner.pool={pool}, got {top_k}")
@@ -82,7 +86,8 @@ class L2p:
         self.model, self.runtime, self.as_tokens = model, runtime, variant == "l2p"
         self.top_k, self.pull, self.batchwise = top_k, pull, batchwise_prompt
         self.lr, self.epochs, self.batch_size = lr, runtime.epochs(epochs), batch_size
-        schedule = schedule or partial(epoch_cosine, epochs=self.epochs)
+        self.ovor: VirtualOutliers | None = None if ovor is None else made(VirtualOutliers, "ovor", ovor, runtime)
+        schedule = schedule or partial(epoch_cosine, epochs=self.epochs + (self.ovor.epochs if self.ovor else 0))
         self.recipe = Recipe("adam", weight_decay=weight_decay, schedule=schedule, clip=clip)
         if self.as_tokens:
             self.pet = prompt(model, runtime, length=top_k * length)
@@ -112,7 +117,12 @@ class L2p:
         groups = groups_of((self.prompts, self.lr), (self.keys, self.lr), (self.head, self.lr))
         drop_last = not self.as_tokens
         batches = shuffled(experience.train, self.batch_size, self.epochs, self.runtime.key("train"), drop_last=drop_last)
-        return fit(self.runtime, "train", self, groups, loss, batches, self.recipe)
+        net = SimpleNamespace(eval=self.pet.eval, features=self.answered)
+
+        def train(recipe: Recipe) -> dict[str, float]:
+            return fit(self.runtime, "train", self, groups, loss, batches, recipe)
+
+        return with_outliers(self, net, experience, batches.steps, train)
 
     def prompted(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What the head reads of a batch [B, D], and the cosines of each query with its chosen keys [B, k]."""
@@ -135,7 +145,11 @@ class L2p:
     def predict(self, batch: Batch) -> Tensor:
         """Logits over the classes seen so far [B, num_seen]."""
         self.pet.eval()
-        return self.head(self.prompted(batch)[0])
+        return self.head(self.answered(batch))
+
+    def answered(self, batch: Batch) -> Tensor:
+        """What the head reads of a batch [B, D]."""
+        return self.prompted(batch)[0]
 
     def state_dict(self) -> dict[str, Any]:
         return collect(self, "prompts", "keys", "head")

@@ -11,8 +11,7 @@ Published (MOS table, ViT-B/16 augreg_in21k): CIFAR-100 B0 Inc5 last 41.07 %, av
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from clbench.interfaces import Capabilities, Experience, Schedule
 from clbench.learners.regularised import Penalty, Regularised, distance_of_predictions
@@ -20,17 +19,13 @@ from clbench.models.backbone import Backbone
 from clbench.training.fit import Recipe
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import constant
+from clbench.training.steps import Project, RefreshOptions, Steps, Trainable, whole
 
 
 class Lwf(Regularised):
     """State: backbone and head (the teacher is both, as an experience finds them)."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(anytime=True)
-
-    @staticmethod
-    def capabilities_of(*, head: str = "single", **options: Any) -> Capabilities:
-        """A head for every task needs the task."""
-        return replace(Lwf.capabilities, needs_task_id=head == "per_task")
 
     def __init__(
         self,
@@ -47,10 +42,16 @@ class Lwf(Regularised):
         weight_decay: float = 2e-4,
         schedule: Schedule = constant,
         head: Literal["single", "per_task"] = "single",  # per_task: for streams that disclose their tasks
+        trainable: Trainable = "all",  # all | half | lisa: a random part of the blocks, see `training/chosen_layers.py`
+        refresh: RefreshOptions = None,  # {variant: official | paper, ...}, see `training/refresh.py`
+        project: Project = None,  # bloop: the penalty gives way to the cross-entropy, see `training/bloop.py`
     ):
         recipe = Recipe("sgd", momentum, weight_decay=weight_decay, schedule=schedule)
         rates = {"lr": lr, "backbone_lr": backbone_lr}
-        super().__init__(model, runtime, recipe, strength, **rates, epochs=epochs, batch_size=batch_size, head=head)
+        steps = Steps(runtime, refresh=refresh, trainable=whole(trainable), project=project)
+        super().__init__(
+            model, runtime, recipe, strength, **rates, epochs=epochs, batch_size=batch_size, head=head, steps=steps
+        )
         self.temperature = temperature
 
     def penalty(self, experience: Experience) -> Penalty | None:

@@ -25,11 +25,11 @@ from torch import Tensor
 from clbench.interfaces import Capabilities, Experience, Schedule
 from clbench.learners.regularised import Penalty, Regularised
 from clbench.models.backbone import Backbone
-from clbench.training.fisher import Part, Weights, kept, moved, quadratic_penalty, sum_per_sample, train_only, trained
+from clbench.training.fisher import Weights, kept, moved, quadratic_penalty, sum_per_sample, train_only, trained
 from clbench.training.fit import Recipe
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import constant
-from clbench.training.state import collect
+from clbench.training.steps import PartOrTrainable, Project, RefreshOptions, Steps, part_of
 
 
 class Mas(Regularised):
@@ -44,7 +44,7 @@ class Mas(Regularised):
         *,
         variant: Literal["paper", "official"] = "paper",
         strength: float = 1.0,
-        trainable: Part = "all",
+        trainable: PartOrTrainable = "all",
         optimizer: Literal["adam", "sgd"] = "adam",
         momentum: float = 0.0,  # of sgd
         lr: float = 1e-3,  # head
@@ -52,10 +52,15 @@ class Mas(Regularised):
         epochs: int | None = None,
         batch_size: int = 64,
         schedule: Schedule = constant,
+        refresh: RefreshOptions = None,  # {variant: official | paper, ...}, see `training/refresh.py`
+        project: Project = None,  # bloop: the penalty gives way to the cross-entropy, see `training/bloop.py`
     ):
-        train_only(model, trainable)
+        train_only(model, part_of(trainable))
         recipe = Recipe(optimizer, momentum, schedule=schedule)
-        super().__init__(model, runtime, recipe, strength, lr=lr, backbone_lr=backbone_lr, epochs=epochs, batch_size=batch_size)
+        steps = Steps(runtime, refresh=refresh, trainable=trainable, project=project)
+        super().__init__(
+            model, runtime, recipe, strength, lr=lr, backbone_lr=backbone_lr, epochs=epochs, batch_size=batch_size, steps=steps
+        )
         self.per_sample = variant == "paper"
         self.importance: Weights = {}
 
@@ -96,7 +101,7 @@ class Mas(Regularised):
         return {name: value.detach() / len(experience.train) for name, value in total.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return collect(self, "model", "head", "importance")
+        return self.collect("importance")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict({**state, "importance": moved(state["importance"], self.runtime.device)})

@@ -26,26 +26,25 @@ ImageNet-R B0 Inc20 40 + 10. Published number: none read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from clbench.interfaces import Batch, Capabilities, Experience, Schedule, UserError
 from clbench.models.backbone import Backbone
 from clbench.models.heads import LinearHead
 from clbench.models.pet_modules import prefix
 from clbench.streams.images.data import shuffled
-from clbench.training.features import FeatureBatches, extract
+from clbench.training.features import extract
 from clbench.training.fit import Recipe, fit
 from clbench.training.losses import masked_cross_entropy
 from clbench.training.prompts import epoch_cosine, part_of
 from clbench.training.runtime import Runtime
 from clbench.training.state import collect, groups_of, restore
+from clbench.training.virtual_outliers import VirtualOutliers
 
 
 class Ovor:
@@ -83,15 +82,12 @@ class Ovor:
         weight_decay: float = 0.0,
         schedule: Schedule | None = None,  # null: the paper's quarter cosine over both stages, moved once an epoch
     ):
-        counts = {"neighbours": neighbours, "boundary": boundary, "candidates": candidates, "per_class": per_class}
-        for name, value in counts.items():
-            if value < 1:
-                raise UserError(f"learner.{name} must be at least 1, got {value}")
         if outlier_epochs < 0:
             raise UserError(f"learner.outlier_epochs must be at least 0, got {outlier_epochs}")
+        scores = {"weight": outlier_weight, "id_score": id_score, "outlier_score": outlier_score, "noise": noise}
+        counts = {"neighbours": neighbours, "boundary": boundary, "candidates": candidates, "per_class": per_class}
         self.model, self.runtime, self.outlier_epochs = model, runtime, outlier_epochs
-        self.outliers = partial({"paper": around_boundary, "official": around_origin}[variant], noise=noise, **counts)
-        self.weight, self.id_score, self.outlier_score = outlier_weight, id_score, outlier_score
+        self.outliers = VirtualOutliers(runtime, variant=variant, epochs=outlier_epochs, **scores, **counts)
         self.lr, self.epochs, self.batch_size, self.weight_decay = lr, runtime.epochs(epochs), batch_size, weight_decay
         self.schedule = schedule or partial(epoch_cosine, epochs=self.epochs + outlier_epochs)
         self.early = prefix(model, runtime, length=early_length, blocks=early_blocks, high=1.0)
@@ -123,19 +119,8 @@ class Ovor:
 
     def _regularise(self, experience: Experience, recipe: Recipe) -> dict[str, float]:
         features, y = extract(self.runtime, self.model, experience.train, self.batch_size)
-
-        def make(epoch: int) -> Tensor:
-            return self.outliers(features, len(experience.classes), self.runtime.generator("outliers", epoch))
-
-        def loss(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-            z = self.head(batch[0])
-            own, outside = (logits[:, list(experience.classes)] for logits in (z, self.head(batch[2])))
-            penalty = hinge(self.id_score - own.logsumexp(1)) + hinge(outside.logsumexp(1) - self.outlier_score)
-            return masked_cross_entropy(z, batch[1], "local", experience.classes) + self.weight * penalty
-
-        batches = FeatureBatches(features, y, self.batch_size, self.outlier_epochs, self.runtime.key("outliers"))
-        groups = groups_of((self.head, self.lr))
-        return fit(self.runtime, "outliers", self, groups, loss, WithOutliers(batches, make), recipe)
+        loss, batches = self.outliers.stage(self.head, features, y, experience, self.batch_size)
+        return fit(self.runtime, "outliers", self, groups_of((self.head, self.lr)), loss, batches, recipe)
 
     def predict(self, batch: Batch) -> Tensor:
         """Logits over the classes seen so far [B, num_seen]."""
@@ -148,66 +133,3 @@ class Ovor:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         restore(self, state)
-
-
-class WithOutliers:
-    """Batches of features, each with its share of the epoch's outliers; a pure function of the step."""
-
-    def __init__(self, batches: FeatureBatches, make: Callable[[int], Tensor]):
-        self.batches, self.make, self.steps = batches, make, batches.steps
-        self._made: tuple[int, Tensor] = (-1, torch.zeros(0))
-
-    def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Features [B, D], labels [B], outliers [O, D]."""
-        epoch, i = divmod(step, self.batches.per_epoch)
-        if self._made[0] != epoch:
-            self._made = (epoch, self.make(epoch))
-        return *self.batches(step), self._made[1][i :: self.batches.per_epoch]
-
-
-def hinge(x: Tensor) -> Tensor:
-    """Mean Huber loss of the positive part of x [N]; 0 where there is none to take it of."""
-    return F.huber_loss(x.relu(), torch.zeros_like(x)) if len(x) else x.sum()
-
-
-def kth_distance(x: Tensor, among: Tensor, k: int) -> Tensor:
-    """Distance of each row of x [N, D] to its k-th nearest row of `among` [M, D] (the last one where M < k) -> [N]."""
-    return torch.cdist(x, among).topk(min(k, len(among)), dim=1, largest=False, sorted=False).values.amax(1)
-
-
-def around_boundary(
-    features: Tensor,
-    classes: int,
-    generator: torch.Generator,
-    *,
-    neighbours: int,
-    boundary: int,
-    candidates: int,
-    per_class: int,
-    noise: float,
-) -> Tensor:
-    """Outliers [per_class * classes, D] of features [N, D] as the paper describes them, farthest first."""
-    inside = F.normalize(features, dim=1)
-    points = kth_distance(inside, inside, neighbours).topk(min(boundary, len(inside))).indices
-    offsets = noise * torch.randn(candidates, features.shape[1], generator=generator).to(features)
-    far = torch.stack([kth_distance(inside[point] + offsets, inside, neighbours) for point in points])  # [points, candidates]
-    kept = far.flatten().topk(min(per_class * classes, far.numel())).indices
-    at = points[kept // candidates]
-    return (inside[at] + offsets[kept % candidates]) * features[at].norm(dim=1, keepdim=True)
-
-
-def around_origin(
-    features: Tensor,
-    classes: int,
-    generator: torch.Generator,
-    *,
-    neighbours: int,
-    boundary: int,
-    candidates: int,
-    per_class: int,
-    noise: float,
-) -> Tensor:
-    """Outliers [per_class * classes, D] of features [N, D] as the release makes them, farthest first."""
-    offsets = noise * torch.randn(candidates, features.shape[1], generator=generator).to(features)
-    order = kth_distance(offsets, F.normalize(features, dim=1), neighbours).argsort(descending=True, stable=True)
-    return offsets[order].repeat_interleave(min(boundary, len(features)), dim=0)[: per_class * classes]

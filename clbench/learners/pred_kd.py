@@ -15,10 +15,11 @@ from typing import ClassVar
 from clbench.interfaces import Capabilities, Experience, Schedule
 from clbench.learners.regularised import Penalty, Regularised, distance_of_predictions
 from clbench.models.backbone import Backbone
-from clbench.training.fisher import Part, train_only
+from clbench.training.fisher import train_only
 from clbench.training.fit import Recipe
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import cosine
+from clbench.training.steps import PartOrTrainable, Project, RefreshOptions, Steps, part_of
 
 
 class PredKd(Regularised):
@@ -33,17 +34,22 @@ class PredKd(Regularised):
         *,
         strength: float = 1.0,
         temperature: float = 2.0,
-        trainable: Part = "qkv",
+        trainable: PartOrTrainable = "qkv",
         lr: float = 5e-5,  # head
         backbone_lr: float = 5e-5,
         epochs: int | None = None,
         batch_size: int = 128,
         weight_decay: float = 0.0,
         schedule: Schedule = cosine,
+        refresh: RefreshOptions = None,  # {variant: official | paper, ...}, see `training/refresh.py`
+        project: Project = None,  # bloop: the penalty gives way to the cross-entropy, see `training/bloop.py`
     ):
-        train_only(model, trainable)
+        train_only(model, part_of(trainable))
         recipe = Recipe("adam", weight_decay=weight_decay, schedule=schedule)
-        super().__init__(model, runtime, recipe, strength, lr=lr, backbone_lr=backbone_lr, epochs=epochs, batch_size=batch_size)
+        steps = Steps(runtime, refresh=refresh, trainable=trainable, project=project)
+        super().__init__(
+            model, runtime, recipe, strength, lr=lr, backbone_lr=backbone_lr, epochs=epochs, batch_size=batch_size, steps=steps
+        )
         self.temperature = temperature
 
     def penalty(self, experience: Experience) -> Penalty | None:

@@ -5,6 +5,8 @@
 Everything that `train_only` leaves trainable of the backbone and a growing linear head are trained on each experience in turn.
 The penalty holds the network near what it was at the start of the experience; the first experience has none to be near to.
 
+Options of all of them: `refresh`, `project` and, of `trainable`, half and lisa (`training/steps.py`).
+
 Legend: B batch, D features, K classes seen so far.
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -26,6 +29,7 @@ from clbench.training.fit import Recipe, fit
 from clbench.training.losses import masked_cross_entropy
 from clbench.training.runtime import Runtime
 from clbench.training.state import collect, groups_of, restore
+from clbench.training.steps import Steps, reads_again
 
 Penalty = Callable[[Batch, Tensor, Tensor], Tensor]  # batch, features [B, D], logits [B, K] -> scalar
 
@@ -34,6 +38,12 @@ class Regularised(ABC):
     """A learner but for its penalty. State: backbone and head (what the penalty compares with is made of them)."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(anytime=True)
+
+    @classmethod
+    def capabilities_of(cls, *, head: str = "single", refresh: Any = None, **options: Any) -> Capabilities:
+        """A head for every task needs the task; the Fisher information of a refresh needs the samples again."""
+        again = cls.capabilities.needs_random_access or reads_again(refresh)
+        return replace(cls.capabilities, needs_task_id=head == "per_task", needs_random_access=again)
 
     def __init__(
         self,
@@ -47,11 +57,13 @@ class Regularised(ABC):
         epochs: int | None,
         batch_size: int,
         head: Literal["single", "per_task"] = "single",
+        steps: Steps | None = None,
     ):
         self.model, self.runtime, self.recipe, self.strength = model, runtime, recipe, strength
         self.lr, self.backbone_lr = lr, backbone_lr
         self.epochs, self.batch_size = runtime.epochs(epochs), batch_size
         self.head = linear_head(head, model.num_features).to(runtime.device)
+        self.stepping = steps or Steps(runtime)
 
     @abstractmethod
     def penalty(self, experience: Experience) -> Penalty | None:
@@ -63,16 +75,30 @@ class Regularised(ABC):
         grow(self.head, experience, lambda: self.runtime.generator("head"))
         self.model.train()
 
-        def loss(batch: Batch) -> Tensor:
-            assert batch.y is not None
+        def parts(batch: Batch, penalty: Penalty | None = penalty) -> tuple[Tensor, Tensor | None]:
             features = self.model.features(batch)
             z = scores(self.head, features, experience.task)
-            local = masked_cross_entropy(z, batch.y, "local", experience.classes)
-            return local if penalty is None else local + self.strength * penalty(batch, features, z)
+            return self.local(z, batch, experience), None if penalty is None else self.strength * penalty(batch, features, z)
+
+        def loss(batch: Batch) -> Tensor:
+            local, rest = parts(batch)
+            return local if rest is None else local + rest
+
+        def new(batch: Batch) -> Tensor:
+            return parts(batch, None)[0]
 
         batches = shuffled(experience.train, self.batch_size, self.epochs, self.runtime.key("train"))
-        groups = groups_of((self.model, self.backbone_lr), (self.head, self.lr))
-        return fit(self.runtime, "train", self, groups, loss, batches, self.recipe, **self.hooks())
+        modules = {"model": self.model, "head": self.head}
+        with self.stepping.around(self.model, modules, loss, new=new, parts=parts, **self.hooks()) as (total, hooks):
+            groups = groups_of((self.model, self.backbone_lr), (self.head, self.lr))
+            log = fit(self.runtime, "train", self, groups, total, batches, self.recipe, **hooks)
+        self.stepping.end(modules, experience, new)
+        return log
+
+    def local(self, z: Tensor, batch: Batch, experience: Experience) -> Tensor:
+        """The loss of the experience itself, of logits [B, K]."""
+        assert batch.y is not None
+        return masked_cross_entropy(z, batch.y, "local", experience.classes)
 
     def hooks(self) -> dict[str, Any]:
         """What else `fit` is told: functions that are called around a step. None here."""
@@ -85,7 +111,11 @@ class Regularised(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Backbone and head."""
-        return collect(self, "model", "head")
+        return self.collect()
+
+    def collect(self, *more: str) -> dict[str, Any]:
+        """The state that all have, and attributes of a method's own by name."""
+        return collect(self, "model", "head", *more, *self.stepping.state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         restore(self, state)

@@ -27,12 +27,12 @@ from torch import Tensor
 from clbench.interfaces import Batch, Capabilities, Experience, Place, Schedule, UserError
 from clbench.learners.regularised import Penalty, Regularised
 from clbench.models.backbone import Backbone
-from clbench.training.fisher import Part, Weights, kept, moved, quadratic_penalty, train_only
+from clbench.training.fisher import Weights, kept, moved, quadratic_penalty, train_only
 from clbench.training.fit import Recipe
 from clbench.training.path_integral import Step, scaled, zeros
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import constant
-from clbench.training.state import collect
+from clbench.training.steps import PartOrTrainable, Project, RefreshOptions, Steps, part_of
 
 PARTS = ("fisher", "score", "gained", "path", "squares", "start")
 Held = tuple[float, Weights, Weights]  # strength, reference, importance
@@ -53,7 +53,7 @@ class RWalk(Regularised):
         alpha: float = 0.9,
         interval: int = 10,
         damping: float = 1e-3,
-        trainable: Part = "all",
+        trainable: PartOrTrainable = "all",
         optimizer: Literal["adam", "sgd"] = "adam",
         momentum: float = 0.0,  # of sgd
         lr: float = 1e-3,  # head
@@ -61,13 +61,18 @@ class RWalk(Regularised):
         epochs: int | None = None,
         batch_size: int = 64,
         schedule: Schedule = constant,
+        refresh: RefreshOptions = None,  # {variant: official | paper, ...}, see `training/refresh.py`
+        project: Project = None,  # bloop: the penalty gives way to the cross-entropy, see `training/bloop.py`
     ):
         if interval < 1 or damping <= 0 or not 0 < alpha <= 1:
             given = f"interval={interval} damping={damping} alpha={alpha}"
             raise UserError(f"learner.interval must be from 1, damping above 0, alpha in (0, 1], got {given}")
-        train_only(model, trainable)
+        train_only(model, part_of(trainable))
         recipe = Recipe(optimizer, momentum, schedule=schedule)
-        super().__init__(model, runtime, recipe, strength, lr=lr, backbone_lr=backbone_lr, epochs=epochs, batch_size=batch_size)
+        steps = Steps(runtime, refresh=refresh, trainable=trainable, project=project)
+        super().__init__(
+            model, runtime, recipe, strength, lr=lr, backbone_lr=backbone_lr, epochs=epochs, batch_size=batch_size, steps=steps
+        )
         self.official, self.alpha, self.interval, self.damping = variant == "official", alpha, interval, damping
         self.fisher: Weights = {}
         self.score: Weights = {}
@@ -84,7 +89,7 @@ class RWalk(Regularised):
             return None
         fisher, score = scaled(self.fisher), scaled(self.score)
         reference, importance = kept(self.model), {name: fisher[name] + score[name] for name in fisher}
-        self._held = (self.strength, reference, importance)
+        self._held = (0.0 if self.stepping.bloop else self.strength, reference, importance)
         return lambda batch, features, z: 2 * quadratic_penalty(self.model, reference, importance)
 
     def learn(self, experience: Experience) -> dict[str, float]:
@@ -131,7 +136,7 @@ class RWalk(Regularised):
         self.path, self.squares, self.start, self.taken = zeros(self.model), zeros(self.model), now, 0
 
     def state_dict(self) -> dict[str, Any]:
-        return collect(self, "model", "head", *PARTS, "taken")
+        return self.collect(*PARTS, "taken")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict({**state, **{name: moved(state[name], self.runtime.device) for name in PARTS}})

@@ -26,12 +26,12 @@ from torch import Tensor
 from clbench.interfaces import Batch, Capabilities, Experience, Place, Schedule, UserError
 from clbench.learners.regularised import Penalty, Regularised
 from clbench.models.backbone import Backbone
-from clbench.training.fisher import Part, Weights, kept, moved, quadratic_penalty, train_only
+from clbench.training.fisher import Weights, kept, moved, quadratic_penalty, train_only
 from clbench.training.fit import Recipe
 from clbench.training.path_integral import Step, zeros
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import constant
-from clbench.training.state import collect
+from clbench.training.steps import PartOrTrainable, Project, RefreshOptions, Steps, part_of
 
 
 class Si(Regularised):
@@ -47,7 +47,7 @@ class Si(Regularised):
         variant: Literal["official", "paper"] = "official",
         strength: float = 1.0,  # c
         damping: float = 0.1,  # xi
-        trainable: Part = "all",
+        trainable: PartOrTrainable = "all",
         optimizer: Literal["adam", "sgd"] = "adam",
         momentum: float = 0.0,  # of sgd
         lr: float = 1e-3,  # head
@@ -55,12 +55,17 @@ class Si(Regularised):
         epochs: int | None = None,
         batch_size: int = 64,
         schedule: Schedule = constant,
+        refresh: RefreshOptions = None,  # {variant: official | paper, ...}, see `training/refresh.py`
+        project: Project = None,  # bloop: the penalty gives way to the cross-entropy, see `training/bloop.py`
     ):
         if damping <= 0:
             raise UserError(f"learner.damping must be above 0, got {damping}")
-        train_only(model, trainable)
+        train_only(model, part_of(trainable))
         recipe = Recipe(optimizer, momentum, schedule=schedule)
-        super().__init__(model, runtime, recipe, strength, lr=lr, backbone_lr=backbone_lr, epochs=epochs, batch_size=batch_size)
+        steps = Steps(runtime, refresh=refresh, trainable=trainable, project=project)
+        super().__init__(
+            model, runtime, recipe, strength, lr=lr, backbone_lr=backbone_lr, epochs=epochs, batch_size=batch_size, steps=steps
+        )
         self.positive, self.damping = variant == "official", damping
         self.importance: Weights = {}
         self.path: Weights = {}
@@ -89,7 +94,7 @@ class Si(Regularised):
         reference = self.reference if self.importance else {}
 
         def before(params: list[Tensor], grads: list[Tensor | None]) -> None:
-            step.before(self.strength, reference, self.importance)
+            step.before(0.0 if self.stepping.bloop else self.strength, reference, self.importance)
 
         def after(place: Place, batch: Batch) -> None:
             for name, value in step.after().items():
@@ -98,7 +103,7 @@ class Si(Regularised):
         return {"before_step": before, "after_step": after}
 
     def state_dict(self) -> dict[str, Any]:
-        return collect(self, "model", "head", "importance", "path")
+        return self.collect("importance", "path")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         weights = {name: moved(state[name], self.runtime.device) for name in ("importance", "path")}

@@ -51,12 +51,26 @@ MACHINE = (
 )
 ADDED: dict[str, dict[str, Any]] = {  # options that came to a learner later: what it did before it had them
     "agem.Agem": {"columns": "seen", "head": "linear"},
+    "coda_prompt.CodaPrompt": {"ovor": None},
     "cotta.Cotta": {"reset": "never", "steps": 1, "loss": "cross_entropy"},
+    "derpp.DerPP": {"refresh": None},
+    "dualprompt.DualPrompt": {"ovor": None},
+    "er.ExperienceReplay": {"refresh": None, "project": None},
     "er_ace.ErAce": {"start": "second_batch", "past": False},
+    "ewc.Ewc": {"refresh": None, "project": None},
+    "feat_kd.FeatKd": {"refresh": None, "project": None},
+    "finetune.Finetune": {"trainable": "all", "refresh": None},
     "gdumb.GDumb": {"optimizer": "sgd", "schedule": None},
     "gem.Gem": {"columns": "seen", "head": "linear"},
+    "l2p.L2p": {"ovor": None},
+    "l2_reg.L2Reg": {"refresh": None, "project": None},
+    "lwf.Lwf": {"trainable": "all", "refresh": None, "project": None},
+    "mas.Mas": {"refresh": None, "project": None},
     "mir.Mir": {"columns": "seen", "score": "rise", "start": "second_batch"},
+    "pred_kd.PredKd": {"refresh": None, "project": None},
+    "rwalk.RWalk": {"refresh": None, "project": None},
     "scr.Scr": {"start": "second_batch", "past": False},
+    "si.Si": {"refresh": None, "project": None},
     "tent.Tent": {"reset": "never"},
 }
 
