@@ -1,5 +1,6 @@
 """Networks, modules and weights of a task's own: Model Zoo, hypernetworks, PAR, PICLE, against naive versions."""
 
+import copy
 import math
 
 import numpy as np
@@ -11,7 +12,9 @@ from torch.nn import functional as F
 from clbench.config.compose import compose
 from clbench.interfaces import Capabilities, UserError
 from clbench.learners import model_zoo
+from clbench.learners.hypernetwork import Hypernetwork
 from clbench.learners.model_zoo import ModelZoo
+from clbench.models.weight_maker import WeightMaker
 from clbench.streams.images.data import ImageData, shuffled
 from clbench.testing.contract import Trial, small_stream
 from clbench.training.state import fingerprint
@@ -39,6 +42,15 @@ def trial(learner, can=OWN, epochs=2, **options):
         ("model_zoo learner.tasks_per_round=0", r"learner\.tasks_per_round must be a whole number from 1, got 0"),
         ("model_zoo learner.variant=code", r"unknown learner\.variant=code: choose paper or official"),
         ("model_zoo learner.replay_share=0", r"learner\.replay_share must lie in \(0, 1\]"),
+        ("hypernetwork learner.core=gru", r"unknown learner\.core=gru: choose chunk_mlp or lstm"),
+        ("hypernetwork learner.offset=both", r"unknown learner\.offset=both"),
+        ("hypernetwork learner.chunk=0", r"learner\.chunk must be a whole number from 1, got 0"),
+        ("hypernetwork learner.hidden=[4,0]", r"learner\.hidden must be a whole number from 1, got 0"),
+        ("hypernetwork learner.core=lstm", r"learner\.hidden=\[50, 50\] does not fit core=lstm"),
+        ("hypernetwork learner.beta=-1", r"learner\.beta must be at least 0"),
+        ("hypernetwork learner.reg_tasks=0", r"reg_tasks at least 1"),
+        ("hypernetwork model=nano", r"weights of model nano anew: learner\.offset=model keeps those it has"),
+        ("hypernetwork model.norm=batch", r"model mlp keeps running statistics: choose model\.norm=group or none"),
     ],
 )
 def test_bad_options_are_named(words, said):
@@ -135,3 +147,128 @@ def test_the_first_network_of_a_task_counts_more_where_less_is_replayed():
         batch.task = 1
         naive += [-float(row[c]) for row, c in zip(learner.predict(batch).detach(), batch.y, strict=True)]
     assert learner.loss_of(1, experience.past[1]) == pytest.approx(np.mean(naive), rel=1e-5)
+
+
+# --- hypernetworks
+
+
+def naive_weights(maker, embedding, count):
+    """Chunk by chunk, in NumPy."""
+    value = {name: p.detach().double().numpy() for name, p in maker.named_parameters()}
+    out, h, c = [], None, None
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
+    for chunk in value["chunks_NC"]:
+        x = np.concatenate([embedding.detach().double().numpy(), chunk])
+        if maker.cell is not None:
+            n = maker.cell.hidden_size
+            h, c = (np.zeros(n), np.zeros(n)) if h is None else (h, c)
+            gates = value["cell.weight_ih"] @ x + value["cell.bias_ih"] + value["cell.weight_hh"] @ h + value["cell.bias_hh"]
+            i, f, g, o = gates.reshape(4, n)
+            c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+            x = h = sigmoid(o) * np.tanh(c)
+        for layer in range(len(maker.layers)):
+            x = value[f"layers.{layer}.weight"] @ x + value[f"layers.{layer}.bias"]
+            x = np.maximum(x, 0) if layer + 1 < len(maker.layers) else x
+        out.append(x)
+    return np.concatenate(out)[:count]
+
+
+@pytest.mark.parametrize(("core", "sizes"), [("chunk_mlp", [6, 5]), ("lstm", [6])])
+def test_weights_chunk_by_chunk(core, sizes):
+    maker, e = WeightMaker(core, sizes, 7, 3, 4, rng()), draw(3)
+    maker.cover(20, rng(1))
+    with torch.no_grad():
+        for p in maker.parameters():
+            p.add_(0.1 * draw(*p.shape, seed=5))
+    made = maker(e, 20)
+    assert made.shape == (20,) and len(maker.chunks_NC) == 3
+    np.testing.assert_allclose(made.detach().numpy(), naive_weights(maker, e, 20), atol=1e-5)
+    maker.cover(30, rng(2))
+    assert len(maker.chunks_NC) == 5
+    torch.testing.assert_close(maker(e, 30)[:20], made)
+
+
+def test_made_weights_are_those_of_network_and_head():
+    t = trial(Hypernetwork, chunk=100, hidden=(6,), batch_size=8)
+    learner, learn, _ = t.begin()
+    learn(0), learn(1)
+    x = images(4)
+    for place in (0, 1):
+        made = naive_weights(learner.maker, learner.embeddings[place], learner.count(place))
+        sizes = {(12, 192): 192, (12,): 12, (8, 12): 12, (8,): 8, (2, 8): 8, (2,): 8}  # and what h is divided by the root of
+        parts, at = [], 0
+        for size, inputs in sizes.items():
+            parts.append(made[at : at + math.prod(size)].reshape(size) / math.sqrt(inputs))
+            at += math.prod(size)
+        assert at == len(made)
+        biases = [b.double().numpy() for name, b in learner.model.named_parameters() if name.endswith("bias")]
+        f = x.x.flatten(1).double().numpy()
+        f = np.maximum(f @ parts[0].T + parts[1] + biases[0], 0)
+        f = np.maximum(f @ parts[2].T + parts[3] + biases[1], 0)
+        z = f @ parts[4].T + parts[5]
+        x.task = place
+        np.testing.assert_allclose(learner.predict(x)[:, 2 * place : 2 * place + 2].detach().numpy(), z, atol=1e-4)
+        assert (learner.predict(x)[:, 2 - 2 * place : 4 - 2 * place] < -1e29).all()
+
+
+@pytest.mark.parametrize("lookahead", [True, False])
+def test_gradient_of_the_regulariser(lookahead):
+    """By a copy of h that is moved by hand; at phi* itself the regulariser has no gradient."""
+    learner, _, _ = trial(Hypernetwork, beta=0.7, lookahead=lookahead, hidden=(5,), chunk=9, lr=0.3).begin()
+    maker = learner.maker
+    maker.cover(30, rng(1))
+    old = [(draw(32, seed=i), 25 + i) for i in range(2)]
+    targets = [maker(*pair).detach() for pair in old]
+    grads = [0.1 * draw(*p.shape, seed=9) for p in maker.parameters()]
+    for p, g in zip(maker.parameters(), grads, strict=True):
+        p.grad = g.clone()
+    learner.protect(old, targets, 0.3)
+    twin = copy.deepcopy(maker)
+    with torch.no_grad():
+        for p, g in zip(twin.parameters(), grads, strict=True):
+            p.grad = None
+            p.sub_(0.3 * g if lookahead else 0)
+    total = sum((twin(*pair) - target).square().sum() for pair, target in zip(old, targets, strict=True)) / 2
+    (0.7 * total).backward()
+    for p, q, g in zip(maker.parameters(), twin.parameters(), grads, strict=True):
+        torch.testing.assert_close(p.grad, g + q.grad)
+        assert bool(q.grad.abs().max() > 0) == lookahead
+    assert not any(e.requires_grad for e, _ in old)
+
+
+def test_a_strong_regulariser_keeps_old_weights():
+    drift = {}
+    for beta in (0.0, 0.01, 1.0):
+        t = trial(Hypernetwork, beta=beta, hidden=(20,), chunk=200, batch_size=6)
+        learner, learn, _ = t.begin()
+        learn(0)
+        embedding = learner.embeddings[0].detach().clone()
+        before = learner.maker(embedding, learner.count(0)).detach()
+        experience = t.open(1, t.start()[2])
+        learner.runtime.begin(1, len(experience.train))
+        drift[beta] = learner.learn(experience)["drift"]
+        moved = (learner.maker(embedding, learner.count(0)) - before).detach().norm() / before.norm()
+        assert float(moved) == pytest.approx(drift[beta], rel=1e-4)
+        assert torch.equal(learner.embeddings[0], embedding), "an old embedding moved"
+    assert drift[1.0] < 0.25 * drift[0.0] and drift[1.0] < drift[0.01] < drift[0.0]
+
+
+def test_which_old_tasks_a_step_asks():
+    learner, _, _ = trial(Hypernetwork, reg_tasks=2).begin()
+    assert [sorted(learner.chosen(n, 0)) for n in range(3)] == [[], [0], [0, 1]]
+    chosen = [learner.chosen(4, step) for step in range(60)]
+    assert all(len(set(some)) == 2 for some in chosen) and {i for some in chosen for i in some} == {0, 1, 2, 3}
+    assert chosen == [learner.chosen(4, step) for step in range(60)]
+
+
+def test_weights_around_those_of_the_network():
+    learner, learn, _ = trial(Hypernetwork, offset="model", lr=0.0).begin()
+    learn(0)
+    with torch.no_grad():
+        for p in learner.maker.layers[-1].parameters():
+            p.zero_()
+    seen = []
+    learner.model.net.register_forward_hook(lambda module, args, out: seen.append(out))
+    x = images(3)
+    learner.logits(x, learner.maker(learner.embeddings[0], learner.count(0)), 0)
+    torch.testing.assert_close(seen[0], backbone(mlp(12, 8)).features(x))
