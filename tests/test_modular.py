@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from clbench.config.compose import compose
 from clbench.interfaces import Capabilities, UserError
-from clbench.learners import model_zoo
+from clbench.learners import model_zoo, par
 from clbench.learners.hypernetwork import Hypernetwork
 from clbench.learners.model_zoo import ModelZoo
+from clbench.learners.par import Par
 from clbench.models.weight_maker import WeightMaker
 from clbench.streams.images.data import ImageData, shuffled
 from clbench.testing.contract import Trial, small_stream
@@ -42,6 +43,9 @@ def trial(learner, can=OWN, epochs=2, **options):
         ("model_zoo learner.tasks_per_round=0", r"learner\.tasks_per_round must be a whole number from 1, got 0"),
         ("model_zoo learner.variant=code", r"unknown learner\.variant=code: choose paper or official"),
         ("model_zoo learner.replay_share=0", r"learner\.replay_share must lie in \(0, 1\]"),
+        ("par learner.variant=code", r"unknown learner\.variant=code"),
+        ("par learner.linkage=median", r"unknown learner\.linkage=median: choose mean or max or min"),
+        ("par learner.related=0.4", r"learner\.related=0\.4 has no effect: choose more than learner\.reuse=0\.5"),
         ("hypernetwork learner.core=gru", r"unknown learner\.core=gru: choose chunk_mlp or lstm"),
         ("hypernetwork learner.offset=both", r"unknown learner\.offset=both"),
         ("hypernetwork learner.chunk=0", r"learner\.chunk must be a whole number from 1, got 0"),
@@ -147,6 +151,123 @@ def test_the_first_network_of_a_task_counts_more_where_less_is_replayed():
         batch.task = 1
         naive += [-float(row[c]) for row, c in zip(learner.predict(batch).detach(), batch.y, strict=True)]
     assert learner.loss_of(1, experience.past[1]) == pytest.approx(np.mean(naive), rel=1e-5)
+
+
+# --- PAR
+
+
+def naive_distance(classes, prototypes):
+    total = 0.0
+    for f in classes:
+        mean = f.mean(0)
+        logs = [math.log(min(np.linalg.norm(x - p) for p in prototypes) / np.linalg.norm(x - mean)) for x in f]
+        total += max(0.0, sum(logs) / len(logs))
+    return min(1 - math.exp(-2 * total), total)
+
+
+def test_distance_of_tasks():
+    for seed, shift in ((0, 0.0), (1, 0.3), (2, 4.0)):
+        classes = [draw(n, 5, seed=seed + n) + shift for n in (4, 7)]
+        old = draw(3, 5, seed=90 + seed)
+        naive = naive_distance([f.double().numpy() for f in classes], old.double().numpy())
+        assert par.task_distance(classes, old) == pytest.approx(naive, rel=1e-9)
+    far = [draw(6, 5) * 0.01 + 50]
+    assert par.task_distance(far, old) == pytest.approx(1, abs=1e-6)
+    f = draw(6, 5)
+    assert par.task_distance([f], f.mean(0, keepdim=True)) == pytest.approx(0, abs=1e-6), "the same class again"
+    assert par.task_distance([f[:1]], old) == pytest.approx(1, abs=1e-6), "one sample is its own mean"
+
+
+def test_which_expert_takes_a_task():
+    learner, _, _ = trial(Par).begin()
+    assert learner.allocate(0, 100, []) == (None, False)
+    learner.tasks, learner.owners, learner.largest = [3, 5], [0, 1], [1000, 200]
+    assert learner.allocate(7, 100, [0.7, 0.5]) == (1, False)
+    assert learner.allocate(7, 100, [0.7, 0.51]) == (None, False)
+    assert learner.allocate(3, 100, [0.9, 0.1]) == (0, False), "a task that comes back"
+    assert learner.allocate(7, 25, [0.9, 0.8]) == (0, True), "the other saw less than ten times 25"
+    assert learner.allocate(7, 20, [0.9, 0.8]) == (1, True)
+    assert learner.allocate(7, 26, [0.9, 0.8]) == (None, False)
+    for linkage, wanted in (("mean", 0.3), ("max", 0.5), ("min", 0.1)):
+        learner, _, _ = trial(Par, linkage=linkage).begin()
+        learner.owners, learner.prototypes = [0, 0], [draw(1, 2), draw(1, 2)]
+        learner.experts.add()
+        with pytest.MonkeyPatch.context() as patch:
+            found = iter([0.1, 0.5])
+            patch.setattr(par, "task_distance", lambda classes, old, found=found: next(found))
+            assert learner.distances([draw(2, 2)]) == [pytest.approx(wanted)]
+
+
+def test_a_distance_of_nothing_is_one_in_the_release():
+    near = [torch.tensor([[1.0, 0], [-1, 0]])]  # a prototype at each sample: nearer than the mean
+    for variant, wanted in (("paper", 0.0), ("official", 1.0)):
+        learner, _, _ = trial(Par, variant=variant).begin()
+        learner.owners, learner.prototypes = [0], [torch.tensor([[1.0, 0.1], [-1, 0]])]
+        learner.experts.add()
+        assert learner.distances(near) == [wanted]
+
+
+@pytest.mark.parametrize("how", ["distil", "head", "few"])
+def test_two_steps_of_reuse_by_hand(how):
+    """Two: at the first one an expert is its own teacher."""
+    options = {"distil": {"kd": 3.0}, "head": {"small": 1.1}, "few": {"few": 24, "reuse": -1.0}}[how]
+    start = {"momentum": 0.0, "weight_decay": 0.1, "lr": 0.5, "clip": None, "batch_size": 100}
+    t = trial(Par, **start, **{"reuse": 1.0, "few": 0, **options})
+    learner, learn, pipeline = t.begin()
+    learn(0)
+    if how == "few":
+        learner.largest = [240]
+    expert, before = learner.experts[0], copy.deepcopy(learner.experts[0])
+    experience = t.open(1, pipeline)
+    learner.runtime.begin(1, len(experience.train))
+    batches = shuffled(experience.train, 100, 2, learner.runtime.key("train"))
+    model, old, head = copy.deepcopy(before.model), copy.deepcopy(before.heads), torch.nn.Linear(8, 2)
+    torch.nn.init.trunc_normal_(head.weight, std=0.02, generator=learner.runtime.generator("head"))
+    torch.nn.init.zeros_(head.bias)
+    whole = [*model.parameters(), *old.at(0).parameters()] if how == "distil" else []
+    optimizer = torch.optim.SGD([*whole, *head.parameters()], weight_decay=1.0 if how == "few" else 0.1)
+    for step in range(2):
+        optimizer.param_groups[0]["lr"] = (0.5, 0.25)[step]
+        batch = batches(step)
+        f = model.features(batch)
+        loss = F.cross_entropy(head(f), batch.y - 2)
+        if how == "distil":
+            soft = (before.heads.at(0)(before.model.features(batch)).detach() / 2).softmax(1)
+            loss = loss - 3.0 * 4 * (soft * (old.at(0)(f) / 2).log_softmax(1)).sum(1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    learner.learn(experience)
+    assert len(learner.experts) == 1 and learner.owners == [0, 0]
+    for mine, naive in zip(expert.heads.at(1).parameters(), head.parameters(), strict=True):
+        torch.testing.assert_close(mine, naive, atol=1e-5, rtol=1e-4)
+    for mine, naive in zip(
+        [*expert.model.parameters(), *expert.heads.at(0).parameters()],
+        [*model.parameters(), *old.at(0).parameters()],
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, naive, **({"atol": 1e-5, "rtol": 1e-4} if how == "distil" else {"atol": 0, "rtol": 0}))
+
+
+def test_new_experts_leave_the_others_alone():
+    t = trial(Par, reuse=-1.0, lr=0.1, batch_size=6)
+    learner, learn, pipeline = t.begin()
+    learn(0)
+    state, z = fingerprint(learner.experts[0].state_dict()), t.answers_of(learner, pipeline, 0)
+    learn(1), learn(2)
+    assert learner.owners == [0, 1, 2] and fingerprint(learner.experts[0].state_dict()) == state
+    assert torch.equal(t.answers_of(learner, pipeline, 0)[:, :2], z)
+    starts = []
+    for related in (None, 1.0):
+        t = trial(Par, reuse=-1.0, related=related, lr=0.0)
+        learner, learn, _ = t.begin()
+        learn(0)
+        with torch.no_grad():
+            next(learner.experts[0].model.parameters()).add_(1)
+        learn(1)
+        new, run = next(learner.experts[1].model.parameters()), next(learner.model.parameters())
+        starts.append(float((new - run).detach().mean()))
+    assert starts == [0, pytest.approx(1, abs=1e-4)]
 
 
 # --- hypernetworks
