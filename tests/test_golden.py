@@ -119,6 +119,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "ovor": ("learner.lr=0.01", "learner.batch_size=16"),
     "packnet": ("scenario=til_digits", "learner.lr=0.01", "learner.retrain_lr=0.003", "learner.batch_size=16"),
     "par": ("scenario=til_digits", "learner.reuse=1", "learner.batch_size=16"),
+    "picle": ("scenario=til_digits", "model=mlp", "learner.modules=2", "learner.lr=0.01", "learner.batch_size=4"),
     "pred_kd": ("learner.lr=5e-4", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
     "randumb": ("learner.projection=100",),
     "ranpac": ("learner.pet.scale=1", "learner.lr=1", "learner.batch_size=16", "learner.projection=1000"),

@@ -2,23 +2,27 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from small_networks import SmallTrial, backbone, images, mlp
+from small_networks import SmallTrial, backbone, convnet, images, mlp
 from torch.nn import functional as F
 
 from clbench.config.compose import compose
 from clbench.interfaces import Capabilities, UserError
-from clbench.learners import model_zoo, par
+from clbench.learners import model_zoo, par, picle
 from clbench.learners.hypernetwork import Hypernetwork
 from clbench.learners.model_zoo import ModelZoo
 from clbench.learners.par import Par
+from clbench.learners.picle import Picle
+from clbench.models.backbone import build_backbone
+from clbench.models.chain import chain, inputs_of
 from clbench.models.weight_maker import WeightMaker
 from clbench.streams.images.data import ImageData, shuffled
 from clbench.testing.contract import Trial, small_stream
-from clbench.training.state import fingerprint
+from clbench.training.state import detached, fingerprint
 
 OWN = Capabilities(needs_task_id=True)
 ALL = Capabilities(needs_task_id=True, stores_all_data=True)
@@ -55,6 +59,11 @@ def trial(learner, can=OWN, epochs=2, **options):
         ("hypernetwork learner.reg_tasks=0", r"reg_tasks at least 1"),
         ("hypernetwork model=nano", r"weights of model nano anew: learner\.offset=model keeps those it has"),
         ("hypernetwork model.norm=batch", r"model mlp keeps running statistics: choose model\.norm=group or none"),
+        ("picle learner.modules=0", r"learner\.modules must be a whole number from 1, got 0"),
+        ("picle learner.validation=1", r"learner\.validation must lie in \(0, 1\)"),
+        ("picle learner.temperature=0", r"learner\.temperature must be above 0"),
+        ("picle model.norm=batch", r"model mlp keeps running statistics: choose model\.norm=group or none"),
+        ("picle learner.epochs=2", r"trains 3 paths: it needs as many epochs, got 2; fewer learner\.modules need fewer"),
     ],
 )
 def test_bad_options_are_named(words, said):
@@ -393,3 +402,122 @@ def test_weights_around_those_of_the_network():
     x = images(3)
     learner.logits(x, learner.maker(learner.embeddings[0], learner.count(0)), 0)
     torch.testing.assert_close(seen[0], backbone(mlp(12, 8)).features(x))
+
+
+# --- PICLE
+
+
+class Fork(torch.nn.Module):
+    """Two layers on one input: no chain."""
+
+    num_features = 4
+
+    def __init__(self):
+        super().__init__()
+        self.second, self.first = torch.nn.Linear(192, 4), torch.nn.Linear(192, 4)
+
+    def forward_features(self, x):
+        return self.first(x.flatten(1)) + self.second(x.flatten(1))
+
+    def forward_head(self, x, pre_logits=True):
+        return x
+
+
+def test_networks_as_chains():
+    nano = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
+    vit = build_backbone("nano", "vit_tiny_patch16_224", nano, profile="small")
+    small = build_backbone("mlp", "mlp", {"hidden": [6, 5, 4], "img_size": 8}, profile="small", norm="none")
+    for model, number, lengths in ((small, 2, [4, 2]), (small, 9, [2, 2, 2]), (backbone(convnet()), 3, [4, 2, 2])):
+        links = chain(model, number)
+        assert [len(link.names) for link in links] == lengths
+        assert [name for link in links for name in link.names] == [name for name, _ in model.named_parameters()]
+    links = chain(vit, 4)
+    assert {"net.cls_token", "net.pos_embed", "net.patch_embed.proj.weight"} <= set(links[0].names)
+    assert all(name.startswith(f"net.blocks.{i}.") for i in range(2) for name in links[i + 1].names)
+    assert {"net.norm.weight", "net.blocks.2.mlp.fc1.bias"} <= set(links[3].names)
+    x = images(3).x
+    z = inputs_of(chain(small, 3)[1], lambda: small.features(x))
+    torch.testing.assert_close(z, small.net.layers[0](x.mean(1).flatten(1)).detach())
+    with pytest.raises(UserError, match="is no chain of modules"):
+        chain(backbone(Fork()), 2)
+
+
+def test_posterior_by_hand():
+    data = [draw(30, 3, seed=i) @ draw(3, 3, seed=40 + i) + i for i in range(3)]
+    notes = [[(*picle.gaussian(data[0]), 0.9), (*picle.gaussian(data[1]), 0.7)], [(*picle.gaussian(data[2]), 0.8)]]
+    z = draw(5, 3, seed=7)
+    naive = []
+    for group, best in (([0, 1], 0.9), ([2], 0.8)):
+        likely = []
+        for i in group:
+            f = data[i].double().numpy()
+            cov = np.cov(f.T)
+            cov = cov + 1e-3 * np.trace(cov) / 3 * np.eye(3)
+            gap = z.double().numpy() - f.mean(0)
+            quadratic = sum(row @ np.linalg.inv(cov) @ row for row in gap)
+            likely.append(-0.5 * (quadratic + 5 * (np.linalg.slogdet(cov)[1] + 3 * math.log(2 * math.pi))))
+        naive.append(math.log(math.exp(best / 0.5) / (math.exp(0.9 / 0.5) + math.exp(0.8 / 0.5))) + max(likely))
+    np.testing.assert_allclose(picle.log_posterior(z, notes, 0.5).numpy(), naive, rtol=1e-6)
+    mean, chol = picle.gaussian(draw(2, 4))
+    assert torch.isfinite(chol).all() and float(chol.diagonal().min()) > 0, "fewer samples than dimensions"
+    assert torch.isfinite(picle.gaussian(draw(1, 4))[1]).all() and mean.shape == (4,)
+
+
+def test_inputs_that_come_back_find_their_module():
+    """The same images under another task's number: the posterior takes that task's first module, whichever it was."""
+    for again in (0, 1, 2):
+        t = trial(Picle, epochs=3, modules=2, projection=10, lr=0.01, batch_size=6, temperature=1.0)
+        learner, _, pipeline = t.begin()
+        with pytest.MonkeyPatch.context() as patch:
+            found = []
+            patch.setattr(picle, "accuracy_of", lambda *args, found=found: found.pop(0))
+            for i in range(3):
+                found += [0.9, *([0.5, 0.5] if i else [])]  # new modules for each
+                learner.runtime.begin(i)
+                learner.learn(t.open(i, pipeline))
+        assert learner.paths == {"0": [0, 0], "1": [1, 1], "2": [2, 2]}
+        prefixes = learner.prefixes(t.open(again, pipeline).train)
+        assert prefixes[0] == [again] and prefixes == [prefixes[1][:1], prefixes[1]]
+
+
+@pytest.mark.parametrize(("scores", "path"), [([0.5, 0.6, 0.4], [0, 1]), ([0.5, 0.5, 0.5], [0, 0]), ([0.9, 0.5, 0.8], [1, 1])])
+def test_the_best_path_is_kept_and_old_ones_never_change(monkeypatch, scores, path):
+    t = trial(Picle, epochs=4, modules=2, lr=0.01, batch_size=6)
+    learner, learn, pipeline = t.begin()
+    learn(0)
+    z, library = t.answers_of(learner, pipeline, 0), fingerprint([modules[0] for modules in learner.library])
+    trained, real = [], Picle.train
+
+    def train(self, data, path, head, place, old, epochs):
+        log = real(self, data, path, head, place, old, epochs)
+        trained.append((old, epochs, len(data), detached(path), detached(head.state_dict())))
+        return log
+
+    left = list(scores)
+    monkeypatch.setattr(Picle, "train", train)
+    monkeypatch.setattr(picle, "accuracy_of", lambda *args: left.pop(0))
+    learn(1)
+    assert [part[:3] for part in trained] == [(old, 1, 24 - round(0.2 * 24)) for old in range(3)]
+    assert learner.paths["1"] == path and [len(m) for m in learner.library] == [1 + p for p in path]
+    best = trained[path.count(0)]
+    kept = [learner.library[place][module] for place, module in enumerate(path)]
+    assert fingerprint(kept) == fingerprint(best[3]), "another path was kept than the best one"
+    assert fingerprint(learner.heads.at(1).state_dict()) == fingerprint(best[4])
+    assert [len(notes[0]) for notes in learner.notes] == [2 - p for p in path]
+    assert torch.equal(t.answers_of(learner, pipeline, 0)[:, :2], z)
+    assert fingerprint([modules[0] for modules in learner.library]) == library
+
+
+def test_held_out_samples_are_others():
+    t = trial(Picle, epochs=4, modules=2, validation=0.25)
+    learner, _, pipeline = t.begin()
+    data = t.open(0, pipeline).train
+    train, held = picle.split(data, 0.25, 1)
+    assert len(held) == 6 and sorted([*train.ids, *held.ids]) == sorted(data.ids)
+    alone = data.subset([3])
+    assert [len(part) for part in picle.split(alone, 0.25, 1)] == [1, 1] and len(
+        picle.split(data.subset([0, 1]), 0.25, 1)[1]
+    ) == 1
+    experience = replace(t.open(1, pipeline), train=alone)
+    learner.runtime.begin(0, 1)
+    assert learner.learn(replace(experience, classes=(int(alone.y[0]),)))["paths"] == 1

@@ -89,6 +89,7 @@ class Answers:
 ALSO = {
     "bn_adapt": ["model=resnet32", "model.timm=test_resnet"],
     "hypernetwork": ["learner.offset=model"],
+    "picle": ["learner.modules=1"],
 }
 
 
