@@ -86,11 +86,17 @@ class Answers:
         return answer
 
 
+ALSO = {
+    "bn_adapt": ["model=resnet32", "model.timm=test_resnet"],
+    "hypernetwork": ["learner.offset=model"],
+    "picle": ["learner.modules=1"],
+}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_learners(name, monkeypatch):
     """Each pass is in bf16 and nothing else is: answers are what fp32 makes of the features of these passes."""
-    also = ["model=resnet32", "model.timm=test_resnet"] if name == "bn_adapt" else []
-    (config,) = compose([f"learner={name}", "precision=bf16", *also])
+    (config,) = compose([f"learner={name}", "precision=bf16", *ALSO.get(name, [])])
     config["learner"] |= {key: 1 for key in ("align_epochs", "augmentations") if key in config["learner"]}
     can = declared(load_target(config["learner"]["_target_"]), config["learner"])
     kind = "task_incremental" if can.needs_task_id else "class_incremental"

@@ -255,7 +255,8 @@ def _held(job: dict[str, Any], size: int) -> list[int]:
 
     can = declared(registry.load_target(job["learner"]["_target_"]), job["learner"])
     kind = "task_incremental" if can.needs_task_id else "class_incremental"
-    trial = contract.Trial(job, contract.small_stream(kind, sizes=[size] * 3, num_classes=3 * size), can)
+    budget = {"epochs": max(2, can.needs_passes), "exemplars": 12}
+    trial = contract.Trial(job, contract.small_stream(kind, sizes=[size] * 3, num_classes=3 * size, budget=budget), can)
     learner, runtime, pipeline = trial.start()
     held = []
     for index in range(3):
