@@ -141,6 +141,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "slca": ("learner.batch_size=16",),
     "slca_pp": ("learner.lr=0.02", "learner.slow=0.3", "learner.batch_size=16"),
     "ssiat": ("learner.batch_size=16",),
+    "tag": ("scenario=til_digits", "learner.lr=2e-5", "learner.batch_size=16"),
     "tent": ("learner.batch_size=16", "learner.adapt_lr=0.03"),
     "tuna": ("learner.pet.scale=1", "learner.lr=0.3", "learner.align_epochs=5"),
     "wa": ("learner.batch_size=16",),

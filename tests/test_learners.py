@@ -44,6 +44,7 @@ VARIANTS = {
     "ewc": ["learner.fisher=true"],
     "cbp": ["learner.rate=0.01 learner.maturity=1 learner.optimizer=adam"],
     "hat": ["learner.variant=paper"],
+    "tag": ["learner.optimizer=adam learner.variant=paper"],
     "shrink_perturb": ["learner.variant=official"],
     "tent": ["learner.answer=after"],
     "eata": ["learner.fisher=0 learner.margin=0.9", "learner.margin=0.9"],
