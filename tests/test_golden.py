@@ -86,6 +86,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "cotta": ("learner.augmentations=2", "learner.batch_size=16"),
     "derpp": ("learner.batch_size=16",),
     "dsal": ("learner.projection=100", "learner.compensation=2"),
+    "dst": ("scenario=til_digits", "learner.lr=3e-4", "learner.batch_size=16", "learner.density=0.8", "learner.interval=2"),
     "dualprompt": ("learner.batch_size=16", "learner.lr=0.01"),
     "ease": ("learner.pet.scale=1", "learner.lr=0.5", "learner.batch_size=8"),
     "eata": ("learner.batch_size=16", "learner.adapt_lr=0.02", "learner.fisher=100"),

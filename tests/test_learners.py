@@ -45,6 +45,7 @@ VARIANTS = {
     "cbp": ["learner.rate=0.01 learner.maturity=1 learner.optimizer=adam"],
     "hat": ["learner.variant=paper"],
     "tag": ["learner.optimizer=adam learner.variant=paper"],
+    "dst": ["learner.variant=official learner.prune=set learner.grow=momentum", "learner.init=uniform learner.grow=unfired"],
     "shrink_perturb": ["learner.variant=official"],
     "tent": ["learner.answer=after"],
     "eata": ["learner.fisher=0 learner.margin=0.9", "learner.margin=0.9"],

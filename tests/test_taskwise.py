@@ -1,15 +1,22 @@
-"""Learners of disclosed tasks against naive versions: task-aware optimisers."""
+"""Learners of disclosed tasks against naive versions: task-aware optimisers, sparse masks."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from small_networks import SmallTrial, mlp
+from small_networks import Net, SmallTrial, convnet, mlp
+from torch.nn import functional as F
 
-from clbench.interfaces import UserError
+from clbench.interfaces import Place, UserError
 from clbench.learners import tag
+from clbench.learners.dst import Dst
 from clbench.learners.tag import Tag
+from clbench.models.heads import TaskHead
+from clbench.streams.images.data import open_experience, shuffled
+from clbench.training import sparse_masks
+from clbench.training.runtime import Runtime
+from clbench.training.state import detached
 
 
 def refused(learner, message, make=lambda: mlp(4), **options):
@@ -128,3 +135,200 @@ def test_tag_refuses():
     refused(Tag, r"learner\.beta2=0\.9 has no effect on learner\.optimizer=adagrad", beta2=0.9, optimizer="adagrad")
     refused(Tag, r"learner\.sensitivity must be at least 0, got -1", sensitivity=-1.0)
     refused(Tag, r"learner\.eps must be above 0, got 0", eps=0.0)
+
+
+# --- dynamic sparse training
+
+
+def dst(make=lambda: mlp(20, 10), **options):
+    t = SmallTrial(make, Dst, "task_incremental", **({"batch_size": 8, "lr": 0.01, "interval": 2, "density": 0.3} | options))
+    return t, *t.begin()
+
+
+def test_densities_of_layers():
+    shapes = [(32, 3, 3, 3), (64, 32, 3, 3), (128, 64, 3, 3), (10, 128)]
+    for density, wanted in ((0.2, [1.0, 0.31, 0.15, 1.0]), (0.05, [0.48, 0.056, 0.027, 1.0])):
+        found = sparse_masks.densities(shapes, density, "erk")
+        assert found == pytest.approx(wanted, rel=0.03)
+        sizes = [math.prod(s) for s in shapes]
+        assert sum(d * n for d, n in zip(found, sizes, strict=True)) == pytest.approx(density * sum(sizes))
+    assert sparse_masks.densities(shapes, 1.0, "erk") == [1.0] * 4
+    assert sparse_masks.densities(shapes, 0.05, "uniform") == [0.05] * 4
+
+
+def test_masks_of_many_tasks_take_a_bit_each():
+    draw = torch.Generator().manual_seed(0)
+    masks, wanted = sparse_masks.TaskMasks({"w": torch.zeros(3, 4)}), []
+    for task in range(11):
+        wanted.append(torch.rand(3, 4, generator=draw) < 0.2)
+        masks.put("w", task, wanted[-1])
+    wanted[4] = ~wanted[4]
+    masks.put("w", 4, wanted[4])
+    again = sparse_masks.TaskMasks({"w": torch.zeros(3, 4)})
+    again.load_state_dict(detached(masks.state_dict()))
+    for task in range(11):
+        others = torch.stack([m for i, m in enumerate(wanted) if i != task]).any(0)
+        assert torch.equal(again.get("w", task), wanted[task]) and torch.equal(again.others("w", task), others)
+    assert again.packed["w"].shape == (2, 3, 4) and again.tasks == 11
+
+
+class Jittered(torch.nn.Flatten):
+    """Pixels of one colour, each with a constant of its own: no two have the same gradient."""
+
+    def forward(self, x):
+        return x[:, 0].flatten(1) + torch.linspace(-1, 1, 64).cos()
+
+
+def plain_net():
+    """Two layers without biases."""
+    layers = [torch.nn.Linear(64, 16, bias=False), torch.nn.ReLU(), torch.nn.Linear(16, 10, bias=False), torch.nn.ReLU()]
+    return Net(Jittered(), *layers, num_features=10)
+
+
+def naive_pruned(w, g, mask, count, how):
+    """Positions that leave, from sorted lists."""
+    at = [i for i in np.ndindex(*w.shape) if mask[i]]
+    if how == "set":
+        positive = sorted((i for i in at if w[i] >= 0), key=lambda i: w[i])[: count // 2]
+        return {*positive, *sorted((i for i in at if w[i] < 0), key=lambda i: -w[i])[: count - count // 2]}
+    return set(sorted(at, key=lambda i: abs(w[i]) if how == "magnitude" else (w[i] * g[i]) ** 2)[:count])
+
+
+@pytest.mark.parametrize("how", ["magnitude", "set", "taylor"])
+def test_who_leaves_a_mask(how):
+    draw = torch.Generator().manual_seed(1)
+    for count in (0, 1, 7, 12):
+        w, g = (torch.randn(6, 5, generator=draw) for _ in range(2))
+        mask = torch.rand(6, 5, generator=draw) < 0.6
+        gone = sparse_masks.pruned(w, g, mask, count, how)
+        found = set(zip(*(i.tolist() for i in gone.nonzero(as_tuple=True)), strict=True))
+        assert found == naive_pruned(w.numpy(), g.numpy(), mask.numpy(), count, how)
+
+
+def naive_dst(t, place, start, masks, grow, official):
+    """A task of a bias-free MLP by plain SGD on its sparse weights -> dense weights, mask of the task, head.
+
+    start  dense weights by layer; masks: those of the tasks before, and this one's as it was drawn
+    """
+    pipeline = t.start()[2]
+    experience = open_experience(t.scenario, place, pipeline)
+    runtime = Runtime(t.seed, torch.device("cpu"), t.scenario.budget)
+    runtime.begin(place)
+    head = TaskHead(10)
+    head.grow(place, experience.classes, runtime.generator("head"))
+    rows, bias = (p.detach().clone().requires_grad_() for p in head.at(0).parameters())
+    others = [torch.zeros_like(start[i]).bool() for i in range(2)]
+    for m in masks[:-1]:
+        others = [a | b for a, b in zip(others, m, strict=True)]
+    mask = [m.clone() for m in masks[-1]]
+    w = [(a * m).requires_grad_() for a, m in zip(start, mask, strict=True)]
+    m1, m2 = ([torch.zeros_like(a) for a in start] for _ in range(2))
+    sgd = torch.optim.SGD([*w, rows, bias], lr=0.1, momentum=0.9)
+    batches = shuffled(experience.train, 8, 2, runtime.key("train"))
+    for step in range(batches.steps):
+        batch = batches(step)
+        f = ((Jittered()(batch.x) @ w[0].T).relu() @ w[1].T).relu()
+        sgd.zero_grad()
+        F.cross_entropy(f @ rows.T + bias, head.targets(0, batch.y)).backward()
+        sgd.step()
+        for i in range(2):
+            g = w[i].grad * ~others[i] if official else w[i].grad
+            m1[i], m2[i] = 0.9 * m1[i] + 0.1 * g, 0.999 * m2[i] + 0.001 * g**2
+            with torch.no_grad():
+                w[i].copy_(torch.where(others[i], start[i], w[i]) * mask[i])
+            if (step + 1) % 2 or step + 1 == batches.steps:
+                continue
+            zeta = 0.005 + 0.495 * (1 + math.cos(math.pi * step / batches.steps)) / 2
+            count = round(zeta * int(mask[i].sum()))
+            order = sorted((abs(w[i][j].item()), j) for j in np.ndindex(*w[i].shape) if mask[i][j])
+            for _, j in order[:count]:
+                mask[i][j] = False
+            score = g.abs() if grow == "gradient" else m1[i].abs() / (m2[i].sqrt() + 1e-38)
+            order = sorted((-score[j].item(), j) for j in np.ndindex(*w[i].shape) if not mask[i][j])
+            new = torch.zeros_like(mask[i])
+            for _, j in order[:count]:
+                new[j] = True
+            mask[i] |= new
+            with torch.no_grad():
+                w[i].copy_(torch.where(new, start[i] * others[i], w[i] * mask[i]))
+    dense = [torch.where(m, a.detach(), b) for m, a, b in zip(mask, w, start, strict=True)]
+    return dense, mask, rows.detach()
+
+
+@pytest.mark.parametrize(("grow", "variant"), [("gradient", "paper"), ("gradient", "official"), ("momentum", "paper")])
+def test_dst_against_the_paper(monkeypatch, grow, variant):
+    t, learner, learn, _ = dst(plain_net, grow=grow, variant=variant, optimizer="sgd", lr=0.1)
+    drawn, real = [], Dst.begin
+    names = list(learner.weights)
+
+    def begin(self, place):
+        real(self, place)
+        drawn.append([self.masks.get(n, place) for n in names])
+
+    monkeypatch.setattr(Dst, "begin", begin)
+    masks = []
+    for place in range(2):
+        start = [learner.weights[n].detach().clone() for n in names]
+        learn(place)
+        dense, mask, rows = naive_dst(t, place, start, [*masks, drawn[-1]], grow, variant == "official")
+        assert any(not torch.equal(a, b) for a, b in zip(mask, drawn[-1], strict=True)), "the mask has never changed"
+        for n, a, m in zip(names, dense, mask, strict=True):
+            assert torch.equal(learner.masks.get(n, place), m)
+            torch.testing.assert_close(learner.weights[n].detach(), a, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(learner.heads.at(place).blocks[0].weight.detach(), rows, rtol=1e-4, atol=1e-5)
+        masks.append(mask)
+
+
+@pytest.mark.parametrize("grow", ["random", "unfired", "gradient", "momentum"])
+@pytest.mark.parametrize("make", [lambda: mlp(20, 10), convnet])
+def test_dst_forgets_nothing_and_keeps_its_density(make, grow):
+    t, learner, learn, pipeline = dst(make, grow=grow, prune="set" if grow == "random" else "magnitude", init="uniform")
+    first, kept = detached(dict(learner.weights)), []
+    for place in range(3):
+        learn(place)
+        kept.append(t.answers_of(learner, pipeline, place)[:, 2 * place : 2 * place + 2])
+        for name, p in learner.weights.items():
+            assert int(learner.masks.get(name, place).sum()) == max(1, round(0.3 * p.numel()))
+            never = (learner.masks.packed[name] == 0).all(0)
+            assert torch.equal(p[never], first[name][never]), "a weight of no mask has moved"
+    assert not learner.fired and not learner.moments
+    for place, z in enumerate(kept):
+        assert torch.equal(t.answers_of(learner, pipeline, place)[:, 2 * place : 2 * place + 2], z)
+
+
+def test_dst_official_shares_biases_and_statistics():
+    t, learner, learn, pipeline = dst(convnet, variant="official")
+    learn(0)
+    z, before = t.answers_of(learner, pipeline, 0)[:, :2], detached(learner.model.state_dict())
+    learn(1)
+    now = learner.model.state_dict()
+    moved = {name for name in now if not torch.equal(now[name], before[name])}
+    assert moved >= {"net.0.bias", "net.1.weight", "net.1.running_mean"}
+    assert not torch.equal(t.answers_of(learner, pipeline, 0)[:, :2], z)
+    for name in learner.weights:
+        own = learner.masks.get(name, 0)
+        assert torch.equal(now[name][own], before[name][own])
+
+
+def test_unfired_weights_grow_first():
+    _, learner, learn, _ = dst(grow="unfired")
+    learn(0)
+    learner.begin(0)
+    name = next(iter(learner.weights))
+    mask = learner.masks.get(name, 0)
+    never = (~mask).flatten().nonzero()[:9, 0]
+    learner.fired[name] = torch.ones_like(mask)
+    learner.fired[name].view(-1)[never] = False
+    left, new = learner.changed(name, mask, torch.zeros(mask.shape), Place(0, 1, 4, 1))
+    assert int(new.sum()) == round((0.005 + 0.495 * (1 + math.cos(math.pi / 4)) / 2) * int(mask.sum()))
+    assert new.flatten()[never].all() and int(left.sum()) == int(mask.sum()) and learner.fired[name].all()
+
+
+def test_dst_refuses():
+    choices = {"variant": "official or paper", "init": "uniform or erk", "prune": "magnitude or set or taylor"}
+    for name, message in choices.items():
+        refused(Dst, rf"unknown learner\.{name}=code: choose {message}", **{name: "code"})
+    refused(Dst, r"unknown learner\.grow=code: choose random or unfired or gradient or momentum", grow="code")
+    refused(Dst, r"learner\.density must lie in \(0, 1\], got 0", density=0.0)
+    refused(Dst, r"learner\.fraction=0\.5 must lie in \[0, 1\) and learner\.fraction_end=0\.6 below it", fraction_end=0.6)
+    refused(Dst, r"learner\.interval must be at least 1, got 0", interval=0)
