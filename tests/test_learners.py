@@ -46,6 +46,7 @@ VARIANTS = {
     "hat": ["learner.variant=paper"],
     "tag": ["learner.optimizer=adam learner.variant=paper"],
     "dst": ["learner.variant=official learner.prune=set learner.grow=momentum", "learner.init=uniform learner.grow=unfired"],
+    "rank_updates": ["learner.selector=new_only"],
     "shrink_perturb": ["learner.variant=official"],
     "tent": ["learner.answer=after"],
     "eata": ["learner.fisher=0 learner.margin=0.9", "learner.margin=0.9"],

@@ -28,7 +28,7 @@ LOOKS = "scenario.operators=[{looks: {number: 3}}]"
 ANYTIME = {"derpp", "ewc", "feat_kd", "finetune", "joint", "l2_reg", "lwf", "pred_kd", "replay"}
 ANYTIME |= {"cbp", "ewc_online", "l2_init", "mas", "rwalk", "shrink_perturb", "si"}
 ANYTIME |= {"acil", "agem", "er", "er_ace", "figmn", "gem", "klda", "mir", "scr", "slda"}
-DISCLOSED = {"dst", "tag"}  # those that need the task
+DISCLOSED = {"dst", "rank_updates", "tag"}  # those that need the task
 ANYTIME |= DISCLOSED
 
 

@@ -1,4 +1,4 @@
-"""Learners of disclosed tasks against naive versions: task-aware optimisers, sparse masks."""
+"""Learners of disclosed tasks against naive versions: task-aware optimisers, sparse masks, low-rank updates."""
 
 import math
 
@@ -11,7 +11,9 @@ from torch.nn import functional as F
 from clbench.interfaces import Place, UserError
 from clbench.learners import tag
 from clbench.learners.dst import Dst
+from clbench.learners.rank_updates import RankUpdates, key
 from clbench.learners.tag import Tag
+from clbench.models.backbone import build_backbone
 from clbench.models.heads import TaskHead
 from clbench.streams.images.data import open_experience, shuffled
 from clbench.training import sparse_masks
@@ -332,3 +334,82 @@ def test_dst_refuses():
     refused(Dst, r"learner\.density must lie in \(0, 1\], got 0", density=0.0)
     refused(Dst, r"learner\.fraction=0\.5 must lie in \[0, 1\) and learner\.fraction_end=0\.6 below it", fraction_end=0.6)
     refused(Dst, r"learner\.interval must be at least 1, got 0", interval=0)
+
+
+# --- incremental rank updates
+
+
+def ranks(make=lambda: mlp(9, 7), **options):
+    options = {"batch_size": 8, "lr": 0.02, "rank_first": 3, "rank": 2} | options
+    t = SmallTrial(make, RankUpdates, "task_incremental", **options)
+    return t, *t.begin()
+
+
+@pytest.mark.parametrize("make", [lambda: mlp(9, 7), convnet])
+def test_layers_are_sums_of_selected_outer_products(make):
+    _, learner, learn, _ = ranks(make)
+    for i in range(3):
+        learn(i)
+    for place in range(3):
+        values = learner.values(place)
+        for name, shape in learner.layers.items():
+            columns = []  # (u, v) of the tasks up to this one
+            for part in list(learner.updates)[: place + 1]:
+                up, down = (part[key(what, name)].detach().numpy() for what in ("up", "down"))
+                columns += [(up[:, k], down[:, k]) for k in range(up.shape[1])]
+            select = learner.updates[place][key("select", name)].detach().numpy()
+            limit = min(shape[0], shape[1:].numel())
+            assert len(select) == len(columns) == min(3, limit) + place * min(2, limit)
+            naive = sum(s * np.outer(u, v) for s, (u, v) in zip(select, columns, strict=True))
+            np.testing.assert_allclose(values[name].detach().numpy(), naive.reshape(shape), atol=1e-5)
+            if place:
+                assert np.abs(select[:3]).min() > 0, "the selector of old columns was not trained"
+
+
+def test_how_a_task_starts():
+    _, learner, learn, _ = ranks()
+    learn(0)
+    made = learner.update(1)
+    for name in learner.layers:
+        assert made[key("select", name)].tolist() == [0.0] * 3 + [1.0] * 2
+        for what in ("up", "down"):
+            torch.testing.assert_close(made[key(what, name)].T @ made[key(what, name)], torch.eye(2), atol=1e-5, rtol=0)
+    assert all(not value.any() for name, value in made.items() if name.startswith("own"))
+    assert {p.requires_grad for p in learner.model.parameters()} == {False}
+
+
+@pytest.mark.parametrize("selector", ["full", "new_only"])
+@pytest.mark.parametrize("make", [lambda: mlp(9, 7), convnet])
+def test_answers_of_earlier_tasks_stay(make, selector):
+    t, learner, learn, pipeline = ranks(make, selector=selector)
+    kept = []
+    for place in range(3):
+        learn(place)
+        kept.append(t.answers_of(learner, pipeline, place)[:, 2 * place : 2 * place + 2])
+    for place, z in enumerate(kept):
+        assert torch.equal(t.answers_of(learner, pipeline, place)[:, 2 * place : 2 * place + 2], z)
+    lengths = [len(part[key("select", name)]) for part in learner.updates for name in learner.layers]
+    assert len(set(lengths)) == (3 if selector == "full" else 2)
+    columns = detached([dict(part.items()) for part in learner.updates])
+    learn(0)  # comes back when others use its columns
+    for old, part in zip(columns, learner.updates, strict=True):
+        assert all(torch.equal(part[name], value) for name, value in old.items() if name.startswith(("up", "down")))
+    assert not torch.equal(t.answers_of(learner, pipeline, 0)[:, :2], kept[0])
+    assert torch.equal(t.answers_of(learner, pipeline, 2)[:, 4:6], kept[2])
+
+
+def test_numbers_of_parameters():
+    """Of a later task of permuted MNIST: (784 + 256) r + 512 r, selectors, 522 biases, 2560 weights of the head."""
+    model = build_backbone("m", "mlp", {"hidden": [256, 256], "img_size": 28}, profile="small", norm="none")
+    learner = RankUpdates(model, Runtime(0, torch.device("cpu")), rank=1)
+    for t in range(3):
+        update = learner.update(t)
+        learner.updates.append(torch.nn.ParameterDict(update))
+        if t:
+            assert sum(value.numel() for value in update.values()) + 2560 + 10 == 4634 + 2 * (11 + t)
+
+
+def test_rank_updates_refuse():
+    refused(RankUpdates, r"learner\.rank must be at least 1, got 0", rank=0)
+    refused(RankUpdates, r"learner\.rank_first must be at least 1, got 0", rank_first=0)
+    refused(RankUpdates, r"unknown learner\.selector=old: choose full or new_only", selector="old")
