@@ -57,6 +57,7 @@ VARIANTS = {
     "losse_ftl": ["learner.update=exact"],
     "naive_bayes": ["learner.features=pixels learner.prior=uniform"],
     "online_ensemble": ["learner.keys=fixed learner.top=hard learner.members=16 learner.chosen=4"],
+    "onpro": ["learner.start=second_batch learner.replay=4 learner.mix_p=1 learner.base_rate=0.5"],
     "slca": ["learner.restore_heads=false", "learner.fresh_norm=false", "learner.logit_norm=null"],
 }
 NORMS = ["model=resnet32", "model.timm=test_resnet"]  # with batch norms, for those that adapt them

@@ -31,6 +31,7 @@ ANYTIME |= {"acil", "agem", "er", "er_ace", "figmn", "gem", "klda", "mir", "scr"
 ANYTIME |= {"losse_ftl"}
 ANYTIME |= {"naive_bayes"}
 ANYTIME |= {"online_ensemble"}
+ANYTIME |= {"onpro"}
 
 
 def stored(folder):

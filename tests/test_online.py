@@ -348,6 +348,7 @@ class Watch(looks.Observer):
         "losse_ftl",
         "naive_bayes",
         "online_ensemble",
+        "onpro",
     ],
 )  # fmt: skip
 def test_a_class_may_appear_in_the_middle_of_an_experience(name):
@@ -386,6 +387,7 @@ def test_boundaries_announced_and_hidden():
         "losse_ftl": True,
         "naive_bayes": True,
         "online_ensemble": True,
+        "onpro": False, "onpro learner.start=second_batch": True,
     }  # fmt: skip
     for words, expected in fits.items():
         (config,) = compose([f"learner={words.split()[0]}", *words.split()[1:]])
@@ -423,6 +425,7 @@ RESUMED = [
     "losse_ftl",
     "naive_bayes",
     "online_ensemble",
+    "onpro learner.replay=6 learner.mix_p=1",
 ]  # fmt: skip
 
 
