@@ -34,6 +34,7 @@ class Regularised(ABC):
     """A learner but for its penalty. State: backbone and head (what the penalty compares with is made of them)."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(anytime=True)
+    masking = "local"  # which classes the cross-entropy's softmax runs over
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class Regularised(ABC):
             assert batch.y is not None
             features = self.model.features(batch)
             z = scores(self.head, features, experience.task)
-            local = masked_cross_entropy(z, batch.y, "local", experience.classes)
+            local = masked_cross_entropy(z, batch.y, self.masking, experience.classes)
             return local if penalty is None else local + self.strength * penalty(batch, features, z)
 
         batches = shuffled(experience.train, self.batch_size, self.epochs, self.runtime.key("train"))

@@ -56,6 +56,7 @@ ADDED: dict[str, dict[str, Any]] = {  # options that came to a learner later: wh
     "gem.Gem": {"columns": "seen", "head": "linear"},
     "mir.Mir": {"columns": "seen", "score": "rise", "start": "second_batch"},
     "scr.Scr": {"start": "second_batch", "past": False},
+    "si.Si": {"boundaries": "told", "hazard": 0.01, "certain": 0.9, "summary": 4},
     "tent.Tent": {"reset": "never"},
 }
 
