@@ -233,6 +233,7 @@ UNMEASURED = {  # no record of theirs is committed: no card
     *("rehearsal_free",),
     *("hypernetwork", "isolated", "model_zoo", "par", "picle"),
     *("dst", "rank_updates", "tag"),
+    *("onpro",),
 }
 ON_DIGITS = {  # measured on the digits stream that they are made for
     *("agem", "bn_adapt", "cbp", "cotta", "er", "er_ace", "ewc_online", "gdumb", "gem"),

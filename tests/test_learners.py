@@ -70,6 +70,7 @@ VARIANTS = {
     "gpm": ["learner.head=single"],
     "lucir": ["learner.balance_epochs=2"],
     "pass": ["learner.variant=pycil learner.reduction=mean"],
+    "onpro": ["learner.start=second_batch learner.replay=4 learner.mix_p=1 learner.base_rate=0.5"],
     "slca": ["learner.restore_heads=false", "learner.fresh_norm=false", "learner.logit_norm=null"],
 }
 NORMS = ["model=resnet32", "model.timm=test_resnet"]  # with batch norms, for those that adapt them

@@ -36,6 +36,7 @@ ANYTIME |= {"online_ensemble"}
 ANYTIME |= {"cls_er"}
 DISCLOSED = {"dst", "rank_updates", "tag"}  # those that need the task
 ANYTIME |= DISCLOSED
+ANYTIME |= {"onpro"}
 
 
 def stored(folder):

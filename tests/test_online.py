@@ -349,6 +349,7 @@ class Watch(looks.Observer):
         "naive_bayes",
         "online_ensemble",
         "cls_er",
+        "onpro",
     ],
 )  # fmt: skip
 def test_a_class_may_appear_in_the_middle_of_an_experience(name):
@@ -388,6 +389,7 @@ def test_boundaries_announced_and_hidden():
         "naive_bayes": True,
         "online_ensemble": True,
         "cls_er": True,
+        "onpro": False, "onpro learner.start=second_batch": True,
     }  # fmt: skip
     for words, expected in fits.items():
         (config,) = compose([f"learner={words.split()[0]}", *words.split()[1:]])
@@ -426,6 +428,7 @@ RESUMED = [
     "naive_bayes",
     "online_ensemble",
     "cls_er",
+    "onpro learner.replay=6 learner.mix_p=1",
 ]  # fmt: skip
 
 

@@ -38,6 +38,7 @@ class Regularised(ABC):
     """A learner but for its penalty. State: backbone and head (what the penalty compares with is made of them)."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(anytime=True)
+    masking = "local"  # which classes the cross-entropy's softmax runs over
 
     @classmethod
     def capabilities_of(cls, *, head: str = "single", refresh: Any = None, **options: Any) -> Capabilities:
@@ -98,7 +99,7 @@ class Regularised(ABC):
     def local(self, z: Tensor, batch: Batch, experience: Experience) -> Tensor:
         """The loss of the experience itself, of logits [B, K]."""
         assert batch.y is not None
-        return masked_cross_entropy(z, batch.y, "local", experience.classes)
+        return masked_cross_entropy(z, batch.y, self.masking, experience.classes)
 
     def hooks(self) -> dict[str, Any]:
         """What else `fit` is told: functions that are called around a step. None here."""

@@ -44,12 +44,12 @@ from clbench.training.stream_memory import Remembered, allowed_stream_memory
 WIDTH = 128
 
 
-def projector(num_features: int, generator: torch.Generator) -> nn.Sequential:
-    """D -> D -> 128 with a ReLU between; weights and biases U(-1/sqrt(D), 1/sqrt(D)) from a CPU generator."""
+def projector(num_features: int, generator: torch.Generator, width: int = WIDTH) -> nn.Sequential:
+    """D -> D -> `width` with a ReLU between; weights and biases U(-1/sqrt(D), 1/sqrt(D)) from a CPU generator."""
     made = nn.Sequential(
         nn.utils.skip_init(nn.Linear, num_features, num_features),
         nn.ReLU(),
-        nn.utils.skip_init(nn.Linear, num_features, WIDTH),
+        nn.utils.skip_init(nn.Linear, num_features, width),
     )
     for p in made.parameters():
         nn.init.uniform_(p, -(num_features**-0.5), num_features**-0.5, generator=generator)

@@ -70,7 +70,7 @@ ADDED: dict[str, dict[str, Any]] = {  # options that came to a learner later: wh
     "pred_kd.PredKd": {"refresh": None, "project": None},
     "rwalk.RWalk": {"refresh": None, "project": None},
     "scr.Scr": {"start": "second_batch", "past": False},
-    "si.Si": {"refresh": None, "project": None},
+    "si.Si": {"boundaries": "told", "hazard": 0.01, "certain": 0.9, "summary": 4, "refresh": None, "project": None},
     "tent.Tent": {"reset": "never"},
 }
 

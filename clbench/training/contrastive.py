@@ -1,4 +1,5 @@
-"""Supervised contrastive learning: the loss, and the random view that its pairs are made with. See `learners/scr.py`.
+"""Supervised contrastive learning: the loss, and the random views that its pairs are made with. See `learners/scr.py`
+and `learners/onpro.py`.
 
 Legend: N samples, B images, C channels, S the side of an image.
 """
@@ -28,6 +29,33 @@ def supervised_contrastive(f: Tensor, y: Tensor, temperature: float) -> Tensor:
     return -((log_p * positive).sum(1) / positive.sum(1).clamp_min(1)).mean()
 
 
+def instance_loss(s: Tensor, y: Tensor, alone: bool) -> Tensor:
+    """OnPro's I of logits s [2N, 2N], first all plain views, then all random ones, of images of classes y [N] -> scalar.
+
+    `alone`: twice the mean over the others of the anchor's class, plus its other view, self in no softmax. Else the mean over
+    the class, self included.
+    """
+    own, same = torch.eye(len(s), dtype=torch.bool, device=s.device), torch.cat([y, y])[:, None] == torch.cat([y, y])
+    if not alone:
+        log_p = s.log_softmax(1)
+        return -((log_p * same).sum(1) / same.sum(1)).mean()
+    log_p, same = s.masked_fill(own, -torch.inf).log_softmax(1).masked_fill(own, 0.0), same & ~own
+    pair = log_p.diagonal(len(y)).sum() + log_p.diagonal(-len(y)).sum()
+    return -2 * ((log_p * same).sum(1) / same.sum(1)).mean() - pair / len(s)
+
+
+def equilibrium(views: tuple[Tensor, Tensor], y: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """OnPro's E of projections [B, P] of two views -> the loss, the classes [C], their mean prototypes [C, P] (no gradient)."""
+    classes = y.unique()
+    share_CB = (classes[:, None] == y).to(views[0])
+    share_CB = share_CB / share_CB.sum(1, keepdim=True)
+    first, second = (share_CB @ view for view in views)
+    z = F.normalize(torch.cat([first, second]), dim=1)
+    own, other = torch.eye(len(z), dtype=torch.bool, device=z.device), torch.arange(len(z), device=z.device).roll(len(classes))
+    loss = F.cross_entropy((z @ z.T / temperature).masked_fill(own, -torch.inf), other)
+    return loss, classes, ((first + second) / 2).detach()
+
+
 def strong_view(x: Tensor, key: int, profile: Profile, mirror: bool = True) -> Tensor:
     """Random resized crop (area share 0.2 to 1), flip, colour jitter (0.4, 0.4, 0.4, hue 0.1; probability 0.8), grey (0.2).
 
@@ -51,10 +79,23 @@ def strong_view(x: Tensor, key: int, profile: Profile, mirror: bool = True) -> T
     return (pictures - mean) / std
 
 
-def cropped(x: Tensor, key: int) -> Tensor:
-    """Each image's random box, bilinear, at the old size: x [B, 3, S, S] -> the same."""
+def mild_view(x: Tensor, key: int, profile: Profile, mirror: bool = True) -> Tensor:
+    """Flip, grey (probability 0.25), random resized crop (area share 0.3 to 1); shapes and draws as in `strong_view`."""
+    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (profile.mean, profile.std))
+    pictures = x * std + mean
+    flipped, greyed = (
+        torch.from_numpy(rng.uniform(rng.key(key, word), np.arange(len(x)))).to(x)[:, None, None, None] < chance
+        for word, chance in (("flip", 0.5 if mirror else 0.0), ("grey", 0.25))
+    )
+    pictures = torch.where(flipped, pictures.flip(3), pictures)
+    pictures = torch.where(greyed, grey(pictures).expand_as(pictures), pictures)
+    return (cropped(pictures, key, (0.3, 1.0)) - mean) / std
+
+
+def cropped(x: Tensor, key: int, scale: tuple[float, float] = (0.2, 1.0)) -> Tensor:
+    """Each image's random box of an area share in `scale`, bilinear, at the old size: x [B, 3, S, S] -> the same."""
     side = x.shape[-1]
-    boxes = random_boxes(key, np.arange(len(x)), np.full((len(x), 2), side), (0.2, 1.0))
+    boxes = random_boxes(key, np.arange(len(x)), np.full((len(x), 2), side), scale)
     top, left, height, width = (torch.from_numpy(boxes[:, i]).to(x) for i in range(4))
     theta = x.new_zeros(len(x), 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = width / side, height / side
