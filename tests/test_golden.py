@@ -116,6 +116,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "ovor": ("learner.lr=0.01", "learner.batch_size=16"),
     "packnet": ("scenario=til_digits", "learner.lr=0.01", "learner.retrain_lr=0.003", "learner.batch_size=16"),
     "pred_kd": ("learner.lr=5e-4", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
+    "psmt": ("learner.batch_size=16", "learner.fisher=100"),
     "randumb": ("learner.projection=100",),
     "ranpac": ("learner.pet.scale=1", "learner.lr=1", "learner.batch_size=16", "learner.projection=1000"),
     "replay": ("learner.batch_size=16",),
