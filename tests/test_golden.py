@@ -144,6 +144,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "ssiat": ("learner.batch_size=16",),
     "tent": ("learner.batch_size=16", "learner.adapt_lr=0.03"),
     "tuna": ("learner.pet.scale=1", "learner.lr=0.3", "learner.align_epochs=5"),
+    "vida": ("learner.batch_size=16", "learner.augmentations=2", "learner.adapt_lr=1e-3", "learner.adapter_lr=1e-3"),
     "wa": ("learner.batch_size=16",),
 }
 VARIANTS = {  # of learners of images: with what they differ from the default

@@ -49,6 +49,7 @@ VARIANTS = {
     "eata": ["learner.fisher=0 learner.margin=0.9", "learner.margin=0.9"],
     "sar": ["learner.variant=official learner.margin=0.9"],
     "psmt": ["learner.variant=paper"],
+    "vida": ["learner.variant=paper"],
     "lame": ["learner.affinity=rbf"],
     "adanpc": ["learner.variant=official learner.threshold=0", "learner.training=knn learner.threshold=0.5"],
     "randumb": ["learner.gamma=0.01", "learner.projection=0"],

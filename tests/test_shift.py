@@ -163,3 +163,115 @@ def test_psmt_resumes_exactly_and_answers_before_or_after(tmp_path):
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert torch.equal(learner.predict(two), other.predict(two))
     assert fingerprint(learner.state_dict()) == fingerprint(other.state_dict())
+
+
+# --- ViDA
+
+NANO = ["model=nano"]
+
+
+def vida(*options):
+    words = ("learner.lr=0.05", "learner.backbone_lr=0.01", "learner.batch_size=18", "learner.augmentations=3")
+    (config,) = compose([*NANO, "learner=vida", "learner.low=1", "learner.high=4", *words, *options])
+    t = Trial(config, SHIFTED, ADAPTS)
+    learner, runtime, pipeline = t.start()
+    t.learn(learner, runtime, pipeline, 0)
+    return t, learner, pipeline
+
+
+def naive_scores(learner, weights, x, scales):
+    """The network with W + s_low U D + s_high U D in place of each W: no hooks, no adapters beside."""
+    merged = {n: v for n, v in weights.items() if not n.startswith(("low.", "high."))}
+    for word, scale in zip(("low", "high"), scales, strict=True):
+        for i in range(4):
+            for layer in ("qkv", "proj"):
+                name, at = f"model.net.blocks.{i}.attn.{layer}.weight", f"{word}.{i}/{layer}"
+                merged[name] = merged[name] + scale * weights[f"{at}/b"] @ weights[f"{at}/a"]
+    with learner.low.off(), learner.high.off():
+        return functional_call(Network(learner.model, learner.head), merged, (x,))
+
+
+@pytest.mark.parametrize(("variant", "threshold"), [("official", 1e-9), ("paper", 1e-9), ("paper", 1e9)])
+def test_vida_against_a_naive_version(variant, threshold):
+    """Two batches: uncertainty over views, scales, one step at two rates, two moving averages, the drawn restore."""
+    _, learner, pipeline = vida(
+        f"learner.variant={variant}", f"learner.threshold={threshold}", "learner.adapt_lr=0.2", "learner.adapter_lr=0.05",
+        "learner.adapt_optimizer=sgd", "learner.alpha=0.9", "learner.adapter_alpha=0.7", "learner.restore=0.3",
+    )  # fmt: skip
+    source = {n: v.clone() for n, v in learner.source().items()}
+    assert sum(n.startswith(("low.", "high.")) for n in source) == 32
+    student, teacher = {n: v.clone().requires_grad_() for n, v in source.items()}, {n: v.clone() for n, v in source.items()}
+    adapters = [n for n in source if n.startswith(("low.", "high."))]
+    groups = [
+        {"params": [v for n, v in student.items() if n not in adapters], "lr": 0.2},
+        {"params": [student[n] for n in adapters], "lr": 0.05},
+    ]
+    sgd, scales = torch.optim.SGD(groups, momentum=0.9), (1.0, 1.0)
+    for batch in two_batches(pipeline):
+        views = [naive_scores(learner, teacher, learner.view(batch.x, k), scales).detach().numpy() for k in range(3)]
+        u = 0.1 * np.mean(np.var(np.stack(views), axis=0, ddof=1))
+        scales = (1 - u, 1 + u) if u >= threshold else (1 + u, 1 - u)
+        scales = scales if variant == "paper" else (scales[0], 1.0)
+        target = naive_scores(learner, teacher, batch.x, scales).detach()
+        own = naive_scores(learner, student, batch.x, scales)
+        loss = -(target.softmax(1) * own.log_softmax(1)).sum(1).mean()
+        for value, grad in zip(student.values(), torch.autograd.grad(loss, list(student.values())), strict=True):
+            value.grad = grad
+        sgd.step()
+        mask = learner._generator("restore")
+        with torch.no_grad():
+            z = learner.predict(batch)
+            for n in source:
+                alpha = 0.7 if n in adapters else 0.9
+                teacher[n] = alpha * teacher[n] + (1 - alpha) * student[n]
+                back = torch.rand(student[n].shape, generator=mask) < 0.3
+                student[n][back] = source[n][back]
+        assert u > 1e-3 and learner.scales == pytest.approx(list(scales), rel=1e-4)
+        torch.testing.assert_close(z, target, atol=1e-4, rtol=1e-4)
+    for n in source:
+        torch.testing.assert_close(learner.teacher[n], teacher[n], atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(learner.student.weights[n].detach(), student[n].detach(), atol=1e-5, rtol=1e-3)
+    assert fingerprint(learner.source()) == fingerprint(source)
+
+
+def test_adapters_of_vida_start_as_nothing_and_learn_on_the_source():
+    t, learner, _ = vida()
+    fresh = t.start()[0]
+    for pet, rank in ((fresh.low, 1), (fresh.high, 4)):
+        downs = torch.cat([v.detach().flatten() for n, v in pet.values.items() if n.endswith("/a")])
+        assert all(v.eq(0).all() for n, v in pet.values.items() if n.endswith("/b"))
+        assert float(downs.std()) == pytest.approx(rank**-2, rel=0.25) and len(downs) == 8 * rank * 160
+    assert all(not v.eq(0).all() for pet in (learner.low, learner.high) for n, v in pet.values.items() if n.endswith("/b"))
+    assert all(p.requires_grad for p in learner.model.parameters()), "the network is trained too"
+    assert any(not torch.equal(a, b) for a, b in zip(fresh.model.parameters(), learner.model.parameters(), strict=True))
+
+
+def test_vida_resumes_exactly_and_begins_again_with_a_set(tmp_path):
+    t, learner, pipeline = vida("learner.variant=paper", "learner.adapt_lr=0.01", "learner.reset=set")
+    one, two = two_batches(pipeline)
+    with torch.no_grad():
+        first = learner.predict(one)
+        torch.save(learner.state_dict(), tmp_path / "state.pt")
+        other = t.start()[0]
+        other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        assert other.scales == learner.scales != [1.0, 1.0]
+        assert torch.equal(learner.predict(two), other.predict(two))
+        assert fingerprint(learner.state_dict()) == fingerprint(other.state_dict())
+        one.begins, learner.answered = True, 0
+        assert torch.equal(learner.predict(one), first), "student, teacher, scales and moments began again"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("model=convnet", "has no linear layers of attention"),
+        ("learner.variant=code", r"learner\.variant=code"),
+        ("learner.low=4", r"learner\.low=4 must be at least 1 and below learner\.high=4"),
+        ("learner.adapter_alpha=2", r"learner\.adapter_alpha"),
+    ],
+)
+def test_vida_refuses_in_one_line(words, said):
+    (config,) = compose([*([] if words.startswith("model") else NANO), "learner=vida", "learner.high=4", words])
+    with pytest.raises(UserError, match=said) as caught:
+        Trial(config, SHIFTED, ADAPTS).start()
+    assert "\n" not in str(caught.value)
