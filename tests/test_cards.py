@@ -226,6 +226,7 @@ UNMEASURED = {  # no record of theirs is committed: no card
     *("lame", "randumb", "sar", "sd_lora", "tuna"),
     *("psmt",),
     *("vida",),
+    *("hdc",),
 }
 ON_DIGITS = {  # measured on the digits stream that they are made for
     *("agem", "bn_adapt", "cbp", "cotta", "er", "er_ace", "ewc_online", "gdumb", "gem"),

@@ -99,6 +99,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "gdumb": ("learner.passes=8",),
     "gem": ("learner.lr=0.005",),
     "hat": ("scenario=til_digits", "learner.batch_size=16"),
+    "hdc": ("learner.width=512",),
     "icarl": ("learner.batch_size=16",),
     "incremental_frozen": ("learner.lr=0.003", "learner.batch_size=16"),
     "inflora": ("learner.lr=0.01", "learner.batch_size=16", "learner.energy=0.5"),

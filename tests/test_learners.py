@@ -50,6 +50,7 @@ VARIANTS = {
     "sar": ["learner.variant=official learner.margin=0.9"],
     "psmt": ["learner.variant=paper"],
     "vida": ["learner.variant=paper"],
+    "hdc": ["learner.route=domain learner.quantile=0.1 learner.width=64"],
     "lame": ["learner.affinity=rbf"],
     "adanpc": ["learner.variant=official learner.threshold=0", "learner.training=knn learner.threshold=0.5"],
     "randumb": ["learner.gamma=0.01", "learner.projection=0"],

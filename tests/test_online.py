@@ -345,6 +345,7 @@ class Watch(looks.Observer):
     [
         "er", "er_ace", "mir", "scr", "slda", "ncm learner.streaming=true", "derpp learner.online=true",
         "randumb learner.gamma=0.01", "klda", "acil", "figmn",
+        "hdc",
     ],
 )  # fmt: skip
 def test_a_class_may_appear_in_the_middle_of_an_experience(name):
@@ -380,6 +381,7 @@ def test_boundaries_announced_and_hidden():
         "scr": True, "scr learner.review=true": False, "slda": True, "ncm": True, "ncm learner.streaming=true": True,
         "randumb": True, "klda": True, "acil": True, "dsal": False, "fetril learner.train_first=false": False, "figmn": True,
         "derpp": False, "derpp learner.online=true": True, "icarl learner.online=true": False,
+        "hdc": True, "hdc learner.route=domain": False,
     }  # fmt: skip
     for words, expected in fits.items():
         (config,) = compose([f"learner={words.split()[0]}", *words.split()[1:]])

@@ -275,3 +275,109 @@ def test_vida_refuses_in_one_line(words, said):
     with pytest.raises(UserError, match=said) as caught:
         Trial(config, SHIFTED, ADAPTS).start()
     assert "\n" not in str(caught.value)
+
+
+# --- HDC
+
+
+def hdc(*options, experiences=3, **stream):
+    (config,) = compose([*NANO, "learner=hdc", "learner.width=96", "learner.batch_size=5", *options])
+    t = Trial(config, small_stream(**stream), Capabilities())
+    learner, runtime, pipeline = t.start()
+    return t, learner, pipeline, [t.learn(learner, runtime, pipeline, i) for i in range(experiences)]
+
+
+def vectors(learner, data):
+    """Bipolar vectors of images, one after another, and labels."""
+    f = torch.cat([learner.model.features(b) for b in data.test_batches(50)]).detach().double().numpy()
+    signs = learner.signs_DW.numpy()
+    return np.array([[1 if v >= 0 else -1 for v in row @ signs] for row in f])
+
+
+@pytest.mark.parametrize("one_bit", ["false", "true"])
+def test_hdc_against_a_naive_version(one_bit):
+    t, learner, pipeline, seen = hdc(f"learner.one_bit={one_bit}")
+    assert set(learner.signs_DW.unique().tolist()) == {-1.0, 1.0}
+    sums = np.zeros((6, 96), int)
+    for e in seen:
+        for h, c in zip(vectors(learner, open_experience(t.scenario, e.index, pipeline).train), e.train.y, strict=True):
+            sums[c] += h
+    assert not learner.bundles[0].is_floating_point()
+    for row, c in enumerate(learner.classes[0]):
+        assert learner.bundles[0][row].tolist() == sums[c].tolist()
+    sums = np.where(sums >= 0, 1, -1) if one_bit == "true" else sums
+    one = open_eval(t.scenario, 2, pipeline)
+    z = torch.cat([learner.predict(b) for b, _ in one.batches(7)]).numpy()
+    for scores, h in zip(z, vectors(learner, one.data), strict=True):
+        expected = [h @ s / (np.linalg.norm(h) * np.linalg.norm(s)) for s in sums]
+        np.testing.assert_allclose(scores, expected, atol=1e-6)
+
+
+def test_bundles_do_not_depend_on_the_order_and_later_classes_change_none():
+    _, one, _, _ = hdc()
+    _, other, _, _ = hdc("learner.batch_size=3", order=[5, 3, 1, 0, 2, 4])
+    natural = dict(zip(one.classes[0], one.bundles[0].tolist(), strict=True))
+    back = {i: original for i, original in enumerate([5, 3, 1, 0, 2, 4])}
+    assert {back[c]: b for c, b in zip(other.classes[0], other.bundles[0].tolist(), strict=True)} == natural
+    _, first, _, _ = hdc(experiences=1)
+    assert one.bundles[0][: len(first.bundles[0])].tolist() == first.bundles[0].tolist()
+
+
+@pytest.mark.parametrize("quantile", ["null", "0.4"])
+def test_domains_of_hdc_by_hand(quantile):
+    """Nearest domain, the limit of its training images, and the joint bundles for what is outside."""
+    t, learner, pipeline, seen = hdc("learner.route=domain", f"learner.quantile={quantile}")
+
+    def cos(a, b):
+        return a @ b / (np.linalg.norm(a) * np.linalg.norm(b))
+
+    sums, limits = [], []
+    for e in seen:
+        h = vectors(learner, open_experience(t.scenario, e.index, pipeline).train)
+        sums.append({c: h[e.train.y == c].sum(0) for c in e.classes})
+        whole = sum(sums[-1].values())
+        limits.append(np.quantile([cos(row, whole) for row in h], 0.4) if quantile == "0.4" else -np.inf)
+    counted = {"inside": 0, "outside": 0}
+    for j in range(3):
+        one = open_eval(t.scenario, j, pipeline)
+        z = torch.cat([learner.predict(b) for b, _ in one.batches(7)]).numpy()
+        for scores, h in zip(z, vectors(learner, one.data), strict=True):
+            near = [cos(h, sum(s.values())) for s in sums]
+            place = int(np.argmax(near))
+            if abs(near[place] - limits[place]) < 1e-9:
+                continue  # at the limit, rounding decides
+            outside = near[place] < limits[place]
+            counted["outside" if outside else "inside"] += 1
+            bundles = {c: b for s in (sums if outside else [sums[place]]) for c, b in s.items()}
+            expected = [cos(h, bundles[c]) if c in bundles else -1e30 for c in range(6)]
+            np.testing.assert_allclose(scores, np.float32(expected), atol=1e-6)
+    assert counted["inside"] > 0 and (counted["outside"] > 0) == (quantile == "0.4")
+
+
+def test_many_bits_are_near_the_nearest_mean():
+    """Of wide vectors one bit a number keeps most answers of the class means of the same features."""
+    t, learner, pipeline, seen = hdc("learner.width=4096", "learner.one_bit=true", limit_train=20)
+    f = [torch.cat([learner.model.features(b) for b in open_experience(t.scenario, e.index, pipeline).train.test_batches(50)])
+         for e in seen]  # fmt: skip
+    y = torch.cat([torch.as_tensor(e.train.y) for e in seen])
+    means = torch.stack([torch.nn.functional.normalize(torch.cat(f), dim=1)[y == c].mean(0) for c in range(6)])
+    same = []
+    for j in range(3):
+        for batch, _ in open_eval(t.scenario, j, pipeline).batches(50):
+            ncm = torch.nn.functional.cosine_similarity(learner.model.features(batch)[:, None], means[None], dim=2)
+            same.append(learner.predict(batch).argmax(1) == ncm.argmax(1))
+    assert torch.cat(same).float().mean() > 0.75
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("learner.width=0", r"learner\.width"),
+        ("learner.route=task", r"learner\.route=task: choose none or domain"),
+        ("learner.quantile=0.1", "choose learner.route=domain"),
+        ("learner.route=domain learner.quantile=2", r"learner\.quantile"),
+    ],
+)
+def test_hdc_refuses_in_one_line(words, said):
+    with pytest.raises(UserError, match=said):
+        hdc(*words.split(), experiences=0)
