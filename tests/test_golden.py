@@ -159,6 +159,10 @@ VARIANTS = {  # of learners of images: with what they differ from the default
     "gem-paper": ("learner.variant=paper",),
     "icarl-linear": ("learner.answer=linear",),
     "icarl-online": ("learner.online=true", "learner.lr=0.02"),
+    "incremental_frozen-tricks": (
+        *("learner.supcon=0.5", "learner.mirror=false", "learner.virtual=3", "learner.rotation=0.5"),
+        *("learner.etf=10", "learner.finetune=2", "learner.subnet=0.5"),
+    ),
     "joint-probe": ("learner.mode=probe",),
     "l2p-batchwise": ("learner.batchwise_prompt=true",),
     "lae-prefix": ("pet=prefix_lae",),

@@ -51,6 +51,10 @@ VARIANTS = {
     "psmt": ["learner.variant=paper"],
     "vida": ["learner.variant=paper"],
     "hdc": ["learner.route=domain learner.quantile=0.1 learner.width=64"],
+    "incremental_frozen": [
+        "learner.finetune=1 learner.subnet=0.5 learner.supcon=0.5 learner.rotation=0.5 learner.virtual=2",
+        "learner.etf=10 learner.finetune=1",
+    ],
     "lame": ["learner.affinity=rbf"],
     "adanpc": ["learner.variant=official learner.threshold=0", "learner.training=knn learner.threshold=0.5"],
     "randumb": ["learner.gamma=0.01", "learner.projection=0"],

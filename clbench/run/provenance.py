@@ -54,6 +54,10 @@ ADDED: dict[str, dict[str, Any]] = {  # options that came to a learner later: wh
     "er_ace.ErAce": {"start": "second_batch", "past": False},
     "gdumb.GDumb": {"optimizer": "sgd", "schedule": None},
     "gem.Gem": {"columns": "seen", "head": "linear"},
+    "incremental_frozen.IncrementalFrozen": {
+        **{"supcon": 0.0, "mirror": True, "etf": 0, "virtual": 0, "rotation": 0.0},
+        **{"finetune": 0, "finetune_lr": 0.001, "subnet": 1.0},
+    },
     "mir.Mir": {"columns": "seen", "score": "rise", "start": "second_batch"},
     "scr.Scr": {"start": "second_batch", "past": False},
     "tent.Tent": {"reset": "never"},
