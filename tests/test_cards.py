@@ -227,6 +227,7 @@ UNMEASURED = {  # no record of theirs is committed: no card
     *("psmt",),
     *("vida",),
     *("hdc",),
+    *("fast_slow",),
 }
 ON_DIGITS = {  # measured on the digits stream that they are made for
     *("agem", "bn_adapt", "cbp", "cotta", "er", "er_ace", "ewc_online", "gdumb", "gem"),

@@ -228,3 +228,92 @@ def test_tricks_are_refused_in_one_line(options, words):
 def test_more_passes_than_the_budget_are_refused():
     with pytest.raises(BudgetExceeded, match="9 epochs"):
         started(IncrementalFrozen, finetune=9)
+
+
+# --- fast and slow weights
+
+
+def test_rho_1_without_a_penalty_is_finetune():
+    _, one, learn, _ = started(FastSlow, rho=1.0, strength=0.0, lr=0.1, backbone_lr=0.05)
+    _, two, learn_too, _ = started(Finetune, masking="local", lr=0.1, backbone_lr=0.05)
+    for i in range(3):
+        learn(i)
+        learn_too(i)
+    same = [fingerprint({"model": x.model.state_dict(), "head": x.head.state_dict()}) for x in (one, two)]
+    assert same[0] == same[1]
+
+
+def test_rho_0_keeps_the_base_network_and_learns_rows():
+    _, learner, learn, _ = started(FastSlow, rho=0.0, lr=0.1, backbone_lr=0.05)
+    learn(0)
+    base, row = fingerprint(learner.model.state_dict()), learner.head.blocks[0].weight.detach().clone()
+    learn(1)
+    assert fingerprint(learner.model.state_dict()) == base and torch.equal(learner.head.blocks[0].weight.detach(), row)
+    assert len(learner.head.blocks) == 2 and any(not torch.equal(v, dict(learner.model.named_parameters())[n].detach())
+                                                 for n, v in learner.fast.items())  # fmt: skip
+
+
+def squared_gradients(model, rows, bias, train, first):
+    """Mean over samples of the squared gradient of each one's own cross-entropy over the experience's classes."""
+    total = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    for i in range(len(train)):
+        batch = train.batch([i])
+        loss = torch.nn.functional.cross_entropy(model.features(batch) @ rows.T + bias, batch.y - first)
+        for n, g in zip(total, torch.autograd.grad(loss, list(model.parameters())), strict=True):
+            total[n] += g**2 / len(train)
+    return total
+
+
+@pytest.mark.parametrize("importance", ["fisher", "uniform"])
+def test_fast_slow_against_a_naive_version(importance):
+    """Three experiences: fast weights from slow ones, held by the last fast ones, then interpolation; importance is summed."""
+    rates = {"lr": 0.1, "backbone_lr": 0.05, "momentum": 0.0, "weight_decay": 0.0}
+    t, learner, learn, pipeline = started(FastSlow, rho=0.3, strength=40.0, importance=importance, **rates)
+    twin = copy.deepcopy(learner.model)
+    params, fast, total, gaps = dict(twin.named_parameters()), None, None, []
+    for index in range(3):
+        learn(index)
+        train, head = open_experience(t.scenario, index, pipeline).train, LinearHead(10)
+        head.grow(2, learner.runtime.generator("head"))
+        slow = {n: p.detach().clone() for n, p in params.items()}
+        batches = shuffled(train, 8, learner.epochs, learner.runtime.key("train"))
+        for step in range(batches.steps):
+            batch = batches(step)
+            loss = torch.nn.functional.cross_entropy(head(twin.features(batch)), batch.y - 2 * index)
+            for n, p in params.items():
+                if fast is not None:
+                    weight = total[n] if importance == "fisher" else 1.0
+                    loss = loss + 40.0 / 2 * (weight * (p - fast[n]) ** 2).sum()
+            trained = [*params.values(), *head.parameters()]
+            with torch.no_grad():
+                for i, (p, g) in enumerate(zip(trained, torch.autograd.grad(loss, trained), strict=True)):
+                    p -= (0.05 if i < len(params) else 0.1) * g
+        block = head.blocks[0]
+        found = squared_gradients(twin, block.weight, block.bias, train, 2 * index)
+        total = {n: f + (0 if total is None else total[n]) for n, f in found.items()}
+        fast = {n: p.detach().clone() for n, p in params.items()}
+        with torch.no_grad():
+            for n, p in params.items():
+                p.copy_(0.7 * slow[n] + 0.3 * fast[n] if index else fast[n])
+        for n, p in learner.model.named_parameters():
+            torch.testing.assert_close(p.detach(), params[n].detach(), atol=1e-5, rtol=1e-3)
+            torch.testing.assert_close(learner.fast[n], fast[n], atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(learner.head.blocks[index].weight.detach(), block.weight.detach(), atol=1e-5, rtol=1e-3)
+        gaps.append(sum(float((fast[n] - slow[n]).abs().sum()) for n in fast))
+    assert min(gaps) > 1e-2
+    if importance == "fisher":
+        for n, f in total.items():
+            torch.testing.assert_close(learner.fisher[n], f, atol=1e-6, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rho": 1.5}, r"learner\.rho must"),
+        ({"strength": -1.0}, r"learner\.strength"),
+        ({"importance": "mas"}, r"learner\.importance=mas: choose fisher or uniform"),
+    ],
+)
+def test_fast_slow_refuses_in_one_line(options, words):
+    with pytest.raises(UserError, match=words):
+        started(FastSlow, **options)

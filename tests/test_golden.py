@@ -93,6 +93,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "er_ace": ("learner.lr=0.02", "learner.batch_size=4"),
     "ewc": ("learner.strength=1e6", "learner.lr=2e-3", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
     "ewc_online": ("learner.strength=1e5", "learner.lr=2e-3", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
+    "fast_slow": ("learner.lr=0.02", "learner.backbone_lr=0.003", "learner.batch_size=16", "learner.strength=1e3"),
     "feat_kd": ("learner.lr=2e-3", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
     "fetril": ("learner.lr=0.003", "learner.batch_size=16", "learner.head_epochs=10"),
     "finetune": ("learner.batch_size=16",),

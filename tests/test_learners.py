@@ -51,6 +51,7 @@ VARIANTS = {
     "psmt": ["learner.variant=paper"],
     "vida": ["learner.variant=paper"],
     "hdc": ["learner.route=domain learner.quantile=0.1 learner.width=64"],
+    "fast_slow": ["learner.importance=uniform"],
     "incremental_frozen": [
         "learner.finetune=1 learner.subnet=0.5 learner.supcon=0.5 learner.rotation=0.5 learner.virtual=2",
         "learner.etf=10 learner.finetune=1",

@@ -28,6 +28,7 @@ LOOKS = "scenario.operators=[{looks: {number: 3}}]"
 ANYTIME = {"derpp", "ewc", "feat_kd", "finetune", "joint", "l2_reg", "lwf", "pred_kd", "replay"}
 ANYTIME |= {"cbp", "ewc_online", "l2_init", "mas", "rwalk", "shrink_perturb", "si"}
 ANYTIME |= {"hdc"}
+ANYTIME |= {"fast_slow"}
 ANYTIME |= {"acil", "agem", "er", "er_ace", "figmn", "gem", "klda", "mir", "scr", "slda"}
 
 
