@@ -381,7 +381,7 @@ def test_boundaries_announced_and_hidden():
         "scr": True, "scr learner.review=true": False, "slda": True, "ncm": True, "ncm learner.streaming=true": True,
         "randumb": True, "klda": True, "acil": True, "dsal": False, "fetril learner.train_first=false": False, "figmn": True,
         "derpp": False, "derpp learner.online=true": True, "icarl learner.online=true": False,
-        "hdc": True, "hdc learner.route=domain": False,
+        "hdc": True,
     }  # fmt: skip
     for words, expected in fits.items():
         (config,) = compose([f"learner={words.split()[0]}", *words.split()[1:]])
