@@ -234,6 +234,10 @@ UNMEASURED = {  # no record of theirs is committed: no card
     *("hypernetwork", "isolated", "model_zoo", "par", "picle"),
     *("dst", "rank_updates", "tag"),
     *("onpro",),
+    *("psmt",),
+    *("vida",),
+    *("hdc",),
+    *("fast_slow",),
 }
 ON_DIGITS = {  # measured on the digits stream that they are made for
     *("agem", "bn_adapt", "cbp", "cotta", "er", "er_ace", "ewc_online", "gdumb", "gem"),

@@ -103,6 +103,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "er_ace": ("learner.lr=0.02", "learner.batch_size=4"),
     "ewc": ("learner.strength=1e6", "learner.lr=2e-3", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
     "ewc_online": ("learner.strength=1e5", "learner.lr=2e-3", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
+    "fast_slow": ("learner.lr=0.02", "learner.backbone_lr=0.003", "learner.batch_size=16", "learner.strength=1e3"),
     "feat_kd": ("learner.lr=2e-3", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
     "fetril": ("learner.lr=0.003", "learner.batch_size=16", "learner.head_epochs=10"),
     "finetune": ("learner.batch_size=16",),
@@ -113,6 +114,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "gpm": ("scenario=til_digits", "learner.energy=0.7", "learner.batch_size=16"),
     "hat": ("scenario=til_digits", "learner.batch_size=16"),
     "hypernetwork": ("scenario=til_digits", "model=mlp", "learner.lr=3e-3", "learner.batch_size=8"),
+    "hdc": ("learner.width=512",),
     "icarl": ("learner.batch_size=16",),
     "incremental_frozen": ("learner.lr=0.003", "learner.batch_size=16"),
     "inflora": ("learner.lr=0.01", "learner.batch_size=16", "learner.energy=0.5"),
@@ -141,6 +143,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "par": ("scenario=til_digits", "learner.reuse=1", "learner.batch_size=16"),
     "picle": ("scenario=til_digits", "model=mlp", "learner.modules=2", "learner.lr=0.01", "learner.batch_size=4"),
     "pred_kd": ("learner.lr=5e-4", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
+    "psmt": ("learner.batch_size=16", "learner.fisher=100"),
     "randumb": ("learner.projection=100",),
     "rank_updates": ("scenario=til_digits", "model=mlp", "learner.lr=0.01", "learner.batch_size=4"),
     "ranpac": ("learner.pet.scale=1", "learner.lr=1", "learner.batch_size=16", "learner.projection=1000"),
@@ -172,6 +175,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "tag": ("scenario=til_digits", "learner.lr=2e-5", "learner.batch_size=16"),
     "tent": ("learner.batch_size=16", "learner.adapt_lr=0.03"),
     "tuna": ("learner.pet.scale=1", "learner.lr=0.3", "learner.align_epochs=5"),
+    "vida": ("learner.batch_size=16", "learner.augmentations=2", "learner.adapt_lr=1e-3", "learner.adapter_lr=1e-3"),
     "wa": ("learner.batch_size=16",),
 }
 VARIANTS = {  # of learners of images: with what they differ from the default
@@ -185,6 +189,10 @@ VARIANTS = {  # of learners of images: with what they differ from the default
     "gem-paper": ("learner.variant=paper",),
     "icarl-linear": ("learner.answer=linear",),
     "icarl-online": ("learner.online=true", "learner.lr=0.02"),
+    "incremental_frozen-tricks": (
+        *("learner.supcon=0.5", "learner.mirror=false", "learner.virtual=3", "learner.rotation=0.5"),
+        *("learner.etf=10", "learner.finetune=2", "learner.subnet=0.5"),
+    ),
     "joint-probe": ("learner.mode=probe",),
     "l2p-batchwise": ("learner.batchwise_prompt=true",),
     "lae-prefix": ("pet=prefix_lae",),

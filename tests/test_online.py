@@ -350,6 +350,7 @@ class Watch(looks.Observer):
         "online_ensemble",
         "cls_er",
         "onpro",
+        "hdc",
     ],
 )  # fmt: skip
 def test_a_class_may_appear_in_the_middle_of_an_experience(name):
@@ -390,6 +391,7 @@ def test_boundaries_announced_and_hidden():
         "online_ensemble": True,
         "cls_er": True,
         "onpro": False, "onpro learner.start=second_batch": True,
+        "hdc": True,
     }  # fmt: skip
     for words, expected in fits.items():
         (config,) = compose([f"learner={words.split()[0]}", *words.split()[1:]])

@@ -108,9 +108,9 @@ def test_learners(name, monkeypatch):
     with outside:
         for index in range(2):
             t.learn(learner, runtime, pipeline, index)
-    assert passes.lower and (all(passes.lower) or name in ("cofima", "eata", "ewc", "ewc_online", "mas")), (
-        "a pass in another precision than the run's"
-    )
+    assert passes.lower and (
+        all(passes.lower) or name in ("cofima", "eata", "ewc", "ewc_online", "mas", "psmt", "fast_slow")
+    ), "a pass in another precision than the run's"
     passes.out.clear()  # importance of weights is a statistic: fp32
     lower, state = Answers(learner), detached(learner.state_dict())
     with outside:

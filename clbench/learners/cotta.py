@@ -102,11 +102,11 @@ class Cotta(Finetune):
 
     def source(self) -> dict[str, Tensor]:
         """The weights that training left, by name."""
-        return {name: p.detach() for name, p in _Network(self.model, self.head).named_parameters()}
+        return {name: p.detach() for name, p in Network(self.model, self.head).named_parameters()}
 
     def scores(self, weights: dict[str, Tensor], x: Tensor) -> Tensor:
         """Logits of images under some weights [B, num_seen]."""
-        return functional_call(_Network(self.model, self.head), weights, (x,))
+        return functional_call(Network(self.model, self.head), weights, (x,))
 
     def predict(self, batch: Batch) -> Tensor:
         """Logits [B, num_seen]; changes the state."""
@@ -171,7 +171,7 @@ class Cotta(Finetune):
         self.student.load_state_dict(state["student"], self.runtime.device)
 
 
-class _Network(nn.Module):
+class Network(nn.Module):
     """Backbone and head in one."""
 
     def __init__(self, model: Backbone, head: nn.Module):

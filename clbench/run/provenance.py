@@ -62,6 +62,10 @@ ADDED: dict[str, dict[str, Any]] = {  # options that came to a learner later: wh
     "finetune.Finetune": {"trainable": "all", "refresh": None},
     "gdumb.GDumb": {"optimizer": "sgd", "schedule": None},
     "gem.Gem": {"columns": "seen", "head": "linear"},
+    "incremental_frozen.IncrementalFrozen": {
+        **{"supcon": 0.0, "mirror": True, "etf": 0, "virtual": 0, "rotation": 0.0},
+        **{"finetune": 0, "finetune_lr": 0.001, "subnet": 1.0},
+    },
     "l2p.L2p": {"ovor": None},
     "l2_reg.L2Reg": {"refresh": None, "project": None},
     "lwf.Lwf": {"trainable": "all", "refresh": None, "project": None},

@@ -124,17 +124,24 @@ def distance(weights: Mapping[str, Tensor], source: Mapping[str, Tensor], import
 
 
 class Adapted:
-    """Weights by parameter name that change at test time, and their optimiser; empty before `begin`."""
+    """Weights by parameter name that change at test time, and their optimiser; empty before `begin`.
 
-    def __init__(self, recipe: Recipe, lr: float):
-        self.recipe, self.lr = recipe, lr
+    rates  starts of names -> rates of these in place of `lr`
+    """
+
+    def __init__(self, recipe: Recipe, lr: float, rates: Mapping[str, float] | None = None):
+        self.recipe, self.lr, self.rates = recipe, lr, rates or {}
         self.weights: dict[str, Tensor] = {}
         self.optimizer: torch.optim.Optimizer | None = None
 
     def begin(self, weights: Mapping[str, Tensor]) -> None:
         """Copies of these, and a fresh optimiser."""
         self.weights = {name: value.detach().clone().requires_grad_() for name, value in weights.items()}
-        groups = [{"params": list(self.weights.values()), "lr": self.lr}]
+        of = {name: next((start for start in self.rates if name.startswith(start)), "") for name in self.weights}
+        groups = [
+            {"params": [value for name, value in self.weights.items() if of[name] == start], "lr": lr}
+            for start, lr in {"": self.lr, **self.rates}.items()
+        ]
         self.optimizer = self.recipe.build(groups) if self.weights else None
 
     def gradients(self, loss: Tensor) -> tuple[Tensor | None, ...]:
