@@ -224,6 +224,7 @@ def test_presets_of_published_protocols_say_claim_number_cost_and_command():
 UNMEASURED = {  # no record of theirs is committed: no card
     *("acil", "adanpc", "cofima", "dsal", "eata", "fetril", "figmn", "inflora", "klda"),
     *("lame", "randumb", "sar", "sd_lora", "tuna"),
+    *("air", "gkeal", "icl", "laftr", "qda", "sfr"),
 }
 ON_DIGITS = {  # measured on the digits stream that they are made for
     *("agem", "bn_adapt", "cbp", "cotta", "er", "er_ace", "ewc_online", "gdumb", "gem"),

@@ -27,6 +27,7 @@ EXACT = ("num_threads=1", "arithmetic=reference")
 LOOKS = "scenario.operators=[{looks: {number: 3}}]"
 ANYTIME = {"derpp", "ewc", "feat_kd", "finetune", "joint", "l2_reg", "lwf", "pred_kd", "replay"}
 ANYTIME |= {"cbp", "ewc_online", "l2_init", "mas", "rwalk", "shrink_perturb", "si"}
+ANYTIME |= {"air", "laftr", "qda", "sfr"}
 ANYTIME |= {"acil", "agem", "er", "er_ace", "figmn", "gem", "klda", "mir", "scr", "slda"}
 
 
@@ -118,6 +119,7 @@ def test_who_declares_anytime():
 @pytest.mark.parametrize("words", [*sorted(ANYTIME), "finetune pet=adapter", "randumb learner.gamma=0.01"])
 def test_looks_change_no_number_of_training(tmp_path, words):
     words = [f"learner={words.split()[0]}", *words.split()[1:], "learner.batch_size=4", "feature_store=off"]
+    words += ["model=mlp"] if words[0].endswith(("laftr", "sfr")) else []
     without, looked = run(tmp_path / "without", *words), run(tmp_path / "looked", *words, LOOKS)
     ends = [r for r in looked["rows"] if r["step"] is None]
     assert len(looked["rows"]) == len(ends) + 6 and ends == without["rows"]

@@ -90,6 +90,7 @@ class Answers:
 def test_learners(name, monkeypatch):
     """Each pass is in bf16 and nothing else is: answers are what fp32 makes of the features of these passes."""
     also = ["model=resnet32", "model.timm=test_resnet"] if name == "bn_adapt" else []
+    also += ["model=mlp", "model.kwargs.img_size=8"] if name in ("laftr", "sfr") else []
     (config,) = compose([f"learner={name}", "precision=bf16", *also])
     config["learner"] |= {key: 1 for key in ("align_epochs", "augmentations") if key in config["learner"]}
     can = declared(load_target(config["learner"]["_target_"]), config["learner"])
@@ -102,7 +103,7 @@ def test_learners(name, monkeypatch):
     with outside:
         for index in range(2):
             t.learn(learner, runtime, pipeline, index)
-    assert passes.lower and (all(passes.lower) or name in ("cofima", "eata", "ewc", "ewc_online", "mas")), (
+    assert passes.lower and (all(passes.lower) or name in ("cofima", "eata", "ewc", "ewc_online", "mas", "sfr")), (
         "a pass in another precision than the run's"
     )
     passes.out.clear()  # importance of weights is a statistic: fp32
