@@ -238,6 +238,7 @@ UNMEASURED = {  # no record of theirs is committed: no card
     *("vida",),
     *("hdc",),
     *("fast_slow",),
+    *("air", "gkeal", "icl", "laftr", "qda", "sfr"),
 }
 ON_DIGITS = {  # measured on the digits stream that they are made for
     *("agem", "bn_adapt", "cbp", "cotta", "er", "er_ace", "ewc_online", "gdumb", "gem"),

@@ -67,6 +67,9 @@ VARIANTS = {
     "adanpc": ["learner.variant=official learner.threshold=0", "learner.training=knn learner.threshold=0.5"],
     "randumb": ["learner.gamma=0.01", "learner.projection=0"],
     "klda": ["learner.models=2"],
+    "icl": ["learner.projection=0"],
+    "sfr": ["learner.covariance=none"],
+    "laftr": ["learner.reference=latest learner.inputs=diagonal"],
     "fetril": ["learner.train_first=false", "learner.classifier=svm"],
     "figmn": ["learner.variant=published"],
     "losse_ftl": ["learner.update=exact"],
@@ -81,6 +84,8 @@ VARIANTS = {
     "onpro": ["learner.start=second_batch learner.replay=4 learner.mix_p=1 learner.base_rate=0.5"],
     "slca": ["learner.restore_heads=false", "learner.fresh_norm=false", "learner.logit_norm=null"],
 }
+SMALL_MLP = ["model=mlp", "model.kwargs.hidden=[12,10]", "model.kwargs.img_size=8"]
+MODELS = {"laftr": SMALL_MLP, "sfr": SMALL_MLP}  # what is made for them
 NORMS = ["model=resnet32", "model.timm=test_resnet"]  # with batch norms, for those that adapt them
 CASES = [(name, "") for name in NAMES] + [(name, option) for name, options in VARIANTS.items() for option in options]
 
@@ -94,7 +99,7 @@ def one_thread(monkeypatch):
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("name", "option"), CASES)
 def test_contract(name, option):
-    (config,) = compose([f"learner={name}", *(NORMS if name == "bn_adapt" else NARROW), *option.split()])
+    (config,) = compose([f"learner={name}", *(NORMS if name == "bn_adapt" else MODELS.get(name, NARROW)), *option.split()])
     names = ("align_epochs", "augmentations", "head_epochs", "interval", "passes")
     fewer = dict.fromkeys(names, 2)  # the same phases in fewer steps
     config["learner"] |= {key: value for key, value in fewer.items() if key in config["learner"]}

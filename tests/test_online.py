@@ -344,7 +344,7 @@ class Watch(looks.Observer):
     "name",
     [
         "er", "er_ace", "mir", "scr", "slda", "ncm learner.streaming=true", "derpp learner.online=true",
-        "randumb learner.gamma=0.01", "klda", "acil", "figmn",
+        "randumb learner.gamma=0.01", "klda", "acil", "figmn", "air", "qda",
         "losse_ftl",
         "naive_bayes",
         "online_ensemble",
@@ -385,6 +385,7 @@ def test_boundaries_announced_and_hidden():
         "agem learner.policy=reservoir": True, "gem": False, "gdumb": True, "mir": True, "mir learner.past=true": False,
         "scr": True, "scr learner.review=true": False, "slda": True, "ncm": True, "ncm learner.streaming=true": True,
         "randumb": True, "klda": True, "acil": True, "dsal": False, "fetril learner.train_first=false": False, "figmn": True,
+        "air": True, "qda": True, "icl": False, "gkeal": False,
         "derpp": False, "derpp learner.online=true": True, "icarl learner.online=true": False,
         "losse_ftl": True,
         "naive_bayes": True,
@@ -425,7 +426,7 @@ def test_who_must_be_told_where_an_experience_ends(kind, options, told):
 RESUMED = [
     "er learner.updates=2", "er learner.updates=0.5", "er_ace", "agem", "gem", "mir", "scr", "derpp learner.online=true",
     "derpp learner.online=true learner.updates=0.5", "icarl learner.online=true", "gdumb learner.passes=2", "slda",
-    "acil", "figmn",
+    "acil", "figmn", "air", "qda",
     "losse_ftl",
     "naive_bayes",
     "online_ensemble",
