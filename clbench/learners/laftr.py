@@ -122,8 +122,9 @@ class Laftr(Regularised):
         if reference not in ("own", "latest"):
             raise UserError(f"unknown learner.reference={reference}: choose own or latest")
         recipe = Recipe("adam", weight_decay=weight_decay, schedule=schedule)
-        rates = {"lr": lr, "backbone_lr": backbone_lr}
-        super().__init__(model, runtime, recipe, strength, **rates, epochs=epochs, batch_size=batch_size, head=head)
+        super().__init__(
+            model, runtime, recipe, strength, lr=lr, backbone_lr=backbone_lr, epochs=epochs, batch_size=batch_size, head=head
+        )
         self.mlp, self.inputs, self.own = net, inputs, reference == "own"
         self.sites: list[dict[str, Any]] = []
 
