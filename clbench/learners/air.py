@@ -15,12 +15,13 @@ the network is taken as it is, see acil.py; M = 2048 because of the memory. Publ
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clbench.interfaces import Capabilities
 from clbench.learners.acil import Acil
 from clbench.models.backbone import Backbone
 from clbench.training.cholesky import check_finite
@@ -30,6 +31,8 @@ from clbench.training.runtime import Runtime
 
 class Air(Acil):
     """State: counts [K], and of each class A_c [M, M] and q_c [M, 1], or a root of them (R comes from the seed)."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities(needs_boundaries=False, anytime=True, trains=False)
 
     def __init__(
         self,
