@@ -28,6 +28,8 @@ from clbench.models.pet_modules import none
 from clbench.streams.images.data import shuffled
 from clbench.training.fit import Recipe, fit
 from clbench.training.losses import masked_cross_entropy
+from clbench.training.optimizers import Optimizer
+from clbench.training.optimizers import check as check_optimizer
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import constant
 from clbench.training.state import collect, groups_of, restore
@@ -63,7 +65,7 @@ class Finetune:
         masking: Literal["local", "seen", "batch"] = "seen",
         epochs: int | None = None,  # null: all that the scenario's budget allows
         batch_size: int = 128,
-        momentum: float = 0.9,
+        momentum: float = 0.9,  # of sgd
         weight_decay: float = 5e-4,
         clip: float | None = None,
         accumulate: int = 1,
@@ -73,6 +75,7 @@ class Finetune:
         head: Literal["single", "per_task"] = "single",  # per_task: for streams that disclose their tasks
         trainable: Trainable = "all",  # all | half | lisa: a random part of the blocks, see `training/chosen_layers.py`
         refresh: RefreshOptions = None,  # {variant: official | paper, ...}, see `training/refresh.py`
+        optimizer: Optimizer = "sgd",  # sgd, adam, adamw, lion, lamb, adafactor: see `training/optimizers.py`
     ):
         self.model, self.runtime, self.masking = model, runtime, masking
         self.pet = pet(model, runtime)
@@ -83,7 +86,10 @@ class Finetune:
         self.stepping = Steps(runtime, refresh=refresh, trainable=whole(trainable))
         self.epochs, self.batch_size = runtime.epochs(epochs), batch_size
         self.lr, self.backbone_lr = lr, backbone_lr
-        self.recipe = Recipe("sgd", momentum, weight_decay=weight_decay, schedule=schedule, clip=clip, accumulate=accumulate)
+        check_optimizer(optimizer)
+        self.recipe = Recipe(
+            optimizer, momentum, weight_decay=weight_decay, schedule=schedule, clip=clip, accumulate=accumulate
+        )
         self.head = linear_head(head, model.num_features, head_init).to(runtime.device)
 
     def learn(self, experience: Experience) -> dict[str, float]:

@@ -24,6 +24,8 @@ from clbench.models.heads import LinearHead
 from clbench.streams.images.data import ImageData, shuffled
 from clbench.training.features import FeatureBatches, extract
 from clbench.training.fit import Recipe, fit
+from clbench.training.optimizers import Optimizer
+from clbench.training.optimizers import check as check_optimizer
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import cosine
 from clbench.training.state import collect, detached, groups_of, restore
@@ -49,14 +51,16 @@ class Joint:
         backbone_lr: float = 1e-3,  # 0.01 destroys pre-trained ViTs; a nano ViT on digits wants it
         epochs: int | None = None,
         batch_size: int = 32,
-        momentum: float = 0.9,
+        momentum: float = 0.9,  # of sgd
         weight_decay: float = 5e-4,
         schedule: Schedule = cosine,
+        optimizer: Optimizer = "sgd",  # sgd, adam, adamw, lion, lamb, adafactor: see `training/optimizers.py`
     ):
         self.model, self.runtime, self.mode = model, runtime, mode
         self.epochs, self.batch_size = runtime.epochs(epochs), batch_size
         self.lr, self.backbone_lr = lr, backbone_lr
-        self.recipe = Recipe("sgd", momentum, weight_decay=weight_decay, schedule=schedule)
+        check_optimizer(optimizer)
+        self.recipe = Recipe(optimizer, momentum, weight_decay=weight_decay, schedule=schedule)
         self.start = detached(model.state_dict()) if mode == "full" else None
         if mode == "probe":
             model.freeze()

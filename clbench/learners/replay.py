@@ -24,6 +24,8 @@ from clbench.streams.images.data import shuffled
 from clbench.training.features import extract
 from clbench.training.fit import Recipe, fit
 from clbench.training.memory import Mixed, allowed_memory
+from clbench.training.optimizers import Optimizer
+from clbench.training.optimizers import check as check_optimizer
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import constant
 from clbench.training.state import collect, groups_of, restore
@@ -47,16 +49,18 @@ class Replay:
         backbone_lr: float = 0.001,  # 0.01 destroys pre-trained ViTs
         epochs: int | None = None,
         batch_size: int = 64,
-        momentum: float = 0.9,
+        momentum: float = 0.9,  # of sgd
         weight_decay: float = 5e-4,
         clip: float | None = None,
         schedule: Schedule = constant,
+        optimizer: Optimizer = "sgd",  # sgd, adam, adamw, lion, lamb, adafactor: see `training/optimizers.py`
     ):
         self.model, self.runtime = model, runtime
         self.epochs, self.batch_size = runtime.epochs(epochs), batch_size
         self.replay = batch_size if replay is None else replay
         self.lr, self.backbone_lr = lr, backbone_lr
-        self.recipe = Recipe("sgd", momentum, weight_decay=weight_decay, schedule=schedule, clip=clip)
+        check_optimizer(optimizer)
+        self.recipe = Recipe(optimizer, momentum, weight_decay=weight_decay, schedule=schedule, clip=clip)
         self.head = LinearHead(model.num_features).to(runtime.device)
         self.memory = allowed_memory(runtime, policy, memory, memory_bytes)
 
