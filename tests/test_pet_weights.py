@@ -14,6 +14,12 @@ from clbench.models.pet import stack
 TARGETS = ("q", "v", "proj", "fc1", "fc2")  # square, wide, tall, and thirds of a layer
 FACTORIES = {
     "dora": lambda m, r: kinds.dora(m, r, rank=3, targets=TARGETS, scale=0.7),
+    "vera": lambda m, r: kinds.vera(m, r, rank=24, targets=TARGETS),
+    "hydra": lambda m, r: kinds.hydra(m, r, rank=3, targets=TARGETS, scale=0.7, sequential_scale=0.4),
+    "miss": lambda m, r: kinds.miss(m, r, rank=7, targets=TARGETS),
+    "bone": lambda m, r: kinds.bone(m, r, rank=8, targets=TARGETS),
+    "mora": lambda m, r: kinds.mora(m, r, rank=3, targets=TARGETS),
+    "mora_sum": lambda m, r: kinds.mora(m, r, rank=3, targets=TARGETS, form="sum"),
 }
 
 
@@ -27,7 +33,58 @@ def naive_dora(w, v, pet, site):
     return np.stack([m / np.linalg.norm(row) * row for m, row in zip(v["m"], moved, strict=True)])
 
 
-NAIVE = {"dora": naive_dora}
+def naive_vera(w, v, pet, site):
+    a, b = pet.frozen_a.numpy(), pet.frozen_b.numpy()
+    delta = np.zeros_like(w)
+    for k in range(24):
+        delta += v["d"][k] * np.outer(v["b"] * b[: len(w), k], a[k, : w.shape[1]])
+    return w + delta
+
+
+def naive_hydra(w, v, pet, site):
+    sequential = np.eye(len(w)) + 0.4 * v["sequential_up"] @ v["sequential_down"]
+    return sequential @ w + 0.7 * v["parallel_up"] @ v["parallel_down"]
+
+
+def naive_miss(w, v, pet, site):
+    return w + np.stack([v["b"][:, j % 7] for j in range(w.shape[1])], axis=1)
+
+
+def naive_bone(w, v, pet, site):
+    out = w.copy()
+    for p in range(len(w) // 8):
+        for q in range(w.shape[1] // 8):
+            block = np.s_[8 * p : 8 * p + 8, 8 * q : 8 * q + 8]
+            out[block] += w[block] @ v["b"][p] + v["b"][p]
+    return out
+
+
+def naive_mora_sum(w, v, pet, site):
+    side, (out, into) = len(v["m"]), w.shape
+    assert side == round(((out + into) * 3) ** 0.5)
+    squeeze = np.zeros((side, into))
+    for j in range(-(-into // side) * side):
+        squeeze[j % side, j % into] += 1
+    return w + (v["m"] @ squeeze)[[k % side for k in range(out)]]
+
+
+def naive_mora(w, v, pet, site):
+    side, (out, into) = len(v["m"]), w.shape
+    rows = []
+    for c in range(-(-into // side)):
+        cut, turn = np.zeros((side, into)), np.zeros((side, side))
+        for k in range(side):
+            cut[k, (c * side + k) % into] = 1
+        for k in range(side // 2):
+            angle, other = c / 10_000 ** (2 * k / side), k + side // 2
+            turn[k, k] = turn[other, other] = np.cos(angle)
+            turn[k, other], turn[other, k] = -np.sin(angle), np.sin(angle)
+        rows += list(v["m"] @ turn @ cut)
+    return w + np.stack([rows[k % len(rows)] for k in range(out)])
+
+
+NAIVE = {"dora": naive_dora, "vera": naive_vera, "hydra": naive_hydra, "miss": naive_miss, "bone": naive_bone}
+NAIVE |= {"mora": naive_mora, "mora_sum": naive_mora_sum}
 
 
 def places(model, pet):
@@ -125,6 +182,12 @@ def test_sizes():
     i = o = 768
     expected = [
         (lambda m, r: kinds.dora(m, r, rank=5, targets=["k"], blocks=[0]), 5 * (i + o) + o),
+        (lambda m, r: kinds.vera(m, r, targets=["k"]), 256 + o),
+        (lambda m, r: kinds.hydra(m, r), 2 * (3072 + o) + 2 * 2 * o),
+        (lambda m, r: kinds.miss(m, r, rank=10, targets=["k"]), 10 * o),
+        (lambda m, r: kinds.bone(m, r, rank=16, targets=["k"]), 16 * o),
+        (lambda m, r: kinds.mora(m, r, rank=5, targets=["k"]), 88**2),
+        (lambda m, r: kinds.mora(m, r, rank=8, targets=["k"], form="sum"), 111**2),
     ]
     for make, count in expected:
         model = small("vit_base_patch16_224", img_size=32, depth=1)
@@ -145,7 +208,7 @@ def test_swin_and_convnext():
         shake(pet, 4)
         with torch.no_grad(), pet.use(stack([one, pet.state()]), torch.tensor([0, 1, 0])):
             torch.testing.assert_close(model.features(x)[[0, 2]], own[[0, 2]], atol=5e-5, rtol=1e-4)
-        with pytest.raises(UserError, match=f"pet={name}"):
+        with pytest.raises(UserError, match=f"pet={name.removesuffix('_sum')}"):
             make(small("resnet18"), runtime())
     with pytest.raises(UserError, match="pet=dora: ConvNeXtBlock has no linear layer"):
         kinds.dora(small("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8)), runtime(), targets=["k"])
@@ -172,6 +235,8 @@ def test_the_norm_of_dora_is_a_constant_of_the_backward_pass():
         (lambda m, r: kinds.dora(m, r, targets=["w"]), "unknown targets .'w'. of pet=dora: choose from q, k, v"),
         (lambda m, r: kinds.dora(m, r, targets=["qkv", "k"]), "name a layer twice"),
         (lambda m, r: kinds.dora(m, r, blocks=[4]), "0 to 3"),
+        (lambda m, r: kinds.bone(m, r, rank=48), "rank=48 does not divide 0/k of 160 x 160"),
+        (lambda m, r: kinds.mora(m, r, form="type6"), "unknown form='type6' of pet=mora: choose rotate or sum"),
     ],
 )
 def test_wrong_options(make, words):
