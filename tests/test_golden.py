@@ -189,6 +189,7 @@ VARIANTS = {  # of learners of images: with what they differ from the default
     "ewc-batch": ("learner.fisher=batch", "learner.strength=1e6"),
     "fecam-pilot": ("learner.variant=pilot",),
     "figmn-published": ("learner.variant=published",),
+    "finetune-dora": ("pet=dora", "learner.backbone_lr=0.01"),
     "finetune-lora": ("pet=lora", "learner.backbone_lr=0.01"),
     "er_ace-official": ("learner.variant=official",),
     "gem-paper": ("learner.variant=paper",),

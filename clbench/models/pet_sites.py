@@ -71,12 +71,12 @@ def require_tokens(model: Backbone, kind: str, class_token: bool = False) -> lis
     return blocks
 
 
-def linear_of(block: Any, target: str) -> tuple[nn.Linear, int | None]:
+def linear_of(block: Any, target: str, kind: str = "lora") -> tuple[nn.Linear, int | None]:
     """The layer of a LoRA target, and which third of its output (q, k, v)."""
     path = {"fc1": ("mlp", "fc1"), "fc2": ("mlp", "fc2"), "proj": ("attn", "proj")}.get(target, ("attn", "qkv"))
     layer = getattr(getattr(block, path[0], None), path[1], None)
     if not isinstance(layer, nn.Linear):
-        raise UserError(f"pet=lora: {type(block).__name__} has no linear layer {target!r}")
+        raise UserError(f"pet={kind}: {type(block).__name__} has no linear layer {target!r}")
     return layer, PARTS.get(target)
 
 
