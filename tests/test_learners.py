@@ -39,7 +39,7 @@ VARIANTS = {
     "sd_lora": ["learner.redundant=0.5 learner.reduce_at=[1] learner.reduce_to=[3]"],
     "cofima": ["learner.fisher=false", "learner.official_new_head=true"],
     "tuna": ["learner.variant=paper learner.start=previous learner.covariance=diagonal"],
-    "ssiat": ["learner.compat_unpaired=true"],
+    "ssiat": ["learner.compat_unpaired=true", "learner.drift=linear"],
     "si": ["learner.variant=paper"],
     "mas": ["learner.variant=official"],
     "rwalk": ["learner.variant=official"],
@@ -67,7 +67,7 @@ VARIANTS = {
     "gpm": ["learner.head=single"],
     "lucir": ["learner.balance_epochs=2"],
     "pass": ["learner.variant=pycil learner.reduction=mean"],
-    "slca": ["learner.restore_heads=false", "learner.fresh_norm=false", "learner.logit_norm=null"],
+    "slca": ["learner.restore_heads=false learner.drift=shift", "learner.fresh_norm=false", "learner.logit_norm=null"],
 }
 NORMS = ["model=resnet32", "model.timm=test_resnet"]  # with batch norms, for those that adapt them
 CASES = [(name, "") for name in NAMES] + [(name, option) for name, options in VARIANTS.items() for option in options]
