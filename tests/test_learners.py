@@ -19,8 +19,7 @@ from clbench.training.state import detached
 
 NAMES = [name for name in choices("learner") if asks("learner", name) == "predict"]
 VARIANTS = {
-    "finetune": ["learner.masking=local", "learner.masking=batch learner.optimizer=lamb", "pet=adapter", "pet=ssf"],
-    "finetune": ["learner.masking=local", "learner.masking=batch", "pet=adapter", "pet=ssf", "pet=dora"],
+    "finetune": ["learner.masking=local", "learner.masking=batch learner.optimizer=lamb", "pet=adapter", "pet=ssf", "pet=dora"],
     "joint": ["learner.mode=probe"],
     "ncm": ["learner.metric=cosine", "learner.streaming=true"],
     "er": ["learner.updates=0.5", "learner.refresh={fisher:none} learner.combine=added learner.project=bloop"],
@@ -40,7 +39,7 @@ VARIANTS = {
     "sd_lora": ["learner.redundant=0.5 learner.reduce_at=[1] learner.reduce_to=[3]"],
     "cofima": ["learner.fisher=false", "learner.official_new_head=true"],
     "tuna": ["learner.variant=paper learner.start=previous learner.covariance=diagonal"],
-    "ssiat": ["learner.compat_unpaired=true"],
+    "ssiat": ["learner.compat_unpaired=true", "learner.drift=linear"],
     "si": ["learner.variant=paper"],
     "mas": ["learner.variant=official"],
     "rwalk": ["learner.variant=official"],
@@ -83,7 +82,7 @@ VARIANTS = {
     "lucir": ["learner.balance_epochs=2"],
     "pass": ["learner.variant=pycil learner.reduction=mean"],
     "onpro": ["learner.start=second_batch learner.replay=4 learner.mix_p=1 learner.base_rate=0.5"],
-    "slca": ["learner.restore_heads=false", "learner.fresh_norm=false", "learner.logit_norm=null"],
+    "slca": ["learner.restore_heads=false learner.drift=shift", "learner.fresh_norm=false", "learner.logit_norm=null"],
 }
 SMALL_MLP = ["model=mlp", "model.kwargs.hidden=[12,10]", "model.kwargs.img_size=8"]
 MODELS = {"laftr": SMALL_MLP, "sfr": SMALL_MLP}  # what is made for them

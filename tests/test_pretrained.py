@@ -12,11 +12,12 @@ from clbench.config.compose import compose
 from clbench.interfaces import Capabilities, UserError
 from clbench.learners.ease import complete
 from clbench.learners.mos import orthogonality, pulled
-from clbench.learners.ssiat import margin_logits, shifted
+from clbench.learners.ssiat import margin_logits
 from clbench.models.pet import average, distance
 from clbench.streams.eval_sets import open_eval
 from clbench.streams.images.data import open_experience
 from clbench.testing.contract import Trial, small_stream
+from clbench.training.drift import shifted
 from clbench.training.ridge import RidgeRoot, RidgeSums
 from clbench.training.state import detached
 

@@ -7,6 +7,8 @@ s (cos - m [own class]) over the experience's classes (s = 20, m = 0; ImageNet-A
 Covariances stay. Then all classifiers are trained on samples of the Gaussians (means times 0.9 + 0.1 (tau + 1) / (t + 1),
 logits times s) and keep what they learned.
 
+drift            "shift" (default): as above; "linear", "nonlinear": SLDC's maps, which move covariances too; null: old
+                 statistics stay (`training/drift.py`)
 compat_unpaired  as released: f_old and f_new come from two passes over shuffled, augmented images, so that row i of one is
                  another image than row i of the other. By default both are of the same images under the test transform.
 Deviations: the rate follows a cosine over steps; later experiences take half of the epochs (`later`: 20, then 10, released).
@@ -16,7 +18,7 @@ Published (README table, ViT-B/16 augreg_in21k, three orders, B0 Inc20): CIFAR-1
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from clbench.models.heads import CosineHead
 from clbench.models.pet import Factory
 from clbench.models.pet_modules import adapter
 from clbench.streams.images.data import shuffled
+from clbench.training.drift import Drift, checked
 from clbench.training.features import extract
 from clbench.training.fit import Recipe, fit
 from clbench.training.gaussians import ClassGaussians, align, class_rows, shrunken_means
@@ -35,13 +38,6 @@ from clbench.training.losses import margin_logits
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import cosine
 from clbench.training.state import collect, groups_of, restore
-
-
-def shifted(means_KD: Tensor, old_ND: Tensor, new_ND: Tensor, sigma: float) -> Tensor:
-    """Class means [K, D] moved by the drift of samples near them: features before and after [N, D]."""
-    near_KN = torch.exp(-torch.cdist(means_KD.double(), old_ND.double()).square() / (2 * sigma**2)) + 1e-5
-    weight_KN = near_KN / near_KN.sum(dim=1, keepdim=True)
-    return (means_KD.double() + weight_KN @ (new_ND - old_ND).double()).to(means_KD.dtype)
 
 
 class Ssiat:
@@ -67,6 +63,7 @@ class Ssiat:
         scale: float = 20.0,
         margin: float = 0.0,  # ImageNet-A: 0.3
         sigma: float = 4.0,
+        drift: Literal["shift", "linear", "nonlinear"] | None = "shift",
         compat_unpaired: bool = False,  # as released: the drift of unpaired images
         ridge: float = 1e-3,
         align_epochs: int = 5,
@@ -81,7 +78,10 @@ class Ssiat:
         self.model, self.runtime, self.pet = model, runtime, tuned
         self.lr, self.epochs, self.later, self.batch_size = lr, runtime.epochs(epochs), later, batch_size
         self.recipe = Recipe("sgd", momentum, weight_decay=weight_decay, schedule=schedule)
-        self.scale, self.margin, self.sigma, self.compat_unpaired = scale, margin, sigma, compat_unpaired
+        self.scale, self.margin, self.compat_unpaired = scale, margin, compat_unpaired
+        if compat_unpaired and drift != "shift":
+            raise UserError("learner.compat_unpaired=true goes with learner.drift=shift alone: maps are fitted to pairs")
+        self.drift = Drift(checked(drift), runtime, self, sigma)
         self.align = {"epochs": align_epochs, "lr": align_lr, "samples": align_samples}
         self.head = CosineHead(model.num_features, std=0.02).to(runtime.device)
         self.head.sigma.requires_grad_(False)
@@ -92,7 +92,7 @@ class Ssiat:
         """Tune, move the old means, add new statistics, align."""
         first = len(self.experience_of_class)
         epochs = max(1, round(self.later * self.epochs)) if first else self.epochs
-        old = self._features(experience, "old") if first else None
+        old = self._features(experience, "old") if first and self.drift.kind else None
         self.head.grow(len(experience.new_classes), self.runtime.generator("head"))
         newest = slice(first, experience.num_seen)
         self.pet.train()
@@ -107,9 +107,7 @@ class Ssiat:
         log = fit(self.runtime, "train", self, groups, loss, batches, self.recipe)
         self.pet.eval()
         if old is not None:
-            means = shifted(self.gaussians.mean_KD, old, self._features(experience, "new"), self.sigma)
-            log["drift"] = float((means - self.gaussians.mean_KD).norm(dim=1).mean())
-            self.gaussians.mean_KD = means
+            log |= self.drift.follow(self.gaussians, old, self._features(experience, "new"))
         features, y = extract(self.runtime, self.model, experience.train, self.batch_size)
         self.gaussians.add(*(features[rows] for rows in class_rows(y, experience.new_classes).values()))
         self.experience_of_class = [*self.experience_of_class, *[experience.index] * len(experience.new_classes)]

@@ -120,6 +120,13 @@ class ClassGaussians:
         """Everything that stands for a class: means [K, D], or all centroids [sum of their numbers, D]."""
         return self.centre_KCD[self.members_KC > 0] if self.kind == "multi-centroid" else self.mean_KD
 
+    def replace(self, mean_KD: Tensor, cov_KDD: Tensor) -> None:
+        """Other moments of the same classes ("full")."""
+        assert mean_KD.shape == self.mean_KD.shape and cov_KDD.shape == self.cov_KDD.shape
+        if cov_KDD is not self.cov_KDD:
+            self._chol_KDD = None
+        self.mean_KD, self.cov_KDD = mean_KD, cov_KDD
+
     def cholesky(self) -> Tensor:
         """Lower factors [K, D, D] of "full" covariances, each computed once.
 
