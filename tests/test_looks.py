@@ -130,9 +130,8 @@ def test_who_declares_anytime():
 @pytest.mark.parametrize("words", [*sorted(ANYTIME), "finetune pet=adapter", "randumb learner.gamma=0.01"])
 def test_looks_change_no_number_of_training(tmp_path, words):
     stream = ["scenario=til_digits"] if words in DISCLOSED else []
-    words = [*stream, f"learner={words.split()[0]}", *words.split()[1:], "learner.batch_size=4", "feature_store=off"]
-    words = [f"learner={words.split()[0]}", *words.split()[1:], "learner.batch_size=4", "feature_store=off"]
-    words += ["model=mlp"] if words[0].endswith(("laftr", "sfr")) else []
+    model = ["model=mlp"] if words in ("laftr", "sfr") else []
+    words = [*stream, *model, f"learner={words.split()[0]}", *words.split()[1:], "learner.batch_size=4", "feature_store=off"]
     without, looked = run(tmp_path / "without", *words), run(tmp_path / "looked", *words, LOOKS)
     ends = [r for r in looked["rows"] if r["step"] is None]
     assert len(looked["rows"]) == len(ends) + 6 and ends == without["rows"]
