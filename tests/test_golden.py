@@ -72,7 +72,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "agem": ("learner.augment=none",),
     "air": ("learner.projection=100", "learner.ridge=10", "scenario.operators=[{long_tail: {ratio: 0.2}}]"),
     "aper": ("learner.pet.scale=1", "learner.lr=1", "learner.batch_size=16"),
-    "bcwi": ("learner.batch_size=16", "learner.share=0.3"),
+    "bcwi": ("learner.batch_size=16", "learner.share=0.6", "learner.backbone_lr=0.003"),
     "bic": ("learner.batch_size=16",),
     "bn_adapt": ("model=convnet", "learner.lr=0.02", "learner.backbone_lr=0", "learner.batch_size=16"),
     "cbp": (
@@ -180,7 +180,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "tag": ("scenario=til_digits", "learner.lr=2e-5", "learner.batch_size=16"),
     "tent": ("learner.batch_size=16", "learner.adapt_lr=0.03"),
     "tuna": ("learner.pet.scale=1", "learner.lr=0.3", "learner.align_epochs=5"),
-    "vida": ("learner.batch_size=16", "learner.augmentations=2", "learner.adapt_lr=1e-3", "learner.adapter_lr=1e-3"),
+    "vida": ("learner.batch_size=16", "learner.augmentations=2", "learner.adapt_lr=1e-3", "learner.adapter_lr=1e-3", "learner.lr=0.03"),
     "wa": ("learner.batch_size=16",),
 }
 VARIANTS = {  # of learners of images: with what they differ from the default
@@ -189,7 +189,7 @@ VARIANTS = {  # of learners of images: with what they differ from the default
     "ewc-batch": ("learner.fisher=batch", "learner.strength=1e6"),
     "fecam-pilot": ("learner.variant=pilot",),
     "figmn-published": ("learner.variant=published",),
-    "finetune-dora": ("pet=dora", "learner.backbone_lr=0.01"),
+    "finetune-dora": ("pet=dora", "learner.backbone_lr=0.05"),
     "finetune-lora": ("pet=lora", "learner.backbone_lr=0.01"),
     "er_ace-official": ("learner.variant=official",),
     "gem-paper": ("learner.variant=paper",),
