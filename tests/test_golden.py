@@ -180,7 +180,13 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "tag": ("scenario=til_digits", "learner.lr=2e-5", "learner.batch_size=16"),
     "tent": ("learner.batch_size=16", "learner.adapt_lr=0.03"),
     "tuna": ("learner.pet.scale=1", "learner.lr=0.3", "learner.align_epochs=5"),
-    "vida": ("learner.batch_size=16", "learner.augmentations=2", "learner.adapt_lr=1e-3", "learner.adapter_lr=1e-3", "learner.lr=0.03"),
+    "vida": (
+        "learner.batch_size=16",
+        "learner.augmentations=2",
+        "learner.adapt_lr=1e-3",
+        "learner.adapter_lr=1e-3",
+        "learner.lr=0.03",
+    ),
     "wa": ("learner.batch_size=16",),
 }
 VARIANTS = {  # of learners of images: with what they differ from the default
