@@ -145,6 +145,13 @@ def test_the_share_is_chosen_on_what_was_held_out(monkeypatch):
     assert chosen[1:] == [1.0, 1.0], "with a tolerance of 1 everything may be kept"
 
 
+def test_a_sample_alone_cannot_be_held_out():
+    """An experience of one image: the new weights stay, as with share=0."""
+    one = {"operators": [{"shots": {"base": 3, "way": 1, "shot": 1}}]}
+    chosen, none = (taught("bcwi", *RATES, f"learner.share={share}", experiences=2, **one)[2][1] for share in ("null", "0"))
+    assert fingerprint(chosen) == fingerprint(none)
+
+
 # --- focal distillation
 
 

@@ -31,7 +31,7 @@ from clbench.interfaces import Batch, Capabilities, Experience, Schedule, UserEr
 from clbench.learners.finetune import Finetune
 from clbench.models.backbone import Backbone
 from clbench.streams.images.data import shuffled
-from clbench.training.fisher import Weights, fisher_per_batch, kept, moved, trained
+from clbench.training.fisher import Weights, kept, moved, sum_per_batch, trained
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import constant
 from clbench.training.state import collect
@@ -90,9 +90,11 @@ class Bcwi(Finetune):
         """Fine-tune, then go back part of the way."""
         old, share, log = kept(self.whole), self.share, {}
         taught, aside = experience, None
+        if share is None and len(experience.train) < 2:
+            share = 0.0  # one sample cannot be divided: the new weights stay
         if experience.index and share is None:
             rows = torch.randperm(len(experience.train), generator=self.runtime.generator("held out")).numpy()
-            count = min(len(rows) - 1, max(1, round(self.held_out * len(rows))))
+            count = max(1, min(len(rows) - 1, round(self.held_out * len(rows))))
             aside = np.sort(rows[:count])
             taught = replace(experience, train=experience.train.subset(np.sort(rows[count:])))  # type: ignore[attr-defined]
         log = super().learn(taught)
@@ -133,7 +135,6 @@ class Bcwi(Finetune):
     def _information(self, experience: Experience) -> Weights:
         """Diagonal Fisher information of network and head as they are now, of batches, with mean 1."""
         batches = shuffled(experience.train, self.batch_size, 1, self.runtime.key("fisher"))
-        total: Weights = {}
 
         def loss(batch: Batch) -> Tensor:
             assert batch.y is not None
@@ -141,10 +142,7 @@ class Bcwi(Finetune):
 
         self.model.eval()
         with self.runtime.phase("fisher"), self.model.in_fp32():
-            for step in range(batches.steps):
-                self.runtime.check_stop()
-                for name, part in fisher_per_batch(self.whole, loss, batches(step)).items():
-                    total[name] = total[name] + part if name in total else part
+            total = sum_per_batch(self.whole, loss, batches, self.runtime.check_stop)
         mean = torch.cat([value.flatten() for value in total.values()]).double().mean().clamp_min(1e-30)
         return {name: (value.double() / mean).to(value.dtype) for name, value in total.items()}
 

@@ -26,7 +26,7 @@ from clbench.interfaces import Batch, Capabilities, Experience, Schedule, UserEr
 from clbench.learners.slca import Slca
 from clbench.models.backbone import Backbone
 from clbench.streams.images.data import shuffled
-from clbench.training.fisher import Weights, fisher_per_batch, kept, trained
+from clbench.training.fisher import Weights, kept, sum_per_batch, trained
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import multistep
 from clbench.training.state import restore
@@ -100,7 +100,6 @@ class Cofima(Slca):
     def information(self, experience: Experience) -> Weights:
         """Diagonal Fisher information of backbone and heads, as released: of batches, not of samples."""
         batches = shuffled(experience.train, self.batch_size, 1, self.runtime.key("fisher"))
-        total: Weights = {}
 
         def loss(batch: Batch) -> Tensor:
             assert batch.y is not None
@@ -108,10 +107,7 @@ class Cofima(Slca):
 
         self.model.train()
         with self.runtime.phase("fisher"), self.model.in_fp32():
-            for step in range(batches.steps):
-                self.runtime.check_stop()
-                for name, part in fisher_per_batch(self.deployed, loss, batches(step)).items():
-                    total[name] = total[name] + part if name in total else part
+            total = sum_per_batch(self.deployed, loss, batches, self.runtime.check_stop)
         return {name: (value / batches.steps).clamp_max(CAP) for name, value in total.items()}
 
     @torch.no_grad()

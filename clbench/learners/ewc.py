@@ -37,11 +37,11 @@ from clbench.models.heads import scores
 from clbench.streams.images.data import shuffled
 from clbench.training.fisher import (
     Weights,
-    fisher_per_batch,
     fisher_per_sample,
     kept,
     moved,
     quadratic_penalty,
+    sum_per_batch,
     sum_per_sample,
     train_only,
 )
@@ -143,11 +143,7 @@ class Ewc(Regularised):
         def loss(batch: Any) -> Tensor:
             return F.cross_entropy(scores(self.head, self.model.features(batch), experience.task), batch.y)
 
-        total: Weights = {}
-        for i in range(batches.steps):
-            self.runtime.check_stop()
-            part = fisher_per_batch(self.model, loss, batches(i))
-            total = {name: f + total[name] if total else f for name, f in part.items()}
+        total = sum_per_batch(self.model, loss, batches, self.runtime.check_stop)
         return {name: (f / batches.steps).clamp_max(self.clip_fisher) for name, f in total.items()}
 
     def state_dict(self) -> dict[str, Any]:

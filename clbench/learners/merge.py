@@ -38,7 +38,7 @@ from clbench.models.pet import Factory
 from clbench.models.pet_modules import none
 from clbench.streams.images.data import shuffled
 from clbench.training import merging
-from clbench.training.fisher import fisher_per_batch, kept, moved, trained
+from clbench.training.fisher import kept, moved, sum_per_batch, trained
 from clbench.training.fit import Recipe, fit
 from clbench.training.losses import masked_cross_entropy
 from clbench.training.merging import State
@@ -158,14 +158,10 @@ class Merge:
 
     def _fisher(self, experience: Experience, loss: Any) -> State:
         """Squared gradients of batches, summed, divided by their norm over all weights."""
-        tuned, total = self.pet or self.model, dict[str, Tensor]()
         batches = shuffled(experience.train, self.batch_size, 1, self.runtime.key("fisher"))
         self.model.eval()
         with self.runtime.phase("fisher"), self.model.in_fp32():
-            for step in range(batches.steps):
-                self.runtime.check_stop()
-                for name, part in fisher_per_batch(tuned, loss, batches(step)).items():
-                    total[name] = total[name] + part if name in total else part
+            total = sum_per_batch(self.pet or self.model, loss, batches, self.runtime.check_stop)
         norm = torch.cat([value.double().flatten() for value in total.values()]).norm().clamp_min(1e-300)
         return {name: (value.double() / norm).to(value.dtype) for name, value in total.items()}
 

@@ -114,6 +114,16 @@ def sum_per_sample(
     return total
 
 
+def sum_per_batch(model: nn.Module, loss: Callable[[Any], Tensor], batches: Any, check_stop: Callable[[], None]) -> Weights:
+    """Sum over `batches` (steps, and a batch by its step) of the squared gradient of each one's mean loss."""
+    total: Weights = {}
+    for step in range(batches.steps):
+        check_stop()
+        for name, part in fisher_per_batch(model, loss, batches(step)).items():
+            total[name] = total[name] + part if name in total else part
+    return total
+
+
 def fisher_per_batch(model: nn.Module, loss: Callable[[Any], Tensor], batch: Any) -> Weights:
     """The squared gradient of a batch's mean loss, as PyCIL has it: far smaller than the mean of squares."""
     grads = torch.autograd.grad(loss(batch), list(trained(model).values()), allow_unused=True)
