@@ -1,9 +1,11 @@
-"""A fixed classifier whose rows are the vertices of a regular simplex: nothing of it trains, new classes take free vertices.
+"""Vertices of a regular simplex, and a fixed classifier of them: nothing of it trains, new classes take free vertices.
 
 Pernici, Bruni, Baecchi & Del Bimbo, "Regular Polytope Networks", IEEE TNNLS 2022, arXiv 2103.15632.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,17 @@ def vertices(dimension: int) -> Tensor:
     rows = torch.cat([torch.eye(dimension, dtype=torch.float64), torch.full((1, dimension), last, dtype=torch.float64)])
     rows = rows - rows.mean(0)
     return rows / rows.norm(dim=1, keepdim=True)
+
+
+def turned_vertices(number: int, dimension: int, generator: torch.Generator) -> Tensor:
+    """K <= D unit vectors in R^D, any two with the cosine -1 / (K - 1), in a random orientation, in float64 [K, D].
+
+    A simplex equiangular tight frame, sqrt(K / (K - 1)) U (I - 11^T / K) of orthonormal columns U [D, K].
+    """
+    drawn = torch.randn(dimension, number, generator=generator, dtype=torch.float64)
+    u_DK = torch.linalg.qr(drawn).Q
+    centred = u_DK - u_DK.mean(1, keepdim=True)
+    return math.sqrt(number / (number - 1)) * centred.T
 
 
 class SimplexHead(nn.Module):

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from clbench.interfaces import Batch, UserError
 from clbench.models.heads import CosineHead, LinearHead
+from clbench.models.simplex import turned_vertices
 from clbench.streams import rng
 from clbench.training.contrastive import strong_view, supervised_contrastive
 from clbench.training.runtime import Runtime
@@ -26,14 +27,10 @@ TURNS = 4  # quarter turns that are told apart
 
 
 def simplex(num_classes: int, num_features: int, seed: int) -> Tensor:
-    """Simplex equiangular tight frame [K, D]: rows of length 1, any two with cosine -1 / (K - 1)."""
+    """The rows of `num_classes` classes [K, D] by seed: a regular simplex in a random orientation."""
     if not 2 <= num_classes <= num_features:
         raise UserError(f"learner.etf={num_classes} classes must be from 2 to the {num_features} features of the model")
-    generator = torch.Generator().manual_seed(rng.key(seed, "etf") >> 1)
-    drawn = torch.randn(num_features, num_classes, generator=generator, dtype=torch.float64)
-    u_DK = torch.linalg.qr(drawn).Q
-    centred = u_DK - u_DK.mean(1, keepdim=True)  # U (I - 11^T / K)
-    return (math.sqrt(num_classes / (num_classes - 1)) * centred.T).float()
+    return turned_vertices(num_classes, num_features, torch.Generator().manual_seed(rng.key(seed, "etf") >> 1)).float()
 
 
 def pairs(num_classes: int, number: int, generator: torch.Generator) -> Tensor:
