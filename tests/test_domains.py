@@ -160,11 +160,11 @@ def test_later_sessions_in_another_order_give_the_same():
 
 
 def test_the_temperature_is_fixed_and_in_the_loss(monkeypatch):
-    from clbench.training import first_session
+    from clbench.learners import incremental_frozen
 
     seen = []
 
-    def spy(runtime, name, learner, groups, loss, batches, recipe):
+    def spy(runtime, name, learner, groups, loss, batches, recipe, **_):
         batch = batches(0)
         f = F.normalize(learner.model.features(batch), dim=1)
         w = F.normalize(learner.base_head.blocks[0].weight, dim=1)
@@ -173,7 +173,7 @@ def test_the_temperature_is_fixed_and_in_the_loss(monkeypatch):
         assert all(p is not learner.base_head.sigma for p in trained)
         return {}
 
-    monkeypatch.setattr(first_session, "fit", spy)
+    monkeypatch.setattr(incremental_frozen, "fit", spy)
     _, _, learn, _ = frozen(temperature=7.0)
     learn(0)
     ((got, expected, recipe),) = seen

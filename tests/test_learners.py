@@ -252,7 +252,7 @@ def old_beside_new(tmp_path):
     return ("scenario=dil_pacs", f"scenario.dataset={tmp_path / 'mixed.npz'}", "scenario.name=mixed")
 
 
-NEED_DISJOINT = ("cofima", "ease", "inflora", "merge", "seed_ensemble", "slca", "slca_pp", "ssiat", "tuna")
+NEED_DISJOINT = ("cofima", "ease", "inflora", "seed_ensemble", "slca", "slca_pp", "ssiat", "tuna")
 
 
 @pytest.mark.parametrize("name", NEED_DISJOINT)

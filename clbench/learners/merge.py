@@ -18,7 +18,8 @@ theta* = operator(theta_0; theta_1 .. theta_t), see `training/merging.py` for ea
 start  "initial" (default): every experience starts from theta_0, so that task vectors are independent; "merged": from theta*
 With pet=lora, adapter, ... only the module is trained and merged: factors of low-rank terms are then merged one by one, which
 is not the merge of their products. Rows of the classifier belong to the classes of one experience: they are trained by a
-softmax over these (`masking` local) and joined, never averaged. Running statistics of BatchNorm are the newest ones.
+softmax over these (`masking` local) and joined, never averaged; a class that comes again keeps its rows.
+Running statistics of BatchNorm are the newest ones.
 A choice of this file: the operators come from merging models at the end; here they are used after every experience, on all
 task vectors so far. Weights of every experience are kept (slerp and ema keep one network). Published number: none.
 """
@@ -58,7 +59,7 @@ TOP = 0.01  # of the largest entries, which breadcrumbs drop
 class Merge:
     """State: the network (or module) that answers, the classifier, theta_0, the weights of every experience."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(needs_new_classes=True, needs_disjoint_classes=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(needs_new_classes=True)
 
     @classmethod
     def capabilities_of(cls, *, operator: str = "average", **options: Any) -> Capabilities:
