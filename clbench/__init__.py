@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from clbench.models.backbone import Backbone
     from clbench.models.heads import CosineHead, LinearHead, PrototypeHead
     from clbench.models.pet import Pet
+    from clbench.run.saved_learner import SavedLearner, load
     from clbench.streams import datasets, rng
     from clbench.streams.entries import EvalEntry, ExperienceEntry
     from clbench.streams.images.data import ImageBatch, shuffled
@@ -70,6 +71,7 @@ _WHERE = {
     "models.backbone": ("Backbone",),
     "models.heads": ("CosineHead", "LinearHead", "PrototypeHead"),
     "models.pet": ("Pet",),
+    "run.saved_learner": ("SavedLearner", "load"),
     "streams": ("datasets", "rng"),
     "streams.entries": ("EvalEntry", "ExperienceEntry"),
     "streams.images.data": ("ImageBatch", "shuffled"),
@@ -112,6 +114,7 @@ __all__ = [
     "PrototypeHead",
     "Recipe",
     "Runtime",
+    "SavedLearner",
     "Scenario",
     "Schedule",
     "UserError",
@@ -125,6 +128,7 @@ __all__ = [
     "fit",
     "frozen_copy",
     "groups_of",
+    "load",
     "loss_metrics",
     "masked_cross_entropy",
     "metrics",

@@ -7,7 +7,6 @@ import torch
 from conftest import NARROW
 from torch.nn import functional as F
 
-from clbench.cli import verify_command
 from clbench.config.compose import build, compose
 from clbench.config.registry import conf_dir
 from clbench.interfaces import Capabilities, Place, UserError, declared
@@ -17,6 +16,7 @@ from clbench.models.prompt_pool import GrownPool, as_prefixes, attended, cosines
 from clbench.records import record
 from clbench.report import cards
 from clbench.run import provenance
+from clbench.run.restored import restored
 from clbench.streams.eval_sets import open_eval
 from clbench.streams.images.data import ImageBatch, open_experience
 from clbench.testing.contract import Trial, check_learner, small_stream
@@ -282,7 +282,7 @@ def test_the_evaluation_batch_size_is_in_the_identity_where_numbers_depend_on_it
     assert entry["config"].get("eval_batch_size") == (10 if depends else None)
     assert record.run_id(entry["config"], *run_parts(entry)) == jobs[0].run_id
     if depends:
-        assert verify_command.restored(entry | {"machine": {}}, None)["eval_batch_size"] == 10
+        assert restored(entry | {"machine": {}}, None)["eval_batch_size"] == 10
         assert cards.command(entry, ["0"], conf_dir()).split()[-2:] == ["eval_batch_size=10", "seed=0"]
 
 

@@ -56,6 +56,13 @@ EXAMPLES: dict[str, tuple[str, tuple[str, ...]]] = {
             "clbench verify --schema",
         ),
     ),
+    "predict": (
+        "answers of a finished run's learner for new images, as CSV; the run needs save_model=true",
+        (
+            "clbench predict results/records/0123456789abcdef.json photos",
+            "clbench predict results/records/0123456789abcdef.json photos --top 3 --out answers.csv",
+        ),
+    ),
     "bench": (
         "how fast it is here: rates, seconds by phase, share of the floor, ratio to naive code",
         (

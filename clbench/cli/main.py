@@ -21,6 +21,7 @@ from clbench.interfaces import UserError
 from clbench.training import torchrun
 
 MODULES = {  # commands that a module of their own adds arguments to and runs; it is loaded for them alone
+    "predict": "clbench.cli.predict_command",
     "schedule": "clbench.cli.schedule_command",
     "manifest": "clbench.cli.manifest_command",
     "manifest corpus": "clbench.cli.corpus_command",

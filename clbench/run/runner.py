@@ -26,7 +26,7 @@ from clbench.records import record
 from clbench.records.liveness import Heartbeat, this_process
 from clbench.records.rows import rows_of
 from clbench.records.tables import tables
-from clbench.run import image_stream, provenance, saved_model, saved_predictions, token_stream, tracking
+from clbench.run import artifacts, image_stream, provenance, saved_model, token_stream, tracking
 from clbench.run.loop import KEPT_FLAGS, Loop, StreamKind
 from clbench.run.terminal import bar_of, logging_to, signals
 from clbench.streams.scenario import Scenario
@@ -238,8 +238,7 @@ def _lead(job: Job, command: list[str] | None, progress: bool, tuning: dict[str,
         try:
             with job.group.watching():
                 finished = _run(job, journal, entry, progress)
-            saved = f"\nnetwork {saved_model.save(job)}" if options.save_model else ""
-            saved += f"\npredictions {saved_predictions.place(job)}" * options.save_predictions
+            saved = artifacts.save(job)
             path = record.write(finished, job.results / "records")
         except (Interrupted, distributed.Lost) as error:
             text = f"{str(error) or 'stopped'}; the same command goes on where {job.run_id} was"
@@ -280,10 +279,7 @@ def _done(job: Job, old: dict[str, Any] | None) -> Outcome | None:
         return None
     job.group.broadcast_object("skipped")
     text = f"{job.run_id} is done already (force=true repeats it)\n\n{_closing_text(old, job.record_path)}"
-    for option, what, place in (("save_model", "network", saved_model), ("save_predictions", "predictions", saved_predictions)):
-        if getattr(job.options, option):
-            there, missing = place.place(job), f"no {what} saved: force=true {option}=true repeats the run"
-            text += f"\n{what} {there}" if there.exists() else f"\n{missing}"
+    text += artifacts.look(job)
     return Outcome(job.run_id, "skipped", text, job.record_path)
 
 

@@ -42,19 +42,8 @@ def place(job: Job) -> Path:
 def save(job: Job) -> Path:
     """Write the network of a finished run, whole or not at all -> where. `UserError` where the disk is full."""
     path, state = place(job), _state(job.model)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        if isinstance(job.model, Decoder):
-            part.mkdir(parents=True, exist_ok=True)
-            (part / "config.json").write_text(json.dumps(checkpoint.config_of(vars(job.model.shape)), indent=1) + "\n")
-            _write(state, part / checkpoint.SINGLE)
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            part.parent.mkdir(parents=True, exist_ok=True)
-            _write(state, part)
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"save_model: cannot write {path}: {error.strerror or error}") from None
+    config = checkpoint.config_of(vars(job.model.shape)) if isinstance(job.model, Decoder) else None
+    write_whole(state, path, config=config)
     if state_sha256(state) == job.model.identity["state_sha256"]:
         learner = type(job.learner).__name__
         log.info("save_model: %s trained nothing of the network itself; the file holds it as it began", learner)
@@ -68,11 +57,33 @@ def _state(model: Any) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous().clone() for name, value in net.state_dict().items()}
 
 
-def _write(state: dict[str, Tensor], path: Path) -> None:
+def write_whole(
+    state: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None, config: dict[str, Any] | None = None
+) -> None:
+    """Write tensors to a safetensors file, or with a `config` into a folder beside it, whole or not at all.
+
+    `UserError` where it cannot be written.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        if config is not None:
+            part.mkdir(parents=True, exist_ok=True)
+            (part / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+            _write(state, part / checkpoint.SINGLE, metadata)
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            _write(state, part, metadata)
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"save_model: cannot write {path}: {error.strerror or error}") from None
+
+
+def _write(state: dict[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
-        save_file(state, str(path))
+        save_file(state, str(path), metadata)
     except SafetensorError as error:
         raise OSError(str(error)) from None
