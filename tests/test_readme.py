@@ -1,4 +1,4 @@
-"""Every command that the README shows is run: in one folder, in order, beside the files that it shows, as it stands there."""
+"""Every command of the README and the guide is run as it stands there: a page's in one folder, in order, beside its files."""
 
 import os
 import pathlib
@@ -10,12 +10,18 @@ import sys
 import pytest
 from conftest import DATA, ROOT
 
-TEXT = (ROOT / "README.md").read_text()
-BLOCKS = [
-    (m[1].strip().splitlines(), (m[2] or "").split())
-    for m in re.finditer(r"```bash\n(.*?)```\n(?:<!-- (.*?) -->)?", TEXT, re.S)
-]
-FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```\n", TEXT, re.S))
+from clbench.guide import topics
+
+PAGES = {"README": ROOT / "README.md", **topics.topics()}
+TEXTS = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
+BLOCKS = {
+    name: [
+        (m[1].strip().splitlines(), (m[2] or "").split())
+        for m in re.finditer(r"```bash\n(.*?)```\n(?:<!-- (.*?) -->)?", text, re.S)
+    ]
+    for name, text in TEXTS.items()
+}
+SHOWN = [name for name, blocks in BLOCKS.items() if any(not needs for _, needs in blocks)]
 
 
 def shell(line, folder, env):
@@ -29,38 +35,46 @@ def environment():
 
 
 def test_readme_opens_with_the_two_commands():
-    assert BLOCKS[0][1] == BLOCKS[1][1] == ["install"]
+    blocks, text = BLOCKS["README"], TEXTS["README"]
+    assert blocks[0][1] == blocks[1][1] == ["install"]
     assert (
-        TEXT.index("```bash") < 300
-        and BLOCKS[0][0][0].endswith("clbench run results_dir=out")
-        and BLOCKS[1][0][0].endswith("pytest")
+        text.index("```bash") < 300
+        and blocks[0][0][0].endswith("clbench run results_dir=out")
+        and blocks[1][0][0].endswith("pytest")
     )
 
 
-def test_commands_run(clbench):
+@pytest.mark.parametrize("page", SHOWN)
+def test_commands_run(clbench, page):
     """Plain commands are forked from a process that has the imports done; lines with shell syntax go to a shell."""
     folder = clbench.folder
     example(folder)
-    for name, text in FILES.items():
+    for name, text in re.findall(r"```python\n# (\w+\.py)\n(.*?)```\n", TEXTS[page], re.S):
         (folder / name).write_text(text)
-    ran = 0
-    for lines, needs in BLOCKS:
-        if needs:
-            continue
-        for line in lines:
+    for lines, needs in BLOCKS[page]:
+        for line in () if needs else lines:
             if line.startswith("clbench ") and not re.search(r"&&|[|;>$#]", line):
                 done = clbench(*shlex.split(line)[1:], code=None, timeout=900)
             else:
                 done = shell(line, folder, environment())
             assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-            ran += 1
-    assert ran >= 14
+
+
+def test_pages_with_commands_are_those_of_the_guide():
+    """A page without a command is one of these: text that says what to think of, and what a program made."""
+    assert set(PAGES) - set(SHOWN) == {"contributing", "coverage", "pitfalls"}
+    linked = set(re.findall(r"\(clbench/guide/(\w+)\.md\)", TEXTS["README"]))
+    assert linked == set(topics.topics()), "README's table of the guide"
+    known = "|".join(topics.topics())
+    for name, text in TEXTS.items():
+        for topic in re.findall(r"`clbench help ([a-z_]+)`", text):
+            assert re.fullmatch(known, topic), f"{name} speaks of the topic {topic}"
 
 
 @pytest.mark.data("cifar100.npz", "pacs.npz", "vit_tiny_patch16_224.safetensors")
 def test_commands_on_real_data_run(tmp_path):
     ran = 0
-    for lines, needs in BLOCKS:
+    for lines, needs in [one for blocks in BLOCKS.values() for one in blocks]:
         for line in lines if needs[:1] == ["data"] else ():
             done = shell(line, tmp_path, {**environment(), "CLBENCH_DATA": DATA})
             assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
@@ -74,7 +88,9 @@ def test_install_command_runs(tmp_path):
         pytest.skip("needs the network and minutes: set CLBENCH_TEST_INSTALL=1")
     subprocess.run(["git", "clone", "-q", str(ROOT), str(tmp_path / "clone")], check=True)
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CLBENCH_DATA")}
-    done = subprocess.run(["bash", "-c", BLOCKS[0][0][0]], cwd=tmp_path / "clone", env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", BLOCKS["README"][0][0][0]], cwd=tmp_path / "clone", env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "last_macro" in done.stdout
 

@@ -48,7 +48,7 @@ def overview() -> str:
     for name, (what, examples) in EXAMPLES.items():
         lines += [f"  {name:<8} {what}", f"  {'':<9}  {examples[0]}"]
     lines += ["", "pages of the guide (clbench help TOPIC):"]
-    lines += [f"  {topic:<8} {topics.title(path)}" for topic, path in topics.topics().items()]
+    lines += [f"  {topic:<18} {topics.title(path)}" for topic, path in topics.topics().items()]
     return "\n".join(
         [*lines, "", "start here:  clbench run        (digits, 5 experiences, under a minute, nothing to download)"]
     )
