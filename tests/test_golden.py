@@ -176,6 +176,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "simplex": ("learner.batch_size=16", "learner.backbone_lr=0.005"),
     "slca": ("learner.batch_size=16",),
     "slca_pp": ("learner.lr=0.02", "learner.slow=0.3", "learner.batch_size=16"),
+    "sldc": ("learner.lr=3e-3", "learner.head_lr=0.03", "learner.align_samples=128"),
     "ssiat": ("learner.batch_size=16",),
     "tag": ("scenario=til_digits", "learner.lr=2e-5", "learner.batch_size=16"),
     "tent": ("learner.batch_size=16", "learner.adapt_lr=0.03"),
