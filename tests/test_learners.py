@@ -40,6 +40,8 @@ VARIANTS = {
     "cofima": ["learner.fisher=false", "learner.official_new_head=true"],
     "tuna": ["learner.variant=paper learner.start=previous learner.covariance=diagonal"],
     "ssiat": ["learner.compat_unpaired=true", "learner.drift=linear"],
+    "rsiat": ["learner.variant=official"],
+    "macil": ["learner.variant=official learner.patches=0"],
     "sldc": ["learner.variant=official learner.drift=shift"],
     "si": ["learner.variant=paper"],
     "mas": ["learner.variant=official"],
@@ -254,7 +256,7 @@ def old_beside_new(tmp_path):
     return ("scenario=dil_pacs", f"scenario.dataset={tmp_path / 'mixed.npz'}", "scenario.name=mixed")
 
 
-NEED_DISJOINT = ("cofima", "ease", "inflora", "seed_ensemble", "slca", "slca_pp", "sldc", "ssiat", "tuna")
+NEED_DISJOINT = ("cofima", "ease", "inflora", "macil", "rsiat", "seed_ensemble", "slca", "slca_pp", "sldc", "ssiat", "tuna")
 
 
 @pytest.mark.parametrize("name", NEED_DISJOINT)
