@@ -225,6 +225,7 @@ UNMEASURED = {  # no record of theirs is committed: no card
     *("acil", "adanpc", "cofima", "dsal", "eata", "fetril", "figmn", "inflora", "klda"),
     *("lame", "randumb", "sar", "sd_lora", "tuna"),
     *("bcwi", "focal_kd", "merge", "simplex"),
+    *("macil", "rsiat", "sldc"),
     *("losse_ftl",),
     *("naive_bayes",),
     *("online_ensemble",),

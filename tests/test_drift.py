@@ -217,14 +217,14 @@ def test_moved_statistics_are_nearer_to_those_refitted_from_old_images(runtime, 
         assert before.cov_KDD is old_cov
 
 
-# --- as options of SLCA and SSIAT
+# --- as options of SLCA, SSIAT and SLDC
 
 
 def features_of(t, learner, runtime, pipeline, index):
     return extract(runtime, learner.model, open_experience(t.scenario, index, pipeline).train, 16)[0]
 
 
-@pytest.mark.parametrize("words", ["slca learner.slow=1", "ssiat learner.pet.scale=1"])
+@pytest.mark.parametrize("words", ["slca learner.slow=1", "ssiat learner.pet.scale=1", "sldc learner.align_samples=20"])
 @pytest.mark.parametrize("kind", ["null", "shift", "linear"])
 def test_learners_move_their_old_classes(words, kind):
     options = (*f"learner={words}".split(), "learner.lr=0.05", "learner.batch_size=4", f"learner.drift={kind}")

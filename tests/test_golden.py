@@ -134,6 +134,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "lucir": ("learner.eta=10", "learner.batch_size=16"),
     "lwf": ("learner.batch_size=16",),
     "mir": ("learner.candidates=20",),
+    "macil": ("learner.batch_size=8", "learner.pairs=10", "learner.patches=4"),
     "mas": ("learner.strength=100", "learner.lr=2e-3", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
     "merge": ("learner.batch_size=16", "learner.backbone_lr=0.01", "learner.operator=ties"),
     "memo": ("learner.lr=0.01", "learner.batch_size=16"),
@@ -153,6 +154,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "ranpac": ("learner.pet.scale=1", "learner.lr=1", "learner.batch_size=16", "learner.projection=1000"),
     "rehearsal_free": ("learner.lr=5e-4", "learner.backbone_lr=5e-4", "learner.batch_size=16"),
     "replay": ("learner.batch_size=16",),
+    "rsiat": ("learner.batch_size=8", "learner.rs_warmup=2"),
     "rwalk": (
         "learner.strength=1e4",
         "learner.lr=2e-3",
@@ -176,6 +178,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "simplex": ("learner.batch_size=16", "learner.backbone_lr=0.005"),
     "slca": ("learner.batch_size=16",),
     "slca_pp": ("learner.lr=0.02", "learner.slow=0.3", "learner.batch_size=16"),
+    "sldc": ("learner.lr=3e-3", "learner.head_lr=0.03", "learner.align_samples=128"),
     "ssiat": ("learner.batch_size=16",),
     "tag": ("scenario=til_digits", "learner.lr=2e-5", "learner.batch_size=16"),
     "tent": ("learner.batch_size=16", "learner.adapt_lr=0.03"),

@@ -40,6 +40,9 @@ VARIANTS = {
     "cofima": ["learner.fisher=false", "learner.official_new_head=true"],
     "tuna": ["learner.variant=paper learner.start=previous learner.covariance=diagonal"],
     "ssiat": ["learner.compat_unpaired=true", "learner.drift=linear"],
+    "rsiat": ["learner.variant=official"],
+    "macil": ["learner.variant=official learner.patches=0"],
+    "sldc": ["learner.variant=official learner.drift=shift"],
     "si": ["learner.variant=paper"],
     "mas": ["learner.variant=official"],
     "rwalk": ["learner.variant=official"],
@@ -91,6 +94,7 @@ def test_contract(name, option):
     (config,) = compose([f"learner={name}", *(NORMS if name == "bn_adapt" else MODELS.get(name, NARROW)), *option.split()])
     names = ("align_epochs", "augmentations", "head_epochs", "interval", "passes")
     fewer = dict.fromkeys(names, 2)  # the same phases in fewer steps
+    fewer["align_samples"] = 32
     config["learner"] |= {key: value for key, value in fewer.items() if key in config["learner"]}
     assert [f"{check}: {message}" for check, ok, message in check_learner(config) if not ok] == []
 
@@ -252,7 +256,7 @@ def old_beside_new(tmp_path):
     return ("scenario=dil_pacs", f"scenario.dataset={tmp_path / 'mixed.npz'}", "scenario.name=mixed")
 
 
-NEED_DISJOINT = ("cofima", "ease", "inflora", "seed_ensemble", "slca", "slca_pp", "ssiat", "tuna")
+NEED_DISJOINT = ("cofima", "ease", "inflora", "macil", "rsiat", "seed_ensemble", "slca", "slca_pp", "sldc", "ssiat", "tuna")
 
 
 @pytest.mark.parametrize("name", NEED_DISJOINT)

@@ -16,6 +16,8 @@ from clbench.models import low_rank
 from clbench.models.backbone import Backbone
 from clbench.models.low_rank import LowRank, right_singular_vectors
 from clbench.testing.contract import Trial, check_learner, small_stream
+from clbench.training import losses
+from clbench.training.fit import FlooredRecipe
 from clbench.training.state import detached
 
 BARE = ["learner.restore_heads=false", "learner.fresh_norm=false", "learner.logit_norm=null", "learner.head_scale=0"]
@@ -125,16 +127,16 @@ def test_refuses_networks_that_are_no_vit():
 def test_symmetric_cross_entropy_by_hand():
     z, y = torch.tensor([[0.0, math.log(3.0)]]), torch.tensor([0])  # softmax 1/4, 3/4
     reverse = -(0.25 * math.log(1.0) + 0.75 * math.log(1e-4))
-    value = slca_pp.symmetric_cross_entropy(z, y, 0.5, 0.3)
+    value = losses.symmetric_cross_entropy(z, y, 0.5, 0.3)
     assert value.item() == pytest.approx(0.5 * math.log(4.0) + 0.3 * reverse, rel=1e-5)
     z = torch.tensor([[200.0, 0.0]])  # the second probability is clamped to 1e-7
-    assert slca_pp.symmetric_cross_entropy(z, y, 0.0, 1.0).item() == pytest.approx(-1e-7 * math.log(1e-4), rel=1e-4)
+    assert losses.symmetric_cross_entropy(z, y, 0.0, 1.0).item() == pytest.approx(-1e-7 * math.log(1e-4), rel=1e-4)
 
 
 def test_all_groups_fall_to_the_floor_as_torchs_cosine_does():
     epochs, rates = 4, [0.01, 0.005, 0.001]
     parts = [nn.Linear(2, 2) for _ in range(6)]
-    optimizer = slca_pp.FlooredRecipe(floor=1e-4).build(
+    optimizer = FlooredRecipe(floor=1e-4).build(
         [{"params": list(p.parameters()), "lr": r} for p, r in zip(parts[:3], rates, strict=True)]
     )
     reference = torch.optim.SGD([{"params": list(p.parameters()), "lr": r} for p, r in zip(parts[3:], rates, strict=True)])

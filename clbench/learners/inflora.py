@@ -37,7 +37,7 @@ from clbench.models.backbone import Backbone
 from clbench.models.heads import LinearHead
 from clbench.models.pet import Factory, Pet
 from clbench.models.pet_modules import lora
-from clbench.models.pet_sites import blocks_of, linear_of
+from clbench.models.pet_sites import blocks_of, linear_of, rows_of
 from clbench.streams.images.data import shuffled
 from clbench.training.cholesky import check_finite
 from clbench.training.fit import Recipe, fit
@@ -93,12 +93,6 @@ def checked(pet: Pet | None) -> Pet:
     if pet is None or not names or not names <= wanted:
         raise UserError("inflora designs low-rank terms of q, k and v without a scale to learn: choose pet=lora")
     return pet
-
-
-def rows_of(block: nn.Module, target: str) -> Tensor:
-    """The weights [O, D] that a term is added to: they share the layer's memory."""
-    layer, part = linear_of(block, target)
-    return layer.weight.detach() if part is None else layer.weight.detach().unflatten(0, (3, -1))[part]
 
 
 class InfLora:

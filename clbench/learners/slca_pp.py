@@ -21,13 +21,10 @@ epochs, weight decay 0, as on Cars).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from clbench.interfaces import Batch, Capabilities, Experience
 from clbench.models.backbone import Backbone
@@ -35,38 +32,12 @@ from clbench.models.heads import LinearHead
 from clbench.models.low_rank import LowRank
 from clbench.streams.images.data import shuffled
 from clbench.training.features import extract
-from clbench.training.fit import Recipe, fit
+from clbench.training.fit import FlooredRecipe, fit
 from clbench.training.gaussians import ClassGaussians, align, class_rows
+from clbench.training.losses import symmetric_cross_entropy
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import stepwise_cosine
 from clbench.training.state import collect, groups_of, restore
-
-
-def symmetric_cross_entropy(z: Tensor, y: Tensor, a: float, b: float) -> Tensor:
-    """Mean of a CE + b RCE over the batch: logits z [B, K], targets y [B] -> scalar."""
-    p = z.softmax(1).clamp_min(1e-7)
-    target = F.one_hot(y, z.shape[1]).to(p).clamp_min(1e-4)
-    return a * F.cross_entropy(z, y) - b * (p * target.log()).sum(1).mean()
-
-
-@dataclass(frozen=True)
-class FlooredRecipe(Recipe):
-    """SGD whose groups all end at the rate `floor`: where the schedule is at m, a group of rate r has floor + (r - floor) m."""
-
-    floor: float = 0.0
-
-    def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The torch optimiser; just before each step it adds the floor to the rates that `fit` has set."""
-        optimizer = super().build(groups)
-        base = [float(group["lr"]) for group in groups]
-
-        def raise_rates(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            for group, rate in zip(optimizer.param_groups, base, strict=True):
-                if rate > 0:
-                    group["lr"] = self.floor + (rate - self.floor) * group["lr"] / rate
-
-        optimizer.register_step_pre_hook(raise_rates)
-        return optimizer
 
 
 class SlcaPP:

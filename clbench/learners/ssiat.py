@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,7 +30,7 @@ from clbench.models.pet import Factory
 from clbench.models.pet_modules import adapter
 from clbench.streams.images.data import shuffled
 from clbench.training.drift import Drift, checked
-from clbench.training.features import extract
+from clbench.training.features import augmented, extract
 from clbench.training.fit import Recipe, fit
 from clbench.training.gaussians import ClassGaussians, align, class_rows, shrunken_means
 from clbench.training.losses import margin_logits
@@ -124,10 +123,7 @@ class Ssiat:
         """Features of the experience's images [N, D] with the adapter as it is: paired rows, or as released."""
         if not self.compat_unpaired:
             return extract(self.runtime, self.model, experience.train, self.batch_size)[0]
-        batches = shuffled(experience.train, self.batch_size, 1, self.runtime.key("drift", when))
-        self.model.eval()
-        with self.runtime.phase("extract"), torch.no_grad():
-            return torch.cat([self.model.features(batches(i)) for i in range(batches.steps)])
+        return augmented(self.runtime, self.model, experience.train, self.batch_size, when)[0]
 
     def predict(self, batch: Batch) -> Tensor:
         """Cosines [B, num_seen]."""

@@ -80,6 +80,12 @@ def linear_of(block: Any, target: str, kind: str = "lora") -> tuple[nn.Linear, i
     return layer, PARTS.get(target)
 
 
+def rows_of(block: nn.Module, target: str) -> Tensor:
+    """The weights [O, D] that a term is added to: they share the layer's memory."""
+    layer, part = linear_of(block, target)
+    return layer.weight.detach() if part is None else layer.weight.detach().unflatten(0, (3, -1))[part]
+
+
 def affine(x: Tensor, weight: tuple[Tensor, bool], bias: tuple[Tensor, bool] | None = None) -> Tensor:
     """Product of x [B, ..., I] and weight [O, I] (or [B, O, I], a matrix a sample), plus bias -> [B, ..., O]."""
     (w, mixed), b = weight, None if bias is None else bias[0]

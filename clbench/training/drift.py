@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import skip_init
 
 from clbench.interfaces import UserError
 from clbench.training.cholesky import repaired
@@ -66,8 +67,8 @@ class Transition(nn.Module):
     def __init__(self, width: int, generator: torch.Generator):
         super().__init__()
         self.mix = nn.Parameter(torch.tensor([1.0, 0.0, 0.0]))
-        self.linear = nn.Linear(width, width, bias=False)
-        self.network = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+        self.linear: Any = skip_init(nn.Linear, width, width, bias=False)
+        self.network = nn.Sequential(skip_init(nn.Linear, width, width), nn.ReLU(), skip_init(nn.Linear, width, width))
         with torch.no_grad():
             self.linear.weight.copy_(torch.eye(width))
             for p in self.network.parameters():

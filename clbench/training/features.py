@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clbench.interfaces import Place
 from clbench.streams import rng
+from clbench.streams.images.data import shuffled
 from clbench.training import looks
 from clbench.training.runtime import Runtime
 
@@ -22,6 +23,20 @@ def extract(runtime: Runtime, model: Any, data: Any, batch_size: int = 128) -> t
     with runtime.phase("extract"), torch.no_grad():
         for batch in data.test_batches(batch_size):
             runtime.check_stop()
+            features.append(model.features(batch))
+            labels.append(batch.y)
+    return torch.cat(features), torch.cat(labels).to(features[0].device)
+
+
+def augmented(runtime: Runtime, model: Any, data: Any, batch_size: int, name: str) -> tuple[Tensor, Tensor]:
+    """As `extract`, of one shuffled pass as the images are augmented: one `name` in one experience, one order and one view."""
+    batches = shuffled(data, batch_size, 1, runtime.key("drift", name))
+    model.eval()
+    features, labels = [], []
+    with runtime.phase("extract"), torch.no_grad():
+        for step in range(batches.steps):
+            runtime.check_stop()
+            batch = batches(step)
             features.append(model.features(batch))
             labels.append(batch.y)
     return torch.cat(features), torch.cat(labels).to(features[0].device)

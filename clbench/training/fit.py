@@ -55,6 +55,26 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class FlooredRecipe(Recipe):
+    """All groups end at the rate `floor`: where the schedule is at m, a group of rate r has floor + (r - floor) m."""
+
+    floor: float = 0.0
+
+    def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The torch optimiser; just before each step it adds the floor to the rates that `fit` has set."""
+        optimizer = super().build(groups)
+        base = [float(group["lr"]) for group in groups]
+
+        def raise_rates(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            for group, rate in zip(optimizer.param_groups, base, strict=True):
+                if rate > 0:
+                    group["lr"] = self.floor + (rate - self.floor) * group["lr"] / rate
+
+        optimizer.register_step_pre_hook(raise_rates)
+        return optimizer
+
+
+@dataclass(frozen=True)
 class Part:
     """What a `fit` is told that does some steps of a longer training, whose optimiser and snapshots are the caller's.
 

@@ -47,3 +47,10 @@ def normalised_cross_entropy(z: Tensor, y: Tensor, blocks: Sequence[int], temper
     norms = [part.unflatten(1, (count, width)).norm(dim=2) for part, (width, count) in zip(parts, alike, strict=True)]
     mean = (torch.cat(norms, dim=1) + 1e-7).mean(dim=1, keepdim=True)
     return F.cross_entropy(z / mean / temperature, y)
+
+
+def symmetric_cross_entropy(z: Tensor, y: Tensor, a: float, b: float) -> Tensor:
+    """Mean of a CE + b RCE, RCE = -sum_c p_c log(onehot_c): p is at least 1e-7, onehot at least 1e-4."""
+    p = z.softmax(1).clamp_min(1e-7)
+    target = F.one_hot(y, z.shape[1]).to(p).clamp_min(1e-4)
+    return a * F.cross_entropy(z, y) - b * (p * target.log()).sum(1).mean()
