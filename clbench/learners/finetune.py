@@ -75,7 +75,7 @@ class Finetune:
         head: Literal["single", "per_task"] = "single",  # per_task: for streams that disclose their tasks
         trainable: Trainable = "all",  # all | half | lisa: a random part of the blocks, see `training/chosen_layers.py`
         refresh: RefreshOptions = None,  # {variant: official | paper, ...}, see `training/refresh.py`
-        optimizer: Optimizer = "sgd",  # sgd, adam, adamw, lion, lamb, adafactor: see `training/optimizers.py`
+        optimizer: Optimizer = "sgd",  # see `training/optimizers.py`; prodigy and dadapt_adam want lr=1 backbone_lr=1
     ):
         self.model, self.runtime, self.masking = model, runtime, masking
         self.pet = pet(model, runtime)
@@ -86,7 +86,7 @@ class Finetune:
         self.stepping = Steps(runtime, refresh=refresh, trainable=whole(trainable))
         self.epochs, self.batch_size = runtime.epochs(epochs), batch_size
         self.lr, self.backbone_lr = lr, backbone_lr
-        check_optimizer(optimizer)
+        check_optimizer(optimizer, lr=lr, backbone_lr=backbone_lr)
         self.recipe = Recipe(
             optimizer, momentum, weight_decay=weight_decay, schedule=schedule, clip=clip, accumulate=accumulate
         )
