@@ -33,7 +33,7 @@ from clbench.training.optimizers import check as check_optimizer
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import constant
 from clbench.training.state import collect, groups_of, restore
-from clbench.training.steps import RefreshOptions, Steps, Trainable, reads_again, whole
+from clbench.training.steps import RefreshOptions, Steps, Trainable, guided, is_guided, reads_again, whole
 
 
 class Finetune:
@@ -47,10 +47,17 @@ class Finetune:
 
     @classmethod
     def capabilities_of(
-        cls, *, head: str = "single", masking: str = "seen", trainable: Any = "all", refresh: Any = None, **options: Any
+        cls,
+        *,
+        head: str = "single",
+        masking: str = "seen",
+        trainable: Any = "all",
+        refresh: Any = None,
+        pet: Any = None,
+        **options: Any,
     ) -> Capabilities:
         """A head for every task needs the task; what is done for each experience must be told where one ends."""
-        can, again = cls.capabilities, reads_again(refresh)
+        can, again = cls.capabilities, reads_again(refresh) or is_guided(pet)
         told = can.needs_boundaries or masking == "local" or trainable != "all" or again
         random = can.needs_random_access or again
         return replace(can, needs_task_id=head == "per_task", needs_boundaries=told, needs_random_access=random)
@@ -105,6 +112,7 @@ class Finetune:
         batches = shuffled(experience.train, self.batch_size, self.epochs, self.runtime.key("train"))
         modules = {"model": self.model, "head": self.head} | ({"pet": self.pet} if self.pet else {})
         with self.stepping.around(self.model, modules, loss, new=loss) as (total, hooks):
+            total, hooks = guided(self.pet, experience.train, total, hooks)
             groups = groups_of((self.pet or self.model, self.backbone_lr), (self.head, self.lr))
             log = fit(self.runtime, "train", self, groups, total, batches, self.recipe, **hooks)
         self.stepping.end(modules, experience, loss)
