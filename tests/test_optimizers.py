@@ -7,13 +7,15 @@ from typing import get_args
 import pytest
 import torch
 
+from clbench.config.compose import build, compose
 from clbench.interfaces import UserError
-from clbench.training import optimizers
-from clbench.training.fit import Recipe
+from clbench.training import looks, optimizers
+from clbench.training.fit import Recipe, fit
+from clbench.training.runtime import Runtime
 
 HAS_PRODIGY = pytest.mark.skipif(find_spec("prodigyopt") is None, reason="needs the extra 'optimizers'")
 NAMES = [pytest.param(n, marks=HAS_PRODIGY) if n == "prodigy" else n for n in get_args(optimizers.Optimizer)]
-FINDS_RATE = NAMES[-2:]
+FINDS_RATE = [pytest.param("prodigy", marks=HAS_PRODIGY), "dadapt_adam"]
 
 
 def stepped(name, grads, lr=0.1, start=(1.0, -2.0), decay=0.0):
@@ -180,3 +182,61 @@ def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "prodigyopt", None)
     with pytest.raises(UserError, match=r"learner.optimizer=prodigy needs prodigyopt .*pip install 'clbench\[optimizers\]'"):
         optimizers.check("prodigy")
+
+
+@pytest.mark.parametrize(("name", "beta"), [("schedule_free_sgd", 0.9), ("schedule_free_adamw", 0.9)])
+def test_schedule_free_against_its_equations(name, beta):
+    """On a quadratic, with rates that change; number by number."""
+    curve, goal, rates, decay = (1.0, 4.0), (0.5, -2.0), (0.1, 0.3, 0.3, 0.2), 0.01
+    x, z, v, total = [1.0, 1.0], [1.0, 1.0], [0.0, 0.0], 0.0
+    p = torch.nn.Parameter(torch.tensor(x, dtype=torch.float64))
+    made = Recipe(name, weight_decay=decay).build([{"params": [p], "lr": 0.1}])
+    for t, lr in enumerate(rates, 1):
+        total += lr**2
+        for i in range(2):
+            y = (1 - beta) * z[i] + beta * x[i]
+            g = curve[i] * (y - goal[i])
+            v[i] = 0.999 * v[i] + 0.001 * g * g
+            move = g if name.endswith("sgd") else g / ((v[i] / (1 - 0.999**t)) ** 0.5 + 1e-8)
+            z[i] -= lr * (move + decay * y)
+            x[i] += lr**2 / total * (z[i] - x[i])
+        made.param_groups[0]["lr"] = lr
+        p.grad = torch.tensor(curve, dtype=torch.float64) * (p.detach() - torch.tensor(goal, dtype=torch.float64))
+        made.step()
+        assert p.tolist() == pytest.approx([(1 - beta) * z[i] + beta * x[i] for i in range(2)], rel=1e-12)
+    training = p.detach().clone()
+    made.evaluate()
+    assert p.tolist() == pytest.approx(x, rel=1e-12)
+    made.train()
+    assert torch.equal(p.detach(), training)
+
+
+def test_fit_shows_and_leaves_the_average():
+    """A constant gradient of 1, rate 0.1, beta 0.9: z is -0.1 t, and with equal rates the average is the mean of all z."""
+    w, seen = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)), []
+
+    class Watch(looks.Observer):
+        def at_step(self, name, place, lr, visits):
+            seen.append(w.item())
+            return 0.0
+
+    class Batches:
+        steps = 4
+
+        def __call__(self, step):
+            return None
+
+    class Line:
+        def state_dict(self):
+            return {}
+
+    groups = [{"params": [w], "lr": 0.1}]
+    with looks.observed_by(Watch()):
+        fit(Runtime(0, torch.device("cpu")), "train", Line(), groups, lambda _: w.sum(), Batches(), Recipe("schedule_free_sgd"))
+    assert seen == pytest.approx([0.0, -0.1, -0.15, -0.2, -0.25]) and w.item() == pytest.approx(-0.25)
+
+
+def test_weights_that_are_set_beside_an_average():
+    (job,) = compose(["learner=finetune", "learner.optimizer=schedule_free_sgd", "pet=adalora", "model=nano"])
+    with pytest.raises(UserError, match=r"learner\.optimizer=schedule_free_sgd averages weights, which .* pet=adalora set"):
+        build(job["learner"], model=build(job["model"]), runtime=Runtime(0, torch.device("cpu")))

@@ -28,7 +28,7 @@ from clbench.models.pet_modules import none
 from clbench.streams.images.data import shuffled
 from clbench.training.fit import Recipe, fit
 from clbench.training.losses import masked_cross_entropy
-from clbench.training.optimizers import Optimizer
+from clbench.training.optimizers import AVERAGES, Optimizer
 from clbench.training.optimizers import check as check_optimizer
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import constant
@@ -94,6 +94,8 @@ class Finetune:
         self.epochs, self.batch_size = runtime.epochs(epochs), batch_size
         self.lr, self.backbone_lr = lr, backbone_lr
         check_optimizer(optimizer, lr=lr, backbone_lr=backbone_lr)
+        if optimizer in AVERAGES and (refresh is not None or (self.pet and self.pet.kind == "adalora")):
+            raise UserError(f"learner.optimizer={optimizer} averages weights, which learner.refresh and pet=adalora set")
         self.recipe = Recipe(
             optimizer, momentum, weight_decay=weight_decay, schedule=schedule, clip=clip, accumulate=accumulate
         )

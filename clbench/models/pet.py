@@ -107,11 +107,6 @@ class Pet(nn.Module):
                 value.copy_(fresh)
 
     @property
-    def model(self) -> Backbone:
-        """The network that it hangs on."""
-        return self._model[0]
-
-    @property
     def active(self) -> bool:
         """Whether a pass now differs from the bare network's."""
         return self._now is not None and not self._merged

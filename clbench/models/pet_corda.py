@@ -63,7 +63,7 @@ def corda(
         if rank > min(out, into):
             raise UserError(f"pet=corda: rank={rank} is above a side of {site.name} of {out} x {into}")
         spec |= {f"{site.name}/a": ((rank, into), zeros), f"{site.name}/b": ((out, rank), zeros)}
-    guide = Calibration(sites, runtime, components == "smallest", samples, damping)
+    guide = Calibration(model, sites, runtime, components == "smallest", samples, damping)
     pet = attach(model, runtime, "corda", sites, spec, guide.form)
     for name, value in list(pet.values.items()):
         pet.register_buffer(f"{name}_start", torch.zeros_like(value.detach()))
@@ -76,7 +76,8 @@ def corda(
 def decomposed(weight: Tensor, cov: Tensor, rank: int, smallest: bool, damping: float) -> tuple[Tensor, Tensor]:
     """W [O, I] and C [I, I], both float64 -> B [O, r], A [r, I] of the smallest or the largest components of W C."""
     extra, eye = damping * cov.diagonal().mean(), torch.eye(len(cov), dtype=cov.dtype)
-    while float(((cov + extra * eye) @ torch.linalg.inv(cov + extra * eye) - eye).norm()) >= EXACT:
+    assert extra > 0, "a layer whose inputs are all 0"
+    while float(((cov + extra * eye) @ torch.linalg.inv_ex(cov + extra * eye).inverse - eye).norm()) >= EXACT:
         extra = 2 * extra
     cov = cov + extra * eye
     u, s, v = torch.linalg.svd(weight @ cov, full_matrices=False)
@@ -91,6 +92,7 @@ def decomposed(weight: Tensor, cov: Tensor, rank: int, smallest: bool, damping: 
 class Calibration:
     """What CorDA does before its first training."""
 
+    model: Backbone
     sites: list[Site]
     runtime: Any
     smallest: bool
@@ -110,7 +112,7 @@ class Calibration:
         self.begun, pet = True, self.pet
         if bool(pet.calibrated):
             return
-        covs, state = self.covariances(pet.model, data), {}
+        covs, state = self.covariances(data), {}
         for site in self.sites:
             name, layer, rows = site
             weight, rank = layer.weight.detach()[rows].cpu().double(), len(pet.values[f"{name}/a"])
@@ -122,7 +124,7 @@ class Calibration:
         pet.calibrated.fill_(True)
 
     @torch.no_grad()
-    def covariances(self, model: Backbone, data: Data) -> dict[nn.Module, Tensor]:
+    def covariances(self, data: Data) -> dict[nn.Module, Tensor]:
         """The mean of x x' over the tokens that each layer of the bare network sees, on random images of `data`."""
         sums, counts = dict[nn.Module, Tensor](), dict[nn.Module, int]()
 
@@ -133,9 +135,9 @@ class Calibration:
                 counts[layer] = counts.get(layer, 0) + len(x)
 
         rows = rng.permutation(self.runtime.key("corda"), len(data))[: self.samples]
-        was, pet = model.training, self.pet
+        model, was = self.model, self.model.training
         model.eval()
-        with self.runtime.phase("calibrate"), pet.off(), ExitStack() as stack:
+        with self.runtime.phase("calibrate"), self.pet.off(), ExitStack() as stack:
             for layer in {site.layer: None for site in self.sites}:
                 stack.callback(layer.register_forward_pre_hook(watch).remove)
             for first in range(0, len(rows), BATCH):

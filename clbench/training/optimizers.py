@@ -1,4 +1,4 @@
-"""Optimisers by name: torch's own, those of timm, and two that find the rate.
+"""Optimisers by name: torch's own, those of timm, two that find the rate, and two that need no schedule.
 
 name         beside the rate
 sgd          momentum as given
@@ -9,10 +9,13 @@ lamb         betas as given; gradient norm at most 1; with decay the step is as 
 adafactor    second moments by rows and columns of each matrix; the rate as given (2018, arXiv 1804.04235)
 prodigy      betas as given; decoupled decay; finds the rate, so the rate is 1 (2024, arXiv 2306.06101; package prodigyopt)
 dadapt_adam  the same (2023, arXiv 2301.07733, see `dadapt_adam.py`)
+schedule_free_sgd, schedule_free_adamw
+             an average of the weights answers; momentum, or the first of the betas, says how near to it gradients are taken;
+             decay is decoupled for both (2024, arXiv 2405.15682, see `schedule_free.py`)
 
-The last two estimate one step size d, the distance to a solution, for all groups: groups have one rate, or 0 for none, and a
-schedule multiplies it. They start at d = 1e-6, so that the first steps hardly move. With optimizer_state=keep d goes on: it
-never falls, and what a first experience found may be much for a small shift.
+prodigy and dadapt_adam estimate one step size d, the distance to a solution, for all groups: groups have one rate, or 0 for
+none, and a schedule multiplies it. They start at d = 1e-6, so that the first steps hardly move. With optimizer_state=keep d
+goes on: it never falls, and what a first experience found may be much for a small shift.
 """
 
 from __future__ import annotations
@@ -24,9 +27,13 @@ import torch
 
 from clbench.interfaces import UserError
 from clbench.training.dadapt_adam import DAdaptAdam
+from clbench.training.schedule_free import ScheduleFree
 
-Optimizer = Literal["sgd", "adam", "adamw", "lion", "lamb", "adafactor", "prodigy", "dadapt_adam"]
+Optimizer = Literal[
+    "sgd", "adam", "adamw", "lion", "lamb", "adafactor", "prodigy", "dadapt_adam", "schedule_free_sgd", "schedule_free_adamw"
+]  # fmt: skip
 FINDS_RATE = ("prodigy", "dadapt_adam")
+AVERAGES = ("schedule_free_sgd", "schedule_free_adamw")
 LION_BETAS = (0.9, 0.99)
 
 
@@ -68,6 +75,10 @@ def build(
         return torch.optim.Adam(given, betas=betas, weight_decay=weight_decay)
     if name == "adamw":
         return torch.optim.AdamW(given, betas=betas, weight_decay=weight_decay)
+    if name == "schedule_free_sgd":
+        return ScheduleFree(given, momentum, None, weight_decay)
+    if name == "schedule_free_adamw":
+        return ScheduleFree(given, *betas, weight_decay)
     if name == "dadapt_adam":
         return DAdaptAdam(given, betas, weight_decay)
     if name == "prodigy":  # which prints a line where it is given a decay of its own
