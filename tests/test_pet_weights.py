@@ -152,8 +152,8 @@ def test_start_off_state_and_keys(name):
     assert list(model.state_dict()) == keys, "the network's own names changed"
     assert torch.equal(model.features(x), bare), "the start is the identity, to the last bit"
     start = pet.state()
-    assert list(start) == list(pet.values) and list(pet.state_dict())[: len(start)] == [f"values.{k}" for k in start]
-    assert pet.guide is not None or len(pet.state_dict()) == len(start)
+    assert list(start) == list(pet.values) and {f"values.{k}" for k in start} <= pet.state_dict().keys()
+    assert pet.guide is not None or list(pet.state_dict()) == [f"values.{k}" for k in start]
     shake(pet)
     own = model.features(x)
     assert not torch.allclose(own, bare, atol=1e-2)

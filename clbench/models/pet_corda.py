@@ -20,6 +20,7 @@ Shapes: x [B, ..., I], W [O, I], C [I, I].
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -76,8 +77,8 @@ def corda(
 def decomposed(weight: Tensor, cov: Tensor, rank: int, smallest: bool, damping: float) -> tuple[Tensor, Tensor]:
     """W [O, I] and C [I, I], both float64 -> B [O, r], A [r, I] of the smallest or the largest components of W C."""
     extra, eye = damping * cov.diagonal().mean(), torch.eye(len(cov), dtype=cov.dtype)
-    assert extra > 0, "a layer whose inputs are all 0"
-    while float(((cov + extra * eye) @ torch.linalg.inv_ex(cov + extra * eye).inverse - eye).norm()) >= EXACT:
+    assert 0 < extra < math.inf, "inputs that are all 0, or not finite"
+    while not float(((cov + extra * eye) @ torch.linalg.inv_ex(cov + extra * eye).inverse - eye).norm()) < EXACT:
         extra = 2 * extra
     cov = cov + extra * eye
     u, s, v = torch.linalg.svd(weight @ cov, full_matrices=False)
