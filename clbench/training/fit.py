@@ -206,7 +206,7 @@ def fit(
 
     `groups` are torch parameter groups with their base rate `lr`. `at_place(place)` comes before a step's batches are made and
     says where the loss is asked next, `before_step(params, grads)` may change gradients in place, `after_step(place, batch)`
-    may change the learner. Everything that changes must be in `learner.state_dict()`:
+    may change the learner, and the gradients are still there. Everything that changes must be in `learner.state_dict()`:
     then a killed run goes on from the middle of this call without any code of the learner's own. With a `part` the caller
     sees to that.
 
