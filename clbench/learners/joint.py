@@ -59,7 +59,7 @@ class Joint:
         self.model, self.runtime, self.mode = model, runtime, mode
         self.epochs, self.batch_size = runtime.epochs(epochs), batch_size
         self.lr, self.backbone_lr = lr, backbone_lr
-        check_optimizer(optimizer, **({"lr": lr} if mode == "probe" else {"lr": lr, "backbone_lr": backbone_lr}))
+        check_optimizer(optimizer, lr=lr, backbone_lr=0.0 if mode == "probe" else backbone_lr)
         self.recipe = Recipe(optimizer, momentum, weight_decay=weight_decay, schedule=schedule)
         self.start = detached(model.state_dict()) if mode == "full" else None
         if mode == "probe":

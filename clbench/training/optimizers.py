@@ -51,7 +51,7 @@ def check(name: str, option: str = "learner.optimizer", **rates: float) -> None:
 
 def _prodigy(option: str) -> Any:
     try:
-        import prodigyopt
+        import prodigyopt  # type: ignore[reportMissingImports] of an extra
     except ImportError as error:
         raise UserError(f"{option}=prodigy needs prodigyopt ({error}): pip install 'clbench[optimizers]'") from None
     return prodigyopt.Prodigy
