@@ -198,6 +198,8 @@ VARIANTS = {  # of learners of images: with what they differ from the default
     "ewc-batch": ("learner.fisher=batch", "learner.strength=1e6"),
     "fecam-pilot": ("learner.variant=pilot",),
     "figmn-published": ("learner.variant=published",),
+    "finetune-adalora": ("pet=adalora", "learner.backbone_lr=1.6"),
+    "finetune-corda": ("pet=corda", "learner.backbone_lr=1.0"),
     "finetune-dora": ("pet=dora", "learner.backbone_lr=0.05"),
     "finetune-lora": ("pet=lora", "learner.backbone_lr=0.01"),
     "er_ace-official": ("learner.variant=official",),

@@ -19,7 +19,15 @@ from clbench.training.state import detached
 
 NAMES = [name for name in choices("learner") if asks("learner", name) == "predict"]
 VARIANTS = {
-    "finetune": ["learner.masking=local", "learner.masking=batch learner.optimizer=lamb", "pet=adapter", "pet=ssf", "pet=dora"],
+    "finetune": [
+        "learner.masking=local",
+        "learner.masking=batch learner.optimizer=lamb",
+        "pet=adapter",
+        "pet=ssf",
+        "pet=dora",
+        "pet=adalora",
+        "pet=corda learner.optimizer=schedule_free_adamw",
+    ],
     "joint": ["learner.mode=probe"],
     "ncm": ["learner.metric=cosine", "learner.streaming=true"],
     "er": ["learner.updates=0.5", "learner.refresh={fisher:none} learner.combine=added learner.project=bloop"],

@@ -35,9 +35,9 @@ class Line:
         self.runtime = Runtime(0, CPU, optimizer_state=state)
         self.w = torch.nn.Parameter(torch.ones(1, dtype=dtype))
 
-    def learn(self, experience, gradients, recipe, name="train"):
+    def learn(self, experience, gradients, recipe, name="train", rate=0.1):
         self.runtime.begin(experience)
-        groups = [{"params": [self.w], "lr": 0.1}]
+        groups = [{"params": [self.w], "lr": rate}]
         fit(self.runtime, name, self, groups, lambda g: (g * self.w).sum(), Slope(gradients), recipe)
         return float(self.w.detach())
 
@@ -60,6 +60,18 @@ def test_momentum_worked_out():
     assert fresh.runtime.optimizers == {}
     assert keep.runtime.optimizers["train"]["w"]["shape"] == [1]
     assert float(keep.runtime.optimizers["train"]["w"]["state"]["momentum_buffer"]) == pytest.approx(4.0)
+
+
+def test_the_step_size_that_was_found_is_kept():
+    """dadapt_adam in two experiences is one of both lengths; fresh, d starts at 1e-6 again."""
+    recipe = Recipe("dadapt_adam")
+    keep, fresh, whole = Line("keep"), Line("fresh"), Line("keep")
+    ends = [
+        [line.learn(e, [1.0] * n, recipe, rate=1.0) for e, n in enumerate(lengths)]
+        for line, lengths in ((keep, (8, 6)), (fresh, (8, 6)), (whole, (14,)))
+    ]
+    assert ends[0][0] == ends[1][0] and ends[0][1] == ends[2][0] != ends[1][1]
+    assert keep.runtime.optimizers["train"]["*"]["d"] == whole.runtime.optimizers["train"]["*"]["d"] > 1e-4
 
 
 def by_hand(kind, gradients, lr=0.1):

@@ -26,6 +26,7 @@ FACTORIES = {
     "vpt_deep": lambda m, r: kinds.vpt(m, r, length=3, low=-1, high=1),
     "vpt_shallow": lambda m, r: kinds.vpt(m, r, length=3, deep=False, low=-1, high=1),
     "ssf": lambda m, r: kinds.ssf(m, r, std=0.1),
+    "mam": lambda m, r: kinds.mam(m, r, length=3, bottleneck=4, low=-1, high=1),
 }
 
 
@@ -132,7 +133,7 @@ def test_merge_and_back(name):
 
 
 def test_what_is_no_affine_map_is_not_merged():
-    for name in ("adapter", "prefix", "prompt", "vpt_deep"):
+    for name in ("adapter", "prefix", "prompt", "vpt_deep", "mam"):
         with pytest.raises(UserError, match="cannot be merged"):
             FACTORIES[name](nano(), runtime()).merge()
 
@@ -212,6 +213,23 @@ def test_prefix_against_naive_attention(compensate):
                 torch.testing.assert_close(w[:, 3:].sum(1), 1 - mass[:, 0])
             out[s][:, c] = w @ values
     torch.testing.assert_close(a(t), a.proj(out), atol=1e-5, rtol=1e-4)
+
+
+def test_mam_is_a_prefix_and_an_adapter():
+    """Two modules with the same values on one network are the same function; without either part it differs."""
+    one, two, x = nano(), nano(), images(4)
+    pet = kinds.mam(one, runtime(), length=3, bottleneck=4)
+    shake(pet)
+    parts = [kinds.adapter(two, runtime(), bottleneck=4, scale=4.0), kinds.prefix(two, runtime(), length=3)]
+    assert set(pet.values) == set(parts[0].values) | set(parts[1].values)
+    for part in parts:
+        part.insert({name: pet.values[name].detach() for name in part.values})
+    torch.testing.assert_close(one.features(x), two.features(x), atol=1e-5, rtol=1e-5)
+    for part in parts:
+        with part.off():
+            assert not torch.allclose(one.features(x), two.features(x), atol=1e-3)
+    wide = small("vit_base_patch16_224", img_size=32, depth=1)
+    assert kinds.mam(wide, runtime()).num_values() == 1_189_632 // 12 + 2 * 10 * 768
 
 
 def test_prompt_and_vpt_tokens():

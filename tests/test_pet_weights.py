@@ -10,17 +10,34 @@ from test_pet import images, nano, runtime, shake, small
 from clbench.interfaces import UserError
 from clbench.models import pet_weights as kinds
 from clbench.models.pet import stack
+from clbench.models.pet_adalora import adalora
+from clbench.models.pet_corda import corda
 
 TARGETS = ("q", "v", "proj", "fc1", "fc2")  # square, wide, tall, and thirds of a layer
 FACTORIES = {
     "dora": lambda m, r: kinds.dora(m, r, rank=3, targets=TARGETS, scale=0.7),
     "vera": lambda m, r: kinds.vera(m, r, rank=24, targets=TARGETS),
+    "randlora": lambda m, r: kinds.randlora(m, r, rank=48, targets=TARGETS, scale=0.7),  # 160 is no multiple of it
+    "allora": lambda m, r: kinds.allora(m, r, rank=3, targets=TARGETS, eta=2.0),
+    "loldu": lambda m, r: kinds.loldu(m, r, rank=32, targets=TARGETS, scale=0.7),
+    "corda": lambda m, r: calibrated(corda(m, r, rank=3, targets=TARGETS)),
+    "adalora": lambda m, r: adalora(m, r, rank=3, target=2, targets=TARGETS, scale=0.7),
     "hydra": lambda m, r: kinds.hydra(m, r, rank=3, targets=TARGETS, scale=0.7, sequential_scale=0.4),
     "miss": lambda m, r: kinds.miss(m, r, rank=7, targets=TARGETS),
     "bone": lambda m, r: kinds.bone(m, r, rank=8, targets=TARGETS),
     "mora": lambda m, r: kinds.mora(m, r, rank=3, targets=TARGETS),
     "mora_sum": lambda m, r: kinds.mora(m, r, rank=3, targets=TARGETS, form="sum"),
 }
+
+
+def calibrated(pet):
+    """With terms as calibration makes them: some that the network then leaves out of its frozen part."""
+    generator = torch.Generator().manual_seed(7)
+    state = {name: 0.1 * torch.randn(value.shape, generator=generator) for name, value in pet.values.items()}
+    pet.insert(state)
+    for name, value in state.items():
+        getattr(pet, f"{name}_start").copy_(value)
+    return pet
 
 
 def arrays(pet, site):
@@ -39,6 +56,35 @@ def naive_vera(w, v, pet, site):
     for k in range(24):
         delta += v["d"][k] * np.outer(v["b"] * b[: len(w), k], a[k, : w.shape[1]])
     return w + delta
+
+
+def naive_randlora(w, v, pet, site):
+    a, b, low = pet.frozen_a.numpy(), pet.frozen_b.numpy(), min(w.shape)
+    delta = np.zeros((max(w.shape), low))
+    for j in range(4):
+        delta += b[: len(delta), j] @ np.diag(v["l"][j]) @ a[:, :low] @ np.diag(v["g"][j])
+    return w + 0.7 * (delta if len(w) >= w.shape[1] else delta.T)
+
+
+def naive_allora(w, v, pet, site):
+    return w + v["b"] @ v["a"]
+
+
+def naive_loldu(w, v, pet, site):
+    left, upper, start = (getattr(pet, f"{site}/{part}").numpy() for part in ("left", "upper", "start"))
+    moved = w.copy()
+    for k in range(32):
+        moved += (v["s"] * v["z"][k] - start[k]) * np.outer(left[:, k], upper[k])
+    return moved
+
+
+def naive_corda(w, v, pet, site):
+    start = {part: getattr(pet, f"{site}/{part}_start").numpy() for part in "ab"}
+    return w - start["b"] @ start["a"] + v["b"] @ v["a"]
+
+
+def naive_adalora(w, v, pet, site):
+    return w + 0.7 * v["b"] @ np.diag(v["e"]) @ v["a"]
 
 
 def naive_hydra(w, v, pet, site):
@@ -83,7 +129,8 @@ def naive_mora(w, v, pet, site):
     return w + np.stack([rows[k % len(rows)] for k in range(out)])
 
 
-NAIVE = {"dora": naive_dora, "vera": naive_vera, "hydra": naive_hydra, "miss": naive_miss, "bone": naive_bone}
+NAIVE = {"dora": naive_dora, "vera": naive_vera, "randlora": naive_randlora, "allora": naive_allora, "loldu": naive_loldu}
+NAIVE |= {"corda": naive_corda, "adalora": naive_adalora, "hydra": naive_hydra, "miss": naive_miss, "bone": naive_bone}
 NAIVE |= {"mora": naive_mora, "mora_sum": naive_mora_sum}
 
 
@@ -105,7 +152,8 @@ def test_start_off_state_and_keys(name):
     assert list(model.state_dict()) == keys, "the network's own names changed"
     assert torch.equal(model.features(x), bare), "the start is the identity, to the last bit"
     start = pet.state()
-    assert list(start) == list(pet.values) and list(pet.state_dict()) == [f"values.{k}" for k in start]
+    assert list(start) == list(pet.values) and {f"values.{k}" for k in start} <= pet.state_dict().keys()
+    assert pet.guide is not None or list(pet.state_dict()) == [f"values.{k}" for k in start]
     shake(pet)
     own = model.features(x)
     assert not torch.allclose(own, bare, atol=1e-2)
@@ -183,6 +231,12 @@ def test_sizes():
     expected = [
         (lambda m, r: kinds.dora(m, r, rank=5, targets=["k"], blocks=[0]), 5 * (i + o) + o),
         (lambda m, r: kinds.vera(m, r, targets=["k"]), 256 + o),
+        (lambda m, r: kinds.randlora(m, r, targets=["k"], blocks=[0]), 24 * (32 + 768)),
+        (lambda m, r: kinds.randlora(m, r, rank=100, targets=["fc1"], blocks=[0]), 8 * (100 + 768)),
+        (lambda m, r: kinds.allora(m, r, rank=5, targets=["k"], blocks=[0]), 5 * (i + o)),
+        (lambda m, r: kinds.loldu(m, r, rank=64, targets=["k"], blocks=[0]), 64 + 1),
+        (lambda m, r: corda(m, r, rank=5, targets=["k"], blocks=[0]), 5 * (i + o)),
+        (lambda m, r: adalora(m, r, targets=["k"], blocks=[0]), 12 * (i + o + 1)),
         (lambda m, r: kinds.hydra(m, r), 2 * (3072 + o) + 2 * 2 * o),
         (lambda m, r: kinds.miss(m, r, rank=10, targets=["k"]), 10 * o),
         (lambda m, r: kinds.bone(m, r, rank=16, targets=["k"]), 16 * o),
@@ -200,7 +254,7 @@ def test_swin_and_convnext():
     for name, make in FACTORIES.items():
         model = small("swin_tiny_patch4_window7_224", **swin)
         bare = model.features(x).detach()
-        pet = make(model, runtime())
+        pet = kinds.loldu(model, runtime(), rank=8, targets=TARGETS) if name == "loldu" else make(model, runtime())
         shake(pet, size=0.1)
         own = model.features(x).detach()
         assert own.shape == bare.shape and not torch.allclose(own, bare, atol=1e-3), name
@@ -228,6 +282,35 @@ def test_the_norm_of_dora_is_a_constant_of_the_backward_pass():
         torch.testing.assert_close(pet.values[f"1/proj/{part}"].grad, want.grad, atol=1e-3, rtol=1e-4)
 
 
+def test_allora_scales_the_gradient_of_each_row():
+    """What A, B get is that of rows multiplied by 1 / sqrt(|(B A)_k| + 1 / eta^2); what x gets is not."""
+    model = nano().double()
+    pet = kinds.allora(model, runtime(), rank=2, targets=["proj"], blocks=[1], eta=2.0).double()
+    shake(pet)
+    layer, x = model.net.blocks[1].attn.proj, torch.randn(5, 160, dtype=torch.float64, requires_grad=True)
+    layer(x).square().sum().backward()
+    w, bias = layer.weight.detach(), layer.bias.detach()
+    a, b = (pet.values[f"1/proj/{part}"].detach() for part in "ab")
+    g = 2 * (x.detach() @ (w + b @ a).T + bias)  # of the output
+    rows = torch.stack([(g[:, k : k + 1] * x.detach()).sum(0) / ((b @ a)[k].norm() + 0.25).sqrt() for k in range(160)])
+    torch.testing.assert_close(pet.values["1/proj/b"].grad, rows @ a.T)
+    torch.testing.assert_close(pet.values["1/proj/a"].grad, b.T @ rows)
+    torch.testing.assert_close(x.grad, g @ (w + b @ a))
+
+
+def test_loldu_is_a_triangular_decomposition():
+    """Of all ranks the weight itself, for square, wide and tall; z is the diagonal."""
+    model = nano()
+    pet = kinds.loldu(model, runtime(), rank=160, targets=["q", "fc1", "fc2"], blocks=[2])
+    for site, layer, rows in places(model, pet):
+        left, upper, start = (getattr(pet, f"{site}/{part}") for part in ("left", "upper", "start"))
+        torch.testing.assert_close(left * start @ upper, layer.weight[rows].detach(), atol=1e-5, rtol=1e-4)
+        assert torch.equal(upper, upper.triu()) and torch.equal(upper.diagonal(), torch.ones(160))
+        order = (left != 0).sum(1)  # each row of L has ones more entries than the one above it, up to 160
+        assert sorted(order.clamp_max(160).tolist())[:160] == list(range(1, 161)) and left.abs().max() <= 1
+        assert torch.equal(pet.values[f"{site}/z"].detach(), start) and pet.values[f"{site}/s"].item() == 1.0
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -235,6 +318,8 @@ def test_the_norm_of_dora_is_a_constant_of_the_backward_pass():
         (lambda m, r: kinds.dora(m, r, targets=["w"]), "unknown targets .'w'. of pet=dora: choose from q, k, v"),
         (lambda m, r: kinds.dora(m, r, targets=["qkv", "k"]), "name a layer twice"),
         (lambda m, r: kinds.dora(m, r, blocks=[4]), "0 to 3"),
+        (lambda m, r: kinds.allora(m, r, eta=0.0), "pet=allora: eta must be above 0, got 0"),
+        (lambda m, r: kinds.loldu(m, r, rank=161), "rank=161 is above a side of 0/k of 160 x 160"),
         (lambda m, r: kinds.bone(m, r, rank=48), "rank=48 does not divide 0/k of 160 x 160"),
         (lambda m, r: kinds.mora(m, r, form="type6"), "unknown form='type6' of pet=mora: choose rotate or sum"),
     ],

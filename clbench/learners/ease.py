@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from clbench.interfaces import Batch, Capabilities, Experience, Schedule, UserError
 from clbench.models.backbone import Backbone
 from clbench.models.heads import CosineHead
-from clbench.models.pet import Factory, State
+from clbench.models.pet import Factory, State, unguided
 from clbench.models.pet_modules import adapter
 from clbench.streams.images.data import shuffled
 from clbench.training.features import extract
@@ -77,7 +77,7 @@ class Ease:
         weight_decay: float = 5e-4,
         schedule: Schedule = cosine,
     ):
-        newest = pet(model, runtime)
+        newest = unguided(pet(model, runtime), "ease")
         if newest is None:
             raise UserError("ease expands by a module an experience: pet=none has nothing to expand")
         self.model, self.runtime, self.pet = model, runtime, newest

@@ -28,12 +28,12 @@ from clbench.models.pet_modules import none
 from clbench.streams.images.data import shuffled
 from clbench.training.fit import Recipe, fit
 from clbench.training.losses import masked_cross_entropy
-from clbench.training.optimizers import Optimizer
+from clbench.training.optimizers import AVERAGES, Optimizer
 from clbench.training.optimizers import check as check_optimizer
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import constant
 from clbench.training.state import collect, groups_of, restore
-from clbench.training.steps import RefreshOptions, Steps, Trainable, reads_again, whole
+from clbench.training.steps import RefreshOptions, Steps, Trainable, guided, is_guided, reads_again, whole
 
 
 class Finetune:
@@ -47,10 +47,17 @@ class Finetune:
 
     @classmethod
     def capabilities_of(
-        cls, *, head: str = "single", masking: str = "seen", trainable: Any = "all", refresh: Any = None, **options: Any
+        cls,
+        *,
+        head: str = "single",
+        masking: str = "seen",
+        trainable: Any = "all",
+        refresh: Any = None,
+        pet: Any = None,
+        **options: Any,
     ) -> Capabilities:
         """A head for every task needs the task; what is done for each experience must be told where one ends."""
-        can, again = cls.capabilities, reads_again(refresh)
+        can, again = cls.capabilities, reads_again(refresh) or is_guided(pet)
         told = can.needs_boundaries or masking == "local" or trainable != "all" or again
         random = can.needs_random_access or again
         return replace(can, needs_task_id=head == "per_task", needs_boundaries=told, needs_random_access=random)
@@ -75,7 +82,7 @@ class Finetune:
         head: Literal["single", "per_task"] = "single",  # per_task: for streams that disclose their tasks
         trainable: Trainable = "all",  # all | half | lisa: a random part of the blocks, see `training/chosen_layers.py`
         refresh: RefreshOptions = None,  # {variant: official | paper, ...}, see `training/refresh.py`
-        optimizer: Optimizer = "sgd",  # sgd, adam, adamw, lion, lamb, adafactor: see `training/optimizers.py`
+        optimizer: Optimizer = "sgd",  # see `training/optimizers.py`; prodigy and dadapt_adam want lr=1 backbone_lr=1
     ):
         self.model, self.runtime, self.masking = model, runtime, masking
         self.pet = pet(model, runtime)
@@ -86,7 +93,9 @@ class Finetune:
         self.stepping = Steps(runtime, refresh=refresh, trainable=whole(trainable))
         self.epochs, self.batch_size = runtime.epochs(epochs), batch_size
         self.lr, self.backbone_lr = lr, backbone_lr
-        check_optimizer(optimizer)
+        check_optimizer(optimizer, lr=lr, backbone_lr=backbone_lr)
+        if optimizer in AVERAGES and (refresh is not None or (self.pet and self.pet.kind == "adalora")):
+            raise UserError(f"learner.optimizer={optimizer} averages weights, which learner.refresh and pet=adalora set")
         self.recipe = Recipe(
             optimizer, momentum, weight_decay=weight_decay, schedule=schedule, clip=clip, accumulate=accumulate
         )
@@ -105,6 +114,7 @@ class Finetune:
         batches = shuffled(experience.train, self.batch_size, self.epochs, self.runtime.key("train"))
         modules = {"model": self.model, "head": self.head} | ({"pet": self.pet} if self.pet else {})
         with self.stepping.around(self.model, modules, loss, new=loss) as (total, hooks):
+            total, hooks = guided(self.pet, experience.train, total, hooks)
             groups = groups_of((self.pet or self.model, self.backbone_lr), (self.head, self.lr))
             log = fit(self.runtime, "train", self, groups, total, batches, self.recipe, **hooks)
         self.stepping.end(modules, experience, loss)

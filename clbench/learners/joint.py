@@ -54,12 +54,12 @@ class Joint:
         momentum: float = 0.9,  # of sgd
         weight_decay: float = 5e-4,
         schedule: Schedule = cosine,
-        optimizer: Optimizer = "sgd",  # sgd, adam, adamw, lion, lamb, adafactor: see `training/optimizers.py`
+        optimizer: Optimizer = "sgd",  # see `training/optimizers.py`; prodigy and dadapt_adam want lr=1 backbone_lr=1
     ):
         self.model, self.runtime, self.mode = model, runtime, mode
         self.epochs, self.batch_size = runtime.epochs(epochs), batch_size
         self.lr, self.backbone_lr = lr, backbone_lr
-        check_optimizer(optimizer)
+        check_optimizer(optimizer, lr=lr, backbone_lr=0.0 if mode == "probe" else backbone_lr)
         self.recipe = Recipe(optimizer, momentum, weight_decay=weight_decay, schedule=schedule)
         self.start = detached(model.state_dict()) if mode == "full" else None
         if mode == "probe":

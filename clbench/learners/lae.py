@@ -26,7 +26,7 @@ from torch import Tensor
 from clbench.interfaces import Batch, Capabilities, Experience, Place, Schedule, UserError
 from clbench.models.backbone import Backbone
 from clbench.models.heads import LinearHead
-from clbench.models.pet import Factory, State, follow
+from clbench.models.pet import Factory, State, follow, unguided
 from clbench.models.pet_modules import adapter
 from clbench.streams.images.data import shuffled
 from clbench.training.fit import Recipe, fit
@@ -59,7 +59,7 @@ class Lae:
             raise UserError(f"learner.freeze is a share of the training below 1, got {freeze}")
         if not 0 <= decay <= 1:
             raise UserError(f"learner.decay must lie between 0 and 1, got {decay}")
-        online = pet(model, runtime)
+        online = unguided(pet(model, runtime), "lae")
         if online is None:
             raise UserError("lae tunes a module: choose pet=adapter_lae, lora_lae or prefix_lae")
         self.model, self.runtime, self.pet = model, runtime, online

@@ -35,7 +35,7 @@ from torch import Tensor
 from clbench.interfaces import Batch, Capabilities, Experience, Schedule, UserError
 from clbench.models.backbone import Backbone
 from clbench.models.heads import LinearHead
-from clbench.models.pet import Factory
+from clbench.models.pet import Factory, unguided
 from clbench.models.pet_modules import none
 from clbench.streams.images.data import shuffled
 from clbench.training import merging
@@ -95,7 +95,7 @@ class Merge:
         self.model, self.runtime, self.operator, self.start = model, runtime, operator, start
         self.amount = AMOUNT.get(operator) if amount is None else amount
         self.scale = SCALE.get(operator, 1.0) if scale is None else scale
-        self.pet = pet(model, runtime)
+        self.pet = unguided(pet(model, runtime), "merge")
         self.lr, self.backbone_lr = lr, backbone_lr
         self.epochs, self.batch_size = runtime.epochs(epochs), batch_size
         self.recipe = Recipe("sgd", momentum, weight_decay=weight_decay, schedule=schedule)

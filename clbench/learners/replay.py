@@ -53,13 +53,13 @@ class Replay:
         weight_decay: float = 5e-4,
         clip: float | None = None,
         schedule: Schedule = constant,
-        optimizer: Optimizer = "sgd",  # sgd, adam, adamw, lion, lamb, adafactor: see `training/optimizers.py`
+        optimizer: Optimizer = "sgd",  # see `training/optimizers.py`; prodigy and dadapt_adam want lr=1 backbone_lr=1
     ):
         self.model, self.runtime = model, runtime
         self.epochs, self.batch_size = runtime.epochs(epochs), batch_size
         self.replay = batch_size if replay is None else replay
         self.lr, self.backbone_lr = lr, backbone_lr
-        check_optimizer(optimizer)
+        check_optimizer(optimizer, lr=lr, backbone_lr=backbone_lr)
         self.recipe = Recipe(optimizer, momentum, weight_decay=weight_decay, schedule=schedule, clip=clip)
         self.head = LinearHead(model.num_features).to(runtime.device)
         self.memory = allowed_memory(runtime, policy, memory, memory_bytes)

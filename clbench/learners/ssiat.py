@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from clbench.interfaces import Batch, Capabilities, Experience, Schedule, UserError
 from clbench.models.backbone import Backbone
 from clbench.models.heads import CosineHead
-from clbench.models.pet import Factory
+from clbench.models.pet import Factory, unguided
 from clbench.models.pet_modules import adapter
 from clbench.streams.images.data import shuffled
 from clbench.training.drift import Drift, checked
@@ -69,7 +69,7 @@ class Ssiat:
         align_lr: float = 0.01,
         align_samples: int = 256,
     ):
-        tuned = pet(model, runtime)
+        tuned = unguided(pet(model, runtime), "ssiat")
         if tuned is None:
             raise UserError("ssiat tunes a module: pet=none has nothing to tune")
         if not 0 < later <= 1:

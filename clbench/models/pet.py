@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from clbench.interfaces import UserError
+from clbench.interfaces import Data, Place, UserError
 from clbench.models.backbone import Backbone
 from clbench.streams import rng
 
@@ -40,6 +40,22 @@ class PetRuntime(Protocol):
 
     def generator(self, *parts: int | str) -> torch.Generator:
         """A CPU generator of its own for the seed, the experience and the parts."""
+        ...
+
+
+class Guide(Protocol):
+    """What a kind does around a training beside being trained; `training.steps.guided` sees to it. Its state is the pet's."""
+
+    def begin(self, data: Data) -> None:
+        """Before the steps on an experience's data."""
+        ...
+
+    def penalty(self) -> Tensor | None:
+        """What joins the loss of a batch."""
+        ...
+
+    def after_step(self, place: Place) -> None:
+        """After the step of `place`, while its gradients are there."""
         ...
 
 
@@ -70,6 +86,7 @@ class Pet(nn.Module):
         self._drawn = ((-1, 0), 0)
         self.merges: list[Callable[[float], None]] = []
         self._merged = False
+        self.guide: Guide | None = None
         model.freeze()
         model.pets.append(self)
         self.eval()
@@ -177,7 +194,7 @@ class Pet(nn.Module):
             raise UserError(f"this state does not belong to a {self.kind} of this shape")
         if self._own_named:
             self._model[0].forget()
-        super().load_state_dict({f"values.{name}": value for name, value in state.items()})
+        self.values.load_state_dict(dict(state))
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Fill in place; everything remembered is forgotten: the states that a learner has names for may be others now."""
@@ -217,6 +234,16 @@ class Factory(Protocol):
     def __call__(self, model: Backbone, runtime: Any) -> Pet | None:
         """Attach to `model`; None means that the whole backbone is meant."""
         ...
+
+
+def unguided(pet: Pet | None, learner: str) -> Pet | None:
+    """The pet of a learner that says nothing to a guide; `UserError` for a kind that has one."""
+    if pet is not None and pet.guide is not None:
+        raise UserError(
+            f"pet={pet.kind} is chosen by data or steps of its training, which {learner} does not tell it: "
+            "choose learner=finetune, aper or ranpac"
+        )
+    return pet
 
 
 def stack(states: Sequence[Mapping[str, Tensor]]) -> State:

@@ -6,6 +6,7 @@
     prompt    tokens between the class token and the patches (L2P)
     vpt       tokens after the patches, carried through (shallow) or new in every block (deep) (Jia et al. 2022)
     ssf       scale and shift after every layer (Lian et al. 2022)
+    mam       prefix and a parallel adapter together (He et al. 2022)
     none      nothing: the whole backbone is meant
 
 Blocks are counted from 0: `blocks` is a list, or a range like "2:5" that ends where the network ends, or None for all.
@@ -14,7 +15,7 @@ Shapes: x [B, N, D]; a value has its own shape, or a first axis B where a batch 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,7 @@ from clbench.models.backbone import Backbone
 from clbench.models.pet import Init, Pet, kaiming, normal, ones, uniform, zeros
 from clbench.models.pet_sites import (
     Adapter,
+    Blocks,
     LoraTerm,
     PrefixAttention,
     ScaleShift,
@@ -39,6 +41,7 @@ from clbench.models.pet_sites import (
 )
 
 Spec = dict[str, tuple[Sequence[int], Init]]
+Hang = Callable[[Pet], None]  # puts the hooks of a kind on the network
 LORA_TARGETS = ("q", "k", "v", "qkv", "proj", "fc1", "fc2")
 
 
@@ -63,6 +66,22 @@ def adapter(
     place "mlp" (AF-b): x is the un-normalised residual stream, the output joins the MLP branch. place "attention" (LAE): x
     is the normalised input of the attention, the output joins the attention's. Works in ViT and Swin blocks.
     """
+    spec, hang = _adapter(model, bottleneck, place, scale, learn_scale, activation, dropout, blocks)
+    pet = Pet(model, runtime, "adapter", spec)
+    hang(pet)
+    return pet
+
+
+def _adapter(
+    model: Backbone,
+    bottleneck: int,
+    place: str,
+    scale: float,
+    learn_scale: bool,
+    activation: str,
+    dropout: float,
+    blocks: Blocks,
+) -> tuple[Spec, Hang]:
     _positive("bottleneck", bottleneck)
     sites, spec = {}, Spec()
     for i, block in chosen(model.net, blocks, "adapter", ("norm1", "attn", "norm2", "drop_path2")):
@@ -72,18 +91,20 @@ def adapter(
         if learn_scale:
             spec[f"{i}/scale"] = ((), _filled(scale))
         sites[i] = block
-    pet = Pet(model, runtime, "adapter", spec)
     function = {"relu": F.relu, "gelu": F.gelu}[activation]
-    for i, block in sites.items():
-        site = Adapter(pet, i, None if learn_scale else scale, function, dropout)
-        if place == "mlp":
-            block.norm2.register_forward_pre_hook(site.remember)
-            block.drop_path2.register_forward_hook(site.add_remembered)
-        elif place == "attention":
-            block.attn.register_forward_hook(site.add)
-        else:
-            raise UserError(f"unknown place {place!r} of an adapter: choose mlp or attention")
-    return pet
+
+    def hang(pet: Pet) -> None:
+        for i, block in sites.items():
+            site = Adapter(pet, i, None if learn_scale else scale, function, dropout)
+            if place == "mlp":
+                block.norm2.register_forward_pre_hook(site.remember)
+                block.drop_path2.register_forward_hook(site.add_remembered)
+            elif place == "attention":
+                block.attn.register_forward_hook(site.add)
+            else:
+                raise UserError(f"unknown place {place!r} of an adapter: choose mlp or attention")
+
+    return spec, hang
 
 
 def lora(
@@ -136,6 +157,21 @@ def prefix(
     learn_scale  P_k and P_v are multiplied by a learnable scalar each (1 at the start)
     compensate   LAE's calibration: after the softmax, the weights on the prefix are divided by their sum (at least 1e-12)
     """
+    spec, hang = _prefix(model, length, blocks, low, high, learn_scale, compensate)
+    pet = Pet(model, runtime, "prefix", spec)
+    hang(pet)
+    return pet
+
+
+def _prefix(
+    model: Backbone,
+    length: int | Sequence[int],
+    blocks: Blocks,
+    low: float,
+    high: float,
+    learn_scale: bool,
+    compensate: bool,
+) -> tuple[Spec, Hang]:
     places = chosen(model.net, blocks, "prefix", ("attn",))
     lengths = [length] * len(places) if isinstance(length, int) else list(length)
     if len(lengths) != len(places):
@@ -147,9 +183,39 @@ def prefix(
         spec |= {f"{i}/k": ((n, width), uniform(low, high)), f"{i}/v": ((n, width), uniform(low, high))}
         if learn_scale:
             spec |= {f"{i}/scale_k": ((), ones), f"{i}/scale_v": ((), ones)}
-    pet = Pet(model, runtime, "prefix", spec)
-    for i, block in places:
-        block.attn = PrefixAttention(block.attn, pet, i, learn_scale, compensate)
+
+    def hang(pet: Pet) -> None:
+        for i, block in places:
+            block.attn = PrefixAttention(block.attn, pet, i, learn_scale, compensate)
+
+    return spec, hang
+
+
+def mam(
+    model: Backbone,
+    runtime: Any,
+    *,
+    length: int = 10,
+    bottleneck: int = 64,
+    scale: float = 4.0,
+    dropout: float = 0.1,
+    low: float = 0.0,
+    high: float = 0.01,
+    blocks: Blocks = None,
+) -> Pet:
+    """MAM adapter, mix and match (He et al., ICLR 2022, arXiv 2110.04366): `prefix` in the attention, `adapter` beside the MLP.
+
+    Prefix of `length`, parallel adapter of `bottleneck` with ReLU, no norm of its own and scale 4. The paper's sizes, 30 and
+    512, are those of summarisation. Deviations: the keys and values of the prefix are trained themselves, where the paper
+    makes them by an MLP while it trains; the adapter sees what `adapter` does, the residual stream before the norm.
+    """
+    parts = (
+        _adapter(model, bottleneck, "mlp", scale, False, "relu", dropout, blocks),
+        _prefix(model, length, blocks, low, high, False, False),
+    )
+    pet = Pet(model, runtime, "mam", {name: value for spec, _ in parts for name, value in spec.items()})
+    for _, hang in parts:
+        hang(pet)
     return pet
 
 

@@ -2,13 +2,16 @@
 
     dora      D = m / |W + s B A|_row (W + s B A) - W       (DoRA, weight-decomposed: a size and a direction a row)
     vera      D = diag(b) B diag(d) A                       (VeRA: A and B random, frozen, shared by all layers)
+    randlora  D = s sum_j B_j diag(l_j) A diag(g_j)         (RandLoRA: many random terms, of full rank together)
+    allora    D = B A, gradients scaled by row              (ALLoRA: no scale to choose, no dropout)
+    loldu     D = s P L diag(z) U - what it is at the start (LoLDU: the diagonal of a triangular decomposition of W)
     hydra     D = s_p U_p D_p + s_s U_s D_s W               (Hydra: a parallel and a sequential branch)
     miss      D = B, tiled along the inputs                 (MiSS: every chunk of the input gets the same matrix)
     bone      D_pq = W_pq B_p + B_p on square blocks        (Bone, block affine)
     mora      D x = spread(M squeeze(x))                    (MoRA: one square matrix of a high rank)
 
-All are linear in x, so all can be merged. Each hangs on the targets of `lora` (q, k, v, qkv, proj, fc1, fc2); q, k and v are
-rows of one layer, which is exact for every kind here. `unmerge` puts the weight back that `merge` found, to the last bit.
+All are linear in x, so all can be merged (`weight_change.py`). Each hangs on the targets of `lora` (q, k, v, qkv, proj, fc1,
+fc2); q, k and v are rows of one layer, which is exact for every kind here.
 
 Compare kinds at equal numbers of trained values, not at equal rank: rank means something else in each.
 
@@ -18,10 +21,9 @@ Shapes: x [B, ..., I], W [O, I]; a value has its own shape, or a first axis B wh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,89 +31,11 @@ from torch.nn import functional as F
 
 from clbench.interfaces import UserError
 from clbench.models.backbone import Backbone
-from clbench.models.pet import Init, Pet, kaiming, normal, zeros
-from clbench.models.pet_modules import LORA_TARGETS, Spec
-from clbench.models.pet_sites import Blocks, affine, broadcast, chosen, linear_of
+from clbench.models.pet import Pet, kaiming, normal, zeros
+from clbench.models.pet_modules import Spec
+from clbench.models.pet_sites import Blocks, affine, broadcast
+from clbench.models.weight_change import Pass, attach, copied, filled, target_sites
 from clbench.streams import rng
-
-Value = tuple[Tensor, bool]  # and whether its first axis is the batch
-
-
-class Pass(NamedTuple):
-    """What a kind sees of a layer in a pass: input, W x (no bias) on demand, W, values and frozen tensors by name."""
-
-    x: Tensor
-    wx: Callable[[], Tensor]
-    weight: Tensor
-    get: Callable[[str], Value]
-    fixed: Callable[[str], Tensor]
-
-
-Form = Callable[[Pass], Tensor]
-
-
-class Site(NamedTuple):
-    """A target layer: the name of its values, and its rows (all, or a third)."""
-
-    name: str
-    layer: nn.Linear
-    rows: slice
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(O, I)."""
-        out, into = self.layer.weight[self.rows].shape
-        return out, into
-
-
-@dataclass(eq=False)
-class WeightChange:
-    """Adds D x to the output of a linear layer's rows; called with a sign, it folds D into the weight or takes it out."""
-
-    pet: Pet
-    site: Site
-    form: Form
-    before: Tensor | None = None
-    per_token: ClassVar[bool] = True
-
-    def add(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        """Hook behind the layer."""
-        if not self.pet.active:
-            return out
-        name, layer, rows = self.site
-        bias = 0 if layer.bias is None else layer.bias[rows]
-
-        def get(part: str) -> Value:
-            return self.pet.get(f"{name}/{part}", len(args[0]))
-
-        delta = self.form(Pass(args[0], lambda: out[..., rows] - bias, layer.weight[rows], get, self._fixed))
-        if delta.shape == out.shape:
-            return out + delta
-        changed = out.clone()
-        changed[..., rows] += delta
-        return changed
-
-    def __call__(self, sign: float) -> None:
-        """D is what the kind makes of the unit vectors, in float64."""
-        weight = self.site.layer.weight[self.site.rows]
-        if sign < 0:
-            assert self.before is not None
-            weight.copy_(self.before)
-            self.before = None
-            return
-        w = weight.double()
-
-        def get(part: str) -> Value:
-            return self.pet.values[f"{self.site.name}/{part}"].double(), False
-
-        eye = torch.eye(w.shape[1], dtype=w.dtype, device=w.device)
-        delta = self.form(Pass(eye, lambda: w.T, w, get, lambda part: self._fixed(part).double())).T
-        self.before = weight.clone()
-        weight.copy_(w + delta)
-
-    def _fixed(self, part: str) -> Tensor:
-        own = getattr(self.pet, f"{self.site.name}/{part}", None)
-        return getattr(self.pet, f"frozen_{part}") if own is None else own
 
 
 def dora(
@@ -128,12 +52,12 @@ def dora(
     m [O] starts as the rows' norms of W, A and B as in `lora`: r (I + O) + O values. The norm counts as a constant in the
     backward pass, with the low-rank part inside it; the bias stays outside.
     """
-    sites, spec = _sites(model, "dora", targets, blocks, rank), Spec()
+    sites, spec = target_sites(model, "dora", targets, blocks, rank), Spec()
     for name, layer, rows in sites:
         out, into = layer.weight[rows].shape
         size = layer.weight.detach()[rows].square().sum(-1).sqrt()
-        spec |= {f"{name}/a": ((rank, into), kaiming), f"{name}/b": ((out, rank), zeros), f"{name}/m": ((out,), _copied(size))}
-    return _attach(model, runtime, "dora", sites, spec, partial(_dora, scale=scale))
+        spec |= {f"{name}/a": ((rank, into), kaiming), f"{name}/b": ((out, rank), zeros), f"{name}/m": ((out,), copied(size))}
+    return attach(model, runtime, "dora", sites, spec, partial(_dora, scale=scale))
 
 
 def _dora(p: Pass, scale: float) -> Tensor:
@@ -165,21 +89,132 @@ def vera(
     A [r, I] and B [O, r] are U(+-sqrt(6 / fan_in)), drawn from the seed for the largest target and cut for smaller ones; only
     d [r] and b [O] train. Takes learning rates well above those of `lora`.
     """
-    sites, spec = _sites(model, "vera", targets, blocks, rank), Spec()
+    sites, spec = target_sites(model, "vera", targets, blocks, rank), Spec()
     for site in sites:
-        spec |= {f"{site.name}/d": ((rank,), _filled(start)), f"{site.name}/b": ((site.shape[0],), zeros)}
+        spec |= {f"{site.name}/d": ((rank,), filled(start)), f"{site.name}/b": ((site.shape[0],), zeros)}
     outs, ins = (max(site.shape[axis] for site in sites) for axis in (0, 1))
     draw = torch.Generator().manual_seed(rng.key(runtime.seed, "pet", "vera") >> 1)
     a, b = (torch.empty(shape) for shape in ((rank, ins), (outs, rank)))
     for matrix in (a, b):
         nn.init.kaiming_uniform_(matrix, generator=draw)
-    return _attach(model, runtime, "vera", sites, spec, _vera, {"frozen_a": a, "frozen_b": b})
+    return attach(model, runtime, "vera", sites, spec, _vera, {"frozen_a": a, "frozen_b": b})
 
 
 def _vera(p: Pass) -> Tensor:
     d, b = (broadcast(p.get(part), p.x) for part in "db")
     out, into = p.weight.shape
     return b * F.linear(d * F.linear(p.x, p.fixed("a")[:, :into]), p.fixed("b")[:out])
+
+
+def randlora(
+    model: Backbone,
+    runtime: Any,
+    *,
+    rank: int = 32,  # of one random term; a smaller one makes more terms, and more values
+    targets: Sequence[str] = ("k", "v"),
+    scale: float = 20.0,  # of all terms; the default is a choice
+    blocks: Blocks = None,
+) -> Pet:
+    """RandLoRA (Albert et al. 2025, arXiv 2502.00987): W' = W + s sum_j B_j diag(l_j) A diag(g_j), N = ceil(min(O, I) / r).
+
+    A [r, min] and B_j [max, r] are Kaiming-uniform, divided by their standard deviation, drawn from the seed for the largest
+    target and cut for smaller ones; the sum is transposed where O < I. Only l [N, r], 0 at the start, and g [N, min],
+    1 / max(N, min), train: N (r + min) values. Left out: the sparse ternary bases. D is built as a matrix, one a sample where
+    a batch mixes states.
+    """
+    sites, spec = target_sites(model, "randlora", targets, blocks, rank), Spec()
+    short, long, terms = 0, 0, 0
+    for site in sites:
+        low, high = sorted(site.shape)
+        number = -(-low // rank)
+        spec |= {f"{site.name}/l": ((number, rank), zeros), f"{site.name}/g": ((number, low), filled(1 / max(number, low)))}
+        short, long, terms = max(short, low), max(long, high), max(terms, number)
+    draw = torch.Generator().manual_seed(rng.key(runtime.seed, "pet", "randlora") >> 1)
+    a, b = torch.empty(rank, short), torch.empty(long, terms, rank)
+    for matrix in (a, b):
+        nn.init.kaiming_uniform_(matrix, a=math.sqrt(5), generator=draw)
+        matrix /= matrix.std()
+    return attach(model, runtime, "randlora", sites, spec, partial(_randlora, scale=scale), {"frozen_a": a, "frozen_b": b})
+
+
+def _randlora(p: Pass, scale: float) -> Tensor:
+    (l, mixed), (g, _) = p.get("l"), p.get("g")  # noqa: E741
+    out, into = p.weight.shape
+    terms, low = l.shape[-2], g.shape[-1]
+    right = l.unsqueeze(-1) * p.fixed("a")[:, :low] * g.unsqueeze(-2)  # [..., N, r, min]
+    delta = scale * p.fixed("b")[: max(out, into), :terms].flatten(1) @ right.flatten(-3, -2)
+    return affine(p.x, (delta if out >= into else delta.transpose(-1, -2), mixed))
+
+
+def allora(
+    model: Backbone,
+    runtime: Any,
+    *,
+    rank: int = 5,
+    targets: Sequence[str] = ("k", "v"),
+    eta: float = 1.0,  # the largest factor, that of a row which is 0
+    blocks: Blocks = None,
+) -> Pet:
+    """ALLoRA, adaptive learning rate (Huang & Balestriero 2024, arXiv 2410.09692): W' = W + B A, without scale and dropout.
+
+    A, B as in `lora`: r (I + O) values. What reaches A and B of the gradient of row k of B A is multiplied by
+    1 / sqrt(|(B A)_k| + 1 / eta^2), a constant of the backward pass: rows leave 0 quickly and slow down as they grow. The
+    gradient of x is not. The default of eta is a choice.
+    """
+    if not eta > 0:
+        raise UserError(f"pet=allora: eta must be above 0, got {eta}")
+    sites, spec = target_sites(model, "allora", targets, blocks, rank), Spec()
+    for site in sites:
+        spec |= {f"{site.name}/a": ((rank, site.shape[1]), kaiming), f"{site.name}/b": ((site.shape[0], rank), zeros)}
+    return attach(model, runtime, "allora", sites, spec, partial(_allora, eta=eta))
+
+
+def _allora(p: Pass, eta: float) -> Tensor:
+    (a, mixed), (b, _) = p.get("a"), p.get("b")
+    term = affine(affine(p.x, (a.detach(), mixed)), (b.detach(), mixed))
+    if not torch.is_grad_enabled():
+        return term
+    trained = affine(affine(p.x.detach(), (a, mixed)), (b, mixed))
+    factor = broadcast(((_row_norms(torch.zeros_like(p.weight), a, b, 1.0) + eta**-2).rsqrt(), mixed), p.x)
+    return term + factor * (trained - trained.detach())
+
+
+def loldu(
+    model: Backbone,
+    runtime: Any,
+    *,
+    rank: int = 64,  # at most the shorter side of W
+    targets: Sequence[str] = ("k", "v"),
+    scale: float = 1.0,
+    blocks: Blocks = None,
+) -> Pet:
+    """LoLDU, lower-diag-upper decomposition (Shi et al. 2024, arXiv 2410.13618): W' = W + s P L_r diag(z) U_r - W_r.
+
+    W = P L D U:
+    P is a permutation, L and U are triangular with ones on the diagonal; L_r and U_r are the first r columns and rows. Only
+    z [r], the first r of D at the start, and s train: r + 1 values. W_r is the term at the start. Deviations: W is kept as it
+    is and W_r counted in D, so that the start is exact and W comes back; P L_r is stored, and not P. The other starts of z
+    that are published change the network and are left out.
+    """
+    sites, spec = target_sites(model, "loldu", targets, blocks, rank), Spec()
+    frozen = {}
+    for site in sites:
+        if rank > min(site.shape):
+            raise UserError(f"pet=loldu: rank={rank} is above a side of {site.name} of {site.shape[0]} x {site.shape[1]}")
+        left, lower, upper = torch.linalg.lu(site.layer.weight.detach()[site.rows].cpu().double())
+        pivots = upper.diagonal()[:rank]
+        if not bool((pivots != 0).all()):
+            raise UserError(f"pet=loldu: the weight of {site.name} has a rank below {rank}")
+        frozen |= {f"{site.name}/left": (left @ lower)[:, :rank].float(), f"{site.name}/start": scale * pivots.float()}
+        frozen[f"{site.name}/upper"] = (upper[:rank] / pivots[:, None]).float()
+        spec |= {f"{site.name}/z": ((rank,), copied(pivots)), f"{site.name}/s": ((), filled(scale))}
+    return attach(model, runtime, "loldu", sites, spec, _loldu, frozen)
+
+
+def _loldu(p: Pass) -> Tensor:
+    (z, mixed), (s, _) = p.get("z"), p.get("s")
+    moved = broadcast(((s.unsqueeze(-1) if mixed else s) * z - p.fixed("start"), mixed), p.x)
+    return F.linear(moved * F.linear(p.x, p.fixed("upper")), p.fixed("left"))
 
 
 def hydra(
@@ -198,13 +233,13 @@ def hydra(
     D_p [r, I] and D_s [r, O] are N(0, std^2), U_p and U_s [O, r] 0. Deviation: no biases in the branches, and the sequential
     one sees W x without the layer's bias.
     """
-    sites, spec = _sites(model, "hydra", targets, blocks, rank), Spec()
+    sites, spec = target_sites(model, "hydra", targets, blocks, rank), Spec()
     for site in sites:
         out, into = site.shape
         for branch, width in (("parallel", into), ("sequential", out)):
             spec[f"{site.name}/{branch}_down"] = ((rank, width), normal(0.0, std))
             spec[f"{site.name}/{branch}_up"] = ((out, rank), zeros)
-    return _attach(model, runtime, "hydra", sites, spec, partial(_hydra, scales=(scale, sequential_scale)))
+    return attach(model, runtime, "hydra", sites, spec, partial(_hydra, scales=(scale, sequential_scale)))
 
 
 def _hydra(p: Pass, scales: tuple[float, float]) -> Tensor:
@@ -225,9 +260,9 @@ def miss(
 
     B is 0 at the start; r O values. W' = W + B tiled along the inputs.
     """
-    sites = _sites(model, "miss", targets, blocks, rank)
+    sites = target_sites(model, "miss", targets, blocks, rank)
     spec: Spec = {f"{site.name}/b": ((site.shape[0], rank), zeros) for site in sites}
-    return _attach(model, runtime, "miss", sites, spec, partial(_miss, rank=rank))
+    return attach(model, runtime, "miss", sites, spec, partial(_miss, rank=rank))
 
 
 def _miss(p: Pass, rank: int) -> Tensor:
@@ -247,13 +282,13 @@ def bone(
 
     r O values. D is built as a whole matrix, one a sample where a batch mixes states.
     """
-    sites, spec = _sites(model, "bone", targets, blocks, rank), Spec()
+    sites, spec = target_sites(model, "bone", targets, blocks, rank), Spec()
     for site in sites:
         out, into = site.shape
         if out % rank or into % rank:
             raise UserError(f"pet=bone: rank={rank} does not divide {site.name} of {out} x {into}: choose a common divisor")
         spec[f"{site.name}/b"] = ((out // rank, rank, rank), zeros)
-    return _attach(model, runtime, "bone", sites, spec, _bone)
+    return attach(model, runtime, "bone", sites, spec, _bone)
 
 
 def _bone(p: Pass) -> Tensor:
@@ -282,12 +317,12 @@ def mora(
     """
     if form not in ("rotate", "sum"):
         raise UserError(f"unknown form={form!r} of pet=mora: choose rotate or sum")
-    sites, spec = _sites(model, "mora", targets, blocks, rank), Spec()
+    sites, spec = target_sites(model, "mora", targets, blocks, rank), Spec()
     for site in sites:
         side = round(math.sqrt(sum(site.shape) * rank))
         side += side % 2 if form == "rotate" else 0
         spec[f"{site.name}/m"] = ((side, side), zeros)
-    return _attach(model, runtime, "mora", sites, spec, partial(_mora, rotate=form == "rotate"))
+    return attach(model, runtime, "mora", sites, spec, partial(_mora, rotate=form == "rotate"))
 
 
 def _mora(p: Pass, rotate: bool) -> Tensor:
@@ -304,52 +339,3 @@ def _mora(p: Pass, rotate: bool) -> Tensor:
     else:
         y = affine(x.sum(-2), (m, mixed))
     return y[..., torch.arange(out, device=y.device) % y.shape[-1]]
-
-
-def _sites(model: Backbone, kind: str, targets: Sequence[str], blocks: Blocks, rank: int) -> list[Site]:
-    """The target layers of the chosen blocks. No row may be a target twice: a merge could not tell the changes apart."""
-    unknown = [t for t in targets if t not in LORA_TARGETS]
-    if unknown or not targets:
-        raise UserError(f"unknown targets {list(unknown)} of pet={kind}: choose from {', '.join(LORA_TARGETS)}")
-    if len(set(targets)) != len(targets) or ("qkv" in targets and {"q", "k", "v"} & set(targets)):
-        raise UserError(f"pet={kind}: targets={list(targets)} name a layer twice: choose qkv or its thirds, each once")
-    if rank < 1:
-        raise UserError(f"pet={kind}: rank must be at least 1, got {rank}")
-
-    def every() -> Iterator[Site]:
-        for i, block in chosen(model.net, blocks, kind, ("mlp",)):
-            for target in targets:
-                layer, part = linear_of(block, target, kind)
-                third = layer.out_features // 3
-                yield Site(f"{i}/{target}", layer, slice(None) if part is None else slice(part * third, (part + 1) * third))
-
-    return list(every())
-
-
-def _attach(
-    model: Backbone,
-    runtime: Any,
-    kind: str,
-    sites: Sequence[Site],
-    spec: Spec,
-    form: Form,
-    frozen: Mapping[str, Tensor] | None = None,
-) -> Pet:
-    """The pet with its hooks. `frozen` tensors go with it, but into no state: they follow from the seed or from W."""
-    pet = Pet(model, runtime, kind, spec)
-    for name, value in (frozen or {}).items():
-        pet.register_buffer(name, value.to(runtime.device), persistent=False)
-    for site in sites:
-        change = WeightChange(pet, site, form)
-        site.layer.register_forward_hook(change.add)
-        pet.merges.append(change)
-    return pet
-
-
-def _copied(value: Tensor) -> Init:
-    """A start that is known."""
-    return lambda x, generator: x.copy_(value)
-
-
-def _filled(value: float) -> Init:
-    return lambda x, generator: x.fill_(value)

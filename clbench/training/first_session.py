@@ -18,6 +18,7 @@ from clbench.streams.images.data import shuffled
 from clbench.training.fit import Recipe, fit
 from clbench.training.runtime import Runtime
 from clbench.training.state import groups_of
+from clbench.training.steps import guided
 
 
 def adapt(
@@ -45,6 +46,7 @@ def adapt(
         return F.cross_entropy(head(model.features(batch)), batch.y)
 
     batches = shuffled(experience.train, batch_size, epochs, runtime.key("train"))
-    log = fit(runtime, "adapt", learner, groups_of((tuned, lr), (head, lr)), loss, batches, recipe)
+    total, hooks = guided(tuned, experience.train, loss)
+    log = fit(runtime, "adapt", learner, groups_of((tuned, lr), (head, lr)), total, batches, recipe, **hooks)
     tuned.eval()
     return log

@@ -15,6 +15,7 @@ from clbench.interfaces import Place, Schedule, UserError
 from clbench.training import looks, optimizer_state, optimizers
 from clbench.training.optimizers import Optimizer
 from clbench.training.runtime import Runtime
+from clbench.training.schedule_free import ScheduleFree
 from clbench.training.schedules import constant
 from clbench.training.state import detached
 
@@ -117,6 +118,8 @@ class _Call:
         self.key = runtime.journal.next_call(name)
         if runtime.optimizer_state == "keep":
             optimizer_state.take_over(runtime, name, learner, self.optimizer)
+        if isinstance(self.optimizer, ScheduleFree):
+            self.optimizer.train()
         self.restore()
 
     def place(self, steps: int) -> Place:
@@ -144,7 +147,12 @@ class _Call:
 
     def observe(self, place: Place) -> None:
         """Let the observer evaluate; the seconds of that are not those of training."""
+        average = self.optimizer if isinstance(self.optimizer, ScheduleFree) else None
+        if average is not None:
+            average.evaluate()
         self.since += looks.at_step(self.name, place, self.optimizer.param_groups[0]["lr"], self.runtime.used_new)
+        if average is not None:
+            average.train()
 
     def pause(self) -> None:
         """Between steps: write a snapshot if somebody asks to stop, or it is time; `Interrupted` on the former."""
@@ -196,6 +204,8 @@ class _Call:
             if self.runtime.optimizer_state == "keep":
                 optimizer_state.keep(self.runtime, self.name, self.learner, self.optimizer)
             self.clock()
+        if isinstance(self.optimizer, ScheduleFree):
+            self.optimizer.evaluate()
 
 
 def fit(
@@ -216,7 +226,7 @@ def fit(
 
     `groups` are torch parameter groups with their base rate `lr`. `at_place(place)` comes before a step's batches are made and
     says where the loss is asked next, `before_step(params, grads)` may change gradients in place, `after_step(place, batch)`
-    may change the learner. Everything that changes must be in `learner.state_dict()`:
+    may change the learner, and the gradients are still there. Everything that changes must be in `learner.state_dict()`:
     then a killed run goes on from the middle of this call without any code of the learner's own. With a `part` the caller
     sees to that.
 

@@ -13,6 +13,9 @@ from clbench.training.distributed import placed_like
 from clbench.training.runtime import Runtime
 from clbench.training.state import detached
 
+SHARED = ("d", "d_max", "d_numerator", "k", "weighted")  # numbers that an optimiser has once for all parameters, in its groups
+ALL = "*"  # their place
+
 
 class Adam(torch.optim.AdamW):
     """AdamW over a model's parameters, matrices decayed, vectors not; kept, emptied or cleaned at boundaries.
@@ -50,6 +53,8 @@ class Adam(torch.optim.AdamW):
 def take_over(runtime: Runtime, name: str, learner: Any, optimizer: torch.optim.Optimizer) -> None:
     """Moments of parameters that an earlier experience trained in a `fit` of this name; others start without."""
     kept = runtime.optimizers.get(name, {})
+    for group in optimizer.param_groups:
+        group |= kept.get(ALL, {})
     for place, p in _places(learner, optimizer, name).items():
         if (state := kept.get(place)) is not None and list(state["shape"]) == list(p.shape):
             moments = state["state"].items()  # Adam counts its steps on the CPU
@@ -60,7 +65,8 @@ def keep(runtime: Runtime, name: str, learner: Any, optimizer: torch.optim.Optim
     """Keep the moments for the next experience."""
     found = {place: p for place, p in _places(learner, optimizer, name).items() if p in optimizer.state}
     made = {place: {"shape": list(p.shape), "state": detached(optimizer.state[p])} for place, p in found.items()}
-    runtime.optimizers[name] = runtime.optimizers.get(name, {}) | made
+    shared = {key: value for key, value in optimizer.param_groups[0].items() if key in SHARED}
+    runtime.optimizers[name] = runtime.optimizers.get(name, {}) | made | ({ALL: shared} if shared else {})
 
 
 def _places(learner: Any, optimizer: torch.optim.Optimizer, fit_name: str) -> dict[str, Tensor]:

@@ -13,10 +13,11 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from clbench.interfaces import Experience, Place, UserError
+from clbench.interfaces import Data, Experience, Place, UserError
 from clbench.models.backbone import Backbone
+from clbench.models.pet import Pet
 from clbench.training.bloop import Bloop, Parts
 from clbench.training.chosen_layers import Half, Lisa, chosen_layers, option
 from clbench.training.fisher import Part
@@ -108,6 +109,27 @@ class Steps:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             getattr(self, name).load_state_dict(value)
+
+
+def guided(
+    pet: nn.Module | None, data: Data, loss: Loss, hooks: Mapping[str, Any] | None = None
+) -> tuple[Loss, dict[str, Any]]:
+    """The loss and the hooks for a `fit` on `data` that trains a pet whose kind does something around the steps (`Guide`)."""
+    guide = pet.guide if isinstance(pet, Pet) else None
+    if guide is None:
+        return loss, dict(hooks or {})
+    guide.begin(data)
+
+    def total(batch: Any) -> Tensor:
+        value, penalty = loss(batch), guide.penalty()
+        return value if penalty is None else value + penalty
+
+    return total, joined(hooks or {}, {"after_step": lambda place, batch: guide.after_step(place)})
+
+
+def is_guided(pet: Any) -> bool:
+    """Whether a learner's `pet` node names a kind that looks at an experience's data or counts its steps."""
+    return isinstance(pet, Mapping) and str(pet.get("_target_")).rsplit(".", 1)[-1] in ("corda", "adalora")
 
 
 def reads_again(refresh: Any) -> bool:
