@@ -145,7 +145,9 @@ def test_shift_is_a_naive_double_loop_and_leaves_covariances(runtime):
 
 
 def test_transition_is_a_mixture_that_starts_near_the_identity():
+    before = torch.random.get_rng_state()
     g, x = drift.Transition(4, torch.Generator().manual_seed(0)), drawn(3, 4).float()
+    assert torch.equal(before, torch.random.get_rng_state()), "drawn from the generator that is given"
     w = np.exp([1.0, 0, 0]) / np.exp([1.0, 0, 0]).sum()
     first, _, second = g.network
     for i in range(3):

@@ -144,14 +144,14 @@ def test_sldc_rates_steps_and_batches(monkeypatch):
 def test_sldc_samples_are_of_the_gaussians_and_the_training_head_stays(monkeypatch):
     fits = Fits(monkeypatch, sldc)
     _, learner, *_ = learned(
-        "learner=sldc", "learner.align_epochs=1", "learner.align_samples=4000", experiences=1, sizes=[2, 4]
+        "learner=sldc", "learner.align_epochs=1", "learner.align_samples=1000", experiences=1, sizes=[2, 4]
     )
     ((_, batches, _),) = fits.calls["align"]
     for k in range(2):
         x = batches.features[batches.y == k].double()
         mean, cov = learner.gaussians.mean_KD[k], learner.gaussians.cov_KDD[k]
-        torch.testing.assert_close(x.mean(0).float(), mean, atol=4 * float(cov.diag().max().sqrt()) / 60, rtol=0)
-        assert float((x.T.cov().float() - cov).norm() / cov.norm()) < 0.1
+        torch.testing.assert_close(x.mean(0).float(), mean, atol=4 * float(cov.diag().max().sqrt()) / 30, rtol=0)
+        assert float((x.T.cov().float() - cov).norm() / cov.norm()) < 0.2
     assert not torch.equal(learner.head.blocks[0].weight, learner.aligned.blocks[0].weight)  # in experience 0 too
     _, plain, *_ = learned("learner=sldc", "learner.align_epochs=0", experiences=1, sizes=[2, 4])
     assert torch.equal(plain.head.blocks[0].weight, learner.head.blocks[0].weight), "alignment is of the copy alone"

@@ -39,7 +39,7 @@ from clbench.models.pet import Factory
 from clbench.models.pet_modules import lora
 from clbench.models.pet_sites import require_tokens, rows_of
 from clbench.streams.images.data import shuffled
-from clbench.training.drift import Drift, checked
+from clbench.training.drift import Drift, checked, is_unpaired
 from clbench.training.features import augmented, extract
 from clbench.training.fit import Recipe, fit
 from clbench.training.gaussians import ClassGaussians, align, class_rows, shrunken_means
@@ -112,10 +112,6 @@ class Macil:
         tuned = pet(model, runtime)
         if tuned is None or tuned.kind != "lora" or any(name.endswith("/scale") for name in tuned.values):
             raise UserError("macil adds low-rank terms without a scale to learn to the weights: choose pet=lora")
-        if variant not in ("paper", "official"):
-            raise UserError(f"unknown learner.variant={variant}: choose paper or official")
-        if variant == "official" and drift != "shift":
-            raise UserError("learner.variant=official goes with learner.drift=shift alone: maps are fitted to pairs")
         if not 0 < later <= 1:
             raise UserError(f"learner.later is a share of the epochs, above 0 and at most 1, got {later}")
         if min(pairs, patches) < 0:
@@ -124,7 +120,7 @@ class Macil:
         self.first_patch = int(net.num_prefix_tokens)  # type: ignore[arg-type]
         names = [name[:-2] for name in tuned.values if name.endswith("/b")]
         self.weights = {name: rows_of(blocks[int(name.split("/")[0])], name.split("/")[1]) for name in names}
-        self.model, self.runtime, self.pet, self.unpaired = model, runtime, tuned, variant == "official"
+        self.model, self.runtime, self.pet, self.unpaired = model, runtime, tuned, is_unpaired(variant, drift)
         self.lr, self.epochs, self.later, self.batch_size = lr, runtime.epochs(epochs), later, batch_size
         self.recipe = Recipe("sgd", momentum, weight_decay=weight_decay, schedule=schedule)
         self.scale, self.pairs, self.patches = scale, pairs, patches

@@ -41,7 +41,7 @@ from clbench.models.heads import CosineHead
 from clbench.models.pet import Factory, State
 from clbench.models.pet_modules import adapter
 from clbench.streams.images.data import shuffled
-from clbench.training.drift import Drift, checked
+from clbench.training.drift import Drift, checked, is_unpaired
 from clbench.training.features import augmented, extract
 from clbench.training.fit import Recipe, fit
 from clbench.training.gaussians import ClassGaussians, align, class_rows, shrunken_means
@@ -58,6 +58,16 @@ def separation(f: Tensor, y: Tensor, alpha: float, margin: float) -> Tensor:
     pairs = same & ~torch.eye(len(y), dtype=torch.bool, device=y.device)
     near = (F.relu(1 - cosines) * pairs).sum() / pairs.sum().clamp_min(1)
     return near + alpha * (F.relu(cosines - margin) * ~same).sum() / (~same).sum().clamp_min(1)
+
+
+def check(first: float, later: float, rs_warmup: int, code: int) -> None:
+    """`UserError` for options that make no sense."""
+    if not (0 < first <= 1 and 0 < later <= 1):
+        raise UserError(f"learner.first and learner.later are shares of the epochs, above 0 to 1, got {first} and {later}")
+    if rs_warmup < 0:
+        raise UserError(f"learner.rs_warmup is a number of epochs from 0, got {rs_warmup}")
+    if code < 1:
+        raise UserError(f"learner.code must be at least 1, got {code}")
 
 
 class Forecast(nn.Module):
@@ -123,25 +133,15 @@ class Rsiat:
         tuned = pet(model, runtime)
         if tuned is None:
             raise UserError("rsiat tunes a module: pet=none has nothing to tune")
-        if variant not in ("paper", "official"):
-            raise UserError(f"unknown learner.variant={variant}: choose paper or official")
-        if variant == "official" and drift != "shift":
-            raise UserError("learner.variant=official goes with learner.drift=shift alone: maps are fitted to pairs")
-        if not (0 < first <= 1 and 0 < later <= 1):
-            raise UserError(f"learner.first and learner.later are shares of the epochs, above 0 to 1, got {first} and {later}")
-        if rs_warmup < 0:
-            raise UserError(f"learner.rs_warmup is a number of epochs from 0, got {rs_warmup}")
-        if code < 1:
-            raise UserError(f"learner.code must be at least 1, got {code}")
-        self.model, self.runtime, self.pet, self.unpaired = model, runtime, tuned, variant == "official"
+        check(first, later, rs_warmup, code)
+        self.model, self.runtime, self.pet, self.unpaired = model, runtime, tuned, is_unpaired(variant, drift)
         self.lr, self.first_lr, self.batch_size = lr, first_lr, batch_size
         self.epochs, self.first, self.later = runtime.epochs(epochs), first, later
         self.recipe = Recipe("sgd", momentum, weight_decay=weight_decay, schedule=schedule)
         self.scale, self.margin, self.beta, self.gamma = scale, margin, beta, gamma
         self.rs, self.rs_alpha, self.rs_margin, self.rs_warmup = rs, rs_alpha, rs_margin, rs_warmup
-        self.code_lr, self.code_decay = code_lr, code_decay
         self.drift = Drift(checked(drift), runtime, self, sigma)
-        self.align_epochs, self.align_samples = align_epochs, align_samples
+        self.code_lr, self.code_decay, self.align_epochs, self.align_samples = code_lr, code_decay, align_epochs, align_samples
         self.head = CosineHead(model.num_features, std=0.02).to(runtime.device)
         self.head.sigma.requires_grad_(False)
         self.forecast = Forecast(model.num_features, code, runtime.generator("forecast")).to(runtime.device)

@@ -46,6 +46,15 @@ def checked(kind: Kind | None) -> Kind | None:
     return kind
 
 
+def is_unpaired(variant: str, kind: Kind | None) -> bool:
+    """Whether old and new features are those of unpaired images: "official", as SSIAT's descendants release it, not "paper"."""
+    if variant not in ("paper", "official"):
+        raise UserError(f"unknown learner.variant={variant}: choose paper or official")
+    if variant == "official" and kind != "shift":
+        raise UserError("learner.variant=official goes with learner.drift=shift alone: maps are fitted to pairs")
+    return variant == "official"
+
+
 def shifted(means_KD: Tensor, old_ND: Tensor, new_ND: Tensor, sigma: float) -> Tensor:
     """Class means [K, D] moved by the drift of samples near them: features before and after [N, D]."""
     near_KN = torch.exp(-torch.cdist(means_KD.double(), old_ND.double()).square() / (2 * sigma**2)) + 1e-5
