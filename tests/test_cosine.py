@@ -325,7 +325,7 @@ def test_averages_follow_step_by_step(monkeypatch):
     average, followed = found[0][1], 0
     for number, (key, step, weights) in enumerate(found[1:], 1):
         if rng.uniform(key, np.array(step)) < 0.6:
-            keep, followed = min(1 - 1 / number, 0.7), followed + 1
+            keep, followed = min(1 - 1 / (number + 1), 0.7), followed + 1
             average = {name: keep * average[name] + (1 - keep) * w for name, w in weights.items()}
     assert 0 < followed < len(found) - 1 == learner.steps == 8
     torch.testing.assert_close(weights_of(learner.plastic.model), average)

@@ -264,6 +264,7 @@ def test_options_that_came_later_leave_ids_as_they_were(target):
         ({"_target_": "outside.Mine", "updates": 0.5}, 1),
         ({"_target_": "clbench.learners.cbp.Cbp", "optimizer": "adam"}, 2),
         ({"_target_": "clbench.learners.cbp.Cbp", "optimizer": "sgd"}, 1),
+        ({"_target_": "clbench.learners.cls_er.ClsEr"}, 2),
         ({"_target_": "clbench.learners.ncm.NearestClassMean"}, 1),
     ],
 )

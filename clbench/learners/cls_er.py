@@ -7,7 +7,8 @@ drawn from a reservoir,
 z* are, sample by sample, the logits of that average which gives y' the larger probability. After a step, with probability
 `plastic_rate`, the plastic average follows:
   weights <- a weights + (1 - a) working weights,   a = min(1 - 1 / (step + 1), plastic_decay)
-and the stable one likewise by its own numbers; steps are counted over the run. The stable average answers.
+and the stable one likewise by its own numbers; steps are counted over the run from 1, so that the first a is 1/2 (as
+released). The stable average answers.
 
 answer  stable | plastic | working
 strength, rates and decays: those released for Split CIFAR-10 (with 5,120 samples: stable_rate 0.8). Split MNIST: 2; 1, 0.99
@@ -139,7 +140,7 @@ class ClsEr:
             self.steps += 1
             for name, (rate, decay) in self.rates.items():
                 if rng.uniform(keys[name], np.array(place.step)) < rate:
-                    keep = min(1 - 1 / self.steps, decay)
+                    keep = min(1 - 1 / (self.steps + 1), decay)
                     getattr(self, name).follow(self.model, self.head.inner, keep)
 
         groups = groups_of((self.model, self.backbone_lr), (self.head, self.lr))

@@ -14,8 +14,9 @@ train_first false: the network is taken as it is (pre-trained ones), and one pas
 
 A class that comes back has real features there; mu goes over all its samples. mu_n(c) is that of the samples at hand.
 Deviations: the release leaves the first 512 training features at their own length and codes a binary SVM's labels as strings,
-with the score's sign turned; here neither. Momentum, batch sizes and the first training's rate are ours, and so is its
-augmentation, the scenario's (the release: 90 epochs, then 290 with AugMix and Lookahead; PyCIL: 200 with AutoAugment, Cutout).
+with the score's sign turned; here neither. PyCIL's fc goes on from the rows that older classes had, its rate falls by the
+epoch. Momentum, batch sizes and the first training's rate are ours, and so is its augmentation, the scenario's (the release: 90
+epochs, then 290 with AugMix and Lookahead; PyCIL: 200 with AutoAugment, Cutout).
 Published (release's README, CIFAR-100, half of the classes first, then 5, 10, 60 experiences, average): svm 66.3, 65.2, 59.8,
 fc 64.7, 63.4, 50.8 %; PyCIL, ResNet-32: fc 65.78, 64.91, 62.09, svm 65.38, 65.10, 61.72 %.
 """

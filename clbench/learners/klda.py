@@ -12,9 +12,10 @@ variant  "paper": C = W / N, the covariance. "official": C = W, as released, so 
          is nearly flat and the ensemble averages the scores themselves. For one model the answers are the same
 
 Deviations: W is exact whatever order, batch and split the samples come in (the release centres a batch of a class by its
-running mean: exact where a class comes at once) and float64; eigenvalues below M x 1.2e-7 of the largest count as 0, which is
-the cut that a pseudo-inverse in float32, as released, has. W takes M^2 numbers a model; while M / 4 samples were not seen, a
-root of it takes less. sigma depends on the backbone; 1e-4 and 3 were seen in use, those of the paper were not read.
+running mean: exact where a class comes at once) and float64; eigenvalues below M x 1.2e-7 of the largest count as 0 (the
+release cuts at 1e-15, beyond float32: with fewer samples than M, where W is singular, it inverts rounding errors). W takes M^2
+numbers a model; while M / 4 samples were not seen, a root of it takes less. sigma depends on the backbone; 1e-4 and 3 were seen
+in use, those of the paper were not read.
 Published number: none read.
 """
 

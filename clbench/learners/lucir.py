@@ -15,8 +15,9 @@ eta             its first value: 1 as published, for trainings of thousands of s
 
 Deviations: the last ReLU is taken from ResNets and the MLP alone; other networks (a ViT ends in LayerNorm) stay as they are.
 Where classes come back, n counts all classes of the experience, and their samples are old ones to the margin term. The default
-rates are for pre-trained backbones. Released for CIFAR-100: ResNet-32 from scratch, 160 epochs, SGD 0.1 (x 0.1 at 80 and 120),
-weight decay 5e-4, batch 128, 20 exemplars a class, less_forget 5; ImageNet 10.
+rates are for pre-trained backbones. Herding takes a sample once (released: one may be chosen again, which moves the mean and
+fills no place). Released for CIFAR-100: ResNet-32 from scratch, 160 epochs, SGD 0.1 (x 0.1 at 80 and 120), weight decay 5e-4,
+batch 128, 20 exemplars a class, less_forget 5; ImageNet 10.
 Published: none read in the paper. A library reproduces 63.00 and 47.40 % on CIFAR-100 B50 (at "2" and "5" tasks, protocol
 unclear).
 """

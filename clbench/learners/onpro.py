@@ -21,7 +21,9 @@ start  "second_experience" (released): where CE, I and feedback of the memory be
 
 Deviations: a mixed image is a class of its own in I (released: the number (1 - lambda) y + lambda y', which may be another
 class's); pairs are of classes that the memory holds; the mean over an anchor's class leaves self out of its divisor; coins of
-mixing are an image's own; features narrower than 128 are projected to their own width. `sim_lambda` 0.5 is CIFAR-10's.
+mixing are an image's own; features narrower than 128 are projected to their own width; released only: 1e-8 on probabilities in
+I, sim_lambda 1 and draws of 64 (whatever `per_class`) in the first experience, nothing mixed in the first batch of a later one.
+`sim_lambda` 0.5 is CIFAR-10's.
 Default rates are for pre-trained backbones (released: Adam 5e-4 from scratch; base_rate / mix_p 0.75 / 0.6 on CIFAR-10).
 Published, CIFAR-10, 200 and 500 stored: 65.5 and 72.6 %; CIFAR-100, 1000 and 2000: 30.0 and 35.9 % (as quoted, not checked).
 """

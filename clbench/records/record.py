@@ -35,6 +35,7 @@ _RAISED = (  # parts of a configuration whose runs have numbers of version 2: wh
     {"learner": {"_target_": "clbench.learners.dualprompt.DualPrompt", "compat_reshape": True}},
     {"learner": {"_target_": "clbench.learners.mos.Mos", "variant": "official_raw"}},
     {"learner": {"_target_": "clbench.learners.cbp.Cbp", "optimizer": "adam"}},
+    {"learner": {"_target_": "clbench.learners.cls_er.ClsEr"}},
 )
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=True)
 

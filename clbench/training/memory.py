@@ -4,7 +4,8 @@ reservoir  a uniform sample of everything seen: the m samples with the smallest 
            makes the choice independent of order and resumable without state)
 balanced   the same within every class, m / K samples a class
 herding    iCaRL's greedy choice (Rebuffi et al. 2017): the running mean of L2-normalised features follows the class mean;
-           shrinking a class keeps the front of its list
+           shrinking a class keeps the front of its list. No sample is chosen twice (iCaRL's and LUCIR's released loops may
+           choose one again, which moves the mean and fills no place)
 
 Legend: M stored samples, D features.
 """
