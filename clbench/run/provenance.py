@@ -130,6 +130,9 @@ def _leave_out_added(learner: dict[str, Any]) -> None:
     for name, value in added.items():
         if name in learner and learner[name] == value and type(learner[name]) is type(value):
             del learner[name]
+    schedule = learner.get("schedule")
+    if isinstance(schedule, dict) and schedule.get("sequence", 0) is None:  # of `power`: what it counted before
+        del schedule["sequence"]
 
 
 def learner_name(config: dict[str, Any]) -> str:
