@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clbench.cli import schedule_fit
 from clbench.cli.main import answer
 from clbench.config.compose import compose
 from clbench.interfaces import Place, UserError
@@ -222,7 +223,7 @@ def test_fit_of_committed_records(tmp_path, capsys):
     fitted = law_fits.loaded(law)
     assert judged["error"] == pytest.approx(np.mean([fitted(c)[-1] - c.losses[-1] for c in curves]))
     assert judged["low"] <= judged["error"] <= judged["high"] and judged["runs"] == 3
-    assert made["most_exact"] == "wsd lr=0.0015"
+    assert made["most_exact"] == "wsd lr=0.0015 n=390" and made["notes"] == []
     assert answer(["schedule", "show", "cosine", "linear", "--steps", "390", "--lr", "0.003", "--fitted", str(out)]) == 0
     shown = capsys.readouterr().out.split("\n\n")[-1]
     assert shown.startswith("fitted law 'annealing' after experience 0") and shown.count("\n") == 3
@@ -249,6 +250,20 @@ def test_mistakes_are_one_line(capsys, words, message):
     code = answer(["schedule", "fit", *(path(COSINE[0]) if word == "COSINE" else word for word in words)])
     err = capsys.readouterr().err
     assert code == 2 and err.startswith(f"clbench: {message}") and err.count("\n") == 1
+
+
+def test_a_held_out_run_that_is_a_fitted_one_so_far(tmp_path, capsys):
+    other = record.load(Path(path(COSINE[0]))) | {"run_id": "0" * 16}
+    other.pop("checksum")
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    assert answer(["schedule", "fit", path(COSINE[0]), "--held-out", str(tmp_path / "other.json")]) == 2
+    said = f"clbench: record {'0' * 16} is held out, but the same as {COSINE[0]} until its first experience ends"
+    assert capsys.readouterr().err.startswith(said)
+    constant = "constant"
+    near = schedule_fit._near(
+        {"a": [curve("cosine")], constant: [curve(constant)]}, {"b": [curve("cosine")], "w": [curve("wsd")]}
+    )
+    assert near == ["a has nearly the rates of b: that it is predicted from it says little"]
 
 
 def test_records_that_do_not_belong_together(tmp_path, capsys):

@@ -23,6 +23,7 @@ from clbench.training.pretraining import law_fits, refinement
 from clbench.training.pretraining.law_fits import LAWS, Curve, Fit
 
 DRAWS = 100
+NEAR = 0.05  # of the largest rate
 FEWEST = 3  # runs of a schedule for an interval
 CONTROL = "steps"
 FIGURES = (".svg", ".png", ".pdf")
@@ -77,13 +78,19 @@ def run(args: argparse.Namespace) -> int:
     rates.check_alike([*entries, *others])
     curves, copies = _unique([rates.curve(entry) for entry in entries])
     held, more = _unique([rates.curve(entry) for entry in others])
+    known = {_identity(curve): curve.name for curve in curves}
+    if twin := next((curve for curve in held if _identity(curve) in known), None):
+        raise UserError(
+            f"record {twin.name} is held out, but the same as {known[_identity(twin)]} until its first experience ends"
+        )
     fits = {law: law_fits.fit(law, curves, args.fade) for law in (args.law, CONTROL)}
-    rows, notes = _fitted(fits, curves), []
+    rows = _fitted(fits, curves)
+    notes = _near(_grouped(held or curves), _grouped(curves))
     if held:
         rows += [row for fit in fits.values() for row in _held(fit, curves, held)]
     else:
-        more_rows, notes = _in_turn(tuple(fits), curves, args.fade)
-        rows += more_rows
+        more_rows, more_notes = _in_turn(tuple(fits), curves, args.fade)
+        rows, notes = rows + more_rows, notes + more_notes
     made = _described(entries[0], fits, rows, notes, copies + more)
     print(json.dumps(made, indent=1) if args.json else _text(made))
     if out is not None:
@@ -143,8 +150,24 @@ def _checked_out(out: Path) -> Path:
 
 def _unique(curves: Sequence[Curve]) -> tuple[list[Curve], int]:
     """Curves without those that are the same until the first experience ends, and how many these were."""
-    found = {(*curve.same_rates, curve.losses.tobytes()): curve for curve in reversed(curves)}
+    found = {_identity(curve): curve for curve in reversed(curves)}
     return list(reversed(found.values())), len(curves) - len(found)
+
+
+def _identity(curve: Curve) -> tuple[bytes, ...]:
+    return (*curve.same_rates, curve.losses.tobytes())
+
+
+def _near(judged: dict[str, list[Curve]], fitted: dict[str, list[Curve]]) -> list[str]:
+    """A line for each schedule whose rates after warm-up are within 5 % of the largest those of another one that is fitted."""
+    notes = []
+    for label, (curve, *_) in judged.items():
+        for other, (twin, *_) in fitted.items():
+            a, b = curve.kept.rates, twin.kept.rates
+            if other != label and len(a) == len(b) and np.abs(a - b).max() <= NEAR * a.max():
+                notes.append(f"{label} has nearly the rates of {other}: that it is predicted from it says little")
+                break
+    return notes
 
 
 def _grouped(curves: Sequence[Curve]) -> dict[str, list[Curve]]:

@@ -84,8 +84,8 @@ def curve(entry: Entry) -> Curve:
     if not at or not sets or any(value is None or not value > 0 for column in columns for value in column):
         raise UserError(f"record {entry['run_id']} has no losses above 0 inside its first experience")
     steps = np.array([held["step"][i] for i in at])
-    eta = rates(entry, int(steps[-1]))
-    return Curve(schedule_label(entry), entry["run_id"], eta, steps, np.mean(np.array(columns, np.float64), axis=0))
+    eta, label = rates(entry, int(steps[-1])), f"{schedule_label(entry)} n={steps[-1]}"
+    return Curve(label, entry["run_id"], eta, steps, np.mean(np.array(columns, np.float64), axis=0))
 
 
 def rates(entry: Entry, updates: int) -> np.ndarray:
