@@ -180,10 +180,10 @@ def _grouped(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
 def _row(fit: Fit, schedule: str, part: str, curves: Sequence[Curve], interval: tuple[float, float] | str) -> Row:
     made = [fit(curve) for curve in curves]
     measured = [curve.kept.losses for curve in curves]
-    ends = [float(np.mean([values[-1] for values in one])) for one in (measured, made)]
+    seen, said = (float(np.mean([values[-1] for values in one])) for one in (measured, made))
     absolute = np.mean([np.abs(p - m).mean() for p, m in zip(made, measured, strict=True)])
     low, high, why = (None, None, interval) if isinstance(interval, str) else (*interval, "")
-    return Row(fit.law, schedule, part, len(curves), *ends, ends[1] - ends[0], float(absolute), low, high, why)
+    return Row(fit.law, schedule, part, len(curves), seen, said, said - seen, float(absolute), low, high, why)
 
 
 def _fitted(fits: dict[str, Fit], curves: Sequence[Curve]) -> list[Row]:

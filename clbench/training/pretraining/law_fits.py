@@ -291,5 +291,5 @@ def _least(law: Law, residuals: Callable[[Array], Array], start: Array, toleranc
     upper = np.array([5.0 if name in ("power", "bend", "decay") else np.inf for name in law.names])
     inside = np.clip(start, 1e-6, np.minimum(upper, 1e9) - 1e-6)
     options: dict[str, Any] = {"loss": "huber", "f_scale": DELTA, "x_scale": "jac", "max_nfev": 400}
-    tight = {"ftol": tolerance, "xtol": tolerance, "gtol": tolerance / 1000}
+    tight: dict[str, Any] = {"ftol": tolerance, "xtol": tolerance, "gtol": tolerance / 1000}
     return least_squares(residuals, inside, bounds=(0.0, upper), **options, **tight)
