@@ -39,8 +39,8 @@ def test_help_of_each_command_has_examples(clbench, name):
     [
         (
             ["rnu"],
-            "no command 'rnu'; did you mean 'run'? (one of: run, plan, list, check, "
-            "report, verify, predict, bench, bench tokens, new, schedule, tune, orders, effects, manifest, manifest corpus)",
+            "no command 'rnu'; did you mean 'run'? (one of: run, plan, list, check, report, verify, predict, "
+            "bench, bench tokens, new, schedule, schedule fit, tune, orders, effects, manifest, manifest corpus)",
         ),
         (["learner=ncm"], "no command 'learner=ncm'; did you mean 'clbench run learner=ncm'? (one of: "),
         (["--versoin"], "no option '--versoin'; did you mean '--version'? (one of: "),

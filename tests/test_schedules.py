@@ -1,6 +1,7 @@
 """Schedules against golden tables and by hand; every file in conf/schedule; what makes no sense."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -112,6 +113,64 @@ def test_rex_and_beta():
     assert at(plain.rex, 50, 100) == pytest.approx(0.5 / 0.75)
     assert at(plain.rex, 50, 100, beta=0.0) == 0.5  # linear
     assert all(at(plain.rex, n, 100) > at(plain.linear, n, 100) for n in range(1, 100))
+
+
+def test_exponential_by_hand():
+    found = [at(plain.exponential, n, 5, gamma=0.9) for n in range(5)]
+    np.testing.assert_allclose(found, [1, 0.9, 0.81, 0.729, 0.6561])
+    assert at(plain.exponential, 50, 100, end=0.01) == pytest.approx(0.1)
+    assert at(plain.exponential, 100, 100, end=0.5) == 0.5 == at(plain.exponential, 100, 100, experience=2, end=0.5)
+    assert [at(plain.exponential, n, 100, warmup=0.02, gamma=0.5) for n in range(5)] == [0.5, 1, 1, 0.5, 0.25]
+    assert at(plain.exponential, 51, 100, warmup=0.02, end=0.04) == pytest.approx(0.2)
+
+
+def test_one_cycle_against_the_golden_values_and_torch():
+    golden = [0.04, 0.52, 1, 0.950485, 0.811746, 0.611262, 0.388742, 0.188258, 0.049520, 4e-6]
+    np.testing.assert_allclose([at(plain.one_cycle, n, 10) for n in range(10)], golden, atol=1e-6)
+    for steps, shape, torchs in ((37, "cosine", "cos"), (20, "linear", "linear"), (2, "cosine", "cos")):
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        options = {"total_steps": steps, "pct_start": 0.4, "anneal_strategy": torchs, "cycle_momentum": False}
+        reference = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, div_factor=10, final_div_factor=100, **options)
+        for n in range(steps):
+            found = at(plain.one_cycle, n, steps, warmup=0.4, start=0.1, end=0.001, shape=shape)
+            assert found == pytest.approx(reference.get_last_lr()[0], abs=1e-12)
+            optimizer.step()
+            if n + 1 < steps:
+                reference.step()
+    assert at(plain.one_cycle, 0, 10, warmup=0.1) == 1  # the peak is the first update
+
+
+def test_table_by_hand():
+    assert [at(plain.table, n, 8, values=[0, 1, 0.5]) for n in (0, 2, 4, 6, 8)] == [0, 0.5, 1, 0.75, 0.5]
+    assert [at(plain.table, n, 7) for n in range(8)] == pytest.approx([at(plain.linear, n, 7) for n in range(8)])
+    assert at(plain.table, 3, 4, experience=5, values=(0, 0, 0, 1, 2)) == 1
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "message"),
+    [
+        (plain.exponential, {"end": 0}, "schedule.end must be above 0: an exponential decay never gets to 0"),
+        (plain.exponential, {"gamma": 1.5}, "schedule.gamma must be above 0 and at most 1, got 1.5"),
+        (plain.one_cycle, {"warmup": 1}, "schedule.warmup must be below 1"),
+        (plain.one_cycle, {"start": -1}, "schedule.start must lie from 0 to 1, got -1"),
+        (plain.table, {"values": [1]}, "schedule.values must be two numbers or more"),
+        (plain.table, {"values": [1, -1]}, "schedule.values must be two numbers or more"),
+        (plain.table, {"values": [0, 0]}, "schedule.values must be two numbers or more"),
+        (plain.power, {"batch": 1, "context": 1, "sequence": 0}, "schedule.sequence must be at least 1 or null, got 0"),
+    ],
+)
+def test_schedules_refuse(schedule, options, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        at(schedule, 0, **options)
+
+
+def test_power_in_sequences_of_the_paper():
+    """16 rows of 64 tokens are a quarter of a sequence of 4096: the law binds early instead of after 7.46 M tokens."""
+    for tokens, rate in ((102_400, 2.784e-3), (400_000, 1.390e-3), (2_000_000, 6.116e-4)):
+        place = Place(0, tokens // 1024, 10**6, tokens // 1024)
+        options = {"batch": 16, "context": 64, "warmup": 0}
+        assert 0.02 * plain.power(place, **options, sequence=4096) == pytest.approx(rate, rel=2e-3)
+        assert plain.power(place, **options) == 1
 
 
 @pytest.mark.parametrize(("billions", "rate"), [(1, 1.32e-2), (10, 4.07e-3), (100, 1.26e-3), (1000, 3.9e-4)])

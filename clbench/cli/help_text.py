@@ -96,6 +96,15 @@ EXAMPLES: dict[str, tuple[str, tuple[str, ...]]] = {
             "clbench schedule show wsd wsd@short wsd@short.anneal=0.1 --experiences 3 --out wsd.svg",
         ),
     ),
+    "schedule fit": (
+        "a law of the loss in the rates, fitted to the curves of one's own runs, with its error on schedules held out",
+        (
+            "clbench schedule fit results/records --scenario cpt_synthetic",
+            "clbench schedule fit a.json b.json --held-out c.json --out law.json",
+            "clbench schedule fit results/records/RUN_ID.json --refine        (the run had gradient_norms=l1)",
+            "clbench schedule show cosine wsd linear --steps 390 --lr 0.003 --fitted law.json",
+        ),
+    ),
     "tune": (
         "choose options without the data that they are judged by, freeze the choice, evaluate it once",
         (

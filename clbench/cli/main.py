@@ -23,6 +23,7 @@ from clbench.training import torchrun
 MODULES = {  # commands that a module of their own adds arguments to and runs; it is loaded for them alone
     "predict": "clbench.cli.predict_command",
     "schedule": "clbench.cli.schedule_command",
+    "schedule fit": "clbench.cli.schedule_fit",
     "manifest": "clbench.cli.manifest_command",
     "manifest corpus": "clbench.cli.corpus_command",
     "orders": "clbench.studies.orders",
@@ -174,7 +175,7 @@ def dispatch(argv: Sequence[str]) -> int:
         print(f"clbench {__version__}")
         return 0
     name, *rest = argv
-    if tuple(argv[:2]) in (("manifest", "corpus"), ("bench", "tokens")):
+    if tuple(argv[:2]) in (("manifest", "corpus"), ("bench", "tokens"), ("schedule", "fit")):
         name, rest = " ".join(argv[:2]), rest[1:]
     if name not in EXAMPLES:
         kind = "option" if name.startswith("-") else "command"

@@ -1,9 +1,13 @@
-"""`clbench schedule show`: multipliers of schedules as a table and a sketch, and what predictors say. Loads no torch."""
+"""`clbench schedule show`: multipliers of schedules as a table and a sketch, and what predictors say. Loads no torch.
+
+`clbench schedule fit` is `schedule_fit`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +18,7 @@ import numpy as np
 from clbench.config import defaults, registry
 from clbench.config.signatures import nearest, problems
 from clbench.interfaces import Place, Schedule, UserError
-from clbench.training.pretraining import scaling_laws
+from clbench.training.pretraining import law_fits, scaling_laws
 
 WIDTH, HEIGHT = 72, 8
 MARKS = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
@@ -36,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=1000, metavar="N", help="steps of each experience (1000)")
     parser.add_argument("--experiences", type=int, default=2, metavar="N", help="how many (2)")
     parser.add_argument("--lr", type=float, default=2e-4, metavar="RATE", help="base rate for the loss laws (2e-4)")
+    parser.add_argument("--fitted", metavar="FILE", help="a law that `schedule fit --out FILE.json` wrote: its predictions too")
     parser.add_argument("--out", metavar="FILE", help="draw them too: .svg, .png or .pdf (needs matplotlib)")
 
 
@@ -47,8 +52,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--steps times --experiences must be at most 10 million")
     if args.out:
         _check_out(Path(args.out))
+    law = None if args.fitted is None else _fitted(Path(args.fitted))
     shown = [Shown(label, multipliers(s, args.steps, args.experiences)) for label, s in chosen(args.words).items()]
     parts = [table(shown, args.steps), *(sketch(one) for one in shown), ranking(shown, args.lr)]
+    parts += [] if law is None else [predicted(law, shown, args.lr)]
     print("\n\n".join(parts))
     if args.out:
         draw(shown, Path(args.out))
@@ -61,6 +68,16 @@ def _check_out(out: Path) -> None:
         raise UserError(f"--out {out}: the name must end in .svg, .png or .pdf")
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.absolute().parent}")
+
+
+def _fitted(path: Path) -> law_fits.Fit:
+    """The law in a file of `schedule fit`."""
+    try:
+        return law_fits.loaded(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError as error:  # UserError is one
+        raise UserError(f"{path} {error if isinstance(error, UserError) else 'is no JSON'}") from None
 
 
 def chosen(words: Sequence[str]) -> dict[str, Schedule]:
@@ -185,13 +202,25 @@ def ranking(shown: Sequence[Shown], lr: float) -> str:
     return "\n".join([*lines, "", BOUND, LAWS])
 
 
-def draw(shown: Sequence[Shown], out: Path) -> None:
-    """All schedules in one figure. `UserError` without matplotlib."""
+def predicted(law: law_fits.Fit, shown: Sequence[Shown], lr: float) -> str:
+    """What a law of one's own says of experience 0, lowest loss first."""
+    rows = sorted(((law.final(lr * one.rows[0]), one.label) for one in shown), key=lambda row: row[0])
+    lines = [f"fitted law '{law.law}' after experience 0, lowest loss first (base rate {lr:g})"]
+    return "\n".join([*lines, *(f"{i + 1:>4}  {loss:.4f}  {label}" for i, (loss, label) in enumerate(rows))])
+
+
+def figure_of() -> Any:
+    """An empty figure. `UserError` without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("--out needs matplotlib: pip install 'clbench[report]'") from None
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    return Figure(figsize=(8, 3.5), layout="constrained")
+
+
+def draw(shown: Sequence[Shown], out: Path) -> None:
+    """All schedules in one figure. `UserError` without matplotlib."""
+    figure = figure_of()
     axes = figure.subplots()
     for one in shown:
         flat = one.rows.ravel()

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from clbench.config.signatures import nearest
 from clbench.interfaces import UserError
@@ -42,6 +42,7 @@ OPTIONS: dict[str, tuple[str, Any]] = {
     ),
     "save_model": ("true or false", lambda v: isinstance(v, bool)),
     "save_predictions": ("true or false", lambda v: isinstance(v, bool)),
+    "gradient_norms": ("none, l1 or l2", lambda v: v in ("none", "l1", "l2")),
     "track": ("none, tensorboard, wandb or mlflow", lambda v: v in ("none", "tensorboard", "wandb", "mlflow")),
     "on_error": ("record or raise", lambda v: v in ("record", "raise")),
 }
@@ -73,6 +74,7 @@ class RunOptions:
     feature_store_gb: float = 8
     save_model: bool = False
     save_predictions: bool = False
+    gradient_norms: Literal["none", "l1", "l2"] = "none"
     track: str = "none"
     on_error: str = "record"
 

@@ -15,6 +15,8 @@ data, start   "union" with start "scratch": joint training on everything so far,
 until         experiences that are learned at all, then the model is frozen; null for all
 passes        several passes over the first part of an experience instead of one over all of it (Guo et al. 2024)
 average       weights averaged along the trunk are evaluated instead of annealed ones
+adapt         the rate follows the run: "plateau", "hypergradient" or "fedhyper" (`adaptive_rate.py`); with options
+              {plateau: {every, factor, patience}}; null: the schedule alone
 trainable     "half": in each later experience a random half of the matrices by kind and block is frozen (HFT, Hui et al.)
 
 No published number is at this scale; what is to be expected is listed in the sweeps `conf/sweep/cpt_*.yaml`.
@@ -31,7 +33,9 @@ from torch import Tensor, nn
 
 from clbench.interfaces import Capabilities, Experience, Schedule, UserError
 from clbench.training import looks
+from clbench.training.chosen_layers import option
 from clbench.training.optimizer_state import Adam
+from clbench.training.pretraining.adaptive_rate import KINDS, Rate
 from clbench.training.pretraining.data_cursor import DataCursor
 from clbench.training.pretraining.data_mixture import Mixture, Replay
 from clbench.training.pretraining.half_finetuning import freeze_random_half
@@ -41,6 +45,7 @@ from clbench.training.pretraining.trunk_and_branch import Trunk
 from clbench.training.pretraining.weight_averaging import Average, Averager
 from clbench.training.schedules import constant
 from clbench.training.state import collect, detached, restore
+from clbench.training.steps import made
 
 NO_REPLAY = Replay()
 NO_AVERAGE = Average()
@@ -70,6 +75,7 @@ class Pretrain:
         passes: int = 1,
         average: Average = NO_AVERAGE,
         trainable: Literal["all", "half"] = "all",
+        adapt: Literal["plateau", "hypergradient", "fedhyper"] | Mapping[str, Any] | None = None,
         betas: Sequence[float] = (0.9, 0.95),
         weight_decay: float = 0.1,
         clip: float | None = 1.0,
@@ -78,7 +84,7 @@ class Pretrain:
         self.branch, self.accounting, self.boundary, self.replay = branch, accounting, boundary, replay
         self.start, self.data, self.until, self.passes, self.trainable = start, data, until, passes, trainable
         self.optimizer, self.cursor = Adam(model, betas, weight_decay, clip), DataCursor()
-        self.average = Averager(model, average)
+        self.average, self.adapt, self.adapts = Averager(model, average), _adapting(adapt), adapt
         initial = detached(model.state_dict()) if start == "scratch" else {}
         self.trunk = Trunk(model, self.optimizer, self.cursor, initial)
         _check(self)
@@ -99,6 +105,7 @@ class Pretrain:
         steps, total = _steps(self, k, text.steps)
         cut = steps if self.accounting == "equal_data" else round(total * (1 - self.branch))
         mixture = {"replay": dict(vars(self.replay)), "data": self.data, "passes": self.passes}
+        mixture |= {} if self.adapt is None else {"adapt": self.adapts}
         start = "init" if k == 0 or self.start == "scratch" else "trunk"
         policy = "new" if k == 0 else self.boundary
         before = _steps_before(self, k, text.steps)
@@ -134,6 +141,8 @@ class Pretrain:
         elif plan:
             self._begin(plan[0], experience)
         then = self.average.before(after_step) if self.average else after_step
+        if self.adapt is not None:
+            then = _watching(self.adapt, then)
         for i in range(progress.segment, len(plan)):
             segment = plan[i]
             table = self._shares(segment, experience) if shares is None else shares(segment)
@@ -143,13 +152,17 @@ class Pretrain:
             def save(step: int, i: int = i) -> None:
                 progress.save(i, step, owner.state_dict())
 
-            train(runtime, self.model, self.optimizer, segment, mixture, step, save, then)
+            train(runtime, self.model, self.optimizer, segment, mixture, step, save, then, self.adapt)
             ends = segment.role == "trunk" and (i + 1 == len(plan) or plan[i + 1].role == "branch")
             self._advance(segment, mixture, trunk_ends=ends)
+        if self.adapt is not None and plan:
+            self.adapt.end(self.model)
         return {"tokens": float(sum(s.last - s.first for s in plan) * text.batch * text.context)}
 
     def _begin(self, segment: Segment, experience: Experience) -> None:
         self.trunk.begin(segment)
+        if self.adapt is not None:
+            self.adapt.begin(self.model)
         self.cursor.begin(experience.index, replays_start_anew=self.data == "union")
         held = self.replay.held_bytes([_text(old) for old in experience.past], self.cursor.seen[: len(experience.past)])
         self.runtime.ledger.replay_bytes = max(self.runtime.ledger.replay_bytes, held)
@@ -190,13 +203,38 @@ class Pretrain:
         self.model.eval()
         return self.model.loss(tokens)  # type: ignore[operator]
 
+    @property
+    def _parts(self) -> tuple[str, ...]:
+        return PARTS if self.adapt is None else (*PARTS, "adapt")
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that goes on, and what is evaluated."""
-        return {**collect(self, *PARTS), "places": self.cursor.state_dict()}  # a key of every fingerprint so far
+        return {**collect(self, *self._parts), "places": self.cursor.state_dict()}  # a key of every fingerprint so far
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        restore(self, {name: state[name] for name in PARTS})
+        restore(self, {name: state[name] for name in self._parts})
         self.cursor.load_state_dict(state["places"])
+
+
+def _adapting(adapt: Any) -> Rate | None:
+    """What `learner.adapt` says; `UserError` for what it does not know."""
+    if adapt is None:
+        return None
+    word, options = option(adapt)
+    if word not in KINDS:
+        raise UserError(f"unknown learner.adapt={word}: choose {', '.join(KINDS)} or null")
+    return made(KINDS[word], f"adapt {word}", options)  # type: ignore[arg-type]
+
+
+def _watching(adapt: Rate, then: AfterStep | None) -> AfterStep:
+    """An `after_step` that shows the losses to `adapt`, then calls another."""
+
+    def both(segment: Segment, step: int, losses: Tensor, counts: np.ndarray) -> None:
+        adapt.seen(losses)
+        if then is not None:
+            then(segment, step, losses, counts)
+
+    return both
 
 
 def _steps(learner: Pretrain, k: int, given: int) -> tuple[int, int]:
@@ -231,6 +269,13 @@ def _check(learner: Pretrain) -> None:
         "learner.branch and learner.average exclude each other: both stand for the anneal": branches and averages,
         "learner.start=scratch needs boundary=reset, no replay and no branch": scratch
         and (replays or branches or learner.boundary != "reset"),
+        "learner.adapt needs learner.branch=0: an anneal is planned, a rate that follows the run is not": (
+            learner.adapt is not None and branches
+        ),
+        "learner.adapt does not go with an average, which stands for an anneal": learner.adapt is not None and averages,
+        "learner.adapt reads whole gradients and weights, which parallel=fsdp has not: parallel=ddp": (
+            learner.adapt is not None and learner.runtime.group.kind == "fsdp"
+        ),
         "learner.trainable=half freezes other weights in each experience, which parallel=fsdp cannot: parallel=ddp": (
             learner.trainable == "half" and learner.runtime.group.kind == "fsdp"
         ),

@@ -2,6 +2,12 @@
 
 Blocks with rotary positions on a part of each head, attention and MLP side by side or one after the other, untied embeddings.
 On the same weights its logits equal those of `transformers`' GPTNeoXForCausalLM up to the order of floating-point sums.
+
+`mup` (Yang et al. 2022, arXiv 2203.03466, for Adam) makes a rate hold from width to width: with m = width / mup, matrices
+whose sides both grow (those of the blocks) are drawn m^-1/2 times smaller than at the base, as here they always are, and
+trained at rate / m with m times the weight decay; both embeddings are drawn as at the base; what goes into the last one is
+divided by m. Widths of one family have the same depth and the same size of a head, so that attention is scaled alike. m = 1
+changes nothing.
 """
 
 from __future__ import annotations
@@ -134,8 +140,11 @@ class Decoder(MixedPrecision, nn.Module):
     pretrained  whether the weights came from a file
     """
 
-    def __init__(self, shape: Shape, attention: Attention = "auto"):
+    def __init__(self, shape: Shape, attention: Attention = "auto", mup: int | None = None):
         super().__init__()
+        if mup is not None and (mup < 1 or shape.tied):
+            raise UserError(f"model.mup is a width from 1, and needs model.tied=false; got {mup}")
+        self.times = 1.0 if mup is None else shape.width / mup  # as wide as the base
         if attention not in ("auto", "explicit", "sdpa"):
             raise UserError(f"model.attention must be auto, explicit or sdpa, got {attention!r}")
         self.shape, self.kernel = shape, attention
@@ -167,9 +176,17 @@ class Decoder(MixedPrecision, nn.Module):
             for layer in self.layers:
                 x = layer(x, angles, mask)
             x = self.final_layer_norm(x)
+            if self.times != 1:
+                x = x / self.times
             if self.precision == "fp32" or torch.is_grad_enabled():
                 return self.embed_out(x)
         return self.embed_out(x.float())
+
+    def rate_shares(self) -> dict[str, float]:
+        """Parameters whose rate is a share of the others', and their weight decay as many times higher: of `mup`."""
+        if self.times == 1:
+            return {}
+        return {name: 1 / self.times for name, p in self.named_parameters() if name.startswith("layers.") and p.ndim >= 2}
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Tokens [B, L + 1] -> nats of each token after the first [B, L] float32; the softmax is taken in float32."""
@@ -195,6 +212,7 @@ def draw_weights(model: Decoder, seed: int) -> None:
 
     sqrt(2 / 5D)         everywhere ("small init", Nguyen & Salazar 2019), but
     2 / (depth sqrt(D))  in the last layer of attention and of the MLP ("wang init", as in GPT-J)
+    sqrt(2 / 5 mup)      in the embeddings of a model with `mup`
 
     Each number is a sum of eight 16-bit draws, scaled: normal for all practical purposes, never beyond 4.9 standard
     deviations, and the same on every machine.
@@ -204,7 +222,8 @@ def draw_weights(model: Decoder, seed: int) -> None:
         if value.ndim < 2:
             value.fill_(float(name.endswith("norm.weight")))
             continue
-        deviation = last if name.endswith(("attention.dense.weight", "mlp.dense_4h_to_h.weight")) else small
+        base = small * model.times**0.5 if name.startswith("embed_") else small
+        deviation = last if name.endswith(("attention.dense.weight", "mlp.dense_4h_to_h.weight")) else base
         flat, key = value.view(-1), rng.key("decoder", seed, name)
         for start in range(0, len(flat), 1 << 20):
             flat[start : start + (1 << 20)] = _normal(key, start, min(len(flat) - start, 1 << 20)) * deviation
@@ -232,6 +251,7 @@ def build_decoder(
     eps: float = 1e-5,
     activation: str = "gelu",
     attention: Attention = "auto",
+    mup: int | None = None,
     weights: str = "none",
     data_root: str | None = None,
     seed: int = 0,
@@ -242,6 +262,7 @@ def build_decoder(
     rotary     share of each head that carries the position
     parallel   attention and MLP side by side; false: one after the other
     attention  "explicit": matrix products with a mask; "sdpa": torch's kernel; "auto": explicit on a CPU, else torch's
+    mup        the width at which rates are chosen (maximal update parametrisation); null: the standard one
     weights    "none": random, drawn from `seed`; else a folder with config.json and safetensors, as given or under `data_root`
                or CLBENCH_DATA. Its shape must be the one given here; every tensor must be there and none besides.
     """
@@ -252,8 +273,10 @@ def build_decoder(
     wide = 4 * width if hidden is None else hidden
     shape = Shape(vocab, width, depth, heads, context, wide, rotary, rotary_base, parallel, tied, eps, activation)
     identity: dict[str, Any] = {"name": name, "architecture": "gpt_neox", "source": "none", "file_sha256": None}
+    if mup is not None and weights != "none":
+        raise UserError("model.mup is for random weights: those of a file belong to the standard parametrisation")
     if weights == "none":
-        model = Decoder(shape, attention)
+        model = Decoder(shape, attention, mup)
         draw_weights(model, seed)
     else:
         folder = checkpoint.find(weights, data_root)
@@ -262,6 +285,7 @@ def build_decoder(
         identity["file_sha256"] = checkpoint.fill(model, folder, tied)
         identity["source"] = folder.name
         model.pretrained = True
+    identity |= {} if mup is None else {"mup": mup}
     identity |= {"state_sha256": state_sha256(model.state_dict()), **asdict(shape)}
     model.identity = identity | {"parameters": sum(p.numel() for p in model.parameters())}
     return model

@@ -46,6 +46,8 @@ def check(scenario: Scenario, options: RunOptions, parallel: str, learner: str, 
         raise UserError(f"optimizer_state=keep has no effect: {learner} does not train through fit")
     if option := next((name for name in ("micro_batch", "compile") if getattr(options, name)), None):
         raise UserError(f"{option} has no effect in scenario {scenario.name}, which is made of images")
+    if options.gradient_norms != "none":
+        raise UserError(f"gradient_norms has no effect in scenario {scenario.name}: it is for pre-training")
     damage.look(scenario)
 
 

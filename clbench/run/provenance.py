@@ -44,6 +44,7 @@ MACHINE = (
     "on_error",
     "save_model",
     "save_predictions",
+    "gradient_norms",
     "track",
     "machine",
     "sweep",
@@ -72,6 +73,7 @@ ADDED: dict[str, dict[str, Any]] = {  # options that came to a learner later: wh
     "lwf.Lwf": {"trainable": "all", "refresh": None, "project": None},
     "mas.Mas": {"refresh": None, "project": None},
     "mir.Mir": {"columns": "seen", "score": "rise", "start": "second_batch"},
+    "pretrain.Pretrain": {"adapt": None},
     "pred_kd.PredKd": {"refresh": None, "project": None},
     "replay.Replay": {"optimizer": "sgd"},
     "rwalk.RWalk": {"refresh": None, "project": None},
@@ -130,6 +132,9 @@ def _leave_out_added(learner: dict[str, Any]) -> None:
     for name, value in added.items():
         if name in learner and learner[name] == value and type(learner[name]) is type(value):
             del learner[name]
+    schedule = learner.get("schedule")
+    if isinstance(schedule, dict) and schedule.get("sequence", 0) is None:  # of `power`: what it counted before
+        del schedule["sequence"]
 
 
 def learner_name(config: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from clbench.streams.images import damage
 from clbench.streams.tokens.scenario import TokenScenario
 from clbench.training import looks
 from clbench.training.checkpoint import Journal
+from clbench.training.gradient_norms import GradientNorms
 from clbench.training.pretraining.ledger import flops_per_token
 from clbench.training.pretraining.segments import PretrainRuntime, check_plan
 from clbench.training.state import num_bytes
@@ -42,6 +43,7 @@ def make_runtime(job: Job) -> PretrainRuntime:
         compiled=job.options.compile,
         processed_limit=None if job.capabilities.stores_all_data else job.scenario.budget.processed,
         stream_steps=tuple(entry.steps for entry in job.scenario.manifest.experiences),
+        norms=None if (kind := job.options.gradient_norms) == "none" else GradientNorms(kind),
     )
 
 
@@ -54,6 +56,8 @@ def check(scenario: TokenScenario, options: RunOptions, parallel: str, learner: 
         raise UserError(f"optimizer_state has no effect in scenario {scenario.name}: its learners have options of their own")
     if options.save_predictions:
         raise UserError(f"save_predictions has no effect in scenario {scenario.name}, which asks for losses")
+    if options.gradient_norms != "none" and parallel == "fsdp":
+        raise UserError("gradient_norms needs parallel=ddp or none: under fsdp no process holds a whole gradient")
     if parallel != "none" and not can.supports_parallel:
         raise UserError(f"learner {learner} does not declare supports_parallel: it trains in one process, without torchrun")
     damage.look(scenario)
@@ -203,16 +207,20 @@ class TokenStream:
             "plan": self.runtime.plan,
             "parameters": {"trained": size, "total": size},
             "exemplars": None,
+            **({} if self.runtime.norms is None else {"gradient_norms": self.runtime.norms.described()}),
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Ledger and plan."""
-        return {"ledger": self.runtime.ledger.state_dict(), "plan": self.runtime.plan}
+        """Ledger and plan, and gradient norms where they are noted."""
+        noted = {} if self.runtime.norms is None else {"norms": self.runtime.norms.state_dict()}
+        return {"ledger": self.runtime.ledger.state_dict(), "plan": self.runtime.plan, **noted}
 
     def load_state_dict(self, state: dict[str, Any], experiences: int) -> None:
         """Go on after the first `experiences` experiences."""
         self.runtime.ledger.load_state_dict(state["ledger"])
         self.runtime.plan[:] = state["plan"]
+        if self.runtime.norms is not None:
+            self.runtime.norms.load_state_dict(state.get("norms"))
 
     def close_stream(self) -> None:
         """Nothing is left open."""

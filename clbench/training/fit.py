@@ -251,6 +251,8 @@ def fit(
         group = [batches(i) for i in range(first, min(first + recipe.accumulate, batches.steps))]
         call.unchecked.append((_gradients(call, group, loss_fn), place, rates))
         call.check(lag)
+        if call.runtime.norms is not None:
+            call.runtime.norms.add(place, call.params)
         if recipe.clip is not None:
             torch.nn.utils.clip_grad_norm_(call.params, recipe.clip)
         if before_step is not None:

@@ -21,12 +21,20 @@ class Adam(torch.optim.AdamW):
     """AdamW over a model's parameters, matrices decayed, vectors not; kept, emptied or cleaned at boundaries.
 
     clip  largest global gradient norm, None for none
+    A model's `rate_shares()` (name -> share) makes a group for each share, whose rate is that share of the others' (`share`)
+    and whose decay is as many times higher: what is taken off in a step is the same.
     """
 
     def __init__(self, model: nn.Module, betas: Sequence[float], weight_decay: float, clip: float | None):
         self.params, self.clip = list(model.parameters()), clip
-        groups = [
-            {"params": [p for p in self.params if p.ndim >= 2], "weight_decay": weight_decay},
+        named: dict[str, float] = model.rate_shares() if hasattr(model, "rate_shares") else {}  # type: ignore[operator]
+        shares = {id(p): named[name] for name, p in model.named_parameters() if name in named}
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in self.params if p.ndim >= 2 and id(p) not in shares], "weight_decay": weight_decay},
+            *(
+                {"params": [p for p in self.params if shares.get(id(p)) == s], "weight_decay": weight_decay / s, "share": s}
+                for s in sorted(set(shares.values()))
+            ),
             {"params": [p for p in self.params if p.ndim < 2], "weight_decay": 0.0},
         ]
         fused = self.params[0].device.type in ("cpu", "cuda")

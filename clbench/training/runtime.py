@@ -15,6 +15,7 @@ from clbench.streams import rng
 from clbench.training import looks
 from clbench.training.checkpoint import Journal
 from clbench.training.distributed import ALONE, Group
+from clbench.training.gradient_norms import GradientNorms
 
 
 class Interrupted(KeyboardInterrupt):
@@ -66,6 +67,7 @@ class Runtime:
     optimizer_state  what a `fit` starts an experience with: "fresh" moments, or those that a `fit` of that name has ("keep")
     optimizers       the moments that are kept, by the name of the `fit` and the parameter's place in the learner
     group      the processes that train together, each on its rows of every batch
+    norms      where `fit` notes gradient norms, None for nowhere
     """
 
     seed: int
@@ -84,6 +86,7 @@ class Runtime:
     optimizer_state: str = "fresh"
     optimizers: dict[str, Any] = field(default_factory=dict)
     group: Group = ALONE
+    norms: GradientNorms | None = None
 
     def begin(self, experience: int, num_train: int | None = None, budget: Budget | None = None) -> None:
         """The runner calls this before each `learn`: sets the experience, its size, its budget and the visit counts to 0.
@@ -143,11 +146,14 @@ class Runtime:
     def snapshot(self) -> dict[str, Any]:
         """What a snapshot from inside an experience holds besides the learner: counts, and what looks have found."""
         counts = {"meter": self.meter.state_dict(), "used": [self.used_visits, self.used_new]}
-        return {"experience": self.experience, **counts, "looks": looks.state_dict()}
+        noted = {} if self.norms is None else {"norms": self.norms.state_dict()}
+        return {"experience": self.experience, **counts, "looks": looks.state_dict(), **noted}
 
     def go_on(self, state: dict[str, Any]) -> None:
         """Go on from a `snapshot`."""
         self.meter.load_state_dict(state["meter"])
+        if self.norms is not None:
+            self.norms.load_state_dict(state.get("norms"))
         self.used_visits, self.used_new = state.get("used", (0, 0))
         looks.load_state_dict(state.get("looks", state.get("observer")))  # the other name is that of earlier versions
 

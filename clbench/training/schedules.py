@@ -118,6 +118,50 @@ def rex(place: Place, *, warmup: float = 0.0, beta: float = 0.5) -> float:
     return _warm(place, warmup, lambda share: (1 - share) / ((1 - beta) + beta * (1 - share)))
 
 
+def exponential(place: Place, *, warmup: float = 0.0, end: float = 0.01, gamma: float | None = None) -> float:
+    """end^p over the share p after warm-up: the rate falls by the same factor in every update; `end` 0.5 is that of gpt-neox.
+
+    gamma  this factor itself (torch's ExponentialLR stepped once an update), in place of `end`
+    """
+    shares(warmup=warmup, end=end)
+    if gamma is not None:
+        if not 0 < gamma <= 1:
+            raise UserError(f"schedule.gamma must be above 0 and at most 1, got {gamma}")
+        return _warm(place, warmup, lambda _: gamma ** (place.step - round(warmup * place.steps)))
+    if end == 0:
+        raise UserError("schedule.end must be above 0: an exponential decay never gets to 0")
+    return _warm(place, warmup, lambda share: end**share)
+
+
+def one_cycle(
+    place: Place, *, warmup: float = 0.3, start: float = 0.04, end: float = 4e-6, shape: Literal["cosine", "linear"] = "cosine"
+) -> float:
+    """From `start` up to 1 in update warmup N - 1 of N, then down to `end` in the last one (Smith and Topin 2019).
+
+    The defaults and the places are those of torch's OneCycleLR (start = 1 / div_factor, end = start / final_div_factor, two
+    phases). Its momentum, which moves the other way, stays where it is here.
+    """
+    shares(warmup=warmup, start=start, end=end)
+    if warmup == 1:
+        raise UserError("schedule.warmup must be below 1: a cycle comes down again")
+    peak, last = warmup * place.steps - 1, place.steps - 1
+    step = min(place.step, last)
+    low, share = (start, 1 - step / peak) if step < peak else (end, (step - peak) / (last - peak))
+    return low + (1 - low) * ((1 - share) if shape == "linear" else 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def table(place: Place, *, values: Sequence[float] = (1.0, 0.0)) -> float:
+    """Multipliers at equal distances from the first update to the end of the experience, in straight lines between them.
+
+    What `clbench schedule fit RECORD --refine` writes. The default is linear decay.
+    """
+    if len(values) < 2 or not all(0 <= value < math.inf for value in values) or max(values) == 0:
+        raise UserError("schedule.values must be two numbers or more from 0, one of them above 0")
+    at = min(place.step / place.steps, 1.0) * (len(values) - 1)
+    low = min(int(at), len(values) - 2)
+    return values[low] + (values[low + 1] - values[low]) * (at - low)
+
+
 def power(
     place: Place,
     *,
@@ -129,20 +173,25 @@ def power(
     warmup: float = 0.01,
     anneal: float = 0.1,
     end: float = 0.01,
+    sequence: int | None = None,  # tokens of the sequences that the law counts
 ) -> float:
     """min(1, batch a n^b / peak) after n tokens (Shen et al. 2024, arXiv 2408.13359), then an exponential anneal to `end`.
 
     batch, context  sequences in a step and tokens in a sequence
     peak            the learner's base rate, 0.02 in the paper, because the law gives rates and a schedule gives multipliers
+    sequence        the law was fitted with sequences of 4096 tokens: 4096 counts the batch in such; null: as it is
     """
     shares(warmup=warmup, anneal=anneal, end=end)
+    if sequence is not None and sequence < 1:
+        raise UserError(f"schedule.sequence must be at least 1 or null, got {sequence}")
+    size = batch if sequence is None else batch * context / sequence
     warm, start = round(warmup * place.steps), round((1 - anneal) * place.steps)
     before = place.global_step - place.step
 
     def rate(step: int) -> float:
         if before + step < warm:
             return (before + step + 1) / warm
-        return min(1.0, batch * a * max(1, (before + step) * batch * context) ** b / peak)
+        return min(1.0, size * a * max(1, (before + step) * batch * context) ** b / peak)
 
     if place.step <= start:
         return rate(place.step)

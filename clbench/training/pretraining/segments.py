@@ -21,6 +21,7 @@ from clbench.interfaces import Place, Schedule, UserError
 from clbench.training.distributed import Replica
 from clbench.training.fit import Part, Recipe, fit
 from clbench.training.optimizer_state import Adam
+from clbench.training.pretraining.adaptive_rate import Rate
 from clbench.training.pretraining.data_mixture import Mixture
 from clbench.training.pretraining.ledger import Ledger
 from clbench.training.runtime import Runtime
@@ -137,8 +138,11 @@ def train(
     step: int,
     save: Callable[[int], None],
     after_step: AfterStep | None = None,
+    adapt: Rate | None = None,
 ) -> None:
     """Train a segment from `step` on. `save(step)` writes a snapshot; `after_step(segment, step, losses [B, L], counts [K])`.
+
+    `adapt` is a factor on the schedule's rates that the training itself moves.
 
     The gradients are those of the mean over a batch. Over processes they are averaged, hence `share`: this one's of the batch
     times their number, 1 but for uneven rows.
@@ -165,11 +169,17 @@ def train(
             found.clear()
             after_step(segment, place.step + 1, losses, counts)
 
+    def ready(*_: Any) -> None:
+        optimizer.clip_gradients()
+        if adapt is not None:
+            adapt.before_step(optimizer)
+
     model.train()
-    groups = [{**options, "lr": segment.lr} for options in optimizer.param_groups]
-    recipe = Recipe(schedule=segment.schedule, accumulate=pieces.number)
+    schedule = segment.schedule if adapt is None else adapt.schedule(segment.schedule)
+    groups = [{**options, "lr": segment.lr * options.get("share", 1.0)} for options in optimizer.param_groups]
+    recipe = Recipe(schedule=schedule, accumulate=pieces.number)
     part = Part(optimizer, segment.first, step, segment.steps, segment.before, save)
-    steps: dict[str, Any] = {"before_step": optimizer.clip_gradients, "after_step": count, "part": part}
+    steps: dict[str, Any] = {"before_step": ready, "after_step": count, "part": part}
     fit(runtime, segment.role, model, groups, loss, pieces, recipe, **steps)
 
 
