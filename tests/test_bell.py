@@ -137,7 +137,12 @@ def test_refusals():
 
 
 def a_run(learner: str, seed: int, value: float, stream_: str = "s"):
-    own: dict[str, Any] = dict.fromkeys(Run.__dataclass_fields__, "") | {"status": "ok", "legacy": False, "marks": (), "loss": None}
+    own: dict[str, Any] = dict.fromkeys(Run.__dataclass_fields__, "") | {
+        "status": "ok",
+        "legacy": False,
+        "marks": (),
+        "loss": None,
+    }
     own |= {"learner": learner, "seed": seed, "stream": stream_, "settings": {}}
     return Run(**own | {"values": {"final_problem": value}})
 

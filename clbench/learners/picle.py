@@ -7,20 +7,30 @@ The network is a path of L modules, each from a library of frozen ones or new, w
        log prior(m) + sum over samples of log N(P z | m),  prior = softmax(performance of m / `temperature`)
      z is the input of place l behind the modules chosen so far, P a fixed random projection, N(. | m) a Gaussian of P z on a
      task that uses m. Prefixes of every length l are tried: the modules behind are new and trained, with the head;
-  3. keeps the path that is best on a held-out share of its own samples; its new modules join the library, and every module of
+  3. with `latent` > 0: reuses a suffix, the last `suffix` modules of an earlier task's path with its head, behind new modules
+     that are trained under it (latent transfer: new inputs, an old task). Bayesian optimisation says which are tried: a
+     Gaussian process gives the held-out accuracy f of a suffix a, with the kernel
+       k(a, b) = exp(-d(a, b)^2 / 2 s^2),  d(a, b) = |a(Z) - b(Z)|,  Z the inputs stored with the modules at the suffixes' start
+     It begins with the two suffixes of least mean distance to the others, goes on with the largest expected improvement
+     E max(0, f - best), and ends where that is below 0.001. Longer suffixes of the best one's path follow.
+  4. keeps the path that is best on a held-out share of its own samples; its new modules join the library, and every module of
      the path gets a Gaussian of its inputs and the path's accuracy.
 What a task uses is never trained again: answers for it stay the same to the last bit.
 
-This is the search for perceptual and few-shot transfer. That for latent transfer (suffixes, by Bayesian optimisation) is left
-out. `search=false` trains new modules alone: the standalone reference.
+2 is the search for perceptual and few-shot transfer, 3 that for latent transfer. `search=false` trains new modules alone: the
+standalone reference.
 Choices: modules are groups of the network's layers or blocks, new ones start with its first weights; a module that several
 tasks use has a Gaussian for each, of which the most likely counts, and the prior takes its best performance; a covariance gets
 a ridge of 1e-3 of the mean variance (the release refuses fewer samples than dimensions); of equal accuracies the path with most
-old modules is kept. The epochs of an experience are shared equally by its paths, since a budget counts them all. A task that
-comes back is searched anew; its path and head take the place of the old ones. Its listed bytes are those with `search=false`,
-where every task adds all modules: the most it holds.
-Constants: the release's (projection 20, temperature 0.001, AdamW, batch 32, weight decay about 0.97; 1,200 epochs a path). The
-rate, the share of held-out samples and the number of modules are choices.
+old modules is kept. Of suffixes: d is between class probabilities, s the median distance, the Gaussian process has no noise;
+a suffix fits where its head has as many classes as the new task, and answers for them in their order; a module keeps inputs of
+the task that it was trained on; that longer suffixes follow the best short one. The epochs of an experience are shared equally
+by its paths, since a budget counts them all; those of latent paths that are not tried are left. A task that comes back is
+searched anew; its path and head take the place of the old ones. Its listed bytes are those with `search=false`, where every
+task adds all modules: the most it holds.
+Constants: the release's (projection 20, temperature 0.001, 40 stored inputs of a module, AdamW, batch 32, weight decay about
+0.97; 1,200 epochs a path; suffixes of 3 modules of a deeper network at least). The rate, the share of held-out samples, the
+numbers of modules and of latent paths are choices.
 Published numbers: none read.
 
 Legend: L places, D numbers of a module's input, R its projection, N samples.
@@ -29,11 +39,15 @@ Legend: L places, D numbers of a module's input, R its projection, N samples.
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from scipy.stats import norm
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import RBF
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 from torch.func import functional_call
@@ -42,7 +56,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from clbench.interfaces import Batch, Capabilities, Experience, Schedule, UserError
 from clbench.models.backbone import Backbone
-from clbench.models.chain import chain, inputs_of
+from clbench.models.chain import chain, inputs_of, run_from
 from clbench.models.heads import LinearHead, TaskHead
 from clbench.streams import rng
 from clbench.streams.images.data import ImageData, shuffled
@@ -53,6 +67,8 @@ from clbench.training.schedules import constant
 from clbench.training.state import collect, groups_of, restore
 
 RIDGE = 1e-3  # share of the mean variance
+STORED = 40  # inputs of a module that suffixes are compared on
+IMPROVEMENT = 1e-3  # expected of a suffix that is still tried
 Weights = dict[str, Tensor]
 
 
@@ -79,19 +95,52 @@ def log_posterior(z_NR: Tensor, modules: list[list[tuple[Tensor, Tensor, float]]
     return prior + torch.tensor(likely, dtype=torch.float64)
 
 
+def next_suffix(outputs_SO: np.ndarray, tried: dict[int, float]) -> int | None:
+    """Which suffix to try next, given the outputs of each on the stored inputs and the accuracies of those tried.
+
+    The distance of suffixes is that of their outputs. None where all are tried or too little is expected of the rest.
+    """
+    gaps = np.linalg.norm(outputs_SO[:, None] - outputs_SO[None], axis=2)
+    rest = [i for i in range(len(gaps)) if i not in tried]
+    if len(tried) < 2 or not rest:
+        return min(rest, key=lambda i: gaps[i].mean(), default=None)
+    scale = float(np.median(gaps[np.triu_indices(len(gaps), 1)])) or 1.0
+    fixed: Any = {"alpha": 1e-6, "optimizer": None, "normalize_y": True}
+    fitted = GaussianProcessRegressor(RBF(scale), **fixed)
+    fitted.fit(outputs_SO[list(tried)], np.array(list(tried.values())))
+    mean, std = fitted.predict(outputs_SO[rest], return_std=True)
+    gain, std = mean - max(tried.values()), np.maximum(std, 1e-12)
+    expected = gain * norm.cdf(gain / std) + std * norm.pdf(gain / std)
+    return rest[int(expected.argmax())] if expected.max() >= IMPROVEMENT else None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A path to train: the library's module at each place (None: a new one), and the task whose head it takes unchanged."""
+
+    modules: tuple[int | None, ...]
+    head_of: int | None = None
+
+    @property
+    def old(self) -> int:
+        """Modules of the library."""
+        return sum(module is not None for module in self.modules)
+
+
 class Picle:
     """State: the library (weights of modules by place, with their Gaussians and performances), and for each task path and head.
 
     notes  by place and module: (mean [R], factor [R, R], performance) of each task that uses it
     paths  by task: the module at each place
+    inputs of each module at the place where suffixes start [at most STORED, ...], where there is a latent search
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities(needs_task_id=True, needs_passes=4, needs_random_access=True)
 
     @staticmethod
-    def capabilities_of(*, modules: int = 3, search: bool = True, **options: Any) -> Capabilities:
-        """Each path needs a pass: one of new modules alone, and one for each length of a prefix."""
-        return replace(Picle.capabilities, needs_passes=modules + 1 if search else 1)
+    def capabilities_of(*, modules: int = 3, search: bool = True, latent: int = 0, **options: Any) -> Capabilities:
+        """Each path needs a pass: one of new modules alone, one for each length of a prefix, those of the latent search."""
+        return replace(Picle.capabilities, needs_passes=modules + 1 + latent if search else 1)
 
     def __init__(
         self,
@@ -100,6 +149,8 @@ class Picle:
         *,
         modules: int = 3,  # at most: places of a path
         search: bool = True,  # false: new modules alone (the standalone reference)
+        latent: int = 0,  # paths of the latent search at most; 0: none
+        suffix: int = 2,  # modules of a suffix, at least
         projection: int = 20,  # numbers of a projected input
         temperature: float = 1e-3,
         validation: float = 0.2,  # share of the experience's samples that chooses the path
@@ -111,22 +162,28 @@ class Picle:
         batch_size: int = 32,
         schedule: Schedule = constant,
     ):
-        check(model, modules, projection, temperature, validation)
+        check(model, {"modules": modules, "projection": projection, "suffix": suffix}, latent, temperature, validation)
         self.model, self.runtime, self.search = model, runtime, search
         self.links = chain(model, modules)
         self.projection, self.temperature, self.share = projection, temperature, validation
         self.lr, self.epochs, self.batch_size = lr, runtime.epochs(epochs), batch_size
         self.recipe = Recipe(optimizer, momentum, weight_decay=weight_decay, schedule=schedule)
         model.requires_grad_(False)
-        if search and self.epochs <= len(self.links):
+        if latent and not search:
+            raise UserError(f"learner.latent={latent} has no effect with learner.search=false")
+        if latent and suffix >= len(self.links):
+            raise UserError(f"learner.suffix={suffix} must be below the modules of the network, which are {len(self.links)}")
+        self.latent, self.begins = latent, len(self.links) - suffix
+        if search and self.epochs <= len(self.links) + latent:
             raise UserError(
-                f"learner picle trains {len(self.links) + 1} paths: it needs as many epochs, got {self.epochs}; "
-                "fewer learner.modules need fewer"
+                f"learner picle trains {len(self.links) + 1 + latent} paths: it needs as many epochs, got {self.epochs}; "
+                f"fewer learner.modules need fewer{' and so does a smaller learner.latent' if latent else ''}"
             )
         self.heads = TaskHead(model.num_features).to(runtime.device)
         self.library: list[list[Weights]] = [[] for _ in self.links]
         self.notes: list[list[list[tuple[Tensor, Tensor, float]]]] = [[] for _ in self.links]
         self.paths: dict[str, list[int]] = {}
+        self.inputs: list[Tensor] = []
 
     def learn(self, experience: Experience) -> dict[str, float]:
         """Try paths, keep the best."""
@@ -134,19 +191,31 @@ class Picle:
         place = self.heads.grow(experience.task, experience.classes, self.runtime.generator("head"))
         train, held = split(experience.train, self.share, self.runtime.key("validation"))
         prefixes = [list[int](), *(self.prefixes(train) if self.search else [])]
-        best: tuple[float, list[int], list[Weights], LinearHead] | None = None
+        donors = self.donors(place) if self.latent else []
+        paths = len(prefixes) + (min(self.latent, len(donors) + self.begins - 1) if donors else 0)
+        best: tuple[float, Candidate, list[Weights], LinearHead] | None = None
         log: dict[str, float] = {}
-        for prefix in prefixes:
-            path, head = self.start(prefix), copy.deepcopy(self.heads.at(place))
-            log |= self.train(train, path, head, place, len(prefix), self.epochs // len(prefixes))
+
+        def tried(candidate: Candidate, key: int) -> float:
+            nonlocal best, log
+            path, head = self.start(candidate.modules), copy.deepcopy(self.heads.at(place))
+            if candidate.head_of is not None:
+                head = copy.deepcopy(self.heads.at(self.heads.place(candidate.head_of)))
+            log |= self.train(train, path, head, place, candidate, self.epochs // paths, key)
             accuracy = accuracy_of(self, held, path, head, place)
-            if best is None or accuracy >= best[0]:
-                best = accuracy, prefix, path, head
+            if best is None or (accuracy, candidate.old) > (best[0], best[1].old):
+                best = accuracy, candidate, path, head
+            return accuracy
+
+        for prefix in prefixes:
+            news = len(self.links) - len(prefix)
+            tried(Candidate((*prefix, *[None] * news)), self.runtime.key("train", len(prefix)))
+        number = len(prefixes) + (self.search_suffix(donors, tried) if donors else 0)
         assert best is not None
-        accuracy, prefix, path, head = best
+        accuracy, candidate, path, head = best
         self.heads.at(place).load_state_dict(head.state_dict())
-        self.keep(str(experience.task), prefix, path, accuracy, train)
-        sizes = {"library": float(sum(map(len, self.library))), "reused": float(len(prefix)), "paths": float(len(prefixes))}
+        self.keep(str(experience.task), candidate.modules, path, accuracy, train)
+        sizes = {"library": float(sum(map(len, self.library))), "reused": float(candidate.old), "paths": float(number)}
         return {**log, **sizes, "validation": accuracy}
 
     def prefixes(self, data: ImageData) -> list[list[int]]:
@@ -160,11 +229,47 @@ class Picle:
             found.append([*before, int(log_posterior(z, notes, self.temperature).argmax())])
         return found
 
-    def start(self, prefix: list[int]) -> list[Weights]:
-        """A path: modules of the library, then new ones."""
+    def donors(self, place: int) -> list[int]:
+        """Earlier tasks whose suffix and head fit the task at a place of the heads."""
+        size = self.heads.at(place).num_classes
+        others = [i for i in range(len(self.heads.tasks)) if i != place]
+        return [self.heads.tasks[i] for i in others if self.heads.at(i).num_classes == size]
+
+    def search_suffix(self, donors: list[int], tried: Callable[[Candidate, int], float]) -> int:
+        """Try suffixes of donors' paths, then longer ones of the best -> how many."""
+
+        def behind(task: int, start: int) -> Candidate:
+            return Candidate((*[None] * start, *self.paths[str(task)][start:]), task)
+
+        outputs, found = np.stack([self.outputs(task) for task in donors]), dict[int, float]()
+        while len(found) < self.latent and (i := next_suffix(outputs, found)) is not None:
+            found[i] = tried(behind(donors[i], self.begins), self.runtime.key("train", "suffix", len(found)))
+        best = donors[max(found, key=found.__getitem__)]
+        longer = range(self.begins - 1, 0, -1)[: self.latent - len(found)]
+        for start in longer:
+            tried(behind(best, start), self.runtime.key("train", "longer suffix", start))
+        return len(found) + len(longer)
+
+    @torch.no_grad()
+    def outputs(self, task: int) -> np.ndarray:
+        """Probabilities that the suffix of a task's path and its head give for all stored inputs, in one row."""
+        self.model.eval()
+        z = torch.cat(self.inputs).to(self.runtime.device)
+        path = [self.library[place][module] for place, module in enumerate(self.paths[str(task)])]
+        weights = {name: w for part in path for name, w in part.items()}
+        features = run_from(self.links[self.begins], z, self.model, lambda x: functional_call(self.model, weights, (x,)))
+        logits = self.heads.at(self.heads.place(task))(features)
+        return logits.double().softmax(1).flatten().cpu().numpy()
+
+    def start(self, modules: Sequence[int | None]) -> list[Weights]:
+        """A path of modules of the library, and new ones where there is None or nothing more."""
         own = dict(self.model.named_parameters())
-        new = [{name: own[name].detach().clone() for name in link.names} for link in self.links[len(prefix) :]]
-        return [self.library[place][module] for place, module in enumerate(prefix)] + new
+        path = []
+        for place, link in enumerate(self.links):
+            module = modules[place] if place < len(modules) else None
+            new = {name: own[name].detach().clone() for name in link.names} if module is None else None
+            path.append(self.library[place][module] if new is None and module is not None else new)
+        return path
 
     def projected(self, data: ImageData, place: int, path: list[Weights]) -> Tensor:
         """Inputs of the module at a place [N, R] float32 on the CPU, behind those of a path before it."""
@@ -180,33 +285,44 @@ class Picle:
         return torch.cat(found)
 
     def train(
-        self, data: ImageData, path: list[Weights], head: LinearHead, place: int, old: int, epochs: int
+        self, data: ImageData, path: list[Weights], head: LinearHead, place: int, candidate: Candidate, epochs: int, key: int
     ) -> dict[str, float]:
-        """Train the modules of a path behind the first `old`, and a head."""
-        fresh = [w.requires_grad_() for weights in path[old:] for w in weights.values()]
+        """Train the new modules of a path, and its head where that is its own."""
+        new = [weights for weights, module in zip(path, candidate.modules, strict=True) if module is None]
+        fresh = [w.requires_grad_() for weights in new for w in weights.values()]
         self.model.train()
 
         def loss(batch: Batch) -> Tensor:
             assert batch.y is not None
             return F.cross_entropy(head(self.features(batch, path)), self.heads.targets(place, batch.y))
 
-        batches = shuffled(data, self.batch_size, epochs, self.runtime.key("train", old))
-        groups = [{"params": fresh, "lr": self.lr}, *groups_of((head, self.lr))]
-        log = fit(self.runtime, "train", self, groups, loss, batches, self.recipe)
+        batches = shuffled(data, self.batch_size, epochs, key)
+        own_head = groups_of((head, self.lr)) if candidate.head_of is None else []
+        log = fit(self.runtime, "train", self, [{"params": fresh, "lr": self.lr}, *own_head], loss, batches, self.recipe)
         for w in fresh:
             w.requires_grad_(False)
         return log
 
-    def keep(self, task: str, prefix: list[int], path: list[Weights], accuracy: float, data: ImageData) -> None:
+    def keep(self, task: str, modules: Sequence[int | None], path: list[Weights], accuracy: float, data: ImageData) -> None:
         """New modules join the library; all of the path get a Gaussian of their inputs and the accuracy."""
-        chosen = [*prefix, *(len(modules) for modules in self.library[len(prefix) :])]
+        chosen = [len(self.library[place]) if module is None else module for place, module in enumerate(modules)]
         for place, module in enumerate(chosen):
             note = (*gaussian(self.projected(data, place, path)), accuracy)
             if module == len(self.library[place]):
                 self.library[place].append(path[place])
                 self.notes[place].append([])
+                if self.latent and place == self.begins:
+                    self.inputs = [*self.inputs, self.some_inputs(data, place, path)]
             self.notes[place][module].append(note)
         self.paths = {**self.paths, task: chosen}
+
+    @torch.no_grad()
+    def some_inputs(self, data: ImageData, place: int, path: list[Weights]) -> Tensor:
+        """Inputs of the module at a place for a few samples [at most STORED, ...]."""
+        self.model.eval()
+        rows = np.sort(rng.permutation(self.runtime.key("inputs"), len(data))[:STORED])
+        batch = next(iter(data.subset(rows).test_batches(STORED)))
+        return inputs_of(self.links[place], lambda: self.features(batch, path), flat=False)
 
     def features(self, batch: Any, path: list[Weights]) -> Tensor:
         """Features [B, D] of the network with a path's weights."""
@@ -220,7 +336,7 @@ class Picle:
         return self.heads(self.features(batch, path), task)
 
     def state_dict(self) -> dict[str, Any]:
-        return collect(self, "library", "notes", "paths", "heads")
+        return collect(self, "library", "notes", "paths", "heads", *(["inputs"] if self.latent else []))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         restore(self, state)
@@ -246,11 +362,11 @@ def accuracy_of(learner: Picle, data: ImageData, path: list[Weights], head: Line
     return right / len(data)
 
 
-def check(model: Backbone, modules: int, projection: int, temperature: float, validation: float) -> None:
+def check(model: Backbone, counts: dict[str, Any], latent: int, temperature: float, validation: float) -> None:
     """`UserError` for options out of range, or a network whose weights are not all that it has."""
-    for name, value in (("modules", modules), ("projection", projection)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"learner.{name} must be a whole number from 1, got {value!r}")
+    for name, value, least in (*((name, value, 1) for name, value in counts.items()), ("latent", latent, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UserError(f"learner.{name} must be a whole number from {least}, got {value!r}")
     if not 0 < validation < 1:
         raise UserError(f"learner.validation must lie in (0, 1), got {validation}")
     if not temperature > 0:
