@@ -394,7 +394,7 @@ def test_boundaries_announced_and_hidden():
         "cls_er": True,
         "onpro": False, "onpro learner.start=second_batch": True,
         "hdc": True,
-        "homeostatic": True, "sparse_mask": True,
+        "homeostatic": True,
     }  # fmt: skip
     for words, expected in fits.items():
         (config,) = compose([f"learner={words.split()[0]}", *words.split()[1:]])

@@ -159,6 +159,8 @@ def test_capabilities_and_refusals():
         "learner.share=0": r"learner\.share must lie in \(0, 1\]",
         "learner.samples=0": r"learner\.samples must be a whole number from 1",
         "learner.mask_epochs=0": r"learner\.mask_epochs must be a whole number from 1",
+        "learner.mask_epochs=2": r"learner\.mask_epochs=2 has no effect with learner\.how=fish",
+        "learner.how=graft learner.samples=9": r"learner\.samples=9 has no effect with learner\.how=graft",
         "learner.how=graft learner.epochs=1": r"learner\.mask_epochs=1 leave no pass to train in",
     }.items():
         (config,) = compose(["learner=sparse_mask", *words.split()])

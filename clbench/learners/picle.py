@@ -39,15 +39,12 @@ Legend: L places, D numbers of a module's input, R its projection, N samples.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from scipy.stats import norm
-from sklearn.gaussian_process import GaussianProcessRegressor
-from sklearn.gaussian_process.kernels import RBF
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 from torch.func import functional_call
@@ -56,7 +53,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from clbench.interfaces import Batch, Capabilities, Experience, Schedule, UserError
 from clbench.models.backbone import Backbone
-from clbench.models.chain import chain, inputs_of, run_from
+from clbench.models.chain import chain, inputs_of
 from clbench.models.heads import LinearHead, TaskHead
 from clbench.streams import rng
 from clbench.streams.images.data import ImageData, shuffled
@@ -65,10 +62,9 @@ from clbench.training.fit import Recipe, fit
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import constant
 from clbench.training.state import collect, groups_of, restore
+from clbench.training.suffix_search import Candidate, donors, search_suffix, some_inputs
 
 RIDGE = 1e-3  # share of the mean variance
-STORED = 40  # inputs of a module that suffixes are compared on
-IMPROVEMENT = 1e-3  # expected of a suffix that is still tried
 Weights = dict[str, Tensor]
 
 
@@ -93,38 +89,6 @@ def log_posterior(z_NR: Tensor, modules: list[list[tuple[Tensor, Tensor, float]]
         for notes in modules
     ]
     return prior + torch.tensor(likely, dtype=torch.float64)
-
-
-def next_suffix(outputs_SO: np.ndarray, tried: dict[int, float]) -> int | None:
-    """Which suffix to try next, given the outputs of each on the stored inputs and the accuracies of those tried.
-
-    The distance of suffixes is that of their outputs. None where all are tried or too little is expected of the rest.
-    """
-    gaps = np.linalg.norm(outputs_SO[:, None] - outputs_SO[None], axis=2)
-    rest = [i for i in range(len(gaps)) if i not in tried]
-    if len(tried) < 2 or not rest:
-        return min(rest, key=lambda i: gaps[i].mean(), default=None)
-    scale = float(np.median(gaps[np.triu_indices(len(gaps), 1)])) or 1.0
-    fixed: Any = {"alpha": 1e-6, "optimizer": None, "normalize_y": True}
-    fitted = GaussianProcessRegressor(RBF(scale), **fixed)
-    fitted.fit(outputs_SO[list(tried)], np.array(list(tried.values())))
-    mean, std = fitted.predict(outputs_SO[rest], return_std=True)
-    gain, std = mean - max(tried.values()), np.maximum(std, 1e-12)
-    expected = gain * norm.cdf(gain / std) + std * norm.pdf(gain / std)
-    return rest[int(expected.argmax())] if expected.max() >= IMPROVEMENT else None
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A path to train: the library's module at each place (None: a new one), and the task whose head it takes unchanged."""
-
-    modules: tuple[int | None, ...]
-    head_of: int | None = None
-
-    @property
-    def old(self) -> int:
-        """Modules of the library."""
-        return sum(module is not None for module in self.modules)
 
 
 class Picle:
@@ -169,16 +133,8 @@ class Picle:
         self.lr, self.epochs, self.batch_size = lr, runtime.epochs(epochs), batch_size
         self.recipe = Recipe(optimizer, momentum, weight_decay=weight_decay, schedule=schedule)
         model.requires_grad_(False)
-        if latent and not search:
-            raise UserError(f"learner.latent={latent} has no effect with learner.search=false")
-        if latent and suffix >= len(self.links):
-            raise UserError(f"learner.suffix={suffix} must be below the modules of the network, which are {len(self.links)}")
+        check_search(search, latent, suffix, len(self.links), self.epochs)
         self.latent, self.begins = latent, len(self.links) - suffix
-        if search and self.epochs <= len(self.links) + latent:
-            raise UserError(
-                f"learner picle trains {len(self.links) + 1 + latent} paths: it needs as many epochs, got {self.epochs}; "
-                f"fewer learner.modules need fewer{' and so does a smaller learner.latent' if latent else ''}"
-            )
         self.heads = TaskHead(model.num_features).to(runtime.device)
         self.library: list[list[Weights]] = [[] for _ in self.links]
         self.notes: list[list[list[tuple[Tensor, Tensor, float]]]] = [[] for _ in self.links]
@@ -191,16 +147,15 @@ class Picle:
         place = self.heads.grow(experience.task, experience.classes, self.runtime.generator("head"))
         train, held = split(experience.train, self.share, self.runtime.key("validation"))
         prefixes = [list[int](), *(self.prefixes(train) if self.search else [])]
-        donors = self.donors(place) if self.latent else []
-        paths = len(prefixes) + (min(self.latent, len(donors) + self.begins - 1) if donors else 0)
+        fitting = donors(self, place) if self.latent else []
+        paths = len(prefixes) + (min(self.latent, len(fitting) + self.begins - 1) if fitting else 0)
         best: tuple[float, Candidate, list[Weights], LinearHead] | None = None
         log: dict[str, float] = {}
 
         def tried(candidate: Candidate, key: int) -> float:
             nonlocal best, log
-            path, head = self.start(candidate.modules), copy.deepcopy(self.heads.at(place))
-            if candidate.head_of is not None:
-                head = copy.deepcopy(self.heads.at(self.heads.place(candidate.head_of)))
+            first = place if candidate.head_of is None else self.heads.place(candidate.head_of)
+            path, head = self.start(candidate.modules), copy.deepcopy(self.heads.at(first))
             log |= self.train(train, path, head, place, candidate, self.epochs // paths, key)
             accuracy = accuracy_of(self, held, path, head, place)
             if best is None or (accuracy, candidate.old) > (best[0], best[1].old):
@@ -210,13 +165,13 @@ class Picle:
         for prefix in prefixes:
             news = len(self.links) - len(prefix)
             tried(Candidate((*prefix, *[None] * news)), self.runtime.key("train", len(prefix)))
-        number = len(prefixes) + (self.search_suffix(donors, tried) if donors else 0)
+        number = len(prefixes) + (search_suffix(self, fitting, tried) if fitting else 0)
         assert best is not None
         accuracy, candidate, path, head = best
         self.heads.at(place).load_state_dict(head.state_dict())
         self.keep(str(experience.task), candidate.modules, path, accuracy, train)
-        sizes = {"library": float(sum(map(len, self.library))), "reused": float(candidate.old), "paths": float(number)}
-        return {**log, **sizes, "validation": accuracy}
+        sizes = {"library": sum(map(len, self.library)), "reused": candidate.old, "paths": number}
+        return {**log, **{name: float(value) for name, value in sizes.items()}, "validation": accuracy}
 
     def prefixes(self, data: ImageData) -> list[list[int]]:
         """The chosen modules of the library, in prefixes of length 1 to L; none before there is a library."""
@@ -225,64 +180,18 @@ class Picle:
             if not notes:
                 break
             before = found[-1] if found else []
-            z = self.projected(data, place, self.start(before))
+            z = projected(self, data, place, self.start(before))
             found.append([*before, int(log_posterior(z, notes, self.temperature).argmax())])
         return found
-
-    def donors(self, place: int) -> list[int]:
-        """Earlier tasks whose suffix and head fit the task at a place of the heads."""
-        size = self.heads.at(place).num_classes
-        others = [i for i in range(len(self.heads.tasks)) if i != place]
-        return [self.heads.tasks[i] for i in others if self.heads.at(i).num_classes == size]
-
-    def search_suffix(self, donors: list[int], tried: Callable[[Candidate, int], float]) -> int:
-        """Try suffixes of donors' paths, then longer ones of the best -> how many."""
-
-        def behind(task: int, start: int) -> Candidate:
-            return Candidate((*[None] * start, *self.paths[str(task)][start:]), task)
-
-        outputs, found = np.stack([self.outputs(task) for task in donors]), dict[int, float]()
-        while len(found) < self.latent and (i := next_suffix(outputs, found)) is not None:
-            found[i] = tried(behind(donors[i], self.begins), self.runtime.key("train", "suffix", len(found)))
-        best = donors[max(found, key=found.__getitem__)]
-        longer = range(self.begins - 1, 0, -1)[: self.latent - len(found)]
-        for start in longer:
-            tried(behind(best, start), self.runtime.key("train", "longer suffix", start))
-        return len(found) + len(longer)
-
-    @torch.no_grad()
-    def outputs(self, task: int) -> np.ndarray:
-        """Probabilities that the suffix of a task's path and its head give for all stored inputs, in one row."""
-        self.model.eval()
-        z = torch.cat(self.inputs).to(self.runtime.device)
-        path = [self.library[place][module] for place, module in enumerate(self.paths[str(task)])]
-        weights = {name: w for part in path for name, w in part.items()}
-        features = run_from(self.links[self.begins], z, self.model, lambda x: functional_call(self.model, weights, (x,)))
-        logits = self.heads.at(self.heads.place(task))(features)
-        return logits.double().softmax(1).flatten().cpu().numpy()
 
     def start(self, modules: Sequence[int | None]) -> list[Weights]:
         """A path of modules of the library, and new ones where there is None or nothing more."""
         own = dict(self.model.named_parameters())
-        path = []
-        for place, link in enumerate(self.links):
-            module = modules[place] if place < len(modules) else None
-            new = {name: own[name].detach().clone() for name in link.names} if module is None else None
-            path.append(self.library[place][module] if new is None and module is not None else new)
-        return path
-
-    def projected(self, data: ImageData, place: int, path: list[Weights]) -> Tensor:
-        """Inputs of the module at a place [N, R] float32 on the CPU, behind those of a path before it."""
-        self.model.eval()
-        found = []
-        with self.runtime.phase("search"), torch.no_grad():
-            for batch in data.test_batches(128):
-                self.runtime.check_stop()
-                z = inputs_of(self.links[place], lambda batch=batch: self.features(batch, path)).cpu()
-                gen = torch.Generator().manual_seed(rng.key(self.runtime.seed, "projection", place) >> 1)
-                size = min(self.projection, z.shape[1])
-                found.append(z @ torch.randn(z.shape[1], size, generator=gen) * size**-0.5)
-        return torch.cat(found)
+        every = (*modules, *[None] * (len(self.links) - len(modules)))
+        return [
+            {name: own[name].detach().clone() for name in link.names} if module is None else self.library[place][module]
+            for place, (link, module) in enumerate(zip(self.links, every, strict=True))
+        ]
 
     def train(
         self, data: ImageData, path: list[Weights], head: LinearHead, place: int, candidate: Candidate, epochs: int, key: int
@@ -307,22 +216,14 @@ class Picle:
         """New modules join the library; all of the path get a Gaussian of their inputs and the accuracy."""
         chosen = [len(self.library[place]) if module is None else module for place, module in enumerate(modules)]
         for place, module in enumerate(chosen):
-            note = (*gaussian(self.projected(data, place, path)), accuracy)
+            note = (*gaussian(projected(self, data, place, path)), accuracy)
             if module == len(self.library[place]):
                 self.library[place].append(path[place])
                 self.notes[place].append([])
                 if self.latent and place == self.begins:
-                    self.inputs = [*self.inputs, self.some_inputs(data, place, path)]
+                    self.inputs = [*self.inputs, some_inputs(self, data, place, path)]
             self.notes[place][module].append(note)
         self.paths = {**self.paths, task: chosen}
-
-    @torch.no_grad()
-    def some_inputs(self, data: ImageData, place: int, path: list[Weights]) -> Tensor:
-        """Inputs of the module at a place for a few samples [at most STORED, ...]."""
-        self.model.eval()
-        rows = np.sort(rng.permutation(self.runtime.key("inputs"), len(data))[:STORED])
-        batch = next(iter(data.subset(rows).test_batches(STORED)))
-        return inputs_of(self.links[place], lambda: self.features(batch, path), flat=False)
 
     def features(self, batch: Any, path: list[Weights]) -> Tensor:
         """Features [B, D] of the network with a path's weights."""
@@ -340,6 +241,20 @@ class Picle:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         restore(self, state)
+
+
+def projected(learner: Picle, data: ImageData, place: int, path: list[Weights]) -> Tensor:
+    """Inputs of the module at a place [N, R] float32 on the CPU, behind those of a path before it."""
+    learner.model.eval()
+    found = []
+    with learner.runtime.phase("search"), torch.no_grad():
+        for batch in data.test_batches(128):
+            learner.runtime.check_stop()
+            z = inputs_of(learner.links[place], lambda batch=batch: learner.features(batch, path)).cpu()
+            gen = torch.Generator().manual_seed(rng.key(learner.runtime.seed, "projection", place) >> 1)
+            size = min(learner.projection, z.shape[1])
+            found.append(z @ torch.randn(z.shape[1], size, generator=gen) * size**-0.5)
+    return torch.cat(found)
 
 
 def split(data: Any, share: float, key: int) -> tuple[ImageData, ImageData]:
@@ -374,3 +289,16 @@ def check(model: Backbone, counts: dict[str, Any], latent: int, temperature: flo
     if any(isinstance(module, _BatchNorm) for module in model.modules()):
         name = model.identity["name"]
         raise UserError(f"learner picle: model {name} keeps running statistics: choose model.norm=group or none")
+
+
+def check_search(search: bool, latent: int, suffix: int, modules: int, epochs: int) -> None:
+    """`UserError` for a search without effect, or with more paths than epochs."""
+    if latent and not search:
+        raise UserError(f"learner.latent={latent} has no effect with learner.search=false")
+    if latent and suffix >= modules:
+        raise UserError(f"learner.suffix={suffix} must be below the modules of the network, which are {modules}")
+    if search and epochs <= modules + latent:
+        raise UserError(
+            f"learner picle trains {modules + 1 + latent} paths: it needs as many epochs, got {epochs}; "
+            f"fewer learner.modules need fewer{' and so does a smaller learner.latent' if latent else ''}"
+        )

@@ -48,6 +48,7 @@ from clbench.training.sparse_masks import TaskMasks, top
 from clbench.training.state import collect, groups_of, restore
 
 BIAS = 10.0
+SAMPLES, MASK_LR = 1024, 1e7
 
 
 def region(values: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
@@ -95,13 +96,7 @@ class SparseMask:
         weight_decay: float = 0.0,
         schedule: Schedule = constant,
     ):
-        if how not in ("fish", "graft"):
-            raise UserError(f"unknown learner.how={how}: choose fish or graft")
-        if not 0 < share <= 1:
-            raise UserError(f"learner.share must lie in (0, 1], got {share}")
-        for name, value in (("samples", samples), ("mask_epochs", mask_epochs)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"learner.{name} must be a whole number from 1, got {value!r}")
+        check(how, share, samples, mask_lr, mask_epochs)
         self.model, self.runtime, self.how, self.share, self.samples = model, runtime, how, share, samples
         self.masking: Literal["local", "seen", "batch"] = masking
         self.lr, self.backbone_lr, self.mask_lr = lr, backbone_lr, mask_lr
@@ -167,7 +162,7 @@ class SparseMask:
 
         def put_back(place: Place, batch: Batch) -> None:
             if chosen is not None:
-                put(self.model, before, kept(self.model), chosen)
+                put(self.model, before, trained(self.model), chosen)
 
         batches = shuffled(experience.train, self.batch_size, epochs, self.runtime.key("train"))
         groups = groups_of((self.model, self.backbone_lr), (self.head, self.lr))
@@ -214,7 +209,25 @@ class SparseMask:
 
 
 @torch.no_grad()
-def put(model: Backbone, outside: Weights, inside: Weights, chosen: Mapping[str, Tensor]) -> None:
+def put(model: Backbone, outside: Weights, inside: Mapping[str, Tensor], chosen: Mapping[str, Tensor]) -> None:
     """Weights of a region from `inside`, all others from `outside`, in place."""
     for name, p in trained(model).items():
         p.copy_(torch.where(chosen[name], inside[name], outside[name]))
+
+
+def check(how: str, share: float, samples: int, mask_lr: float, mask_epochs: int) -> None:
+    """`UserError` for options out of range or without effect."""
+    if how not in ("fish", "graft"):
+        raise UserError(f"unknown learner.how={how}: choose fish or graft")
+    if not 0 < share <= 1:
+        raise UserError(f"learner.share must lie in (0, 1], got {share}")
+    for name, value in (("samples", samples), ("mask_epochs", mask_epochs)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(f"learner.{name} must be a whole number from 1, got {value!r}")
+    for name, value, default, used in (
+        ("samples", samples, SAMPLES, "fish"),
+        ("mask_lr", mask_lr, MASK_LR, "graft"),
+        ("mask_epochs", mask_epochs, 1, "graft"),
+    ):
+        if how != used and value != default:
+            raise UserError(f"learner.{name}={value} has no effect with learner.how={how}")

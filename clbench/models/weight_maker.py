@@ -52,6 +52,8 @@ class WeightMaker(nn.Module):
 
         So the made weights stay. What new units are given is drawn as at the start.
         """
+        if not more:
+            return
         if self.cell is not None:
             cell, old = self.cell, self.cell.hidden_size
             cell.weight_ih = nn.Parameter(_more_gates(cell.weight_ih, more, 0, gen))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -72,7 +72,6 @@ def bell(
     fixed order of the turned picture's pixels; T_i gives every pattern one of two labels, at random, to as many patterns each.
     Starved patterns are spread over classes and turns, starved images over patterns. Every problem is tested on all test
     samples. Label l of task T_i is class i K + l, K the classes of the data set: the same in every problem of that task.
-
     Deviations: BELL's patterns are pairs of images from several data sets, its full size 30,000 items. That domains and tasks
     of `long` are drawn from six each is a choice. S_sp, whose last inputs are vectors of another shape, is left out: all
     samples of a stream are images for one network.
@@ -87,26 +86,33 @@ def bell(
         if sizes[name] != default and all(size != name for *_, size in problems):
             raise UserError(f"bell.{name} has no effect with bell.sequence={sequence}")
     found = _checked(stream, patterns if any(size == "patterns" for *_, size in problems) else 0)
-    train, test = _patterns(found, found.train, seed), _patterns(found, found.test, seed)
-    number = stream.dataset.num_classes
-    steps, sets = [], []
-    for i, (domain, task, size) in enumerate(problems):
-        name, table = f"problem{i}_D{domain}_T{task}_{size}", _task(found, task, number, seed)
-        kept = train if size == "all" else _kept(found, train, size, sizes[size], seed)
-        for part, make in ((kept, steps), (test, sets)):
-            ids, labels = _labelled(part, table)
-            given: Any = {"labels": labels, "transform": (*found.transform, *_seen(part, domain, seed))}
-            present = tuple(np.unique(labels).tolist())
-            if make is sets:
-                make.append(EvalEntry(name, i, present, ids, i, **given))
-            elif len(present) < len(set(table.values())):
-                has = f"samples of {len(present)} of its {len(set(table.values()))} labels"
-                raise UserError(f"bell.{size}={sizes[size]}: problem {i} has {has}; choose another seed, or more")
-            else:
-                make.append(ExperienceEntry(name, i, present, ids, **given))
+    steps, sets = _entries(found, problems, sizes, seed)
     order = tuple(dict.fromkeys(c for e in steps for c in e.classes))
     made: Any = {"kind": "task_incremental", "discloses_task": True, "class_order": order}
-    return replace(stream, manifest=replace(stream.manifest, **made, experiences=tuple(steps), evals=tuple(sets)))
+    return replace(stream, manifest=replace(stream.manifest, **made, experiences=steps, evals=sets))
+
+
+def _entries(
+    found: Pool, problems: Sequence[Problem], sizes: Mapping[str, int], seed: int
+) -> tuple[tuple[ExperienceEntry, ...], tuple[EvalEntry, ...]]:
+    """An experience and an evaluation set of every problem."""
+    train, test = _patterns(found, found.train, seed), _patterns(found, found.test, seed)
+    steps: list[ExperienceEntry] = []
+    sets: list[EvalEntry] = []
+    for i, (domain, task, size) in enumerate(problems):
+        name, table = f"problem{i}_D{domain}_T{task}_{size}", _task(found, task, found.stream.dataset.num_classes, seed)
+        kept = train if size == "all" else _kept(found, train, size, sizes[size], seed)
+        ids, labels = _labelled(kept, table)
+        present = tuple(np.unique(labels).tolist())
+        if len(present) < len(set(table.values())):
+            has = f"samples of {len(present)} of its {len(set(table.values()))} labels"
+            raise UserError(f"bell.{size}={sizes[size]}: problem {i} has {has}; choose another seed, or more")
+        seen = (*found.transform, *_seen(kept, domain, seed))
+        steps.append(ExperienceEntry(name, i, present, ids, labels, transform=seen))
+        ids, labels = _labelled(test, table)
+        seen = (*found.transform, *_seen(test, domain, seed))
+        sets.append(EvalEntry(name, i, tuple(np.unique(labels).tolist()), ids, i, labels, seen))
+    return tuple(steps), tuple(sets)
 
 
 def _long(seed: int) -> list[Problem]:
