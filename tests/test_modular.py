@@ -589,7 +589,7 @@ def test_the_next_suffix_by_hand():
     assert suffix_search.next_suffix(outputs[:1], {}) == 0 and suffix_search.next_suffix(outputs[:1], {0: 1.0}) is None
 
 
-def new_inputs_of_an_old_task(epochs: int, few: int = 80, count: int = 256) -> Scenario:
+def new_inputs_of_an_old_task(epochs: int, few: int = 50, count: int = 256) -> Scenario:
     """BELL's S_in in small: (D1, T1), (D2, T2), then (D6, T1) with `few` samples.
 
     A picture is a sum of seven patterns with random weights, its pixels permuted by D. T1 asks whether the first weight, one of
@@ -636,7 +636,7 @@ def test_new_inputs_of_an_old_task_find_its_suffix(monkeypatch):
     tried.clear()
     learn(2)
     assert len(tried) == 6, "a new path, three prefixes, two suffixes"
-    assert max(tried) > max(tried[:4]), "no other path answers as well"
+    assert max(tried) > max(tried[:4]) + 0.1, "no other path answers as well"
     assert learner.paths["2"][1:] == learner.paths["0"][1:], "the suffix of the first task"
     assert learner.paths["2"][0] == len(learner.library[0]) - 1 and len(learner.notes[0][-1]) == 1, "behind a new module"
     heads = [learner.heads.at(i).state_dict() for i in (0, 2)]
