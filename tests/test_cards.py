@@ -239,6 +239,7 @@ UNMEASURED = {  # no record of theirs is committed: no card
     *("vida",),
     *("hdc",),
     *("fast_slow",),
+    *("homeostatic", "sparse_mask"),
     *("air", "gkeal", "icl", "laftr", "qda", "sfr"),
 }
 ON_DIGITS = {  # measured on the digits stream that they are made for

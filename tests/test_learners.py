@@ -61,6 +61,7 @@ VARIANTS = {
     "dst": ["learner.variant=official learner.prune=set learner.grow=momentum"],
     "rank_updates": ["learner.selector=new_only"],
     "shrink_perturb": ["learner.variant=official"],
+    "sparse_mask": ["learner.how=graft learner.share=0.1"],
     "merge": ["learner.operator=fisher learner.start=merged"],
     "bcwi": ["learner.fisher=true learner.share=null learner.held_out=0.4"],
     "tent": ["learner.answer=after"],

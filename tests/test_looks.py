@@ -37,6 +37,7 @@ ANYTIME |= {"losse_ftl"}
 ANYTIME |= {"naive_bayes"}
 ANYTIME |= {"online_ensemble"}
 ANYTIME |= {"cls_er"}
+ANYTIME |= {"homeostatic"}
 DISCLOSED = {"dst", "rank_updates", "tag"}  # those that need the task
 ANYTIME |= DISCLOSED
 ANYTIME |= {"onpro"}

@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from small_networks import SmallTrial, backbone, convnet, images, mlp
 from torch.nn import functional as F
 
 from clbench.config.compose import compose
-from clbench.interfaces import Capabilities, UserError
+from clbench.interfaces import Budget, Capabilities, UserError
 from clbench.learners import model_zoo, par, picle
 from clbench.learners.hypernetwork import Hypernetwork
 from clbench.learners.model_zoo import ModelZoo
@@ -21,7 +22,10 @@ from clbench.models.backbone import build_backbone
 from clbench.models.chain import chain, inputs_of
 from clbench.models.weight_maker import WeightMaker
 from clbench.streams.images.data import ImageData, shuffled
+from clbench.streams.manifest import EvalEntry, ExperienceEntry, Manifest
+from clbench.streams.scenario import ArrayImages, Dataset, Scenario
 from clbench.testing.contract import Trial, small_stream
+from clbench.training import suffix_search
 from clbench.training.state import detached, fingerprint
 
 OWN = Capabilities(needs_task_id=True)
@@ -63,6 +67,15 @@ def trial(learner, can=OWN, epochs=2, **options):
         ("picle learner.validation=1", r"learner\.validation must lie in \(0, 1\)"),
         ("picle learner.temperature=0", r"learner\.temperature must be above 0"),
         ("picle model.norm=batch", r"model mlp keeps running statistics: choose model\.norm=group or none"),
+        ("picle learner.latent=-1", r"learner\.latent must be a whole number from 0, got -1"),
+        ("picle learner.suffix=0", r"learner\.suffix must be a whole number from 1, got 0"),
+        ("picle learner.latent=2 learner.search=false", r"learner\.latent=2 has no effect with learner\.search=false"),
+        ("picle learner.latent=2", r"learner\.suffix=2 must be below the modules of the network, which are 2"),
+        (
+            "picle learner.latent=1 learner.suffix=1 learner.epochs=2",
+            r"trains 4 paths: .* and so does a smaller learner\.latent",
+        ),
+        ("hypernetwork learner.grow=-1", r"learner\.grow must be a whole number from 0, got -1"),
         ("picle learner.epochs=2", r"trains 3 paths: it needs as many epochs, got 2; fewer learner\.modules need fewer"),
     ],
 )
@@ -318,6 +331,44 @@ def test_weights_chunk_by_chunk(core, sizes):
     torch.testing.assert_close(maker(e, 30)[:20], made)
 
 
+@pytest.mark.parametrize(("core", "sizes"), [("chunk_mlp", [6, 5]), ("lstm", [6])])
+def test_growth_keeps_what_is_made(core, sizes):
+    """New units take part in what is made only once they are trained; a grown state fits a fresh network."""
+    maker, e = WeightMaker(core, sizes, 7, 3, 4, rng()), draw(3)
+    maker.cover(20, rng(1))
+    made = maker(e, 20).detach()
+    count = sum(p.numel() for p in maker.parameters())
+    maker.grow(2, rng(2))
+    torch.testing.assert_close(maker(e, 20), made)
+    np.testing.assert_allclose(naive_weights(maker, e, 20), made.numpy(), atol=1e-5)
+    new = {"chunk_mlp": 2 * 8 + 2 * 7 + 5 * 2 + 2 * 2 + 7 * 2, "lstm": 4 * (2 * 7 + 2 * 6 + 6 * 2 + 2 * 2 + 2 * 2) + 7 * 2}
+    assert sum(p.numel() for p in maker.parameters()) == count + new[core]
+    maker(e, 20).square().sum().backward()
+    last = maker.layers[-1].weight
+    assert float(last.detach()[:, -2:].abs().max()) == 0 and float(last.grad[:, -2:].abs().max()) > 0, "they can be trained"
+    other = WeightMaker(core, sizes, 7, 3, 4, rng(9))
+    other.load_state_dict(maker.state_dict())
+    torch.testing.assert_close(other(e, 20), made)
+    other.grow(1, rng(3)), other.load_state_dict(maker.state_dict())
+    assert [p.shape for p in other.parameters()] == [p.shape for p in maker.parameters()]
+
+
+def test_a_hypernetwork_grows_with_each_new_task():
+    """The first and a task that comes back add nothing; made weights of earlier tasks stay where nothing is trained."""
+    t = trial(Hypernetwork, chunk=100, hidden=(6,), batch_size=8, lr=0.0, grow=3)
+    learner, learn, pipeline = t.begin()
+    widths = []
+    for i in range(3):
+        learn(i)
+        widths.append(learner.maker.layers[0].out_features)
+    assert widths == [6, 9, 12]
+    learner.place_of(t.open(0, pipeline))
+    assert learner.maker.layers[0].out_features == 12
+    fresh, answers = t.start()[0], t.answers_of(learner, pipeline, 0)
+    fresh.load_state_dict(learner.state_dict())
+    assert torch.equal(t.answers_of(fresh, pipeline, 0), answers)
+
+
 def test_made_weights_are_those_of_network_and_head():
     t = trial(Hypernetwork, chunk=100, hidden=(6,), batch_size=8)
     learner, learn, _ = t.begin()
@@ -488,9 +539,9 @@ def test_the_best_path_is_kept_and_old_ones_never_change(monkeypatch, scores, pa
     z, library = t.answers_of(learner, pipeline, 0), fingerprint([modules[0] for modules in learner.library])
     trained, real = [], Picle.train
 
-    def train(self, data, path, head, place, old, epochs):
-        log = real(self, data, path, head, place, old, epochs)
-        trained.append((old, epochs, len(data), detached(path), detached(head.state_dict())))
+    def train(self, data, path, head, place, candidate, epochs, key):
+        log = real(self, data, path, head, place, candidate, epochs, key)
+        trained.append((candidate.old, epochs, len(data), detached(path), detached(head.state_dict())))
         return log
 
     left = list(scores)
@@ -506,6 +557,96 @@ def test_the_best_path_is_kept_and_old_ones_never_change(monkeypatch, scores, pa
     assert [len(notes[0]) for notes in learner.notes] == [2 - p for p in path]
     assert torch.equal(t.answers_of(learner, pipeline, 0)[:, :2], z)
     assert fingerprint([modules[0] for modules in learner.library]) == library
+
+
+def test_the_next_suffix_by_hand():
+    """Against a Gaussian process and the expected improvement in NumPy; the first two are those in the middle."""
+    outputs = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 0.5], [3.0, 3.0]])
+    gaps = np.array([[math.dist(a, b) for b in outputs] for a in outputs])
+    order = np.argsort(gaps.mean(1), kind="stable")
+    assert (
+        suffix_search.next_suffix(outputs, {}) == order[0]
+        and suffix_search.next_suffix(outputs, {int(order[0]): 0.5}) == order[1]
+    )
+    tried = {int(order[0]): 0.55, int(order[1]): 0.75}
+    scale = np.median([gaps[i, j] for i in range(4) for j in range(i)])
+    kernel = np.exp(-(gaps**2) / (2 * scale**2))
+    known, rest = list(tried), [int(i) for i in order[2:]]
+    y = np.array(list(tried.values()))
+    inverse = np.linalg.inv(kernel[np.ix_(known, known)] + 1e-6 * np.eye(2))
+    expected = []
+    for i in rest:
+        k = kernel[i, known]
+        mean = y.mean() + y.std() * float(k @ inverse @ ((y - y.mean()) / y.std()))
+        std = y.std() * math.sqrt(1 - float(k @ inverse @ k))
+        u = (mean - y.max()) / std
+        below = 0.5 * (1 + math.erf(u / math.sqrt(2)))
+        expected.append((mean - y.max()) * below + std * math.exp(-u * u / 2) / math.sqrt(2 * math.pi))
+    assert max(expected) > 1e-3 and suffix_search.next_suffix(outputs, tried) == rest[int(np.argmax(expected))]
+    assert suffix_search.next_suffix(outputs, dict.fromkeys(range(4), 0.5)) is None, "all are tried"
+    near = np.concatenate([outputs[:2], outputs[:1] + 1e-4])
+    assert suffix_search.next_suffix(near, {0: 0.4, 1: 0.9}) is None, "the third is the first over again"
+    assert suffix_search.next_suffix(outputs[:1], {}) == 0 and suffix_search.next_suffix(outputs[:1], {0: 1.0}) is None
+
+
+def new_inputs_of_an_old_task(epochs: int, few: int = 50, count: int = 256) -> Scenario:
+    """BELL's S_in in small: (D1, T1), (D2, T2), then (D6, T1) with `few` samples.
+
+    A picture is a sum of seven patterns with random weights, its pixels permuted by D. T1 asks whether the first weight, one of
+    -1, 0, 0, 1, is 0, T2 for the sign of the second. A narrow module that was trained under D1 sees a mixture of all under D6.
+    """
+    gen = np.random.Generator(np.random.Philox(3))
+    total = count + 16
+    u = gen.uniform(-1, 1, (total, 7))
+    u[:, 0] = gen.choice([-1.0, 0.0, 0.0, 1.0], total)
+    patterns = gen.choice([-1.0, 1.0], (7, 192))
+    x = (128 + 30 * u @ patterns).reshape(total, 8, 8, 3).clip(0, 255).astype(np.uint8)
+    tasks = {1: (np.abs(u[:, 0]) > 0.5).astype(np.int64), 2: (u[:, 1] > 0).astype(np.int64)}
+    split = (np.arange(total) >= count).astype(np.uint8)
+    data = Dataset("mixed", ArrayImages(x), 2 * tasks[1] + tasks[2], split, tuple("abcd"), "0" * 64)
+    steps, sets = [], []
+    for i, (domain, task, size) in enumerate([(1, 1, count), (2, 2, count), (6, 1, few)]):
+        own: Any = {"classes": (4 * task, 4 * task + 1), "transform": ({"permute": {"seed": 0, "number": domain}},)}
+        train, test = np.arange(size), np.arange(count, total)
+        steps.append(ExperienceEntry(f"p{i}", i, train=train, labels=4 * task + tasks[task][train], **own))
+        sets.append(EvalEntry(f"p{i}", i, ids=test, first_seen=i, labels=4 * task + tasks[task][test], **own))
+    budget = Budget(epochs=epochs)
+    about = {"name": "mixed", "sha256": "0" * 64, "num_samples": total}
+    made = Manifest("task_incremental", about, (4, 5, 8, 9), tuple(steps), tuple(sets), True, budget=budget.rules())
+    return Scenario("mixed", made, data, budget, "none")
+
+
+def test_new_inputs_of_an_old_task_find_its_suffix(monkeypatch):
+    """The path of the third problem ends like that of the first, head included, behind a new module; nothing old changes."""
+    tried, real = [], picle.accuracy_of
+    monkeypatch.setattr(picle, "accuracy_of", lambda *args: tried.append(real(*args)) or tried[-1])
+    options: Any = {
+        "modules": 3,
+        "latent": 2,
+        "suffix": 2,
+        "lr": 0.01,
+        "weight_decay": 0.0,
+        "batch_size": 16,
+        "validation": 0.4,
+    }
+    t = SmallTrial(lambda: mlp(3, 16, 8), Picle, scenario=new_inputs_of_an_old_task(120), can=OWN, **options)
+    learner, learn, pipeline = t.begin()
+    learn(0), learn(1)
+    z, library = t.answers_of(learner, pipeline, 0), fingerprint([modules[:1] for modules in learner.library])
+    tried.clear()
+    learn(2)
+    assert len(tried) == 6, "a new path, three prefixes, two suffixes"
+    assert max(tried) > max(tried[:4]) + 0.1, "no other path answers as well"
+    assert learner.paths["2"][1:] == learner.paths["0"][1:], "the suffix of the first task"
+    assert learner.paths["2"][0] == len(learner.library[0]) - 1 and len(learner.notes[0][-1]) == 1, "behind a new module"
+    heads = [learner.heads.at(i).state_dict() for i in (0, 2)]
+    assert fingerprint(heads[0]) == fingerprint(heads[1])
+    assert torch.equal(t.answers_of(learner, pipeline, 0), z)
+    assert fingerprint([modules[:1] for modules in learner.library]) == library
+    assert [len(z) for z in learner.inputs] == [suffix_search.STORED] * len(learner.library[1])
+    fresh, answers = t.start()[0], t.answers_of(learner, pipeline, 2)
+    fresh.load_state_dict(learner.state_dict())
+    assert torch.equal(t.answers_of(fresh, pipeline, 2), answers)
 
 
 def test_held_out_samples_are_others():

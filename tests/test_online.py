@@ -351,6 +351,7 @@ class Watch(looks.Observer):
         "cls_er",
         "onpro",
         "hdc",
+        "homeostatic",
     ],
 )  # fmt: skip
 def test_a_class_may_appear_in_the_middle_of_an_experience(name):
@@ -393,6 +394,7 @@ def test_boundaries_announced_and_hidden():
         "cls_er": True,
         "onpro": False, "onpro learner.start=second_batch": True,
         "hdc": True,
+        "homeostatic": True,
     }  # fmt: skip
     for words, expected in fits.items():
         (config,) = compose([f"learner={words.split()[0]}", *words.split()[1:]])
@@ -431,6 +433,7 @@ RESUMED = [
     "naive_bayes",
     "online_ensemble",
     "cls_er",
+    "homeostatic learner.recent=6 learner.lr=0.05 learner.step=0.9",
     "onpro learner.replay=6 learner.mix_p=1",
 ]  # fmt: skip
 

@@ -28,6 +28,7 @@ CHAINS = [
     [{"repeat": {"how": "sampling", "experiences": 9, "samples": 30}}],
     [{"repeat": {"how": "tasks", "experiences": 40, "samples": 3}}, {"evaluate": {"every": 8}}],
     [{"mnist_360": {"classes": 4, "rounds": 2}}, {"single_pass": {"shuffle": False}}],
+    [{"bell": {"sequence": "in"}}],
     [{"drift": {"width": 0.5}}, {"looks": {"number": 3}}],
     [{"order": {"by": "edge_hard"}}],
     [{"order": {"of": "experiences", "by": "hard_first"}}, {"evaluators": {"names": ["confusion"]}}],

@@ -111,7 +111,7 @@ def test_learners(name, monkeypatch):
         for index in range(2):
             t.learn(learner, runtime, pipeline, index)
     assert passes.lower and (
-        all(passes.lower) or name in ("cofima", "eata", "ewc", "ewc_online", "mas", "psmt", "fast_slow", "sfr")
+        all(passes.lower) or name in ("cofima", "eata", "ewc", "ewc_online", "mas", "psmt", "fast_slow", "sfr", "sparse_mask")
     ), "a pass in another precision than the run's"
     passes.out.clear()  # importance of weights is a statistic: fp32
     lower, state = Answers(learner), detached(learner.state_dict())

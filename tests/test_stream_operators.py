@@ -581,6 +581,7 @@ MANY: list[Any] = [
     {"permute": {"experiences": 2}},
     {"rotate": {"experiences": None}},
     {"mnist_360": {"classes": 4, "rounds": 1}},
+    {"bell": {"sequence": "plus", "images": 20}},
 ]
 
 
@@ -641,6 +642,8 @@ REFUSED: dict[str, tuple[Any, tuple[str, ...]]] = {
     "every": ({"evaluate": {"every": 1}}, ("evaluate.every",)),
     "circle": ({"mnist_360": {"classes": 1}}, ("mnist_360.classes", "from 2")),
     "rounds": ({"mnist_360": {"rounds": 0}}, ("mnist_360.rounds",)),
+    "sequence": ({"bell": {"sequence": "out*"}}, ("bell.sequence", "out_star")),
+    "starved by nothing": ({"bell": {"images": 50}}, ("bell.images has no effect with bell.sequence=in",)),
     "rates": ({"relabel": {"experiences": 3, "rate": [1, 1, 1]}}, ("2 experiences after the first",)),
 }
 MISPLACED: dict[str, tuple[list[Any], tuple[str, ...]]] = {
@@ -728,6 +731,7 @@ SINGLE: list[list[Any]] = [
         "hide_boundaries",
     ],
     [{"mnist_360": {"classes": 4, "rounds": 1}}, {"single_pass": {"shuffle": False}}],
+    [{"bell": {"sequence": "minus", "images": 20}}],
 ]
 
 

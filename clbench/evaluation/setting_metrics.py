@@ -32,9 +32,11 @@ ABOUT: dict[str, str] = {
     "plasticity_loss": "accuracy on the newest sets: mean over the first tenth of the experiences - mean over the last tenth",
     "mean_error": "mean over the shifted sets of 1 - accuracy, answers as given while the learner adapts",
     "clean_forgetting": "accuracy on the clean set before adaptation - after it",
+    "final_problem": "accuracy on the last experience's own set after it",
 }
 PAIRED = {  # of two runs, see `report.paired`
     "intransigence": "plasticity of the reference (joint training) on the same stream - the run's (Chaudhry et al. 2018: I)",
+    "transfer": "final_problem - that of the learner isolated (one network for each problem) on the same stream",
     "noise_robustness": "last_macro under label noise / last_macro of the same run without",
 }
 ABOUT |= PAIRED
@@ -46,6 +48,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "repeat": ("knowledge_accumulation", "all_classes", "plasticity_loss"),
     "permute": ("plasticity_loss",),
     "relabel": ("plasticity_loss",),
+    "bell": ("final_problem",),
 }
 CLEAN = ("clean", "clean after")  # names of the sets of `test_time` that are not shifted
 KINDS: dict[str, tuple[str, ...]] = {"domain_incremental": _DOMAINS, "test_time": ("mean_error", "clean_forgetting")}
@@ -201,6 +204,13 @@ def clean_forgetting(record: Mapping[str, Any]) -> float | None:
     return float(last[CLEAN[0]] - last[CLEAN[1]]) if set(CLEAN) <= set(last) else None
 
 
+def final_problem(record: Mapping[str, Any]) -> float | None:
+    """Sequences of problems: the one that the others are there for."""
+    a, _, first = _matrix(record)
+    own = a[-1, first == len(a) - 1]
+    return float(own.mean()) if len(own) and not np.isnan(own).any() else None
+
+
 FORMULAS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
     "performance_drop": performance_drop,
     "base_accuracy": lambda record: _split(record)[0],
@@ -219,4 +229,5 @@ FORMULAS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
     "plasticity_loss": plasticity_loss,
     "mean_error": mean_error,
     "clean_forgetting": clean_forgetting,
+    "final_problem": final_problem,
 }

@@ -9,7 +9,10 @@ gradient of the second term is added to the first, then comes the step.
 
 core    "chunk_mlp": a multilayer perceptron with ReLU, each chunk by itself. "lstm": its input is (c_t, e_i) and its state goes
         from chunk to chunk, so that later layers' weights depend on earlier ones' (dependency-preserving hypernetworks, WACV
-        2023, whose own regulariser and growth are not built: their rules could not be read)
+        2023, whose own regulariser is not built: its rule could not be read)
+grow    units that every hidden layer, or the LSTM, gains with each new task but the first. What they give to older units and to
+        the outputs starts at weights of 0, so that the weights made for other tasks stay. (WACV 2023 grows the network where a
+        task cannot be fitted; its rule could not be read, so growth with every task is a choice)
 offset  "none" (default): W_t alone. "model": the network's first weights, which may be pre-trained, plus W_t
 
 Choices: a weight tensor is h / sqrt(inputs of a unit), with h of variance 1 at the start, so that every layer starts at the
@@ -62,6 +65,7 @@ class Hypernetwork:
         chunk: int = 2000,  # weights that h gives at once
         task_width: int = 32,  # of a task's embedding
         chunk_width: int = 32,
+        grow: int = 0,  # units that hidden layers gain with each new task
         beta: float = 0.01,
         lookahead: bool = True,  # false: dphi = 0
         reg_tasks: int | None = None,  # old tasks in a step's regulariser, drawn at random; null: all
@@ -73,19 +77,17 @@ class Hypernetwork:
         schedule: Schedule = constant,
     ):
         check(model, core, hidden, offset, {"chunk": chunk, "task_width": task_width, "chunk_width": chunk_width})
-        if beta < 0 or (reg_tasks is not None and reg_tasks < 1):
-            raise UserError(f"learner.beta must be at least 0 and reg_tasks at least 1, got beta={beta} reg_tasks={reg_tasks}")
+        check_numbers(beta, reg_tasks, grow)
         self.model, self.runtime, self.beta, self.reg_tasks = model, runtime, beta, reg_tasks
-        self.lookahead, self.task_width = lookahead, task_width
+        self.lookahead, self.task_width, self.grow = lookahead, task_width, grow
         self.lr, self.epochs, self.batch_size = lr, runtime.epochs(epochs), batch_size
         self.recipe = Recipe(optimizer, 0.0, schedule=schedule)
         model.requires_grad_(False)
         own = {name: p.detach() for name, p in model.named_parameters()}
         self.starts = {n: p.clone() if offset == "model" or p.ndim < 2 else torch.zeros_like(p) for n, p in own.items()}
         self.scales = {n: (p.numel() // len(p) if p.ndim > 1 else p.numel()) ** -0.5 for n, p in own.items() if p.numel()}
-        self.maker = WeightMaker(core, list(hidden), chunk, task_width, chunk_width, runtime.generator("maker")).to(
-            runtime.device
-        )
+        widths = (chunk, task_width, chunk_width)
+        self.maker = WeightMaker(core, list(hidden), *widths, runtime.generator("maker")).to(runtime.device)
         self.embeddings: list[nn.Parameter] = []
         self.tasks: list[int] = []
         self.classes: list[list[int]] = []
@@ -127,6 +129,7 @@ class Hypernetwork:
             drawn = torch.randn(self.task_width, generator=self.runtime.generator("embedding")).to(self.runtime.device)
             self.tasks, self.classes = [*self.tasks, experience.task], [*self.classes, []]
             self.embeddings.append(nn.Parameter(drawn))
+            self.maker.grow(self.grow if len(self.tasks) > 1 else 0, self.runtime.generator("units"))
         place = self.tasks.index(experience.task)
         joined = list(dict.fromkeys([*self.classes[place], *experience.classes]))
         self.classes = [joined if i == place else old for i, old in enumerate(self.classes)]
@@ -214,3 +217,11 @@ def check(model: Backbone, core: str, hidden: Sequence[int], offset: str, number
         raise UserError(f"learner hypernetwork: model {name} keeps running statistics: choose model.norm=group or none")
     if model.pretrained and offset == "none":
         raise UserError(f"learner hypernetwork makes all weights of model {name} anew: learner.offset=model keeps those it has")
+
+
+def check_numbers(beta: float, reg_tasks: int | None, grow: int) -> None:
+    """`UserError` for numbers out of range."""
+    if beta < 0 or (reg_tasks is not None and reg_tasks < 1):
+        raise UserError(f"learner.beta must be at least 0 and reg_tasks at least 1, got beta={beta} reg_tasks={reg_tasks}")
+    if isinstance(grow, bool) or not isinstance(grow, int) or grow < 0:
+        raise UserError(f"learner.grow must be a whole number from 0, got {grow!r}")

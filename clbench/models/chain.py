@@ -6,6 +6,7 @@ beside all modules (position embeddings) to the first. What is found is run once
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,12 +81,22 @@ def _check_order(model: Any, modules: list[nn.Module]) -> None:
         raise UserError(f"model {model.identity['name']} is no chain of modules: they do not run once each, in their order")
 
 
-def inputs_of(link: Link, run: Any) -> Tensor:
-    """What a module is given [B, ...] while `run()` passes a batch through the network, flattened to [B, D]."""
+def inputs_of(link: Link, run: Callable[[], Any], flat: bool = True) -> Tensor:
+    """What a module is given [B, ...] while `run()` passes a batch through the network; `flat`: as [B, D]."""
     found: list[Tensor] = []
-    hook = link.entry.register_forward_pre_hook(lambda module, args: found.append(args[0].detach().flatten(1).float()))
+    hook = link.entry.register_forward_pre_hook(lambda module, args: found.append(args[0].detach().float()))
     try:
         run()
     finally:
         hook.remove()
-    return torch.cat(found)
+    return torch.cat([z.flatten(1) for z in found] if flat else found)
+
+
+def run_from(link: Link, z: Tensor, model: Any, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `run(images)` gives where the module is given z [B, ...], whatever comes before it."""
+    hook = link.entry.register_forward_pre_hook(lambda module, args: (z, *args[1:]))
+    try:
+        size = model.profile.size
+        return run(torch.zeros(len(z), 3, size, size, device=z.device))
+    finally:
+        hook.remove()

@@ -46,6 +46,29 @@ class WeightMaker(nn.Module):
             fresh = torch.randn(more, self.chunk_width, generator=gen).to(self.chunks_NC)
             self.chunks_NC = nn.Parameter(torch.cat([self.chunks_NC.detach(), fresh]))
 
+    @torch.no_grad()
+    def grow(self, more: int, gen: torch.Generator) -> None:
+        """Add units to every hidden layer, or to the LSTM; what they give to the units that are there is weighted by 0.
+
+        So the made weights stay. What new units are given is drawn as at the start.
+        """
+        if not more:
+            return
+        if self.cell is not None:
+            cell, old = self.cell, self.cell.hidden_size
+            cell.weight_ih = nn.Parameter(_more_gates(cell.weight_ih, more, 0, gen))
+            cell.weight_hh = nn.Parameter(_more_gates(cell.weight_hh, more, more, gen))
+            cell.bias_ih, cell.bias_hh = (nn.Parameter(_more_gates(b, more, 0, None)) for b in (cell.bias_ih, cell.bias_hh))
+            cell.hidden_size = old + more
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, nn.Linear)
+            rows = more if i < len(self.layers) - 1 else 0
+            columns = more if i or self.cell is not None else 0
+            std = (2 / (layer.in_features + columns)) ** 0.5
+            layer.weight = nn.Parameter(_grown(layer.weight, rows, columns, std, gen))
+            layer.bias = nn.Parameter(torch.cat([layer.bias, layer.bias.new_zeros(rows)]))
+            layer.in_features, layer.out_features = layer.in_features + columns, layer.out_features + rows
+
     def forward(self, embedding_E: Tensor, count: int) -> Tensor:
         """The first `count` weights of a task."""
         chunks = self.chunks_NC[: -(-count // self.chunk)]
@@ -61,7 +84,28 @@ class WeightMaker(nn.Module):
         return self.layers[-1](x).flatten()[:count]
 
     def load_state_dict(self, state: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Fill in place, with as many chunk embeddings as there are."""
-        if state["chunks_NC"].shape != self.chunks_NC.shape:
-            self.chunks_NC = nn.Parameter(torch.empty_like(state["chunks_NC"], device=self.chunks_NC.device))
+        """Fill in place, with as many chunk embeddings and units as there are."""
+        for name, p in list(self.named_parameters()):
+            if state[name].shape != p.shape:
+                part, _, last = name.rpartition(".")
+                setattr(self.get_submodule(part), last, nn.Parameter(p.new_empty(state[name].shape)))
+        if self.cell is not None:
+            self.cell.hidden_size = self.cell.weight_hh.shape[1]
+        for layer in self.layers:
+            assert isinstance(layer, nn.Linear)
+            layer.out_features, layer.in_features = layer.weight.shape
         return super().load_state_dict(state, strict, assign)
+
+
+def _grown(weight_OI: Tensor, rows: int, columns: int, std: float, gen: torch.Generator) -> Tensor:
+    """A weight with new rows, drawn, and new columns, which are 0 in the rows that are there."""
+    out, width = weight_OI.shape
+    drawn = torch.randn(rows, width + columns, generator=gen).to(weight_OI) * std
+    return torch.cat([torch.cat([weight_OI, weight_OI.new_zeros(out, columns)], dim=1), drawn])
+
+
+def _more_gates(weight: Tensor, rows: int, columns: int, gen: torch.Generator | None) -> Tensor:
+    """The four gates of an LSTM, each with new rows; a bias (no generator) with zeros."""
+    if gen is None:
+        return torch.cat([part for gate in weight.chunk(4) for part in (gate, gate.new_zeros(rows))])
+    return torch.cat([_grown(gate, rows, columns, (weight.shape[1] + columns) ** -0.5, gen) for gate in weight.chunk(4)])

@@ -63,6 +63,7 @@ ADDED: dict[str, dict[str, Any]] = {  # options that came to a learner later: wh
     "finetune.Finetune": {"trainable": "all", "refresh": None, "optimizer": "sgd"},
     "gdumb.GDumb": {"optimizer": "sgd", "schedule": None},
     "gem.Gem": {"columns": "seen", "head": "linear"},
+    "hypernetwork.Hypernetwork": {"grow": 0},
     "incremental_frozen.IncrementalFrozen": {
         **{"supcon": 0.0, "mirror": True, "etf": 0, "virtual": 0, "rotation": 0.0},
         **{"finetune": 0, "finetune_lr": 0.001, "subnet": 1.0},
@@ -74,6 +75,7 @@ ADDED: dict[str, dict[str, Any]] = {  # options that came to a learner later: wh
     "mas.Mas": {"refresh": None, "project": None},
     "mir.Mir": {"columns": "seen", "score": "rise", "start": "second_batch"},
     "pretrain.Pretrain": {"adapt": None},
+    "picle.Picle": {"latent": 0, "suffix": 2},
     "pred_kd.PredKd": {"refresh": None, "project": None},
     "replay.Replay": {"optimizer": "sgd"},
     "rwalk.RWalk": {"refresh": None, "project": None},

@@ -9,7 +9,7 @@ from typing import Any
 from clbench.interfaces import UserError
 from clbench.streams.operators import registry
 
-DEALS = ("shots", "blur", "repeat", "mnist_360", "file_lists")  # make experiences of the whole stream's samples
+DEALS = ("shots", "blur", "repeat", "mnist_360", "bell", "file_lists")  # make experiences of the whole stream's samples
 MIXES = (*DEALS, "order", "drift")
 JOINS = {"permute": 10, "rotate": 10, "relabel": None}  # show all samples in every experience, unless `experiences` is null
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 GROUP = "clbench.operators"
 _NAMES = (
     *("permute", "rotate", "corrupt", "relabel", "label_noise", "long_tail", "shots", "blur", "repeat", "drift", "order"),
-    *("mnist_360", "file_lists", "concatenate", "shuffle", "single_pass"),
+    *("mnist_360", "bell", "file_lists", "concatenate", "shuffle", "single_pass"),
     *("hide_boundaries", "looks", "evaluate", "test_time", "evaluators"),
 )
 BUILT_IN = {name: f"{__package__}.{name}.{name}" for name in _NAMES}
