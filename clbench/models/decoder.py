@@ -17,7 +17,7 @@ from torch.nn import functional
 from clbench.interfaces import UserError
 from clbench.models import checkpoint
 from clbench.models.precision import MixedPrecision
-from clbench.models.weights import state_sha256
+from clbench.models.weights import check_sha256, find, state_sha256
 from clbench.streams import rng
 
 Attention = Literal["auto", "explicit", "sdpa"]
@@ -243,7 +243,8 @@ def build_decoder(
     parallel   attention and MLP side by side; false: one after the other
     attention  "explicit": matrix products with a mask; "sdpa": torch's kernel; "auto": explicit on a CPU, else torch's
     weights    "none": random, drawn from `seed`; else a folder with config.json and safetensors, as given or under `data_root`
-               or CLBENCH_DATA. Its shape must be the one given here; every tensor must be there and none besides.
+               or CLBENCH_DATA, or one file of tensors FILE.safetensors ("package:FILE": ships with clbench). Its shape must be
+               the one given here; every tensor must be there and none besides.
     """
     for given, what in ((vocab, "vocab"), (context, "context")):
         if given is None:
@@ -255,6 +256,13 @@ def build_decoder(
     if weights == "none":
         model = Decoder(shape, attention)
         draw_weights(model, seed)
+    elif weights.endswith(".safetensors"):
+        path = find(weights, name, data_root)
+        model = Decoder(shape, attention)
+        checkpoint.fill_from(model, path, tied)
+        identity["file_sha256"] = check_sha256(path, None)
+        identity["source"] = weights if weights.startswith("package:") else path.name
+        model.pretrained = True
     else:
         folder = checkpoint.find(weights, data_root)
         checkpoint.check_config(folder, asdict(shape))
