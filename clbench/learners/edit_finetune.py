@@ -29,7 +29,7 @@ from clbench.training.state import collect, restore
 class EditFinetune:
     """Trains one layer on each request; nothing is remembered but the weights."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(asks="logits", needs_boundaries=False, needs_pretrained=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(asks="logits", needs_boundaries=False)
 
     def __init__(
         self,

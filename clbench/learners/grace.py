@@ -40,7 +40,7 @@ APART = 1e-5  # between the radii of two keys with different answers
 class Grace:
     """A codebook around one layer. State: weights, which stay as they are, and the codebook."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(asks="logits", needs_boundaries=False, needs_pretrained=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(asks="logits", needs_boundaries=False)
 
     def __init__(
         self,

@@ -67,6 +67,7 @@ class Questions:
     old       old text for evaluation [N, L], of which the first token of each row is given
     text      old text for learners [M, L]: nothing of it is asked
     floor     exact loss of the true source on `old`, nats per token, where it is known
+    end       the token with which a sentence ends, if there is one
     """
 
     name: str
@@ -79,6 +80,7 @@ class Questions:
     old: np.ndarray
     text: np.ndarray
     floor: float | None = None
+    end: int | None = None
 
     @property
     def size(self) -> int:
@@ -111,6 +113,7 @@ class Questions:
 class _Given:
     requests: tuple[Request, ...]
     text: np.ndarray
+    end: int | None
     name: str
 
 
@@ -136,6 +139,11 @@ class EditData:
     def old_size(self) -> int:
         """Sequences of old text."""
         return len(opened(self.given).text)
+
+    @property
+    def end(self) -> int | None:
+        """The token with which a sentence of old text ends, if there is one."""
+        return opened(self.given).end
 
     def old_text(self, rows: np.ndarray) -> np.ndarray:
         """Sequences of old text by number -> [B, L] int64. Nothing of it is asked in an evaluation."""
@@ -171,7 +179,8 @@ class EditScenario:
     def experience(self, index: int) -> Experience:
         """What a learner sees of experience `index`."""
         entry = self.manifest.experiences[index]
-        given = _Given(tuple(self.questions.requests[i] for i in entry.train), self.questions.text, f"experience {entry.name}")
+        made, label = self.questions, f"experience {entry.name}"
+        given = _Given(tuple(made.requests[i] for i in entry.train), made.text, made.end, label)
         data: Any = EditData(entry.name, len(entry.train), Handle(given.name, given))
         return Experience(index, entry.name, data, (), (), (), 0, None, self.budget)
 
@@ -237,6 +246,7 @@ def edit_facts(
     seed: int = 0,
     looks: Sequence[int] | None = None,
     neighbours: int = 4,
+    known: float = 0.9,
     budget: Mapping[str, Any] | None = None,
 ) -> EditScenario:
     """Facts of the made world (`facts`), changed one after another.
@@ -246,14 +256,17 @@ def edit_facts(
     seed        of the world: the decoder must have been trained on it
     looks       numbers of edits after which the learner is evaluated; None: 1, 10, 100, ... and all
     neighbours  asked for each request: subjects of the pool `locality` with the old answer, at most 10
+    known       share of the facts that the decoder must know, else it is refused; 0: any decoder can be tried
     """
+    if isinstance(known, bool) or not isinstance(known, int | float) or not 0 <= known <= 1:
+        raise UserError(f"scenario.known must be a share from 0 to 1, got {known!r}")
     world = World(entities, seed)
     most = (facts.RELATIONS - 1) * entities
     for key, value, least, limit in (("edits", edits, 1, most), ("neighbours", neighbours, 1, 10)):
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= limit:
             raise UserError(f"scenario.{key} must be a whole number from {least} to {limit}, got {value!r}")
     made = made_world(world, edits, neighbours)
-    return scenario(name, made, looks, budget, known=0.9)
+    return scenario(name, made, looks, budget, known)
 
 
 def made_world(world: World, edits: int, neighbours: int) -> Questions:
@@ -291,4 +304,4 @@ def made_world(world: World, edits: int, neighbours: int) -> Questions:
     floor = window_floor(world.language, held - facts.OLD_WORDS)
     text = world.text(("tune",), TEXT_ROWS, CONTEXT, rng.key("edits", world.seed, "text"))
     named = f"facts_{2 * world.pool}"
-    return Questions(named, facts.VOCAB, CONTEXT, tuple(requests), tuple(before), tuple(probes), about, held, text, floor)
+    return Questions(named, facts.VOCAB, CONTEXT, tuple(requests), tuple(before), tuple(probes), about, held, text, floor, facts.END)

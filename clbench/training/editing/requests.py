@@ -72,8 +72,9 @@ def descend(
     steps: int,
     stop_below: float = 0.0,
     after_step: Callable[[], None] | None = None,
+    is_done: Callable[[], bool] | None = None,
 ) -> int:
-    """At most `steps` steps on `params` alone, none from a loss below `stop_below` on -> steps made.
+    """At most `steps` steps on `params` alone, none from a loss below `stop_below` or `is_done()` on -> steps made.
 
     Raises FloatingPointError on a loss that is NaN or infinite: the model is beyond repair.
     """
@@ -82,7 +83,7 @@ def descend(
         value = float(loss.detach())
         if not math.isfinite(value):
             raise FloatingPointError(f"the loss of an edit is {value} in experience {runtime.experience}, step {step}")
-        if value < stop_below:
+        if value < stop_below or (is_done is not None and is_done()):
             return step
         for p, grad in zip(params, torch.autograd.grad(loss, list(params)), strict=True):
             p.grad = grad
