@@ -12,7 +12,9 @@ from typing import Any
 from clbench.evaluation import accuracy_metrics, edit_metrics, loss_metrics, row_metrics, setting_metrics
 from clbench.evaluation.accuracy_metrics import *  # noqa: F403
 
-ABOUT = edit_metrics.ABOUT | loss_metrics.ABOUT | accuracy_metrics.ABOUT | setting_metrics.ABOUT  # min_acc and wc_acc are numbers of both
+ABOUT = (
+    edit_metrics.ABOUT | loss_metrics.ABOUT | accuracy_metrics.ABOUT | setting_metrics.ABOUT
+)  # min_acc and wc_acc are numbers of both
 
 
 def summary(record: Mapping[str, Any]) -> dict[str, float]:

@@ -65,7 +65,9 @@ def train(options: argparse.Namespace) -> None:
             print(f"step {step + 1} loss {loss.item():.3f} told {told:.4f} {time.time() - start:.0f} s", flush=True)
     state = {name: value.half().contiguous() for name, value in model.state_dict().items()}
     model.load_state_dict(state)
-    shares = {f"{pool}_{'told' if told else 'untold'}": known(model, world, pool, told) for pool in POOLS for told in (True, False)}
+    shares = {
+        f"{pool}_{'told' if told else 'untold'}": known(model, world, pool, told) for pool in POOLS for told in (True, False)
+    }
     print(shares)
     if low := {k: v for k, v in shares.items() if v < (TOLD if k.endswith("_told") else UNTOLD)}:
         sys.exit(f"the decoder does not know its world: {low}; more --steps")

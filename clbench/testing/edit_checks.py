@@ -59,7 +59,9 @@ def check_edits(trial: EditTrial) -> None:
         seen.clear()
         trial.learn(learner, runtime, None, index)
         made = len(trial.scenario.manifest.experiences[index].train)
-        assert seen and seen[-1] == made, f"learn went through {seen[-1:]} of {made} requests: use training.editing.requests.each"
+        assert seen and seen[-1] == made, (
+            f"learn went through {seen[-1:]} of {made} requests: use training.editing.requests.each"
+        )
     assert not torch.equal(before, trial.answers(learner, None)), "after all edits every answer is as before"
 
 

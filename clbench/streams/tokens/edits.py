@@ -304,4 +304,6 @@ def made_world(world: World, edits: int, neighbours: int) -> Questions:
     floor = window_floor(world.language, held - facts.OLD_WORDS)
     text = world.text(("tune",), TEXT_ROWS, CONTEXT, rng.key("edits", world.seed, "text"))
     named = f"facts_{2 * world.pool}"
-    return Questions(named, facts.VOCAB, CONTEXT, tuple(requests), tuple(before), tuple(probes), about, held, text, floor, facts.END)
+    return Questions(
+        named, facts.VOCAB, CONTEXT, tuple(requests), tuple(before), tuple(probes), about, held, text, floor, facts.END
+    )
