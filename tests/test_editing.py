@@ -1,4 +1,4 @@
-"""Model editing: the made world, the stream of edits, what is counted, and the editors against naive versions of their formulas."""
+"""Model editing: the made world, the stream, what is counted, and editors against naive versions of their formulas."""
 
 import json
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from clbench.config import compose
+from clbench.config.registry import asks, choices
 from clbench.evaluation import edit_metrics
 from clbench.evaluation.edits import Asked, EditSuccess, OldText, Windows, weight_sums
 from clbench.interfaces import Experience, UserError
@@ -22,8 +23,10 @@ from clbench.records.rows import rows_of
 from clbench.run.runner import run_job
 from clbench.streams.manifest import Manifest
 from clbench.streams.tokens import facts
+from clbench.streams.tokens.edit_files import edit_file, last_of
 from clbench.streams.tokens.edits import edit_facts
 from clbench.streams.tokens.facts import POOLS, World
+from clbench.testing.contract import check_learner, check_scenario
 from clbench.training.editing import key_values
 from clbench.training.editing.site import Site
 from clbench.training.editing.value_search import Search, added, find_value
@@ -208,8 +211,9 @@ def entry():
         return {"experience": i, "step": None, "evaluator": "weights", "sums": {}, "total": total}
 
     rows = [
-        old(-1, 30.0), answers(0, [1, 1, 2] + [None] * 4, [0, 0, 2] + [None] * 4), old(0, 33.0), newest(0, 1), weights(0, 4.0, 9.0, 1.0),
-        answers(1, [0, 1, 2, 2, 2, 3, None], [0, 0, 1, 0, 0, 2, None]), old(1, 63.0), newest(1, 2), weights(1, 4.0, 16.0, 9.0),
+        old(-1, 30.0), answers(0, [1, 1, 2] + [None] * 4, [0, 0, 2] + [None] * 4), old(0, 33.0), newest(0, 1), weights(0, 4.0,
+        9.0, 1.0), answers(1, [0, 1, 2, 2, 2, 3, None], [0, 0, 1, 0, 0, 2, None]), old(1, 63.0), newest(1, 2), weights(1, 4.0,
+        16.0, 9.0),
     ]  # fmt: skip
     experiences = [{"name": "1", "num_train": 1}, {"name": "2-3", "num_train": 2}]
     stream = {"kind": "model_editing", "experiences": experiences}
@@ -481,6 +485,98 @@ def test_wise_answers_as_before_until_a_memory_is_open(stream):
 def test_bad_options(cls, options, said):
     with pytest.raises(UserError, match=said):
         cls(decoder(2), Runtime(0, CPU), **options)
+
+
+LEARNERS = [name for name in choices("learner") if asks("learner", name) == "logits"]
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_contract(name):
+    (config,) = compose.compose(["scenario=edit_facts", f"learner={name}"])
+    config["learner"]["steps"] = 3
+    assert [f"{check}: {message}" for check, ok, message in check_learner(config) if not ok] == []
+
+
+def test_the_scenario_keeps_its_contract():
+    (config,) = compose.compose(["scenario=edit_facts", "scenario.edits=20"])
+    assert [f"{check}: {message}" for check, ok, message in check_scenario(config) if not ok] == []
+
+
+def counterfact(subject, new="Rome", true="Paris"):
+    asked = {"prompt": "{} lies in", "subject": subject, "target_new": {"str": new}, "target_true": {"str": true}}
+    return {
+        "requested_rewrite": asked,
+        "paraphrase_prompts": [f"Where is {subject}? In"],
+        "neighborhood_prompts": ["The Louvre lies in", "Montmartre lies in", "The Pantheon lies in"],
+    }
+
+
+def zsre(subject):
+    question = f"What colour is {subject}?"
+    return {"subject": subject, "src": question, "rephrase": f"{subject} has which colour?", "answers": ["red", "crimson"],
+            "alt": "blue", "loc": "nq question: who wrote it", "loc_ans": "Ann"}  # fmt: skip
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Records in both layouts, and old text, read as bytes."""
+    cases = [counterfact("The tower"), counterfact("The tower", "Oslo"), counterfact("The Seine"), counterfact("A bridge")]
+    (tmp_path / "counterfact.json").write_text(json.dumps(cases))
+    (tmp_path / "zsre.json").write_text(json.dumps([zsre("the rose"), {**zsre("x"), "subject": "absent"}, zsre("a fox")]))
+    (tmp_path / "old.txt").write_text("It was a dark and stormy night. " * 40)
+    return {"name": "mine", "corpus": "old.txt", "data_root": str(tmp_path), "context": 64}
+
+
+def said(ids):
+    return bytes(ids.tolist()).decode()
+
+
+def test_counterfact_from_a_file(files):
+    made = edit_file(path="counterfact.json", layout="counterfact", edits=3, neighbours=2, looks=[1, 3], **files).questions
+    assert [said(r.prompt) for r in made.requests] == ["The tower lies in", "The Seine lies in", "A bridge lies in"]
+    assert [(said(r.target), r.subject) for r in made.requests] == [(" Rome", 8), (" Rome", 8), (" Rome", 7)]
+    first = [made.probe(n) for n in made.about["neighbours", 0]]
+    assert [said(p.prompt) for p in first] == ["The Louvre lies in", "Montmartre lies in"]
+    assert {(said(p.answer), said(p.other)) for p in first} == {(" Paris", " Rome")}
+    (other,) = (made.probe(n) for n in made.about["paraphrases", 2])
+    assert said(other.prompt) == "Where is A bridge? In" and said(other.answer) == " Rome" and said(other.other) == " Paris"
+    rows = {tuple(row) for row in made.old} & {tuple(row) for row in made.text}
+    assert made.old.shape[1] == 64 and len(made.old) + len(made.text) == 20 and made.vocab == 256 and rows is not None
+
+
+def test_zsre_from_a_file(files):
+    for target, wanted, before in (("alt", " blue", " red"), ("answers", " red", " blue")):
+        made = edit_file(path="zsre.json", layout="zsre", edits=2, target=target, **files).questions
+        assert [said(r.prompt) for r in made.requests] == ["What colour is the rose?", "What colour is a fox?"]
+        assert {said(r.target) for r in made.requests} == {wanted} and {said(b) for b in made.before} == {before}
+        assert said(made.requests[0].prompt[: made.requests[0].subject + 1]) == "What colour is the rose"
+        near = made.probe(made.about["neighbours", 1][0])
+        assert said(near.prompt) == "nq question: who wrote it" and said(near.answer) == " Ann"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"path": "nowhere.json"}, r"scenario\.path=nowhere\.json: no file"),
+        ({"corpus": "nowhere.txt"}, r"scenario\.corpus=nowhere\.txt: no file"),
+        ({"path": "old.txt"}, "is not JSON"),
+        ({"path": "zsre.json"}, "record 0 is not in the layout of counterfact: KeyError"),
+        ({"layout": "mend"}, r"scenario\.layout must be counterfact or zsre"),
+        ({"edits": 4}, r"scenario\.edits=4: counterfact\.json has 3 records"),
+        ({"context": 20}, r"scenario\.context=20: a prompt with its answer has"),
+        ({"edits": 0}, r"scenario\.edits must be a whole number from 1"),
+    ],
+)
+def test_bad_files(files, options, words):
+    with pytest.raises(UserError, match=words) as caught:
+        edit_file(**({"path": "counterfact.json", "layout": "counterfact", "edits": 2} | files | options))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_last_token_of_a_subject_also_where_it_is_joined_with_what_follows():
+    prompt = np.array([5, 6, 7, 8])
+    for lead, place in (([5, 6], 1), ([5, 9], 1), ([5], 0), ([5, 6, 7, 8], 3), ([5, 6, 1, 2], 2)):
+        assert last_of(np.array(lead), prompt) == place
 
 
 RUN = (

@@ -72,7 +72,7 @@ def family(path: Path) -> str:
     for operator, found in _BY_OPERATOR:
         if re.search(rf"\b{operator}\b", operators):
             return found
-    if ".tokens.edits." in target:
+    if ".tokens.edit" in target:
         return "model editing"
     if ".tokens." in target:
         return "continual pre-training"

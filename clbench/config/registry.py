@@ -172,7 +172,7 @@ def _defined(path: Path) -> Definition | None:
 
 
 def asks(group: str, name: str) -> str:
-    """What a choice of group "learner" answers or of group "scenario" asks: "predict", "loss" or "logits". From the source text."""
+    """What a choice of group "learner" answers or of "scenario" asks: "predict", "loss" or "logits". From the source text."""
     path = choices(group)[name][0]
     if group == "learner":
         said = details(path)[1].split()

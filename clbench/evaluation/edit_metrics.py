@@ -1,7 +1,7 @@
 """Metrics of a run of edits by name, made of the sums of its record. Values are shares in 0..1 but for losses and norms.
 
-A record has rows after each experience, which end after 1, 10, 100, ... edits, and before the first (the unedited model). `seen`
-are the evaluation sets of the edits so far, all of them at the end. Higher is better but for `LOWER`.
+A record has rows after each experience, which end after 1, 10, 100, ... edits, and before the first (the unedited model).
+`seen` are the evaluation sets of the edits so far, all of them at the end. Higher is better but for `LOWER`.
 """
 
 from __future__ import annotations

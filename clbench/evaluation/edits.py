@@ -1,4 +1,5 @@
-"""What is counted of an edited decoder: answers to probes, and the loss on old text. Sums by evaluation set; metrics are made later.
+"""What is counted of an edited decoder: answers to probes, and the loss on old text. Sums by evaluation set; metrics are made
+later.
 
 An answer is right where the model, left to itself, says every token of it, the end included. Greedy answers are causal, so that
 is the case exactly where each token is the first choice after those before it: one pass over prompt and answer decides.
@@ -82,8 +83,12 @@ class Asked:
 
 
 class EditSuccess:
-    """Counts of probes: `correct` (the right answer, said in full), `same` (what the unedited model said), `preferred` (the right
-    answer is likelier than the other one, per token); over tokens: `correct_tokens` of `tokens`; `nats` of the right answers.
+    """Counts of probes, and sums over the tokens of their right answers.
+
+    correct         the right answer is said in full; `correct_tokens` of `tokens`: each after the right ones before it
+    same            what the unedited model said is said
+    preferred       the right answer is likelier than the other one, per token
+    nats            of the right answers
     """
 
     name = "edit_success"

@@ -4,8 +4,8 @@ For each request Adam makes at most `steps` steps on the weights of one layer, n
     min  -log p(answer | prompt)    over W, b of the second linear layer of one block's MLP
 box   null: free ("FT"); a number e: after each step every entry is put back into [start - e, start + e], where start is the
       weight before this edit ("FT-L"): the box moves with the edits, so n edits may move an entry by n e
-loss  "target": every token of the answer given those before it ("FT-M" of later code); "last": all tokens of the answer from the
-      one distribution after the prompt, as in the code of Meng et al. 2022; the same for answers of one token
+loss  "target": every token of the answer given those before it ("FT-M" of later code); "last": all tokens of the answer from
+      the one distribution after the prompt, as in the code of Meng et al. 2022; the same for answers of one token
 
 Own choices: the layer (the last but one), and steps of 5e-3 instead of 5e-4: matrices here are smaller, and 25 steps of 5e-4 do
 not change an answer. In code of the literature GPT-2 XL has layer 1 without and 0 with a box of 5e-4.

@@ -1,10 +1,11 @@
 """Fine-tuning on edits with replay: the control that pays for what the editors avoid.
 
-As `edit_finetune`, on all the texts of one step together: the request, `replayed` earlier requests and `old` pieces of old text,
+As `edit_finetune`, on all the texts of one step together: the request, `replayed` earlier requests and `old` pieces of old
+text,
     min  -log p(answer | prompt)  +  mean over replayed requests of the same  +  mean nats of a token of old text
-with Adam on the second linear layer of one block's MLP. Which requests and which text depends on the seed and the request's number
-alone. Requests are kept for good, and count as exemplars; old text is the stream's, at hand in every experience. It stops where
-the request itself is answered, so later edits cost as much as the first, but for what is drawn beside them.
+with Adam on the second linear layer of one block's MLP. Which requests and which text depends on the seed and the request's
+number alone. Requests are kept for good, and count as exemplars; old text is the stream's, at hand in every experience. It
+stops where the request itself is answered, so later edits cost as much as the first, but for what is drawn beside them.
 
 No paper: rehearsal (Ratcliff 1990) as in `replay`. Own choices: all numbers. Published number: none.
 """

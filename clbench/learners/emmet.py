@@ -3,8 +3,8 @@
 As MEMIT (`memit`), but the edits of a batch are a constraint, not a term of a sum: with prior = weight H C + ridge H I,
     Delta = R G^+ K^T prior^-1,    G = K^T prior^-1 K + slack I  (slack only where a batch has more than one edit)
 
-slack  0: (W + Delta) K = V exactly, whatever `weight` is, and a batch of one is ROME with one key. The code has 0.1: then this is
-       MEMIT with the weight times slack, identically (push-through), and no result of its own
+slack  0: (W + Delta) K = V exactly, whatever `weight` is, and a batch of one is ROME with one key. The code has 0.1: then this
+       is MEMIT with the weight times slack, identically (push-through), and no result of its own
 
 Default is 0, the paper's formula. Deviations: contexts are pieces of old text; one layer, the one before the last but one
 (GPT-2 XL: 17 of 48). Published number: none read.

@@ -5,13 +5,13 @@ Requests come in batches of `batch`. Their values are searched at the last of `l
 against old text:
     Delta = R K^T (weight H C + P + ridge H I + K K^T)^-1
 
-weight     of C = E[k k^T], per hidden unit: E[k^T C^-1 k] = H, so this transfers between widths. 3.1 (GPT-2 XL) and 0.92 (GPT-J) in
-           the code of MEMIT
+weight     of C = E[k k^T], per hidden unit: E[k^T C^-1 k] = H, so this transfers between widths. 3.1 (GPT-2 XL) and 0.92
+           (GPT-J) in the code of MEMIT
 past_keys  P is the sum of k k^T of all earlier edits, so that they stay what they are; else P = 0: the code of 2022 remembers
            nothing of earlier batches, and a stream of small ones collapses like ROME's, later
 ridge      norm constraint: penalises |Delta|^2 in the solve, so that weights grow slowly
-top, patience  most-probable early stopping: the search for a value ends when the whole answer is the first choice behind `top` contexts
-           for the `patience`-th time; 0: never
+top, patience  most-probable early stopping: the search for a value ends when the whole answer is the first choice behind `top`
+           contexts for the `patience`-th time; 0: never
 ENCORE (Gupta et al. 2025, arXiv 2502.01636) is MEMIT with past_keys, ridge and top: learner=encore.
 
 Deviations: contexts are pieces of old text; the early stop counts contexts whose whole answer is right, where the code counts

@@ -1,8 +1,8 @@
 """ROME (Meng et al. 2022, "Locating and Editing Factual Associations in GPT", NeurIPS, arXiv 2202.05262), and r-ROME.
 
-Each edit is one rank-one change of the second matrix of one MLP, seen as a memory of keys (subjects) and values. With k the key at
-the subject's last token, v* = v_0 + delta the value that makes the model say the answer (`training.editing.value_search`) and
-C = E[k k^T] over old text, of all changes with (W + Delta) k = v* the one that changes old outputs least is
+Each edit is one rank-one change of the second matrix of one MLP, seen as a memory of keys (subjects) and values. With k the key
+at the subject's last token, v* = v_0 + delta the value that makes the model say the answer (`training.editing.value_search`)
+and C = E[k k^T] over old text, of all changes with (W + Delta) k = v* the one that changes old outputs least is
     Delta = (v* - W k) (C^-1 k)^T / (k^T C^-1 k)
 
 variant  the key is a mean over contexts before the prompt, and the code does not use it everywhere (k_p: prompt by itself,
@@ -12,12 +12,13 @@ variant  the key is a mean over contexts before the prompt, and the code does no
     r_rome  (v_0 + delta - mean_j v_j) (C^-1 k)^T / (k^T C^-1 k): one key, as in the paper's formula (Gupta et al. 2024)
     p_rome  delta (C^-1 k_p)^T / (k_p^T C^-1 k_p): one key, that of the prompt by itself
 
-Default is rome, because that is what tables call so. Why a stream of edits collapses: nothing protects what earlier edits wrote;
-edit i changes the output at an earlier key k' by (v* - W k) k^T C^-1 k' / (k^T C^-1 k), and Delta of all n edits has rank n <= H.
+Default is rome, because that is what tables call so. Why a stream of edits collapses: nothing protects what earlier edits
+wrote; edit i changes the output at an earlier key k' by (v* - W k) k^T C^-1 k' / (k^T C^-1 k), and Delta of all n edits has
+rank n <= H.
 
-Deviations: contexts are pieces of old text instead of samples of the model, `contexts` of `context` tokens (20 of 5 and 10 in the
-code); the layer is the one before the last but one (GPT-2 XL: 17 of 48), not found by tracing. C is taken once, of the model as
-it is given, and never again, as in the code. Published number: none read.
+Deviations: contexts are pieces of old text instead of samples of the model, `contexts` of `context` tokens (20 of 5 and 10 in
+the code); the layer is the one before the last but one (GPT-2 XL: 17 of 48), not found by tracing. C is taken once, of the
+model as it is given, and never again, as in the code. Published number: none read.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class Rome:
 def rome_change(
     variant: str, site: Site, delta_D: Tensor, start_D: Tensor, plain_H: Tensor, mean_H: Tensor, moment_HH: Tensor
 ) -> Tensor:
-    """Delta [D, H] of a variant; `start` is the layer's output at the prompt's own key `plain`, `mean` the key over contexts."""
+    """Delta [D, H] of a variant; `start` is the layer's output at the prompt's own key, `mean` the key over contexts."""
     if variant == "rome":
         return key_values.rank_one(delta_D, mean_H, plain_H, moment_HH)
     if variant == "p_rome":

@@ -1,22 +1,22 @@
 """WISE (Wang et al. 2024, "Rethinking the Knowledge Memory for Lifelong Model Editing", NeurIPS, arXiv 2405.14768).
 
-One matrix W of an MLP (second layer of a block) gets side memories W', copies that are trained on edits; a router says which answers.
-With k the layer's input, a text activates a memory by d = mean over tokens of |W' k - W k|.
+One matrix W of an MLP (second layer of a block) gets side memories W', copies that are trained on edits; a router says which
+answers. With k the layer's input, a text activates a memory by d = mean over tokens of |W' k - W k|.
 
 An edit trains W' by SGD on its prompt by itself and behind pieces of old text, with another piece of old text as unrelated:
     -log p(answer) + [gamma + d_out - d_in]+ + [d_out - alpha]+ + [beta - d_in]+
-d_in of prompts, d_out of the unrelated text; beta = margin * u, gamma = beta / 2, alpha = beta / 4, u the mean of |W k + b| on old text
-(5, 20, 10 for alpha, beta, gamma in the code, in the units of LLMs). After each step entries stay within `reach` of W.
-Sharding: only a random share `density` of the entries of W' is trained, drawn anew after every `shard` edits, when W' is stored and
-starts from W again. After every `merge` stored ones these become one, by TIES: of each change the largest `kept` by size stay, at each
-entry the sign of their sum is elected, and the mean is taken over those that agree.
-Router: a memory is open where d is above `ratio` times the smallest d_in of its edits; the open one with the largest d answers, W where
-none is.
+d_in of prompts, d_out of the unrelated text; beta = margin * u, gamma = beta / 2, alpha = beta / 4, u the mean of |W k + b| on
+old text (5, 20, 10 for alpha, beta, gamma in the code, in the units of LLMs). After each step entries stay within `reach` of W.
+Sharding: only a random share `density` of the entries of W' is trained, drawn anew after every `shard` edits, when W' is stored
+and starts from W again. After every `merge` stored ones these become one, by TIES: of each change the largest `kept` by size
+stay, at each entry the sign of their sum is elected, and the mean is taken over those that agree.
+Router: a memory is open where d is above `ratio` times the smallest d_in of its edits; the open one with the largest d answers,
+W where none is.
 
-Deviations: d is a mean over the tokens so far, so that each token is routed by what stands before it and texts by themselves; in
-the code one decision holds for a whole batch, and the layer's activation stands around both outputs. No weight decay, with which
-entries that are not trained shrink. Contexts are pieces of old text. Own choices: margin, shard and merge for short streams (500
-edits and 2 in the paper, of 1000), rate. Published number: none read.
+Deviations: d is a mean over the tokens so far, so that each token is routed by what stands before it and texts by themselves;
+in the code one decision holds for a whole batch, and the layer's activation stands around both outputs. No weight decay, with
+which entries that are not trained shrink. Contexts are pieces of old text. Own choices: margin, shard and merge for short
+streams (500 edits and 2 in the paper, of 1000), rate. Published number: none read.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def margins(d_in: Tensor, d_out: Tensor, alpha: float, beta: float, gamma: float
 
 
 def ties(start: Tensor, parts: list[Tensor], kept: float) -> Tensor:
-    """Merge changes of `start`: trim each to its largest share `kept`, elect a sign an entry (0: plus), mean of those that agree."""
+    """Merge changes of `start`: keep a share of each, elect a sign an entry (0: plus), mean of those that agree."""
     changes = torch.stack([part - start for part in parts])
     number = max(1, round(kept * start.numel()))
     least = changes.abs().flatten(1).topk(number, 1).values[:, -1].view(-1, *[1] * start.ndim)

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clbench.interfaces import UserError
 from clbench.evaluation import edit_metrics
+from clbench.interfaces import UserError
 from clbench.records import loss_facts, record, verify_artifacts, verify_counts, verify_edits, verify_losses, verify_rows
 from clbench.records.safe_text import plain
 from clbench.records.variant import outside_of, variant

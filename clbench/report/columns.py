@@ -1,4 +1,5 @@
-"""The leaderboards of accuracies, of losses and of edits: their columns in order, each with what it means, and the number they rank by.
+"""The leaderboards of accuracies, of losses and of edits: their columns in order, each with what it means, and the number they
+rank by.
 
 `clbench report explain --part columns` prints them.
 """

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clbench.config.signatures import nearest
-from clbench.interfaces import UserError
 from clbench.evaluation import edit_metrics
+from clbench.interfaces import UserError
 from clbench.records import loss_facts, record
 from clbench.records.variant import family, variant, weights_of
 from clbench.report import costs, paired

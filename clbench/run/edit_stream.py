@@ -215,7 +215,7 @@ class EditLooks(looks.Observer):
         return took
 
     def taken(self) -> tuple[list[Row], float]:
-        """The row of this experience, and the seconds of the looks; none where the learner does not make its edits one by one."""
+        """The row of this experience, and the seconds of the looks; no row where nothing was asked."""
         if not self.asked:
             return [], self.spent
         sums = {name: [None] * len(self.stream.sets) for name in ("n", "correct")}

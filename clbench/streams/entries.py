@@ -1,7 +1,8 @@
 """The entries of a manifest: experiences and evaluation sets.
 
 Their samples are *ids* of a data set; a *span*: sequences (of autoencoders: images) of a domain, counted in the domain's order;
-or *edits*: ids of requests and of what is asked about them, without classes. `FIELDS` says what an entry of either form writes: always, and where it differs from the default.
+or *edits*: ids of requests and of what is asked about them, without classes. `FIELDS` says what an entry of either form writes:
+always, and where it differs from the default.
 """
 
 from __future__ import annotations

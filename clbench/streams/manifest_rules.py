@@ -43,7 +43,7 @@ def of_form(body: Any, kind: Any, form: Form, where: str) -> dict[str, Any]:
 
 
 def budget_of(options: Mapping[str, Any] | None, asks: Asks) -> Budget:
-    """`scenario.budget` of a stream that asks for classes, losses or logits; `UserError` with the nearest name for an unknown one."""
+    """`scenario.budget` of a stream that asks for classes, losses or logits; the nearest name for an unknown one."""
     known = RULES[asks]
     if options is not None and not isinstance(options, Mapping):
         raise UserError(f"scenario.budget must be a mapping with {', '.join(known)}, got {options!r}")

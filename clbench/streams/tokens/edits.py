@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -209,7 +210,7 @@ def scenario(
     total = len(questions.requests)
     ends = sorted({*(10**i for i in range(9) if 10**i < total), total}) if looks is None else list(looks)
     whole = all(type(n) is int and n >= 1 for n in ends)
-    if not whole or not ends or any(b <= a for a, b in zip(ends, ends[1:], strict=False)) or ends[-1] > total:
+    if not whole or not ends or any(b <= a for a, b in pairwise(ends)) or ends[-1] > total:
         raise UserError(f"scenario.looks must be rising numbers of edits from 1 to {total}, got {list(ends)}")
     experiences, evals, first = [], [], 0
     for i, last in enumerate(ends):
@@ -242,7 +243,7 @@ def edit_facts(
     *,
     name: str,
     edits: int = 100,
-    entities: int = 256,
+    entities: int = 64,
     seed: int = 0,
     looks: Sequence[int] | None = None,
     neighbours: int = 4,

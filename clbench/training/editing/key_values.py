@@ -1,7 +1,7 @@
 """Keys, values and closed-form changes of one layer, for editors that locate and edit (ROME, MEMIT, EMMET, ENCORE).
 
-Legend: D width, H hidden width, N edits. The layer is y = W k + b. K [H, N] holds one key per edit, R [D, N] by how much its output
-is to change. C [H, H] = E[k k^T], uncentred. A change is W -> W + Delta; everything here is solved in float64.
+Legend: D width, H hidden width, N edits. The layer is y = W k + b. K [H, N] holds one key per edit, R [D, N] by how much its
+output is to change. C [H, H] = E[k k^T], uncentred. A change is W -> W + Delta; everything here is solved in float64.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def keys_of(site: Site, request: Request, before: np.ndarray, device: torch.devi
 
 def rank_one(change_D: Tensor, key_H: Tensor, against_H: Tensor, moment_HH: Tensor) -> Tensor:
     """Delta = change u^T / (against^T u) with u = C^-1 key: of all that send `against` to `change`, where the two keys are one,
-    the one that changes the outputs of old text least."""
+    the one that changes the outputs of old text least.
+    """
     u = torch.linalg.solve(moment_HH, key_H)
     return torch.outer(change_D, u) / (against_H @ u)
 

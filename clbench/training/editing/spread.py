@@ -1,7 +1,8 @@
 """One change for a batch of edits, spread over several layers, as MEMIT and its relatives do it.
 
-For each request i a value z_i is searched at the output of the last block of the range. Then, layer by layer, upwards, on the partly
-edited model: keys K [H, N] and outputs h [D, N] at the subjects are taken anew, and layer m of M takes its share of what is missing,
+For each request i a value z_i is searched at the output of the last block of the range. Then, layer by layer, upwards, on the
+partly edited model: keys K [H, N] and outputs h [D, N] at the subjects are taken anew, and layer m of M takes its share of what
+is missing,
     R = (Z - h) / (M - m),    W <- W + change(R, K)
 """
 
