@@ -34,6 +34,8 @@ def second_moment(site: Site, data: EditData, device: torch.device, batch: int =
 
 def contexts(data: EditData, number: int, length: int, key: int) -> np.ndarray:
     """Pieces of old text [number, length] that end where a sentence ends, if the stream says how one ends."""
+    if not number:
+        return np.zeros((0, length), np.int64)
     text = data.old_text(np.arange(data.old_size))
     rows, ends = np.nonzero((text == data.end) if data.end is not None else np.ones_like(text, bool))
     rows, ends = rows[ends >= length - 1], ends[ends >= length - 1]

@@ -123,8 +123,7 @@ def _objective(
                 kl = (now.exp() * (now - plain_V)).sum()
             else:
                 state["right"] = int((said.argmax(-1) == wanted).all(1).sum())
-        norm = delta_D.norm() if delta_D.detach().any() else delta_D.sum()  # the norm has no gradient at 0
-        return nats + search.kl * kl + search.decay * norm / start_D.square().sum()
+        return nats + search.kl * kl + search.decay * delta_D.norm() / start_D.square().sum()
 
     def is_first() -> bool:
         state["met"] += bool(search.top) and state["right"] >= search.top
