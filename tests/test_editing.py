@@ -192,7 +192,7 @@ def entry():
         size = [*n[:6], None] if i else [*n[:3], None, None, None, None]
         cut = [*([3] * 3), *([3 if i else 0] * 3)]
         tokens = [None if s is None else s * 3 for s in size]
-        full = {"n": size, "correct": correct, "same": same, "tokens": tokens, "correct_tokens": tokens}
+        full = {"n": size, "correct": correct, "same": same, "tokens": tokens, "token_hits": tokens}
         assert cut
         return {"experience": i, "step": None, "evaluator": "edit_success", "sums": full}
 

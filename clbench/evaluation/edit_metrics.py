@@ -102,7 +102,7 @@ def _shares(kinds: list[str], sums: Mapping[str, Any]) -> dict[str, float]:
         "locality": _share(kinds, sums, "neighbours", "same"),
         "locality_gold": _share(kinds, sums, "neighbours", "correct"),
         "same_subject": _share(kinds, sums, "same_subject", "same"),
-        "token_reliability": _share(kinds, sums, "edits", "correct_tokens", of="tokens"),
+        "token_reliability": _share(kinds, sums, "edits", "token_hits", of="tokens"),
         "efficacy_success": _share(kinds, sums, "edits", "preferred"),
         "paraphrase_success": _share(kinds, sums, "paraphrases", "preferred"),
         "neighbourhood_success": _share(kinds, sums, "neighbours", "preferred"),

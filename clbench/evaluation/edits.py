@@ -85,7 +85,7 @@ class Asked:
 class EditSuccess:
     """Counts of probes, and sums over the tokens of their right answers.
 
-    correct         the right answer is said in full; `correct_tokens` of `tokens`: each after the right ones before it
+    correct         the right answer is said in full; `token_hits` of `tokens`: each after the right ones before it
     same            what the unedited model said is said
     preferred       the right answer is likelier than the other one, per token
     nats            of the right answers
@@ -97,7 +97,7 @@ class EditSuccess:
         """Named sums over the probes of `data`."""
         answers = [probe.answer for probe in data.probes]
         exact, right, nats = data.said(learner.logits, answers)
-        sums: dict[str, int | float] = {"n": len(data), "correct": int(exact.sum()), "correct_tokens": int(right.sum())}
+        sums: dict[str, int | float] = {"n": len(data), "correct": int(exact.sum()), "token_hits": int(right.sum())}
         sums |= {"tokens": sum(map(len, answers)), "nats": float((nats * [len(a) for a in answers]).sum())}
         sums["same"] = int(data.said(learner.logits, data.unedited)[0].sum())
         others = [probe.other for probe in data.probes]

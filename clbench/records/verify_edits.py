@@ -8,7 +8,7 @@ from typing import Any
 
 from clbench.evaluation import edit_metrics
 
-COUNTS = {"correct": "n", "same": "n", "preferred": "n", "correct_tokens": "tokens"}
+COUNTS = {"correct": "n", "same": "n", "preferred": "n", "token_hits": "tokens"}
 SLACK = 0.01  # nats per token by which a finite evaluation set may be predicted better than by its source
 
 
@@ -56,8 +56,8 @@ def _answers(entry: Mapping[str, Any], i: int, sums: Mapping[str, Any]) -> Itera
             count = (sums.get(name) or [None] * len(entry["n"]))[j]
             if count is not None and (type(count) is not int or not 0 <= count <= sums[of][j]):
                 yield f"{where}: {name} is {count} of {sums[of][j]}"
-        if sums["correct"][j] > sums["correct_tokens"][j]:
-            yield f"{where}: {sums['correct'][j]} answers are right, {sums['correct_tokens'][j]} tokens"
+        if sums["correct"][j] > sums["token_hits"][j]:
+            yield f"{where}: {sums['correct'][j]} answers are right, {sums['token_hits'][j]} tokens"
         if not math.isfinite(sums["nats"][j]) or sums["nats"][j] < 0:
             yield f"{where}: nats is {sums['nats'][j]}"
 
