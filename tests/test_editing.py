@@ -190,10 +190,8 @@ def entry():
 
     def answers(i, correct, same):
         size = [*n[:6], None] if i else [*n[:3], None, None, None, None]
-        cut = [*([3] * 3), *([3 if i else 0] * 3)]
         tokens = [None if s is None else s * 3 for s in size]
         full = {"n": size, "correct": correct, "same": same, "tokens": tokens, "token_hits": tokens}
-        assert cut
         return {"experience": i, "step": None, "evaluator": "edit_success", "sums": full}
 
     def old(i, nats):
@@ -258,6 +256,9 @@ def test_grace_settles_radii(stream):
     inside, y = torch.stack([k[0], near, 5 * k[2]])[None], torch.zeros(1, 3, 16)
     values = torch.arange(3.0)[:, None].expand(3, 16) + 1
     assert learner._looked_up(inside, y, values)[0, :, 0].tolist() == [1.0, 3.0, 0.0]
+    learner.replace = "after"
+    assert learner._looked_up(inside.flip(1), y, values)[0, :, 0].tolist() == [0.0, 3.0, 1.0]
+    assert learner._looked_up(inside, y, values)[0, :, 0].tolist() == [1.0, 3.0, 3.0]
 
 
 def test_grace_changes_answers_near_a_key_and_no_bit_elsewhere(stream):

@@ -9,6 +9,7 @@ An edit takes q* at the last token of its prompt, j the nearest key, d its dista
     d = 0                           the same prompt again: its answer is replaced
 and then `steps` steps of Adam on this key's value alone, min -log p(answer | prompt), stopping below `stop_below`.
 
+replace  "last": the token alone whose input is near a key; "after": the tokens after it too, up to the next such token
 official_label  answers are the same where the means of their token ids are: the code compares the mean of the labels with the
                 mask -100 of the prompt's tokens among them, so that answers meet by chance. Else the answers themselves
 start           of a value: "cold" uniform in [0, 1), as in the code, or "warm", what the layer gives
@@ -53,14 +54,17 @@ class Grace:
         steps: int = 100,
         stop_below: float = 1e-2,
         start: Literal["cold", "warm"] = "cold",
+        replace: Literal["last", "after"] = "last",
         official_label: bool = False,
     ):
         check_options(radius=(radius, 0), lr=(lr, 0), steps=(steps, 1), stop_below=(stop_below, 0))
         if start not in ("cold", "warm"):
             raise UserError(f"learner.start must be cold or warm, got {start!r}")
+        if replace not in ("last", "after"):
+            raise UserError(f"learner.replace must be last or after, got {replace!r}")
         self.model, self.runtime, self.site = model, runtime, Site(model, last_but_one(model, layer))
         self.radius, self.lr, self.steps, self.stop_below = radius, lr, steps, stop_below
-        self.start, self.official_label = start, official_label
+        self.start, self.replace, self.official_label = start, replace, official_label
         width, hidden = self.site.linear.weight.shape
         self.keys_NH = torch.zeros(0, hidden, device=runtime.device)
         self.values_ND = torch.zeros(0, width, device=runtime.device)
@@ -133,9 +137,13 @@ class Grace:
             return y
         flat = q.reshape(-1, q.shape[-1]).float()
         distances = torch.cdist(flat, self.keys_NH, compute_mode="donot_use_mm_for_euclid_dist")
-        d, j = distances.min(1)
-        hit = (d <= self.radii_N[j]).view(*y.shape[:-1], 1)
-        return torch.where(hit, values_ND[j].view(y.shape).to(y.dtype), y)
+        d, j = (part.view(y.shape[:2]) for part in distances.min(1))
+        hit = d <= self.radii_N[j]
+        if self.replace == "after":
+            places = torch.arange(y.shape[1], device=y.device).expand(hit.shape)
+            latest = torch.where(hit, places, -1).cummax(1).values  # the last token so far that is near a key
+            hit, j = latest >= 0, j.gather(1, latest.clamp(min=0))
+        return torch.where(hit[..., None], values_ND[j].to(y.dtype), y)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Scores of the next token after each: [B, L] -> [B, L, V]."""
