@@ -216,6 +216,19 @@ def _normal(key: int, start: int, count: int) -> Tensor:
     return (parts - 8 * 32767.5).double() / (8 * (65536**2 - 1) / 12) ** 0.5
 
 
+def _fill(model: Decoder, weights: str, data_root: str | None, shape: Shape) -> dict[str, Any]:
+    """Fill a decoder with a folder of a checkpoint, or one file of tensors -> source and hash of the files."""
+    model.pretrained = True
+    if weights.endswith(".safetensors"):
+        path = find(weights, "decoder", data_root)
+        checkpoint.fill_from(model, path, shape.tied)
+        source = weights if weights.startswith("package:") else path.name
+        return {"file_sha256": check_sha256(path, None), "source": source}
+    folder = checkpoint.find(weights, data_root)
+    checkpoint.check_config(folder, asdict(shape))
+    return {"file_sha256": checkpoint.fill(model, folder, shape.tied), "source": folder.name}
+
+
 def build_decoder(
     *,
     name: str,
@@ -253,23 +266,11 @@ def build_decoder(
     wide = 4 * width if hidden is None else hidden
     shape = Shape(vocab, width, depth, heads, context, wide, rotary, rotary_base, parallel, tied, eps, activation)
     identity: dict[str, Any] = {"name": name, "architecture": "gpt_neox", "source": "none", "file_sha256": None}
+    model = Decoder(shape, attention)
     if weights == "none":
-        model = Decoder(shape, attention)
         draw_weights(model, seed)
-    elif weights.endswith(".safetensors"):
-        path = find(weights, name, data_root)
-        model = Decoder(shape, attention)
-        checkpoint.fill_from(model, path, tied)
-        identity["file_sha256"] = check_sha256(path, None)
-        identity["source"] = weights if weights.startswith("package:") else path.name
-        model.pretrained = True
     else:
-        folder = checkpoint.find(weights, data_root)
-        checkpoint.check_config(folder, asdict(shape))
-        model = Decoder(shape, attention)
-        identity["file_sha256"] = checkpoint.fill(model, folder, tied)
-        identity["source"] = folder.name
-        model.pretrained = True
+        identity |= _fill(model, weights, data_root, shape)
     identity |= {"state_sha256": state_sha256(model.state_dict()), **asdict(shape)}
     model.identity = identity | {"parameters": sum(p.numel() for p in model.parameters())}
     return model

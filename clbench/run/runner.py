@@ -31,19 +31,13 @@ from clbench.run.loop import KEPT_FLAGS, Loop, StreamKind
 from clbench.run.terminal import bar_of, logging_to, signals
 from clbench.streams.scenario import Scenario
 from clbench.streams.tokens.edits import EditScenario
-from clbench.streams.tokens.image_scenario import ImageScenario
 from clbench.streams.tokens.scenario import TokenScenario
 from clbench.training import arithmetic, distributed, torchrun
 from clbench.training.checkpoint import Journal
 from clbench.training.runtime import Interrupted
 
 log = logging.getLogger("clbench")
-KINDS: dict[type, StreamKind] = {
-    Scenario: image_stream,
-    TokenScenario: token_stream,
-    ImageScenario: token_stream,
-    EditScenario: edit_stream,
-}
+KINDS: dict[type, StreamKind] = {Scenario: image_stream, TokenScenario: token_stream, EditScenario: edit_stream}
 
 
 class DoesNotFit(UserError):

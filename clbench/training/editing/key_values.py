@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clbench.interfaces import UserError
 from clbench.streams import rng
 from clbench.streams.tokens.edits import EditData, Request
 from clbench.training.editing.site import Site
@@ -94,8 +95,6 @@ def apply(site: Site, delta_DH: Tensor) -> None:
 
 def check_layers(layers: Sequence[int] | None, depth: int) -> list[int]:
     """Rising blocks of an option `layers`; null: the two before the last but one, or what there is."""
-    from clbench.interfaces import UserError
-
     if layers is None:
         return sorted({max(0, depth - 3), max(0, depth - 2)})
     found = list(layers)
