@@ -42,7 +42,7 @@ class Emmet:
         contexts: int = 8,
         context: int = 8,
         lr: float | None = None,
-        steps: int = 20,
+        steps: int = 40,
         clamp: float = 4.0,
         kl: float = 0.0625,
         decay: float = 0.5,

@@ -57,7 +57,7 @@ class Memit:
         contexts: int = 8,
         context: int = 8,
         lr: float | None = None,
-        steps: int = 25,
+        steps: int = 40,
         clamp: float = 4.0,
         kl: float = 0.0625,
         decay: float = 0.5,
