@@ -28,7 +28,9 @@ class BudgetExceeded(UserError):
 RULES = {  # fields of `Budget` that limit a learner which is asked so
     "predict": ("epochs", "sample_visits", "exemplars", "exemplar_bytes", "stored_bytes"),
     "loss": ("processed", "exemplar_bytes"),
+    "logits": ("exemplar_bytes", "stored_bytes"),
 }
+Asks = Literal["predict", "loss", "logits"]  # what a stream asks of a learner, and the method that answers
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Budget:
         if self.in_order and self.epochs != 1:
             raise UserError(f"budget.in_order=true means one pass: budget.epochs must be 1, got {self.epochs}")
 
-    def rules(self, asks: Literal["predict", "loss"] = "predict") -> dict[str, Any]:
+    def rules(self, asks: Asks = "predict") -> dict[str, Any]:
         """The fields as manifests and records hold them: those of `RULES`, and `in_order` where it is true."""
         return {name: getattr(self, name) for name in RULES[asks]} | ({"in_order": True} if self.in_order else {})
 
@@ -78,7 +80,8 @@ class Budget:
 class Capabilities:
     """What a learner needs and can do. Checked against the scenario before any image is read.
 
-    asks                what it can answer: class scores ("predict") or a loss per sample ("loss")
+    asks                what it can answer: class scores ("predict"), a loss per sample ("loss"), or as an editor of a language
+                        model scores of every next token ("logits")
     needs_task_id       predicts only where the task of a test sample is disclosed
     needs_boundaries    must be told where an experience ends
     needs_new_classes   every experience must bring classes of its own (no domain-incremental streams)
@@ -97,7 +100,7 @@ class Capabilities:
     trains              has weights that `fit` trains: needed where a run keeps the optimiser's moments (optimizer_state)
     """
 
-    asks: Literal["predict", "loss"] = "predict"
+    asks: Asks = "predict"
     needs_task_id: bool = False
     needs_boundaries: bool = True
     needs_new_classes: bool = False
@@ -244,7 +247,7 @@ class Facts:
     """What the runner knows of a scenario before any image is read; compared with `Capabilities`."""
 
     name: str
-    asks: Literal["predict", "loss"]
+    asks: Asks
     discloses_task: bool
     has_boundaries: bool
     every_experience_has_new_classes: bool

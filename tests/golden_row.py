@@ -13,8 +13,8 @@ from clbench.training.state import fingerprint
 
 IMAGES = 2  # counts of another kind of processor may differ by as many
 RELATIVE = 2e-3  # and sums of losses by this share
-COUNTS = ("n", "correct", "correct_masked", "correct_top5", "class_correct", "heads", "probe")
-SUMS = ("sum_loss", "sum_loss_start", "sum_loss_trunk")
+COUNTS = ("n", "correct", "correct_masked", "correct_top5", "class_correct", "heads", "probe", "edit_counts")
+SUMS = ("sum_loss", "sum_loss_start", "sum_loss_trunk", "edit_nats")
 PLAIN = (int, float, str, type(None))  # bool is an int
 
 
@@ -60,9 +60,19 @@ def tensors_by_shape(state):
     }
 
 
+def edits_of(record):
+    """Counts and losses of a record of edits, by evaluator and experience; {} for others."""
+    if record["scenario"].get("kind") != "model_editing":
+        return {}
+    rows = {f"{row['evaluator']} {row['experience']}": row["sums"] for row in record["rows"] if row["sums"]}
+    counts = {place: {name: column for name, column in sums.items() if name != "nats"} for place, sums in rows.items()}
+    return {"edit_counts": counts, "edit_nats": {place: sums["nats"] for place, sums in rows.items() if "nats" in sums}}
+
+
 def row_of(record, state):
     """The golden row of a finished record and the learner's final state."""
     assert fingerprint(state) == record["final_state_sha256"]
+    record = record | edits_of(record)
     row = {name: record[name] for name in (*COUNTS, *SUMS) if record.get(name)}
     row |= {"final_state_sha256": record["final_state_sha256"], "tensors": tensors_by_shape(state)}
     return {"made_on": machine_kind(), "manifest": record["scenario"]["manifest_sha256"], **json.loads(json.dumps(row))}

@@ -104,6 +104,8 @@ def test_sweeps_are_expanded():
     assert {j["names"]["learner"] for j in every} == {n for n in choices("learner") if asks("learner", n) == "predict"}
     every = compose.compose(["learner=glob(*)", "scenario=cpt_synthetic"], multirun=True)
     assert {j["names"]["learner"] for j in every} == {n for n in choices("learner") if asks("learner", n) == "loss"}
+    every = compose.compose(["learner=glob(*)", "scenario=edit_facts"], multirun=True)
+    assert {j["names"]["learner"] for j in every} == {n for n in choices("learner") if asks("learner", n) == "logits"}
     assert len(compose.compose(["learner.lr=0.1,0.2", "learner.schedule.gamma=choice(0.1,0.5)"], multirun=True)) == 4
 
 

@@ -181,9 +181,9 @@ def test_folders_that_are_none(tmp_path, monkeypatch):
         build_decoder(**SMALL, weights="pythia-70m")
     with pytest.raises(UserError, match=r"no folder pythia-70m or .*pythia-70m: "):
         build_decoder(**SMALL, weights="pythia-70m", data_root=str(tmp_path))
-    (tmp_path / "a.safetensors").touch()
+    (tmp_path / "a.bin").touch()
     with pytest.raises(UserError, match="is a file: a folder"):
-        build_decoder(**SMALL, weights=str(tmp_path / "a.safetensors"))
+        build_decoder(**SMALL, weights=str(tmp_path / "a.bin"))
 
 
 def test_explicit_attention_equals_the_kernel_and_has_its_gradients(tokens):

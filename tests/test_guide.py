@@ -69,6 +69,7 @@ def test_every_learner_names_its_family(clbench):
     assert listed[: len(families.LEARNERS) - 1] == list(families.LEARNERS[:-1])
     for name, family in found.items():
         assert (registry.asks("learner", name) == "loss") == (family == "continual pre-training"), name
+        assert (registry.asks("learner", name) == "logits") == (family == "model editing"), name
 
 
 def test_a_family_that_nobody_knows_is_other(tmp_path):

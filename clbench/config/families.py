@@ -18,6 +18,7 @@ FAMILIES = (
     "online and general",
     "test-time",
     "continual pre-training",
+    "model editing",
     "your own data",
     "other",
 )
@@ -38,6 +39,7 @@ LEARNERS = (
     "few-shot",
     "test-time",
     "continual pre-training",
+    "model editing",
     "other",
 )
 _OWN = ("from_manifest",)  # targets that run what somebody else made
@@ -70,6 +72,8 @@ def family(path: Path) -> str:
     for operator, found in _BY_OPERATOR:
         if re.search(rf"\b{operator}\b", operators):
             return found
+    if ".tokens.edit" in target:
+        return "model editing"
     if ".tokens." in target:
         return "continual pre-training"
     return dict(_BY_TARGET).get(name, "other")

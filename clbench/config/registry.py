@@ -172,13 +172,16 @@ def _defined(path: Path) -> Definition | None:
 
 
 def asks(group: str, name: str) -> str:
-    """What a choice of group "learner" answers or of group "scenario" asks: "loss" or "predict". From the source text."""
+    """What a choice of group "learner" answers or of "scenario" asks: "predict", "loss" or "logits". From the source text."""
     path = choices(group)[name][0]
     if group == "learner":
-        return "loss" if "asks='loss'" in details(path)[1].split() else "predict"
+        said = details(path)[1].split()
+        return next((answer for answer in ("loss", "logits") if f"asks='{answer}'" in said), "predict")
     found = _defined(path)
     returns = found.node.returns if found is not None and isinstance(found.node, ast.FunctionDef) else None
     makes = ast.unparse(returns) if returns is not None else ""
+    if "EditScenario" in makes:
+        return "logits"
     return "loss" if "TokenScenario" in makes or "ImageScenario" in makes else "predict"
 
 

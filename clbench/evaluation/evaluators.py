@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from clbench.evaluation import edit_metrics
 from clbench.interfaces import Batch, Evaluator, UserError
 from clbench.streams.operators.registry import parsed
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GROUP = "clbench.evaluators"
-BUILT_IN = ("accuracy", "token_loss", "reconstruction", "linear_probe")  # names that a plug-in cannot have
+BUILT_IN = ("accuracy", "token_loss", "reconstruction", "linear_probe", *edit_metrics.EVALUATORS)  # not for plug-ins
 OWN = {"activations": "clbench.evaluation.activations.Activations"}  # what a scenario may name
 _ABOUT = {"activations": "shares of dormant units and ranks of features, which say what a network can still learn"}
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from clbench.evaluation import edit_metrics
+
 ABOUT = "mean over the evaluation sets seen of the evaluator's sum after the last experience / n"
 
 
@@ -17,8 +19,9 @@ def summary(record: Mapping[str, Any]) -> dict[str, float]:
     steps = record.get("correct") or record.get("sum_loss") or ()
     last = len(steps) - 1 if steps else max((row["experience"] for row in rows), default=-1)
     found: dict[str, float] = {}
+    own = edit_metrics.EVALUATORS if edit_metrics.is_edits(record) else ()
     for row in rows:
-        if row["experience"] != last or last < 0:
+        if row["experience"] != last or last < 0 or row["evaluator"] in own:
             continue
         n = row["sums"].get("n", record["n"])
         for name, column in row["sums"].items():

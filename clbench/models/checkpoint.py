@@ -129,29 +129,45 @@ def parts(folder: Path) -> list[Path]:
 
 def fill(model: nn.Module, folder: Path, tied: bool) -> str:
     """Fill a decoder with a checkpoint, strictly -> SHA-256 over its files' own, in the order of their names."""
-    from safetensors import SafetensorError, safe_open
-
-    wanted = model.state_dict()
     digest, filled = hashlib.sha256(), set[str]()
     for path in parts(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():
-                    if not key.endswith(_BUFFERS):
-                        filled.add(_fill_one(wanted, key, file.get_tensor(key), path))
-        except (SafetensorError, OSError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{path} cannot be read: {line(error)}") from None
+        filled |= _fill(model, path)
         with path.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
+    _check_whole(model, filled, tied, folder)
+    return digest.hexdigest()
+
+
+def fill_from(model: nn.Module, path: Path, tied: bool) -> None:
+    """Fill a decoder with one file of tensors, strictly."""
+    _check_whole(model, _fill(model, path), tied, path)
+
+
+def _fill(model: nn.Module, path: Path) -> set[str]:
+    """Copy the tensors of a file into a model -> its names for them."""
+    from safetensors import SafetensorError, safe_open
+
+    wanted, filled = model.state_dict(), set[str]()
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():
+                if not key.endswith(_BUFFERS):
+                    filled.add(_fill_one(wanted, key, file.get_tensor(key), path))
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} cannot be read: {line(error)}") from None
+    return filled
+
+
+def _check_whole(model: nn.Module, filled: set[str], tied: bool, where: Path) -> None:
+    """Every tensor of the model was filled; of tied embeddings one is enough."""
     if tied and filled & {"embed_in.weight", "embed_out.weight"}:
-        filled |= {"embed_in.weight", "embed_out.weight"}
-    missing = sorted(wanted.keys() - filled)
+        filled = filled | {"embed_in.weight", "embed_out.weight"}
+    missing = sorted(model.state_dict().keys() - filled)
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UserError(f"the checkpoint in {folder} lacks {', '.join(missing[:3])}{more}")
-    return digest.hexdigest()
+        raise UserError(f"the checkpoint in {where} lacks {', '.join(missing[:3])}{more}")
 
 
 def _fill_one(wanted: Mapping[str, Tensor], key: str, value: Tensor, path: Path) -> str:

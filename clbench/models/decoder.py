@@ -23,7 +23,7 @@ from torch.nn import functional
 from clbench.interfaces import UserError
 from clbench.models import checkpoint
 from clbench.models.precision import MixedPrecision
-from clbench.models.weights import state_sha256
+from clbench.models.weights import check_sha256, find, state_sha256
 from clbench.streams import rng
 
 Attention = Literal["auto", "explicit", "sdpa"]
@@ -235,6 +235,19 @@ def _normal(key: int, start: int, count: int) -> Tensor:
     return (parts - 8 * 32767.5).double() / (8 * (65536**2 - 1) / 12) ** 0.5
 
 
+def _fill(model: Decoder, weights: str, data_root: str | None, shape: Shape) -> dict[str, Any]:
+    """Fill a decoder with a folder of a checkpoint, or one file of tensors -> source and hash of the files."""
+    model.pretrained = True
+    if weights.endswith(".safetensors"):
+        path = find(weights, "decoder", data_root)
+        checkpoint.fill_from(model, path, shape.tied)
+        source = weights if weights.startswith("package:") else path.name
+        return {"file_sha256": check_sha256(path, None), "source": source}
+    folder = checkpoint.find(weights, data_root)
+    checkpoint.check_config(folder, asdict(shape))
+    return {"file_sha256": checkpoint.fill(model, folder, shape.tied), "source": folder.name}
+
+
 def build_decoder(
     *,
     name: str,
@@ -264,7 +277,8 @@ def build_decoder(
     attention  "explicit": matrix products with a mask; "sdpa": torch's kernel; "auto": explicit on a CPU, else torch's
     mup        the width at which rates are chosen (maximal update parametrisation); null: the standard one
     weights    "none": random, drawn from `seed`; else a folder with config.json and safetensors, as given or under `data_root`
-               or CLBENCH_DATA. Its shape must be the one given here; every tensor must be there and none besides.
+               or CLBENCH_DATA, or one file of tensors FILE.safetensors ("package:FILE": ships with clbench). Its shape must be
+               the one given here; every tensor must be there and none besides.
     """
     for given, what in ((vocab, "vocab"), (context, "context")):
         if given is None:
@@ -275,16 +289,11 @@ def build_decoder(
     identity: dict[str, Any] = {"name": name, "architecture": "gpt_neox", "source": "none", "file_sha256": None}
     if mup is not None and weights != "none":
         raise UserError("model.mup is for random weights: those of a file belong to the standard parametrisation")
+    model = Decoder(shape, attention, mup)
     if weights == "none":
-        model = Decoder(shape, attention, mup)
         draw_weights(model, seed)
     else:
-        folder = checkpoint.find(weights, data_root)
-        checkpoint.check_config(folder, asdict(shape))
-        model = Decoder(shape, attention)
-        identity["file_sha256"] = checkpoint.fill(model, folder, tied)
-        identity["source"] = folder.name
-        model.pretrained = True
+        identity |= _fill(model, weights, data_root, shape)
     identity |= {} if mup is None else {"mup": mup}
     identity |= {"state_sha256": state_sha256(model.state_dict()), **asdict(shape)}
     model.identity = identity | {"parameters": sum(p.numel() for p in model.parameters())}

@@ -23,6 +23,7 @@ SET_LISTS = {
     "tokens": "tokens",
     "floor": "floor",
     "bytes_per_token": "bytes_per_token",
+    "probe": "probe",
 }
 PLACE = ("experience", "step", "evaluator", "role")
 _CURVES = frozenset(("tokens", "experience", "step", "lr", "role", "boundaries", "loss", "accuracy"))

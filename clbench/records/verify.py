@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from clbench.evaluation import edit_metrics
 from clbench.interfaces import UserError
-from clbench.records import loss_facts, record, verify_artifacts, verify_counts, verify_losses, verify_rows
+from clbench.records import loss_facts, record, verify_artifacts, verify_counts, verify_edits, verify_losses, verify_rows
 from clbench.records.safe_text import plain
 from clbench.records.variant import outside_of, variant
 from clbench.records.verify_artifacts import Place
@@ -121,6 +122,8 @@ def _sums(entry: Mapping[str, Any], gaps: list[str], notes: list[str]) -> Iterat
         notes += verify_counts.notes(entry)
     if losses:
         yield from verify_losses.check(entry)
+    elif edit_metrics.is_edits(entry):
+        yield from verify_edits.check(entry)
     elif "sum_loss" in entry:
         gaps.append("it holds losses of another kind of stream, which are not checked")
     elif not counts:

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clbench.evaluation import loss_metrics, metrics, setting_metrics
+from clbench.evaluation import edit_metrics, loss_metrics, metrics, setting_metrics
 from clbench.records.loss_facts import LEDGER
 from clbench.report.formats import plain
 
@@ -23,12 +23,17 @@ _LOSSES = (
     "probe_seen",
 )
 
+_COURSE = ("reliability", "reliability_newest", "generalisation", "locality", "same_subject", "old_loss_rise", "weight_growth")
+_EDITS = ("edit_score", "retention", "locality_gold", "paraphrase_success", "neighbourhood_success", "collapse_at")
+
 
 def closing_text(entry: Mapping[str, Any], path: pathlib.Path) -> str:
     """The matrix, the headline numbers and of pre-training the ledger of a finished run."""
     values = {k: v for k, v in metrics.summary(entry).items() if math.isfinite(v)}
     if "sum_loss" in entry:
         lines = [loss_matrix_text(entry), "", _numbers(values, _LOSSES), _ledger(entry)]
+    elif edit_metrics.is_edits(entry):
+        lines = [edit_course_text(entry), "", _numbers(values, _EDITS)]
     elif isinstance(entry.get("correct"), list):
         lines = [accuracy_matrix_text(entry), "", _numbers(values, (*_NUMBERS, *setting_metrics.named(entry)))]
     else:
@@ -60,6 +65,14 @@ def accuracy_matrix_text(entry: Mapping[str, Any]) -> str:
         for i, row in enumerate(a)
     ]
     return _grid([*names, "macro"], rows, max(6, *(len(name) for name in names)) + 1)
+
+
+def edit_course_text(entry: Mapping[str, Any]) -> str:
+    """The main numbers after 1, 10, 100, ... edits."""
+    steps = edit_metrics.course(entry)
+    names = [name for name in _COURSE if any(name in step for step in steps)]
+    rows = [(f"{step['edits']:.0f}", [f"{step[name]:.4f}" if name in step else "." for name in names]) for step in steps]
+    return _grid(names, rows, max(map(len, names)) + 2)
 
 
 def learned(entry: Mapping[str, Any], i: int) -> int:

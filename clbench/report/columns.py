@@ -1,4 +1,5 @@
-"""The leaderboards of accuracies and of losses: their columns in order, each with what it means, and the number they rank by.
+"""The leaderboards of accuracies, of losses and of edits: their columns in order, each with what it means, and the number they
+rank by.
 
 `clbench report explain --part columns` prints them.
 """
@@ -9,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from clbench.evaluation import loss_metrics, metrics, row_metrics, setting_metrics
+from clbench.evaluation import edit_metrics, loss_metrics, metrics, row_metrics, setting_metrics
 from clbench.records.loss_facts import LEDGER
 from clbench.report import costs
 
@@ -99,6 +100,21 @@ LOSS_ABOUT: dict[str, str] = {
     "flops": "floating-point operations of training, evaluation and probes",
     **_COSTS,
     "stored_bytes": "what the learner held at the end, weights included",
+    **_LOST,
+}
+EDIT_ABOUT: dict[str, str] = {
+    **_NAMED,
+    "variant": "short hash of everything but the seed",
+    **_MANIFEST,
+    "marks": "as in leaderboard.csv",
+    **_SEEDS,
+    **_spread(edit_metrics.ABOUT),
+    **_interval("edit_score"),
+    "vs_best": "`edit_score` against the highest of the same scenario and manifest; see leaderboard.csv",
+    **_P,
+    **_COSTS,
+    "stored_bytes": "what the learner held at the end besides kept requests, weights included, largest over the runs",
+    "exemplars": "kept requests and sequences of old text, largest over the runs",
     **_LOST,
 }
 COLUMNS = tuple(ABOUT)
@@ -192,7 +208,28 @@ LOSS = Leaderboard(
     ),
     note="Nats per token, mean ± unbiased standard deviation over seeds; 95 %: bootstrap interval of the mean of final_loss.",
 )
-LEADERBOARDS = (ACCURACY, LOSS)
+EDITS = Leaderboard(
+    part="edits",
+    file="leaderboard_edit.csv",
+    folder="edits",
+    about=EDIT_ABOUT,
+    headline="edit_score",
+    lower=False,
+    spread=tuple(edit_metrics.ABOUT),
+    text=(
+        *("learner", "variant", "seeds", "edit_score", "?", "reliability", "generalisation", "locality"),
+        *("old_loss_rise", "weight_growth", EXTRA, "seconds", "marks"),
+    ),
+    page=(
+        *("learner", "model", "variant", "seeds", "edit_score", "reliability", "generalisation", "locality", "same_subject"),
+        *("reliability_newest", "old_loss_rise", "weight_growth", "95 %", "vs best", "seconds", "MB", "marks", EXTRA),
+    ),
+    note=(
+        "Shares after the last edit of the stream, losses in nats per token, mean ± unbiased standard deviation over seeds; "
+        "95 %: bootstrap interval of the mean of edit_score."
+    ),
+)
+LEADERBOARDS = (ACCURACY, LOSS, EDITS)
 
 
 def numbers_of(values: Iterable[str]) -> list[str]:

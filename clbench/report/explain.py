@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from clbench.config.signatures import nearest
-from clbench.evaluation import loss_metrics, metrics, peer_metrics, row_metrics, setting_metrics
+from clbench.evaluation import edit_metrics, loss_metrics, metrics, peer_metrics, row_metrics, setting_metrics
 from clbench.interfaces import UserError
 from clbench.records import loss_facts, record
-from clbench.report.columns import ACCURACY, LOSS, Leaderboard
+from clbench.report.columns import ACCURACY, EDITS, LOSS, Leaderboard
 from clbench.report.formats import Table, plain
 from clbench.report.runs import summarize
 
@@ -81,6 +81,8 @@ def of_record(word: str, results: pathlib.Path) -> list[Table]:
     run = summarize(entry)
     if run.usable and run.leaderboard is LOSS:
         return loss_tables(entry, run.values, f"{title}, {loss_facts.measure_of(entry)}")
+    if run.usable and run.leaderboard is EDITS:
+        return edit_tables(entry, run.values, title)
     if entry["status"] != "ok" or not isinstance(entry.get("correct"), list):
         raise UserError(f"{path} has no accuracies: its status is {entry['status']}")
     a = peer_metrics.percent(entry["correct"], entry["n"])
@@ -90,12 +92,28 @@ def of_record(word: str, results: pathlib.Path) -> list[Table]:
 def tables(case: Case) -> list[Table]:
     """`matrix`, `formulas`, `peers`, `details`, `columns`, and without a record those of losses."""
     made = [_matrix(case), _formulas(case), _peers(case), _details(case), _columns(ACCURACY)]
-    return made if case.entry else [*made, _columns(LOSS), _losses(None)]
+    return made if case.entry else [*made, _columns(LOSS), _losses(None), _columns(EDITS), _edit_numbers(None)]
 
 
 def loss_tables(entry: Mapping[str, Any], values: Mapping[str, float], title: str) -> list[Table]:
     """`matrix`, `numbers`, `gaps`, `ledger` and `columns` of a finished record of pre-training with its numbers."""
     return [_loss_matrix(entry, title), _losses(values), _gaps(entry), _ledger(entry), _columns(LOSS)]
+
+
+def edit_tables(entry: Mapping[str, Any], values: Mapping[str, float], title: str) -> list[Table]:
+    """`course`, `numbers` and `columns` of a finished record of edits with its numbers."""
+    steps = edit_metrics.course(entry)
+    names = tuple(name for name in ("edits", *edit_metrics.ABOUT) if any(name in step for step in steps))
+    rows = [{name: step.get(name) for name in names} for step in steps]
+    return [Table("course", f"{title}, over the stream", names, rows, (), {"edits": 0}), _edit_numbers(values), _columns(EDITS)]
+
+
+def _edit_numbers(values: Mapping[str, float] | None) -> Table:
+    """The numbers of model editing with what they mean; `values` are those of a record."""
+    rows = [{"name": name, "value": (values or {}).get(name), "formula": text} for name, text in edit_metrics.ABOUT.items()]
+    if values is None:
+        return Table("edits", "numbers of model editing", ("name", "formula"), rows, ())
+    return Table("numbers", "numbers of model editing", ("name", "value", "formula"), rows, ())
 
 
 def _matrix(case: Case) -> Table:
@@ -191,7 +209,7 @@ def _details(case: Case) -> Table:
 
 
 def _columns(board: Leaderboard) -> Table:
-    part = "columns" if board is ACCURACY else "loss columns"
+    part = {"leaderboard": "columns", "losses": "loss columns"}.get(board.part, "edit columns")
     rows = [{"column": name, "meaning": text} for name, text in board.about.items()]
     return Table(part, f"columns of {board.file}, in their order", ("column", "meaning"), rows)
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clbench.config.signatures import nearest
+from clbench.evaluation import edit_metrics
 from clbench.interfaces import UserError
 from clbench.records import loss_facts, record
 from clbench.records.variant import family, variant, weights_of
 from clbench.report import costs, paired
-from clbench.report.columns import ACCURACY, LOSS, Leaderboard
+from clbench.report.columns import ACCURACY, EDITS, LOSS, Leaderboard
 from clbench.report.formats import plain
 
 
@@ -41,11 +42,12 @@ class Run:
     settings: Mapping[str, Any]
     trouble: str
     loss: Mapping[str, Any] | None = None  # of a pre-training run: what `loss_facts.numbers_of` adds
+    edits: bool = False  # of a run of edits
 
     @property
     def leaderboard(self) -> Leaderboard:
         """The one that it belongs to."""
-        return ACCURACY if self.loss is None else LOSS
+        return EDITS if self.edits else ACCURACY if self.loss is None else LOSS
 
     @property
     def group(self) -> tuple[str, str, str, str, bool]:
@@ -103,6 +105,7 @@ def summarize(entry: Mapping[str, Any], known: dict[str, Any] | None = None) -> 
         settings=settings,
         trouble=trouble,
         loss=losses,
+        edits=edit_metrics.is_edits(entry),
     )
 
 

@@ -207,7 +207,8 @@ def _view(results: pathlib.Path, wanted: Filter, form: str, args: argparse.Names
     boards = {board: table.rows_of(found.runs, board, found.dead) for board in LEADERBOARDS}
     boards = {board: made for board, made in boards.items() if made}
     if len(boards) > 1 and (form == "csv" or args.columns):
-        raise UserError("accuracies and losses are two tables: choose with --scenario, or --where kind=continual_pretraining")
+        hint = "choose with --scenario, or --where kind=continual_pretraining"
+        raise UserError(f"accuracies, losses and edits are tables of their own: {hint}")
     chosen = {board: _chosen(args.columns, (*board.columns, *extra(made))) for board, made in boards.items()}
     if form == "csv":
         text = "\n".join(table.csv_of(made, board, chosen[board]).rstrip("\n") for board, made in boards.items())

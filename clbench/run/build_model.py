@@ -7,6 +7,7 @@ from typing import Any
 from clbench.interfaces import UserError
 from clbench.models.own_network import backbone_of
 from clbench.streams.scenario import Scenario
+from clbench.streams.tokens.edits import EditScenario
 from clbench.streams.tokens.image_scenario import ImageScenario
 from clbench.streams.tokens.scenario import TokenScenario
 
@@ -31,7 +32,7 @@ def build_reader(build: Any, node: dict[str, Any], scenario: TokenScenario | Ima
     )
 
 
-def build_decoder(build: Any, node: dict[str, Any], scenario: TokenScenario) -> Any:
+def build_decoder(build: Any, node: dict[str, Any], scenario: TokenScenario | EditScenario) -> Any:
     """The model of a stream of tokens; `vocab` and `context` may be the stream's."""
     name, needs = node.get("name"), f"scenario {scenario.name} is made of tokens and needs a decoder_... model"
     if _is_autoencoder(node):

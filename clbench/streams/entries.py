@@ -1,7 +1,8 @@
 """The entries of a manifest: experiences and evaluation sets.
 
-Their samples are *ids* of a data set, or a *span*: sequences (of autoencoders: images) of a domain, counted in the domain's
-order. `FIELDS` says what an entry of either form writes: always, and where it differs from the default.
+Their samples are *ids* of a data set; a *span*: sequences (of autoencoders: images) of a domain, counted in the domain's order;
+or *edits*: ids of requests and of what is asked about them, without classes. `FIELDS` says what an entry of either form writes:
+always, and where it differs from the default.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 
 from clbench.streams import transforms
 
-Form = Literal["ids", "spans"]
+Form = Literal["ids", "spans", "edits"]
 Fields = dict[Form, tuple[tuple[str, ...], tuple[str, ...]]]
 
 
@@ -37,6 +38,10 @@ def _frozen(ids: np.ndarray) -> np.ndarray:
     ids = np.array(ids, dtype=np.int64)
     ids.flags.writeable = False
     return ids
+
+
+def _form(entry: ExperienceEntry | EvalEntry) -> Form:
+    return "spans" if entry.sequences else "ids" if entry.classes else "edits"
 
 
 def _no_ids() -> np.ndarray:
@@ -73,6 +78,7 @@ class ExperienceEntry:
     FIELDS: ClassVar[Fields] = {
         "ids": (("name", "task", "classes", "train"), ("labels", "labelled", "budget", "boundary", "transform")),
         "spans": (("name", "domain", "first", "sequences", "steps"), ()),
+        "edits": (("name", "train"), ()),
     }
     name: str
     task: int | None = None
@@ -92,7 +98,7 @@ class ExperienceEntry:
         _settle(self, "train")
 
     def keys(self) -> list[str]:
-        return written(self, "spans" if self.sequences else "ids")
+        return written(self, _form(self))
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)
@@ -109,11 +115,15 @@ class EvalEntry:
     Of a span: `sequences` of domain number `domain`, spread over its validation part, with `tokens` (or images) in all.
     floor            exact loss of the true source on them, nats per token, where it is known
     bytes_per_token  of the validation text; None where tokens are no text
+
+    Of edits: `probe` is what its samples are to the edits of their experience: edits, paraphrases, neighbours, same_subject, or
+    old_text.
     """
 
     FIELDS: ClassVar[Fields] = {
         "ids": (("name", "task", "classes", "ids", "first_seen"), ("labels", "transform", "order", "batch_size")),
         "spans": (("name", "domain", "sequences", "first_seen", "tokens", "floor", "bytes_per_token"), ()),
+        "edits": (("name", "probe", "ids", "first_seen"), ("floor",)),
     }
     name: str
     task: int | None = None
@@ -129,12 +139,13 @@ class EvalEntry:
     tokens: int = 0
     floor: float | None = None
     bytes_per_token: float | None = None
+    probe: str = ""
 
     def __post_init__(self) -> None:
         _settle(self, "ids")
 
     def keys(self) -> list[str]:
-        return written(self, "spans" if self.sequences else "ids")
+        return written(self, _form(self))
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)

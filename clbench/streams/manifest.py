@@ -17,11 +17,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 
-from clbench.interfaces import UserError
+from clbench.interfaces import Asks, UserError
 from clbench.streams.entries import EvalEntry, ExperienceEntry, Fields, Form, written
 from clbench.streams.id_runs import MAX_SAMPLES, decode_ids, decode_labels, encode_ids, encode_labels
 from clbench.streams.manifest_rules import DATASET_KEYS, check, checked_keys, kept_rules, of_form
@@ -29,7 +29,11 @@ from clbench.streams.manifest_text import lines
 
 SCHEMA = 1
 SPANS = "continual_pretraining"  # the kind of all streams whose samples are spans of domains
+EDITS = "model_editing"  # and of those whose samples are requests to change what a language model says
 
+
+FORMS: dict[str, Form] = {SPANS: "spans", EDITS: "edits"}
+ASKS: dict[Form, Asks] = {"ids": "predict", "spans": "loss", "edits": "logits"}
 
 _FIELDS: Fields = {
     "ids": (
@@ -37,6 +41,7 @@ _FIELDS: Fields = {
         ("looks", "evaluate_every", "evaluators", "operators"),
     ),
     "spans": (("kind", "vocab", "context", "batch", "domains", "experiences", "evals", "budget", "schema"), ("operators",)),
+    "edits": (("kind", "dataset", "vocab", "context", "experiences", "evals", "budget", "schema"), ("operators",)),
 }
 
 
@@ -53,6 +58,8 @@ class Manifest:
     dataset      {"name", "sha256", "num_samples"}: what the ids point into. Of several data sets one after another
                  also "parts", those of each, and "classes" (see `pools.concatenated`)
     class_order  original class ids by order of first appearance: position = the id that learners see
+
+    Where they are edits, ids are of requests and of probes of a decoder of `vocab` tokens, whose texts have `context` at most.
 
     Where they are spans of domains (texts, or images for autoencoders):
     domains      name, sha256, number of training and validation tokens of each; of images also "unit", "side", ...
@@ -93,13 +100,13 @@ class Manifest:
 
     @property
     def form(self) -> Form:
-        """What samples are: "ids" of a data set, or "spans" of domains."""
-        return "spans" if self.kind == SPANS else "ids"
+        """What samples are: "ids" of a data set, "spans" of domains, or "edits"."""
+        return FORMS.get(self.kind, "ids")
 
     @property
-    def asks(self) -> Literal["predict", "loss"]:
+    def asks(self) -> Asks:
         """What is asked of a learner."""
-        return "loss" if self.form == "spans" else "predict"
+        return ASKS[self.form]
 
     @property
     def unit(self) -> str:
@@ -219,14 +226,15 @@ def _encoded(entry: dict[str, Any]) -> dict[str, Any]:
 def _parse(body: Any) -> Manifest:
     """Plain JSON -> Manifest; types are checked here, meaning in `manifest_rules.check`."""
     spans = isinstance(body, dict) and (body.get("kind") == SPANS or "domains" in body)
-    form: Form = "spans" if spans else "ids"
+    edits = isinstance(body, dict) and body.get("kind") == EDITS and not spans
+    form: Form = "spans" if spans else "edits" if edits else "ids"
     body = of_form(body, Manifest, form, "manifest")
     if body["schema"] != SCHEMA:
         raise UserError(f"manifest schema {body['schema']!r} is not the known {SCHEMA}")
     if spans and body["kind"] != SPANS:
         raise UserError(f"it is no manifest of kind {SPANS}, but of {body['kind']!r}")
     try:
-        total = _total(body["dataset"]) if form == "ids" else 0
+        total = _total(body["dataset"]) if form != "spans" else 0
         parts = {"experiences": (ExperienceEntry, "experience"), "evals": (EvalEntry, "evaluation set")}
         entries = {
             part: [entry(**_decoded(of_form(e, entry, form, f"{name} {i}"), total)) for i, e in enumerate(body[part])]

@@ -7,11 +7,11 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clbench.interfaces import RULES, Budget, UserError
+from clbench.interfaces import RULES, Asks, Budget, UserError
 from clbench.streams import transforms
 from clbench.streams.entries import EvalEntry, ExperienceEntry, Form, differing
 from clbench.streams.splits import Share
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from clbench.streams.manifest import Manifest
 
 MAX_CLASSES = 1 << 20
+PROBES = ("edits", "paraphrases", "neighbours", "same_subject", "old_text")
 DATASET_KEYS = (("name", "sha256", "num_samples"), "dataset", ("parts", "classes", "test_share", "test_seed"))
 
 
@@ -41,8 +42,8 @@ def of_form(body: Any, kind: Any, form: Form, where: str) -> dict[str, Any]:
     return checked_keys(body, always, where, optional)
 
 
-def budget_of(options: Mapping[str, Any] | None, asks: Literal["predict", "loss"]) -> Budget:
-    """`scenario.budget` of a stream that asks for classes or losses; `UserError` with the nearest name for an unknown one."""
+def budget_of(options: Mapping[str, Any] | None, asks: Asks) -> Budget:
+    """`scenario.budget` of a stream that asks for classes, losses or logits; the nearest name for an unknown one."""
     known = RULES[asks]
     if options is not None and not isinstance(options, Mapping):
         raise UserError(f"scenario.budget must be a mapping with {', '.join(known)}, got {options!r}")
@@ -53,7 +54,7 @@ def budget_of(options: Mapping[str, Any] | None, asks: Literal["predict", "loss"
     return Budget(**dict(options or {}))
 
 
-def kept_rules(budget: Any, asks: Literal["predict", "loss"]) -> Any:
+def kept_rules(budget: Any, asks: Asks) -> Any:
     """A manifest's budget without rules of other streams that have their default; what is no mapping is left for `check`."""
     default = asdict(Budget())
     if not isinstance(budget, Mapping):
@@ -89,7 +90,7 @@ def check(manifest: Manifest) -> None:
     for where, part in (parts | {f"evaluation set {j}": e for j, e in enumerate(manifest.evals)}).items():
         if foreign := set(differing(part)).difference(*part.FIELDS[manifest.form]):
             raise UserError(f"{where}: {', '.join(sorted(foreign))} have no place where samples are {manifest.form}")
-    (_check_spans if manifest.form == "spans" else _check_ids)(manifest)
+    {"ids": _check_ids, "spans": _check_spans, "edits": _check_edits}[manifest.form](manifest)
     _check_looks(manifest)
 
 
@@ -151,6 +152,32 @@ def _check_spans(m: Manifest) -> None:
         known = [n for n in (entry.floor, entry.bytes_per_token) if n is not None]
         if not all(isinstance(n, int | float) and type(n) is not bool and math.isfinite(n) for n in known):
             raise UserError(f"manifest: evaluation set {j}: floor and bytes_per_token must be numbers or null")
+
+
+def _check_edits(m: Manifest) -> None:
+    """Samples that are requests and probes: no request comes twice, every probe is of a known kind."""
+    dataset = checked_keys(m.dataset, DATASET_KEYS[0], "dataset")
+    if not all(isinstance(dataset[key], str) for key in ("name", "sha256")):
+        raise UserError("manifest: dataset.name and dataset.sha256 must be text")
+    for name in ("vocab", "context"):
+        if not _whole(getattr(m, name)):
+            raise UserError(f"manifest: {name} must be a whole number from 1")
+    parts = {f"experience {i}": (e, e.train) for i, e in enumerate(m.experiences)}
+    parts |= {f"evaluation set {j}": (e, e.ids) for j, e in enumerate(m.evals)}
+    for where, (entry, ids) in parts.items():
+        if not isinstance(entry.name, str) or not len(ids):
+            raise UserError(f"manifest: {where} has no samples, or a name that is no text")
+        if len(np.unique(ids)) != len(ids) or ids.min() < 0 or ids.max() >= dataset["num_samples"]:
+            raise UserError(f"manifest: {where} names a sample twice, or one that there is not")
+    requests = np.concatenate([e.train for e in m.experiences])
+    if len(np.unique(requests)) != len(requests):
+        raise UserError("manifest: an edit is requested twice")
+    for j, entry in enumerate(m.evals):
+        _check_first_seen(m, j)
+        if entry.probe not in PROBES:
+            raise UserError(f"manifest: evaluation set {j} is of {entry.probe!r}, known are {', '.join(PROBES)}")
+        if entry.floor is not None and not (isinstance(entry.floor, int | float) and math.isfinite(entry.floor)):
+            raise UserError(f"manifest: evaluation set {j}: floor must be a number or null")
 
 
 def _check_first_seen(manifest: Manifest, j: int) -> None:

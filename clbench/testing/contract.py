@@ -1,7 +1,7 @@
 """The contract as a test suite: `check_learner` and `check_scenario`, for clbench's own and for everybody's plug-ins.
 
 Each check is a function that raises AssertionError with a sentence; the two entry points run them all and report. The checks of
-every learner stand here; those of class scores are in `score_checks`, those of losses in `loss_checks`.
+every learner stand here; those of class scores are in `score_checks`, of losses in `loss_checks`, of edits in `edit_checks`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,17 @@ import torch
 from clbench.config.compose import build, load_target
 from clbench.interfaces import UserError, declared
 from clbench.streams.manifest import Manifest
-from clbench.testing import anytime, data_reach, loss_checks, score_checks
-from clbench.testing.trial import LossTrial, Trial, mixed_stream, repeated_stream, small_stream, small_texts
+from clbench.testing import anytime, data_reach, edit_checks, loss_checks, score_checks
+from clbench.testing.trial import (
+    EditTrial,
+    LossTrial,
+    Trial,
+    mixed_stream,
+    repeated_stream,
+    small_edits,
+    small_stream,
+    small_texts,
+)
 from clbench.training import arithmetic
 from clbench.training.runtime import Interrupted
 from clbench.training.state import fingerprint
@@ -38,6 +47,8 @@ def check_learner(config: dict[str, Any]) -> list[Result]:
         return [("capabilities", False, str(error))]
     if can.asks == "loss":
         return _run(LOSS, LossTrial(config, small_texts(), can))
+    if can.asks == "logits":
+        return _run(LOGITS, EditTrial(config, small_edits(), can))
     kind = "task_incremental" if can.needs_task_id else "class_incremental"
     config = copy.deepcopy(config)
     if "epochs" in config["learner"]:
@@ -61,7 +72,8 @@ def check_learner(config: dict[str, Any]) -> list[Result]:
 def check_scenario(config: dict[str, Any]) -> list[Result]:
     """Run every check on the scenario of a resolved configuration -> (name, passed, message) each."""
     built = [build(config["scenario"]) for _ in range(2)]
-    checks = loss_checks.SCENARIO if getattr(built[0], "asks", "") == "loss" else score_checks.SCENARIO
+    of = {"loss": loss_checks.SCENARIO, "logits": edit_checks.SCENARIO}
+    checks = of.get(getattr(built[0], "asks", ""), score_checks.SCENARIO)
     return _run({"same_hash": check_same_hash, **checks}, built)
 
 
@@ -209,4 +221,15 @@ LOSS: Checks = {
     "ledger": loss_checks.check_ledger,
     "only_own_text_is_reachable": data_reach.check_only_own_text_is_reachable,
     "text_adversary": data_reach.check_text_adversary,
+}
+LOGITS: Checks = {
+    "shapes": edit_checks.check_shapes,
+    "edits": edit_checks.check_edits,
+    "future_is_not_seen": edit_checks.check_future_is_not_seen,
+    "determinism": check_determinism,
+    "asking_changes_nothing": check_asking_changes_nothing,
+    "texts_beside": edit_checks.check_texts_beside,
+    "state_round_trip": check_state_round_trip,
+    "resume_in_mid_learn": check_resume_in_mid_learn,
+    "only_own_requests_are_reachable": data_reach.check_only_own_requests_are_reachable,
 }

@@ -172,6 +172,37 @@ class _Texts:
         return found_in(roots, Marks(self.foreign | ended, self.own if keeps or running else []), (self, self.trial))
 
 
+class _Edits(_Texts):
+    """The same of a stream of edits: requests of others, and what is asked."""
+
+    def __init__(self, trial: Any, learner: Any, runtime: Any, pipeline: Any, index: int):
+        self.trial, self.learner, self.runtime, self.index = trial, learner, runtime, index
+        made, m = trial.scenario.questions, trial.scenario.manifest
+        prompts = {i: [made.requests[r].prompt for r in e.train] for i, e in enumerate(m.experiences)}
+        keeps = trial.capabilities.stores_exemplars or trial.capabilities.stores_all_data
+        mine = [i for i in prompts if i == index or (keeps and i < index)]
+        self.own = [row for i in mine for row in prompts[i]]
+        foreign = {f"request {k} of experience {i}": row for i in prompts if i not in mine for k, row in enumerate(prompts[i])}
+        foreign |= {f"probe {k}": probe.prompt for k, probe in enumerate(made.probes)}
+        self.foreign = foreign | {f"row {k} of old text that is asked": row for k, row in enumerate(made.old)}
+
+    def observed(self) -> AbstractContextManager[None]:
+        """Nobody looks while it learns."""
+        return nullcontext()
+
+    def given(self) -> dict[str, Any]:
+        """An experience, and its first request."""
+        experience: Any = self.trial.open(self.index, None)
+        return {"experience": experience, "request": experience.train.request(0)}
+
+    def look(self, more: dict[str, Any], running: bool) -> str | None:
+        """Where a foreign request or probe, or a request of an ended experience, can be reached."""
+        roots = {"learner": self.learner, "runtime": self.runtime} | more
+        keeps = self.trial.capabilities.stores_exemplars or self.trial.capabilities.stores_all_data
+        ended = {} if keeps or running else {f"request {k} of the ended experience": row for k, row in enumerate(self.own)}
+        return found_in(roots, Marks(self.foreign | ended, self.own if keeps or running else []), (self, self.trial))
+
+
 class _Walk:
     """Stands for a method of the runtime while a learner learns, and looks around there. `found` says what should not be."""
 
@@ -194,6 +225,11 @@ def check_only_own_data_is_reachable(trial: Any) -> None:
 def check_only_own_text_is_reachable(trial: Any) -> None:
     """The same of sequences."""
     _check_reach(trial, _Texts)
+
+
+def check_only_own_requests_are_reachable(trial: Any) -> None:
+    """The same of requests and probes."""
+    _check_reach(trial, _Edits)
 
 
 def _check_reach(trial: Any, kind: Any) -> None:

@@ -17,6 +17,7 @@ from clbench.streams.eval_sets import open_eval
 from clbench.streams.images.data import open_experience
 from clbench.streams.images.pixels import Pipeline
 from clbench.streams.scenario import Scenario
+from clbench.streams.tokens.edits import EditScenario, edit_facts
 from clbench.streams.tokens.scenario import TokenScenario
 from clbench.streams.tokens.texts import synthetic
 from clbench.training.checkpoint import Journal
@@ -127,6 +128,33 @@ class LossTrial(Trial):
         runtime.ledger.load_state_dict(state["ledger"])
 
 
+@dataclass
+class EditTrial(Trial):
+    """An editor, on a small decoder with random weights; there is no pipeline."""
+
+    def start(self, folder: pathlib.Path | None = None, **changes: Any) -> tuple[Any, Any, Any]:
+        """A fresh learner with its runtime."""
+        m = self.scenario.manifest
+        sizes = {"width": 16, "depth": 3, "heads": 2, "vocab": m.vocab, "context": m.context}
+        with torch.random.fork_rng([]):  # layers draw their first weights before the decoder draws its own
+            model = build({"_target_": "clbench.models.decoder.build_decoder", "name": "decoder_check", **sizes})
+        runtime = Runtime(self.seed, CPU, self.scenario.budget, journal=Journal(folder, 0.0))
+        return build(self.config["learner"], model=model, runtime=runtime), runtime, None
+
+    def open(self, index: int, pipeline: Any) -> Experience:
+        return self.scenario.experience(index)
+
+    def texts(self) -> Tensor:
+        """Prompts and right answers of every request, but for the last token [N, L]."""
+        requests = self.scenario.questions.requests
+        return torch.from_numpy(np.stack([np.concatenate([r.prompt, r.target[:-1]]) for r in requests]))
+
+    def answers(self, learner: Any, pipeline: Any) -> Tensor:
+        """Scores after every token of `texts` [N, L, V]."""
+        with torch.no_grad():
+            return learner.logits(self.texts())
+
+
 def main(answer: Any) -> Tensor:
     """The first head of a prediction."""
     return answer if isinstance(answer, Tensor) else next(iter(answer.values()))
@@ -173,3 +201,9 @@ def small_texts() -> TokenScenario:
     """Three Markov languages of 8 words, 24 steps of 4 sequences of 16 tokens each."""
     options: dict[str, Any] = {"states": 8, "symbols": 8, "tokens": 1536, "context": 16, "batch": 4, "eval_tokens": 256}
     return synthetic(name="check_texts", **options)
+
+
+def small_edits() -> EditScenario:
+    """Six edits of the made world in experiences of 1, 2 and 3; no decoder needs to know it."""
+    made = edit_facts(name="check_edits", edits=6, entities=64, looks=[1, 3, 6], neighbours=2)
+    return replace(made, known=0.0)

@@ -65,7 +65,7 @@ def prepare(options: Options, command: list[str]) -> Study:
     from clbench.tuning.streams import guard, source
 
     evaluation = compose.build(base["scenario"])
-    if evaluation.asks == "loss":
+    if evaluation.asks != "predict":
         raise UserError(
             f"clbench tune knows streams of images; for scenario {evaluation.name} compare options with clbench run -m"
         )

@@ -127,7 +127,7 @@ def short(text: Any, longest: int = LONGEST) -> str:
 
 def trace_of(entry: Mapping[str, Any], run: Run) -> Trace | None:
     """What figures need of a record; None of one without a matrix."""
-    if not run.usable:
+    if not run.usable or run.edits:
         return None
     names = entry["scenario"].get("eval_names") or range(1, len(entry["n"]) + 1)
     known = tuple(plain(name) for name in names), entry["n"], np.asarray(entry["first_seen"])
