@@ -484,7 +484,12 @@ def test_committed_table_is_in_order():
     assert min(table["ncm"]) >= 0.8 and min(table["slca"]) >= 0.9 and min(table["replay"]) >= 0.9
     readme = (RESULTS.parent / "README.md").read_text()
     shown = readme[readme.index("<!-- leaderboard:start -->") : readme.index("<!-- leaderboard:end -->")]
-    for row in rows:
+    on_both = {row["learner"] for row in rows if (row["scenario"], row["model"]) == ("cil_cifar100", "vit_tiny_112")}
+    for (
+        row
+    ) in rows:  # README shows the learners that were measured on CIFAR-100; the others stand in leaderboards/cil_digits.csv
+        if row["learner"] not in on_both:
+            continue
         if row not in lines and (row["scenario"], row["model"]) != ("cil_cifar100", "vit_tiny_112"):
             continue
         (line,) = (line for line in shown.splitlines() if re.match(rf"\| {row['learner']}( \(reference\))? \|", line))
