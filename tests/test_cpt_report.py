@@ -61,7 +61,7 @@ def test_views_in_other_formats(folder, clbench):
     def shown(*words, code=0):
         return clbench("report", "--results-dir", str(folder), *words, code=code)
 
-    assert "two tables: choose with --scenario" in shown("--format", "csv", code=2).stderr
+    assert "tables of their own: choose with --scenario" in shown("--format", "csv", code=2).stderr
     table = list(csv.DictReader(io.StringIO(shown("--scenario", "cpt_*", "--format", "csv").stdout)))
     assert len(table) == 5 and list(table[0]) == list(LOSS.columns)
     parts = json.loads(shown("--format", "json").stdout)

@@ -38,7 +38,7 @@ SHARES = tuple(name for name in ABOUT if name not in LOWER)
 
 def is_edits(record: Mapping[str, Any]) -> bool:
     """Whether a record is of a run of edits, finished or not."""
-    return record["scenario"].get("kind") == KIND
+    return record.get("scenario", {}).get("kind") == KIND
 
 
 def edits_at(record: Mapping[str, Any]) -> list[int]:
