@@ -36,12 +36,14 @@ class EditFinetune:
         model: nn.Module,
         runtime: Runtime,
         *,
-        layer: int | None = None,
+        layer: int | None = None,  # the block whose MLP is trained; null: the last but one
         lr: float = 5e-3,
-        steps: int = 25,
-        stop_below: float = 1e-2,
-        box: float | None = None,
-        loss: Literal["target", "last"] = "target",
+        steps: int = 25,  # of an edit, at most
+        stop_below: float = 1e-2,  # nats per token from which on no step is made
+        box: float | None = None,  # largest change of an entry by one edit; null: none
+        loss: Literal[
+            "target", "last"
+        ] = "target",  # target | last (all tokens of the answer from the one distribution after the prompt)
         weight_decay: float = 0.0,
     ):
         check_options(lr=(lr, 0), steps=(steps, 1), stop_below=(stop_below, 0), weight_decay=(weight_decay, 0))

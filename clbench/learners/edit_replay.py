@@ -64,12 +64,12 @@ class EditReplay:
         model: nn.Module,
         runtime: Runtime,
         *,
-        layer: int | None = None,
+        layer: int | None = None,  # the block whose MLP is trained; null: the last but one
         lr: float = 5e-3,
-        steps: int = 25,
-        stop_below: float = 1e-2,
-        replayed: int = 8,
-        old: int = 4,
+        steps: int = 25,  # of an edit, at most
+        stop_below: float = 1e-2,  # nats per token from which on no step is made
+        replayed: int = 8,  # earlier requests beside each
+        old: int = 4,  # pieces of old text beside each
     ):
         check_options(lr=(lr, 0), steps=(steps, 1), stop_below=(stop_below, 0), replayed=(replayed, 0), old=(old, 0))
         self.model, self.runtime, self.site = model, runtime, Site(model, last_but_one(model, layer))

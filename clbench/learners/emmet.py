@@ -34,17 +34,17 @@ class Emmet:
         model: nn.Module,
         runtime: Runtime,
         *,
-        batch: int = 1,
-        layers: Sequence[int] | None = None,
-        weight: float = 0.1,
-        slack: float = 0.0,
+        batch: int = 1,  # requests that are edited together
+        layers: Sequence[int] | None = None,  # blocks, rising; null: the one before the last but one
+        weight: float = 0.1,  # of old text, per hidden unit
+        slack: float = 0.0,  # 0: exact; above 0 this is MEMIT with the weight times slack
         ridge: float = 0.0,
-        contexts: int = 8,
-        context: int = 8,
-        lr: float | None = None,
+        contexts: int = 8,  # pieces of old text before the prompt, over which keys are means
+        context: int = 8,  # tokens of each
+        lr: float | None = None,  # of the search for a value; null: by the size of the block's output
         steps: int = 40,
-        clamp: float = 4.0,
-        kl: float = 0.0625,
+        clamp: float = 4.0,  # largest change of a value, of its size
+        kl: float = 0.0625,  # weight of what is said of the subject otherwise
         decay: float = 0.5,
     ):
         check_options(slack=(slack, 0))

@@ -48,14 +48,14 @@ class Grace:
         model: nn.Module,
         runtime: Runtime,
         *,
-        layer: int | None = None,
-        radius: float = 1.0,
+        layer: int | None = None,  # the block whose MLP has the codebook; null: the last but one
+        radius: float = 1.0,  # of a new key
         lr: float = 1.0,
-        steps: int = 100,
-        stop_below: float = 1e-2,
-        start: Literal["cold", "warm"] = "cold",
-        replace: Literal["last", "after"] = "last",
-        official_label: bool = False,
+        steps: int = 100,  # of an edit, at most
+        stop_below: float = 1e-2,  # nats per token from which on no step is made
+        start: Literal["cold", "warm"] = "cold",  # cold (uniform in 0..1) | warm (the layer's own output)
+        replace: Literal["last", "after"] = "last",  # last (the token near a key) | after (the tokens after it too)
+        official_label: bool = False,  # compare answers as the released code does
     ):
         check_options(radius=(radius, 0), lr=(lr, 0), steps=(steps, 1), stop_below=(stop_below, 0))
         if start not in ("cold", "warm"):

@@ -49,20 +49,20 @@ class Memit:
         model: nn.Module,
         runtime: Runtime,
         *,
-        batch: int = 1,
-        layers: Sequence[int] | None = None,
-        weight: float = 0.1,
-        past_keys: bool = False,
-        ridge: float = 0.0,
-        contexts: int = 8,
-        context: int = 8,
-        lr: float | None = None,
+        batch: int = 1,  # requests that are edited together
+        layers: Sequence[int] | None = None,  # blocks, rising; null: the last but one and the one before
+        weight: float = 0.1,  # of old text, per hidden unit
+        past_keys: bool = False,  # keep what earlier edits wrote
+        ridge: float = 0.0,  # norm constraint
+        contexts: int = 8,  # pieces of old text before the prompt, over which keys are means
+        context: int = 8,  # tokens of each
+        lr: float | None = None,  # of the search for a value; null: by the size of the block's output
         steps: int = 40,
-        clamp: float = 4.0,
-        kl: float = 0.0625,
+        clamp: float = 4.0,  # largest change of a value, of its size
+        kl: float = 0.0625,  # weight of what is said of the subject otherwise
         decay: float = 0.5,
-        top: int = 0,
-        patience: int = 4,
+        top: int = 0,  # early stopping: contexts behind which the whole answer must be the first choice; 0: never
+        patience: int = 4,  # times that it must be so
     ):
         check_options(batch=(batch, 1), weight=(weight, 0), ridge=(ridge, 0), contexts=(contexts, 0), context=(context, 1))
         if top > contexts:

@@ -35,12 +35,12 @@ class MoeLike:
         model: nn.Module,
         runtime: Runtime,
         *,
-        layer: int | None = None,
+        layer: int | None = None,  # the block whose MLP has experts; null: the last but one
         experts: int = 4,
-        rank: int = 8,
+        rank: int = 8,  # of each
         lr: float = 1e-2,
-        steps: int = 40,
-        stop_below: float = 1e-2,
+        steps: int = 40,  # of an edit, at most
+        stop_below: float = 1e-2,  # nats per token from which on no step is made
     ):
         check_options(experts=(experts, 1), rank=(rank, 1), lr=(lr, 0), steps=(steps, 1), stop_below=(stop_below, 0))
         self.model, self.runtime, self.site = model, runtime, Site(model, last_but_one(model, layer))

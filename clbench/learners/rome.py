@@ -51,14 +51,16 @@ class Rome:
         model: nn.Module,
         runtime: Runtime,
         *,
-        variant: Literal["rome", "r_rome", "p_rome"] = "rome",
-        layer: int | None = None,
-        contexts: int = 8,
-        context: int = 8,
-        lr: float | None = None,
+        variant: Literal[
+            "rome", "r_rome", "p_rome"
+        ] = "rome",  # rome (the released code) | r_rome (one key) | p_rome (one key, that of the prompt by itself)
+        layer: int | None = None,  # the block whose MLP is changed; null: the one before the last but one
+        contexts: int = 8,  # pieces of old text before the prompt, over which the key is a mean
+        context: int = 8,  # tokens of each
+        lr: float | None = None,  # of the search for a value; null: by the size of the layer's output
         steps: int = 40,
-        clamp: float = 12.0,
-        kl: float = 0.0625,
+        clamp: float = 12.0,  # largest change of a value, of its size
+        kl: float = 0.0625,  # weight of what is said of the subject otherwise
         decay: float = 0.5,
     ):
         if variant not in VARIANTS:

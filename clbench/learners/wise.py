@@ -50,19 +50,19 @@ class Wise:
         model: nn.Module,
         runtime: Runtime,
         *,
-        layer: int | None = None,
+        layer: int | None = None,  # the block whose MLP has side memories; null: the last but one
         lr: float = 1.0,
-        steps: int = 40,
+        steps: int = 40,  # of an edit, at most
         stop_below: float = 2e-2,
-        margin: float = 0.5,
-        reach: float = 1.0,
-        density: float = 0.2,
-        shard: int = 25,
-        merge: int = 2,
-        kept: float = 0.53,
-        ratio: float = 0.8,
-        contexts: int = 8,
-        context: int = 8,
+        margin: float = 0.5,  # by which edits must activate a memory, in norms of the layer's output on old text
+        reach: float = 1.0,  # largest change of an entry
+        density: float = 0.2,  # share of the entries that are trained
+        shard: int = 25,  # edits of a memory
+        merge: int = 2,  # memories that become one
+        kept: float = 0.53,  # share of a change that takes part in merging
+        ratio: float = 0.8,  # of the least activation of an edit, above which a memory is open
+        contexts: int = 8,  # pieces of old text before the prompt
+        context: int = 8,  # tokens of each
     ):
         check_options(lr=(lr, 0), steps=(steps, 1), stop_below=(stop_below, 0), margin=(margin, 0), reach=(reach, 0))
         check_options(density=(density, 0), shard=(shard, 1), merge=(merge, 2), kept=(kept, 0), ratio=(ratio, 0))
