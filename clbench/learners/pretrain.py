@@ -146,7 +146,7 @@ class Pretrain:
         for i in range(progress.segment, len(plan)):
             segment = plan[i]
             table = self._shares(segment, experience) if shares is None else shares(segment)
-            mixture = self._mixture(segment, experience, table)
+            mixture = _mixture(self, segment, experience, table)
             step = progress.step if i == progress.segment else segment.first
 
             def save(step: int, i: int = i) -> None:
@@ -175,20 +175,6 @@ class Pretrain:
         trained = self.cursor.trained[: len(experience.past)]
         return self.replay.table(segment.steps, trained)[segment.first : segment.last]
 
-    def _mixture(self, segment: Segment, experience: Experience, shares_SK: np.ndarray) -> Mixture:
-        new, old, cursor = _text(experience.train), [_text(past) for past in experience.past], self.cursor
-        return Mixture(
-            new,
-            old,
-            self.replay,
-            shares_SK,
-            first=segment.first,
-            seen=[len(text) for text in old] if self.data == "union" else cursor.seen[: len(old)],
-            starts=cursor.starts(len(old)),
-            carry=cursor.carry[-shares_SK.shape[1] :],
-            size=max(new.batch, len(new) // self.passes),
-        )
-
     def _advance(self, segment: Segment, mixture: Mixture, trunk_ends: bool) -> None:
         """Advance the data cursor; at the trunk's last step keep a copy of it, if something else is evaluated."""
         self.cursor.advance(mixture.used(segment.first, segment.last), mixture, segment.experience)
@@ -214,6 +200,21 @@ class Pretrain:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         restore(self, {name: state[name] for name in self._parts})
         self.cursor.load_state_dict(state["places"])
+
+
+def _mixture(learner: Pretrain, segment: Segment, experience: Experience, shares_SK: np.ndarray) -> Mixture:
+    new, old, cursor = _text(experience.train), [_text(past) for past in experience.past], learner.cursor
+    return Mixture(
+        new,
+        old,
+        learner.replay,
+        shares_SK,
+        first=segment.first,
+        seen=[len(text) for text in old] if learner.data == "union" else cursor.seen[: len(old)],
+        starts=cursor.starts(len(old)),
+        carry=cursor.carry[-shares_SK.shape[1] :],
+        size=max(new.batch, len(new) // learner.passes),
+    )
 
 
 def _adapting(adapt: Any) -> Rate | None:

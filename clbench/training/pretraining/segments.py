@@ -142,10 +142,8 @@ def train(
 ) -> None:
     """Train a segment from `step` on. `save(step)` writes a snapshot; `after_step(segment, step, losses [B, L], counts [K])`.
 
-    `adapt` is a factor on the schedule's rates that the training itself moves.
-
-    The gradients are those of the mean over a batch. Over processes they are averaged, hence `share`: this one's of the batch
-    times their number, 1 but for uneven rows.
+    `adapt` is a factor on the schedule's rates that the training itself moves. The gradients are those of the mean over a
+    batch. Over processes they are averaged, hence `share`: this one's of the batch times their number, 1 but for uneven rows.
     """
     group, batch, context = runtime.group, mixture.new.batch, mixture.new.context
     pieces = _Pieces(runtime, mixture, step, segment.last)
