@@ -147,7 +147,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     "memo": ("learner.lr=0.01", "learner.batch_size=16"),
     "model_zoo": ("scenario=til_digits", "learner.tasks_per_round=2"),
     "mos": ("learner.pet.scale=1", "learner.lr=1", "learner.batch_size=16", "learner.align_epochs=5"),
-    "online_ensemble": ("learner.members=32", "learner.chosen=4", "learner.key_lr=1e-3", "learner.epsilon=0.01"),
+    "online_ensemble": ("learner.members=32", "learner.chosen=4", "learner.keys=fixed", "learner.epsilon=0.01"),
     "onpro": ("learner.lr=0.03", "learner.batch_size=12", "learner.replay=16", "learner.mix_p=0.5", "learner.base_rate=0.7"),
     "ovor": ("learner.lr=0.01", "learner.batch_size=16"),
     "packnet": ("scenario=til_digits", "learner.lr=0.01", "learner.retrain_lr=0.003", "learner.batch_size=16"),

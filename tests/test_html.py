@@ -216,14 +216,18 @@ def test_commands_are_those_of_the_cards():
 
 def test_commands_make_the_runs_of_their_rows():
     from clbench.config import compose
+    from clbench.interfaces import declared
     from clbench.run import provenance
+
+    def identity(job):
+        return provenance.identity(job, declared(compose.load_target(job["learner"]["_target_"]), job["learner"]))
 
     data, found = contents.collect(RESULTS), record.read_all(RESULTS / "records")[0]
     for key, command in list(zip(data["keys"], data["commands"], strict=True))[3::7]:
         words = shlex.split(command)[2:]
         jobs = compose.read([word for word in words if word != "-m"], "-m" in words).jobs
         wanted = [e["config"] for e in found if summarize(e).variant == key]
-        made = [provenance.identity(job) for job in jobs]
+        made = [identity(job) for job in jobs]
         assert len(wanted) == len(made) and all(one in made for one in wanted), command
 
 

@@ -270,8 +270,8 @@ def test_every_yaml_has_every_option(path: Path):
     assert isinstance(body, dict)
     assert path.read_text().startswith("# ")
     module, _, target = str(body.pop("_target_")).rpartition(".")
-    defaults = body.pop("defaults", None)  # a pre-training scenario brings its own model and learner
-    assert sorted(body) == sorted(options(module, target)) and (defaults is None or path.stem.startswith("cpt_"))
+    defaults = body.pop("defaults", None)  # scenarios of losses and edits bring their own model and learner
+    assert sorted(body) == sorted(options(module, target)) and (defaults is None or path.stem.startswith(("cpt_", "edit_")))
     for name in ("data_root", "download"):
         assert body.get(name, f"${{{name}}}") == f"${{{name}}}"
     assert body["name"] == (path.stem if target != "from_manifest" else None)

@@ -276,8 +276,8 @@ def test_dst_against_the_paper(monkeypatch, grow, variant):
         assert any(not torch.equal(a, b) for a, b in zip(mask, drawn[-1], strict=True)), "the mask has never changed"
         for n, a, m in zip(names, dense, mask, strict=True):
             assert torch.equal(learner.masks.get(n, place), m)
-            torch.testing.assert_close(learner.weights[n].detach(), a, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(learner.heads.at(place).blocks[0].weight.detach(), rows, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(learner.weights[n].detach(), a, rtol=1e-3, atol=1e-3)  # fp32, steps of 0.1
+        torch.testing.assert_close(learner.heads.at(place).blocks[0].weight.detach(), rows, rtol=1e-3, atol=1e-3)
         masks.append(mask)
 
 
