@@ -225,7 +225,17 @@ UNMEASURED = {  # no record of theirs is committed: no card
     *("homeostatic", "macil", "rsiat", "simplex", "sldc", "sparse_mask", "vida"),
 }
 ON_DIGITS = {  # measured on the digits stream that they are made for
-    *("acil", "adanpc", "agem", "air", "bcwi", "bn_adapt", "cbp", "cls_er", "cofima", "cotta", "der_expand", "dsal"),
+    *(
+        "adanpc",
+        "agem",
+        "bcwi",
+        "bn_adapt",
+        "cbp",
+        "cls_er",
+        "cofima",
+        "cotta",
+        "der_expand",
+    ),
     *(
         "dst",
         "eata",
@@ -233,7 +243,6 @@ ON_DIGITS = {  # measured on the digits stream that they are made for
         "er_ace",
         "ewc_online",
         "fast_slow",
-        "fetril",
         "figmn",
         "focal_kd",
         "foster",
@@ -241,7 +250,7 @@ ON_DIGITS = {  # measured on the digits stream that they are made for
         "gem",
         "gkeal",
     ),
-    *("gpm", "hat", "hdc", "hypernetwork", "icl", "incremental_frozen", "inflora", "isolated", "klda", "l2_init"),
+    *("gpm", "hat", "hypernetwork", "icl", "incremental_frozen", "inflora", "isolated", "l2_init"),
     *("laftr", "lame", "losse_ftl", "lucir", "mas", "memo", "merge", "mir", "model_zoo", "naive_bayes", "online_ensemble"),
     *(
         "onpro",
@@ -250,8 +259,6 @@ ON_DIGITS = {  # measured on the digits stream that they are made for
         "pass",
         "psmt",
         "picle",
-        "qda",
-        "randumb",
         "rank_updates",
         "rehearsal_free",
         "rwalk",
