@@ -15,11 +15,12 @@ from clbench.evaluation.edits import Asked, EditSuccess, OldText, Windows, weigh
 from clbench.evaluation.evaluators import row_of
 from clbench.interfaces import Capabilities, Experience, Place, UserError
 from clbench.run.build_model import build_decoder
+from clbench.run.held import held
 from clbench.run.loop import Row
 from clbench.streams.tokens.edits import EditScenario
 from clbench.training import looks
 from clbench.training.runtime import Runtime
-from clbench.training.state import detached, num_bytes
+from clbench.training.state import detached
 
 if TYPE_CHECKING:
     from clbench.run.runner import Job
@@ -137,14 +138,7 @@ class EditStream:
 
     def held(self, index: int, state: Mapping[str, Any]) -> dict[str, Any]:
         """Bytes of kept requests and of everything else; `UserError` where the budget allows less."""
-        memory = getattr(self.learner, "memory", None) if self.job.capabilities.stores_exemplars else None
-        count, size = (0, 0) if memory is None else (len(memory), memory.num_bytes())
-        used = {"exemplars": count, "exemplar_bytes": size, "stored_bytes": num_bytes(state) - size}
-        for name, value in used.items():
-            limit = getattr(self.job.scenario.budget, name)
-            if limit is not None and value > limit:
-                raise UserError(f"experience {index}: the learner holds {value} {name}, the scenario's budget allows {limit}")
-        return used
+        return held(self.job, self.learner, index, state)
 
     @torch.no_grad()
     def evaluate(self, index: int) -> list[Row]:

@@ -18,6 +18,7 @@ from clbench.interfaces import Capabilities, Experience, Place, UserError
 from clbench.models import feature_store
 from clbench.run import saved_predictions
 from clbench.run.build_model import build_classifier
+from clbench.run.held import held
 from clbench.run.loop import Row
 from clbench.streams.eval_sets import open_eval
 from clbench.streams.images import damage
@@ -26,7 +27,6 @@ from clbench.streams.images.pixels import Pipeline
 from clbench.streams.scenario import Scenario
 from clbench.training import looks
 from clbench.training.runtime import Runtime
-from clbench.training.state import num_bytes
 
 if TYPE_CHECKING:
     from clbench.run.runner import Job
@@ -174,14 +174,7 @@ class ImageStream:
 
     def held(self, index: int, state: Mapping[str, Any]) -> dict[str, Any]:
         """Exemplars and bytes; `UserError` where the budget allows less."""
-        memory = getattr(self.learner, "memory", None) if self.job.capabilities.stores_exemplars else None
-        count, size = (0, 0) if memory is None else (len(memory), memory.num_bytes())
-        used = {"exemplars": count, "exemplar_bytes": size, "stored_bytes": num_bytes(state) - size}
-        for name, value in used.items():
-            limit = getattr(self.job.scenario.budget, name)
-            if limit is not None and value > limit:
-                raise UserError(f"experience {index}: the learner holds {value} {name}, the scenario's budget allows {limit}")
-        return used
+        return held(self.job, self.learner, index, state)
 
     def evaluate(self, index: int) -> list[Row]:
         """Rows of accuracy and of the scenario's other evaluators, from one pass over every set."""
