@@ -259,6 +259,7 @@ def naive_dst(t, place, start, masks, grow, official):
 
 @pytest.mark.parametrize(("grow", "variant"), [("gradient", "paper"), ("gradient", "official"), ("momentum", "paper")])
 def test_dst_against_the_paper(monkeypatch, grow, variant):
+    bound = 1e-3 if grow == "momentum" else 1e-5  # |m| / sqrt(v) of gradients that are rounding alone is about 1 all the same
     t, learner, learn, _ = dst(plain_net, grow=grow, variant=variant, optimizer="sgd", lr=0.1)
     drawn, real = [], Dst.begin
     names = list(learner.weights)
@@ -276,8 +277,8 @@ def test_dst_against_the_paper(monkeypatch, grow, variant):
         assert any(not torch.equal(a, b) for a, b in zip(mask, drawn[-1], strict=True)), "the mask has never changed"
         for n, a, m in zip(names, dense, mask, strict=True):
             assert torch.equal(learner.masks.get(n, place), m)
-            torch.testing.assert_close(learner.weights[n].detach(), a, rtol=1e-3, atol=1e-3)  # fp32, steps of 0.1
-        torch.testing.assert_close(learner.heads.at(place).blocks[0].weight.detach(), rows, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(learner.weights[n].detach(), a, rtol=bound, atol=bound)
+        torch.testing.assert_close(learner.heads.at(place).blocks[0].weight.detach(), rows, rtol=bound, atol=bound)
         masks.append(mask)
 
 
