@@ -106,7 +106,7 @@ def _by_other_code(entry: Mapping[str, Any]) -> str | None:
 def _again(file: Path, data_root: str | None) -> Verdict:
     """Build the run from its record, see that it is the same run, repeat its beginning, compare."""
     entry = record.read(file)
-    config = restored(entry, data_root)
+    config = restored(entry, data_root, file.parent)
     registry.check(config)
     from clbench.run import runner
 
@@ -127,6 +127,7 @@ def _again(file: Path, data_root: str | None) -> Verdict:
             file.name, "self-reported", (f"its configuration is run {job.run_id} here: other code made its numbers",)
         )
     stream = job.scenario.manifest
-    steps = min(max(STEPS, stream.evaluate_every), len(stream.experiences))
+    done = 0 if job.options.continues is None else len(record.read(job.options.continues)["experiences"])
+    steps = min(done + max(STEPS, stream.evaluate_every), len(stream.experiences))
     flags = (entry.get("machine") or {}).get("flags") or {}
     return rerun.compare(file.name, entry, runner.repeat(job, flags, steps))

@@ -43,6 +43,7 @@ OPTIONS: dict[str, tuple[str, Any]] = {
     "save_model": ("true or false", lambda v: isinstance(v, bool)),
     "save_predictions": ("true or false", lambda v: isinstance(v, bool)),
     "gradient_norms": ("none, l1 or l2", lambda v: v in ("none", "l1", "l2")),
+    "continues": ("the path of a record or null", lambda v: v is None or (isinstance(v, str) and v)),
     "track": ("none, tensorboard, wandb or mlflow", lambda v: v in ("none", "tensorboard", "wandb", "mlflow")),
     "on_error": ("record or raise", lambda v: v in ("record", "raise")),
 }
@@ -75,6 +76,7 @@ class RunOptions:
     save_model: bool = False
     save_predictions: bool = False
     gradient_norms: Literal["none", "l1", "l2"] = "none"
+    continues: Path | None = None
     track: str = "none"
     on_error: str = "record"
 
@@ -86,6 +88,8 @@ class RunOptions:
         given = {name: config[name] for name in RunOptions.__dataclass_fields__ if name in config}
         if given.get("checkpoint_seconds", 0) is None:
             given["checkpoint_seconds"] = math.inf
+        if given.get("continues") is not None:
+            given["continues"] = Path(given["continues"]).expanduser()
         return RunOptions(**given, results=Path(str(config["results_dir"])).expanduser().resolve())
 
 

@@ -15,7 +15,7 @@ def variant(entry: Mapping[str, Any]) -> str:
 
     Random weights (`source` "none") are drawn from the seed, so they do not count: their seeds are one row.
     """
-    config = {key: value for key, value in entry["config"].items() if key != "seed"}
+    config = _settings(entry)
     parts = [config, entry["scenario"].get("manifest_sha256"), weights_of(entry), entry["numbers_version"]]
     parts += [outside] if (outside := outside_of(entry)) else []
     return record.digest([*parts, entry["learner"].get("plugin")])[:8]
@@ -23,10 +23,16 @@ def variant(entry: Mapping[str, Any]) -> str:
 
 def family(entry: Mapping[str, Any]) -> str:
     """`variant` over all class orders: neither the seed nor `scenario.order` nor the manifest count."""
-    config = {key: value for key, value in entry["config"].items() if key != "seed"}
+    config = _settings(entry)
     if isinstance(config.get("scenario"), Mapping):
         config["scenario"] = {key: value for key, value in config["scenario"].items() if key not in ORDER}
     return record.digest([config, weights_of(entry), entry["numbers_version"], entry["learner"].get("plugin"), "family"])[:8]
+
+
+def _settings(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration without the seed; that a run goes on from another counts, not from which: each seed has its own."""
+    config = {key: value for key, value in entry["config"].items() if key != "seed"}
+    return config | {"continues": True} if "continues" in config else config
 
 
 def outside_of(entry: Mapping[str, Any]) -> dict[str, str]:

@@ -20,7 +20,7 @@ from dataclasses import asdict
 from typing import Any
 
 from clbench import __version__
-from clbench.interfaces import Capabilities
+from clbench.interfaces import Capabilities, UserError
 from clbench.records import record
 from clbench.streams.operators import registry as operators
 from clbench.streams.operators.registry import without_folders
@@ -116,6 +116,10 @@ def identity(config: dict[str, Any], can: Capabilities | None = None) -> dict[st
         del kept["model"]["norm"]
     if kept.get("optimizer_state") == "fresh":  # what every run did before there was another way
         del kept["optimizer_state"]
+    if kept.get("continues") is None:
+        kept.pop("continues", None)
+    else:
+        kept["continues"] = _named(kept["continues"])
     # streams that take none of these keep the identity that they had before
     for key in ("operators", "classes", "test_share", "test_seed"):
         if key in kept["scenario"] and not kept["scenario"][key]:
@@ -123,6 +127,15 @@ def identity(config: dict[str, Any], can: Capabilities | None = None) -> dict[st
     if "operators" in kept["scenario"]:
         kept["scenario"]["operators"] = without_folders(kept["scenario"]["operators"])
     return kept
+
+
+def _named(path: str) -> str:
+    """What stands for a record in the identity of the run that goes on from it: its run id and its final state."""
+    place = pathlib.Path(path).expanduser()
+    try:
+        return f"{place.stem}@{record.read(place)['final_state_sha256'][:16]}"
+    except (UserError, KeyError, TypeError):  # the run is refused
+        return place.stem
 
 
 def _leave_out_added(learner: dict[str, Any]) -> None:

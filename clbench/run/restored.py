@@ -15,12 +15,12 @@ from clbench.interfaces import UserError
 from clbench.streams.operators import registry as operators
 
 
-def restored(entry: Mapping[str, Any], data_root: str | None) -> dict[str, Any]:
+def restored(entry: Mapping[str, Any], data_root: str | None, folder: Path | None = None) -> dict[str, Any]:
     """The configuration of a record, whole enough to run: machine options as they were, weights from their source.
 
     A record is foreign input: every `_target_` must be one that a configuration file of clbench or of an installed plug-in
     names, every operator and evaluator one of clbench or of an installed package, and nothing in it is resolved. `UserError`
-    says what is not.
+    says what is not. A record that its run went on from is looked for in `folder`.
     """
     made = copy.deepcopy(dict(entry["config"]))
     known = set(_known_targets())
@@ -33,6 +33,8 @@ def restored(entry: Mapping[str, Any], data_root: str | None) -> dict[str, Any]:
             raise UserError(f"{where} holds an interpolation")
     if any(not isinstance(made.get(part), dict) or "_target_" not in made[part] for part in ("scenario", "learner", "model")):
         raise UserError("its configuration does not name scenario, learner and model")
+    if made.get("continues") is not None:
+        made["continues"] = str((folder or Path()) / f"{Path(str(made['continues']).split('@')[0]).name}.json")
     for kind, name in _unregistered(made["scenario"]):
         raise UserError(f"{kind} {name} is of no installed package: it is not run")
     from clbench.config.compose import compose

@@ -26,7 +26,7 @@ from clbench.records import record
 from clbench.records.liveness import Heartbeat, this_process
 from clbench.records.rows import rows_of
 from clbench.records.tables import tables
-from clbench.run import artifacts, edit_stream, image_stream, provenance, saved_model, token_stream, tracking
+from clbench.run import artifacts, continued, edit_stream, image_stream, provenance, saved_model, token_stream, tracking
 from clbench.run.loop import KEPT_FLAGS, Loop, StreamKind
 from clbench.run.terminal import bar_of, logging_to, signals
 from clbench.streams.scenario import Scenario
@@ -159,7 +159,9 @@ def _assemble(config: dict[str, Any], options: RunOptions, parallel: str, device
     code = provenance.evaluator_versions(asked) | provenance.stream_versions(config["scenario"])
     run_id = record.run_id(identity, sha, weights, plugin, outside=code)
     pipeline = kind.make_pipeline(scenario, model, device)
-    return Job(config, options, run_id, scenario, kind, model, capabilities, pipeline, flags, device, asked)
+    job = Job(config, options, run_id, scenario, kind, model, capabilities, pipeline, flags, device, asked)
+    continued.check(job)
+    return job
 
 
 def _build_ahead(job: Job) -> None:
@@ -358,6 +360,9 @@ def _run(job: Job, journal: Journal, entry: dict[str, Any], progress: bool, stop
         entry.setdefault("machine", {})["flags"] = job.flags  # not what this command would have chosen
         log.info("%s goes on after experience %d", job.run_id, saved["experience"] + 1)
     build_learner(job)
+    if saved is None and job.options.continues is not None:
+        saved = continued.snapshot(job)
+        log.info("%s goes on after experience %d of %s", job.run_id, saved["experience"] + 1, job.options.continues)
     learner, runtime = job.learner, job.runtime
     runtime.journal = journal
     stream = job.kind.open_stream(job, runtime, learner)

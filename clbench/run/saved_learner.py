@@ -104,24 +104,36 @@ def load(path: str | Path, data_root: str | Path | None = None, device: str = "a
     arithmetic (threads, kernels) as a run does.
     """
     path = Path(path)
+    entry, state = kept(path)
+    from clbench.run import runner
+
+    config = restored(entry, None if data_root is None else str(data_root), path.parent)
+    job = runner.prepare(config | {"device": device, "results_dir": str(path.resolve().parent.parent)})
+    if job.scenario.asks != "predict":
+        raise UserError(f"{path} is of a stream of losses: load answers for labelled images")
+    runner.build_learner(job)
+    job.learner.load_state_dict(state)
+    return SavedLearner(job, entry)
+
+
+def found(path: Path) -> tuple[dict[str, Any], Path]:
+    """A finished record and the file of its learner; `UserError` where there is none."""
     entry = record.read(path)
     if entry["status"] != "ok":
         raise UserError(f"{path} is {entry['status']}: only a finished run has a learner")
     file = path.resolve().parent.parent / "runs" / entry["run_id"] / FILE
     if not file.exists():
         raise UserError(f"{file} does not exist: run it with save_model=true (force=true where it is done already)")
-    from clbench.run import runner
+    return entry, file
 
-    config = restored(entry, None if data_root is None else str(data_root))
-    job = runner.prepare(config | {"device": device, "results_dir": str(path.resolve().parent.parent)})
-    if job.scenario.asks != "predict":
-        raise UserError(f"{path} is of a stream of losses: load answers for labelled images")
-    runner.build_learner(job)
+
+def kept(path: Path) -> tuple[dict[str, Any], Any]:
+    """A finished record and the state of its learner, whose fingerprint is the record's; `UserError` where there is none."""
+    entry, file = found(path)
     state = read(file)
     if fingerprint(state) != entry["final_state_sha256"]:
         raise UserError(f"{file} is not the learner of {path}: its fingerprint is another")
-    job.learner.load_state_dict(state)
-    return SavedLearner(job, entry)
+    return entry, state
 
 
 def place(job: Job) -> Path:
