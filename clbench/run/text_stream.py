@@ -14,9 +14,10 @@ from clbench.evaluation import metrics
 from clbench.evaluation.answers import Answers, AskedLines, old_text_sums
 from clbench.evaluation.evaluators import row_of
 from clbench.interfaces import Capabilities, Experience, UserError
+from clbench.models.pet_decoder import require_room
 from clbench.run.build_model import build_decoder
 from clbench.run.held import held
-from clbench.run.image_stream import check_learner as check_learner
+from clbench.run.image_stream import check_learner as check_memory
 from clbench.run.loop import Row
 from clbench.streams.tokens.text_data import open_experience
 from clbench.streams.tokens.text_lines import TextScenario
@@ -69,6 +70,13 @@ def make_runtime(job: Job) -> Runtime:
         exempt=job.capabilities.stores_all_data,
         optimizer_state=job.options.optimizer_state,
     )
+
+
+def check_learner(job: Job) -> None:
+    """A memory says how many bytes it holds; behind a prompt there is room for the longest text."""
+    check_memory(job)
+    for pet in getattr(job.model, "pets", ()):
+        require_room(job.model, pet, job.scenario.manifest.context)
 
 
 def attach(job: Job) -> None:
