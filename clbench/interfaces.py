@@ -30,7 +30,8 @@ RULES = {  # fields of `Budget` that limit a learner which is asked so
     "loss": ("processed", "exemplar_bytes"),
     "logits": ("exemplar_bytes", "stored_bytes"),
 }
-Asks = Literal["predict", "loss", "logits"]  # what a stream asks of a learner, and the method that answers
+RULES["next_token"] = RULES["predict"]
+Asks = Literal["predict", "loss", "logits", "next_token"]  # what a stream asks of a learner, and the method that answers
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,9 @@ class Budget:
 class Capabilities:
     """What a learner needs and can do. Checked against the scenario before any image is read.
 
-    asks                what it can answer: class scores ("predict"), a loss per sample ("loss"), or as an editor of a language
-                        model scores of every next token ("logits")
+    asks                what it can answer: class scores ("predict"), a loss per sample ("loss"), as an editor of a language
+                        model scores of every next token ("logits"), as a learner of text tasks the same of lines of a task
+                        ("next_token")
     needs_task_id       predicts only where the task of a test sample is disclosed
     needs_boundaries    must be told where an experience ends
     needs_new_classes   every experience must bring classes of its own (no domain-incremental streams)

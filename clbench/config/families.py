@@ -19,6 +19,7 @@ FAMILIES = (
     "test-time",
     "continual pre-training",
     "model editing",
+    "continual fine-tuning",
     "your own data",
     "other",
 )
@@ -40,6 +41,7 @@ LEARNERS = (
     "test-time",
     "continual pre-training",
     "model editing",
+    "continual fine-tuning",
     "other",
 )
 _OWN = ("from_manifest",)  # targets that run what somebody else made
@@ -74,6 +76,8 @@ def family(path: Path) -> str:
             return found
     if ".tokens.edit" in target:
         return "model editing"
+    if ".tokens.text_" in target:
+        return "continual fine-tuning"
     if ".tokens." in target:
         return "continual pre-training"
     return dict(_BY_TARGET).get(name, "other")

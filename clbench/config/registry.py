@@ -172,16 +172,16 @@ def _defined(path: Path) -> Definition | None:
 
 
 def asks(group: str, name: str) -> str:
-    """What a choice of group "learner" answers or of "scenario" asks: "predict", "loss" or "logits". From the source text."""
+    """What a choice of group "learner" answers or of "scenario" asks (`interfaces.Asks`), from the source text."""
     path = choices(group)[name][0]
     if group == "learner":
         said = details(path)[1].split()
-        return next((answer for answer in ("loss", "logits") if f"asks='{answer}'" in said), "predict")
+        return next((answer for answer in ("loss", "logits", "next_token") if f"asks='{answer}'" in said), "predict")
     found = _defined(path)
     returns = found.node.returns if found is not None and isinstance(found.node, ast.FunctionDef) else None
     makes = ast.unparse(returns) if returns is not None else ""
-    if "EditScenario" in makes:
-        return "logits"
+    if "EditScenario" in makes or "TextScenario" in makes:
+        return "logits" if "EditScenario" in makes else "next_token"
     return "loss" if "TokenScenario" in makes or "ImageScenario" in makes else "predict"
 
 

@@ -17,6 +17,8 @@ passes        several passes over the first part of an experience instead of one
 average       weights averaged along the trunk are evaluated instead of annealed ones
 adapt         the rate follows the run: "plateau", "hypergradient" or "fedhyper" (`adaptive_rate.py`); with options
               {plateau: {every, factor, patience}}; null: the schedule alone
+pet           a parameter-efficient module is trained in place of the weights, `pet=lora`, ...; what the options above say of
+              weights and of fresh ones then holds for its values
 trainable     "half": in each later experience a random half of the matrices by kind and block is frozen (HFT, Hui et al.)
 
 No published number is at this scale; what is to be expected is listed in the sweeps `conf/sweep/cpt_*.yaml`.
@@ -32,6 +34,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from clbench.interfaces import Capabilities, Experience, Schedule, UserError
+from clbench.models.pet import Factory
+from clbench.models.pet_decoder import require_room
+from clbench.models.pet_modules import none
 from clbench.training import looks
 from clbench.training.chosen_layers import option
 from clbench.training.optimizer_state import Adam
@@ -42,6 +47,7 @@ from clbench.training.pretraining.half_finetuning import freeze_random_half
 from clbench.training.pretraining.progress import Progress
 from clbench.training.pretraining.segments import AfterStep, PretrainRuntime, Segment, check_plan, train
 from clbench.training.pretraining.trunk_and_branch import Trunk
+from clbench.training.pretraining.tuned_pet import attach_pet
 from clbench.training.pretraining.weight_averaging import Average, Averager
 from clbench.training.schedules import constant
 from clbench.training.state import collect, detached, restore
@@ -76,6 +82,7 @@ class Pretrain:
         average: Average = NO_AVERAGE,
         trainable: Literal["all", "half"] = "all",
         adapt: Literal["plateau", "hypergradient", "fedhyper"] | Mapping[str, Any] | None = None,
+        pet: Factory = none,
         betas: Sequence[float] = (0.9, 0.95),
         weight_decay: float = 0.1,
         clip: float | None = 1.0,
@@ -83,10 +90,12 @@ class Pretrain:
         self.model, self.runtime, self.lr, self.schedule = model, runtime, lr, schedule
         self.branch, self.accounting, self.boundary, self.replay = branch, accounting, boundary, replay
         self.start, self.data, self.until, self.passes, self.trainable = start, data, until, passes, trainable
-        self.optimizer, self.cursor = Adam(model, betas, weight_decay, clip), DataCursor()
-        self.average, self.adapt, self.adapts = Averager(model, average), _adapting(adapt), adapt
-        initial = detached(model.state_dict()) if start == "scratch" else {}
-        self.trunk = Trunk(model, self.optimizer, self.cursor, initial)
+        self.pet = attach_pet(pet, model, runtime)
+        self.tuned = model if self.pet is None else self.pet  # what is trained, saved and put back
+        self.optimizer, self.cursor = Adam(self.tuned, betas, weight_decay, clip), DataCursor()
+        self.average, self.adapt, self.adapts = Averager(self.tuned, average), _adapting(adapt), adapt
+        initial = detached(self.tuned.state_dict()) if start == "scratch" else {}
+        self.trunk = Trunk(self.tuned, self.optimizer, self.cursor, initial)
         _check(self)
 
     @staticmethod
@@ -98,6 +107,7 @@ class Pretrain:
     def plan(self, experience: Experience) -> list[Segment]:
         """The segments of one experience."""
         k, text = experience.index, _text(experience.train)
+        require_room(self.model, self.pet, text.context)
         if self.until is not None and k >= self.until:
             return []
         for old in experience.past if self.replay.active else ():
@@ -135,7 +145,9 @@ class Pretrain:
         text, runtime = _text(experience.train), self.runtime
         check_plan(plan, runtime.processed_limit, text.batch * text.context)
         progress = Progress(runtime, plan)
-        freeze_random_half(self.model, runtime.key("rest") if self.trainable == "half" and experience.index else None)
+        if self.pet is None:
+            freeze_random_half(self.model, runtime.key("rest") if self.trainable == "half" and experience.index else None)
+        self.tuned.train()
         if progress.saved is not None:
             owner.load_state_dict(progress.saved)
         elif plan:
@@ -156,13 +168,13 @@ class Pretrain:
             ends = segment.role == "trunk" and (i + 1 == len(plan) or plan[i + 1].role == "branch")
             self._advance(segment, mixture, trunk_ends=ends)
         if self.adapt is not None and plan:
-            self.adapt.end(self.model)
+            self.adapt.end(self.tuned)
         return {"tokens": float(sum(s.last - s.first for s in plan) * text.batch * text.context)}
 
     def _begin(self, segment: Segment, experience: Experience) -> None:
         self.trunk.begin(segment)
         if self.adapt is not None:
-            self.adapt.begin(self.model)
+            self.adapt.begin(self.tuned)
         self.cursor.begin(experience.index, replays_start_anew=self.data == "union")
         held = self.replay.held_bytes([_text(old) for old in experience.past], self.cursor.seen[: len(experience.past)])
         self.runtime.ledger.replay_bytes = max(self.runtime.ledger.replay_bytes, held)
@@ -187,11 +199,13 @@ class Pretrain:
     def loss(self, tokens: Tensor) -> Tensor:
         """Nats of every token after the first: tokens [B, L + 1] int64 -> [B, L]."""
         self.model.eval()
+        self.tuned.eval()
         return self.model.loss(tokens)  # type: ignore[operator]
 
     @property
     def _parts(self) -> tuple[str, ...]:
-        return PARTS if self.adapt is None else (*PARTS, "adapt")
+        named = PARTS if self.pet is None else ("pet", *PARTS[1:])
+        return named if self.adapt is None else (*named, "adapt")
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that goes on, and what is evaluated."""
@@ -280,6 +294,8 @@ def _check(learner: Pretrain) -> None:
         "learner.trainable=half freezes other weights in each experience, which parallel=fsdp cannot: parallel=ddp": (
             learner.trainable == "half" and learner.runtime.group.kind == "fsdp"
         ),
+        "learner.trainable=half is for the whole network: choose pet=none": learner.pet is not None
+        and learner.trainable == "half",
         "learner.data=union is joint training: it needs start=scratch and passes=1": joint
         and (not scratch or learner.passes > 1),
     }

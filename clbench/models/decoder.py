@@ -12,6 +12,7 @@ changes nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from clbench.models.weights import check_sha256, find, state_sha256
 from clbench.streams import rng
 
 Attention = Literal["auto", "explicit", "sdpa"]
+Prefix = Callable[[int], tuple[Tensor, Tensor] | None]  # batch -> keys and values [B, H, n, D / H] that every token sees
 _TANH = partial(functional.gelu, approximate="tanh")
 ACTIVATIONS: dict[str, Any] = {
     "gelu": functional.gelu,
@@ -77,12 +79,16 @@ class Shape:
 
 
 class Block(nn.Module):
-    """Attention and MLP around a residual stream x [B, L, D]."""
+    """Attention and MLP around a residual stream x [B, L, D].
+
+    prefix  keys and values before the text's own, for every position alike: they are not turned; None: none
+    """
 
     def __init__(self, shape: Shape):
         super().__init__()
         width = shape.width
         self.shape = shape
+        self.prefix: Prefix | None = None
         self.input_layernorm = nn.LayerNorm(width, eps=shape.eps)
         self.post_attention_layernorm = nn.LayerNorm(width, eps=shape.eps)
         self.attention = nn.ModuleDict({"query_key_value": nn.Linear(width, 3 * width), "dense": nn.Linear(width, width)})
@@ -107,9 +113,14 @@ class Block(nn.Module):
         qkv = self.attention["query_key_value"](x).view(batch, length, heads, 3, width // heads)
         qkv = qkv.permute(3, 0, 2, 1, 4)  # [3, B, H, L, D / H]
         q, k = _turn(qkv[:2], angles).unbind(0)
-        v, scale = qkv[2], (width // heads) ** -0.5
+        v, scale, seen = qkv[2], (width // heads) ** -0.5, None
+        if self.prefix is not None and (before := self.prefix(batch)) is not None:
+            k, v = (torch.cat([more.to(own.dtype), own], 2) for more, own in zip(before, (k, v), strict=True))
+            extra = k.shape[2] - length
+            mask = None if mask is None else functional.pad(mask, (extra, 0))
+            seen = torch.ones(length, k.shape[2], dtype=torch.bool, device=x.device).tril(extra) if mask is None else None
         if mask is None:
-            out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+            out = functional.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, scale=scale)
         else:
             q, k, v = (part.flatten(0, 1) for part in (q, k, v))
             scores = torch.baddbmm(mask.to(q.dtype), q, k.transpose(1, 2), alpha=scale)
@@ -162,25 +173,36 @@ class Decoder(MixedPrecision, nn.Module):
         self.register_buffer("later", later, persistent=False)
         self.identity: dict[str, Any] = {}
         self.pretrained = False
+        self.pets: list[Any] = []
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, L] int64, L up to the context -> logits [B, L, V], bf16 while a model in bf16 trains, else float32."""
-        length = tokens.shape[1]
-        if length > self.shape.context:
-            raise UserError(f"a text of {length} tokens is longer than the context of {self.shape.context}")
-        explicit = self.kernel == "explicit" or (self.kernel == "auto" and tokens.device.type == "cpu")
-        angles = (self.cos[:length], self.sin[:length])  # type: ignore[index]
-        mask = self.later[:length, :length] if explicit else None  # type: ignore[index]
+        """Tokens [B, L] int64, L up to the context -> logits [B, L, V], bf16 while a model in bf16 trains, else float32.
+
+        A hook on `embed_in` may put vectors before the text's own. They take the first positions, and give no logits.
+        """
         with self.lowered(tokens.device.type):
             x = self.embed_in(tokens)
+            length = x.shape[1]
+            if length > self.shape.context:
+                raise UserError(f"a text of {length} tokens is longer than the context of {self.shape.context}")
+            explicit = self.kernel == "explicit" or (self.kernel == "auto" and tokens.device.type == "cpu")
+            angles = (self.cos[:length], self.sin[:length])  # type: ignore[index]
+            mask = self.later[:length, :length] if explicit else None  # type: ignore[index]
             for layer in self.layers:
                 x = layer(x, angles, mask)
-            x = self.final_layer_norm(x)
+            x = self.final_layer_norm(x[:, length - tokens.shape[1] :])
             if self.times != 1:
                 x = x / self.times
             if self.precision == "fp32" or torch.is_grad_enabled():
                 return self.embed_out(x)
         return self.embed_out(x.float())
+
+    def freeze(self) -> None:
+        """No weight is trained from now on."""
+        self.requires_grad_(False)
+
+    def forget(self) -> None:
+        """Nothing of a pass is remembered."""
 
     def rate_shares(self) -> dict[str, float]:
         """Parameters whose rate is a share of the others', and their weight decay as many times higher: of `mup`."""

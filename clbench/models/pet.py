@@ -1,7 +1,7 @@
 """Parameter-efficient tuning (PET): few trainable values that change what a frozen network computes, and not its code.
 
-A `Pet` owns named values and hangs on an unmodified timm network by hooks (`pet_modules.py` says what kinds there
-are, `pet_sites.py` what each hook does). What a pass computes with is chosen around it:
+A `Pet` owns named values and hangs on an unmodified timm network, or on a decoder, by hooks (`pet_modules.py` says what kinds
+there are, `pet_sites.py` and `pet_decoder.py` what each hook does). What a pass computes with is chosen around it:
 
     model.features(batch)                        the pet's own values, which are trained
     with pet.off(): ...                          the bare network
@@ -24,8 +24,10 @@ from torch import Tensor, nn
 
 from clbench.interfaces import Data, Place, UserError
 from clbench.models.backbone import Backbone
+from clbench.models.decoder import Decoder
 from clbench.streams import rng
 
+Network = Backbone | Decoder
 State = dict[str, Tensor]
 Init = Callable[[Tensor, torch.Generator], Any]
 
@@ -65,10 +67,12 @@ class Pet(nn.Module):
     The backbone is frozen by attaching (its own gradients are off); `values` train. Dropout inside a pet is drawn from the
     seed, the images visited and the place, so that a resumed run draws the same; there is none before `train()`.
 
-    tokens  where a layer is run for the first of its tokens alone: of how many. Dropout then draws what it would for all.
+    tokens    where a layer is run for the first of its tokens alone: of how many. Dropout then draws what it would for all.
+    in_front  positions of a decoder that it takes before a text
+    drops     whether it has dropout
     """
 
-    def __init__(self, model: Backbone, runtime: PetRuntime, kind: str, spec: Mapping[str, tuple[Sequence[int], Init]]):
+    def __init__(self, model: Network, runtime: PetRuntime, kind: str, spec: Mapping[str, tuple[Sequence[int], Init]]):
         super().__init__()
         self.kind, self._runtime = kind, runtime
         self.inits = {name: init for name, (_, init) in spec.items()}
@@ -87,6 +91,7 @@ class Pet(nn.Module):
         self.merges: list[Callable[[float], None]] = []
         self._merged = False
         self.guide: Guide | None = None
+        self.in_front, self.drops = 0, False
         model.freeze()
         model.pets.append(self)
         self.eval()
@@ -231,7 +236,7 @@ class Pet(nn.Module):
 class Factory(Protocol):
     """What a configuration's `pet` node becomes."""
 
-    def __call__(self, model: Backbone, runtime: Any) -> Pet | None:
+    def __call__(self, model: Network, runtime: Any) -> Pet | None:
         """Attach to `model`; None means that the whole backbone is meant."""
         ...
 

@@ -27,15 +27,14 @@ import torch
 from torch import Tensor
 
 from clbench.interfaces import Data, Place, UserError
-from clbench.models.backbone import Backbone
-from clbench.models.pet import Pet, normal, zeros
+from clbench.models.pet import Network, Pet, normal, zeros
 from clbench.models.pet_modules import Spec
 from clbench.models.pet_sites import Blocks, affine, broadcast
 from clbench.models.weight_change import Pass, attach, guided_only, target_sites
 
 
 def adalora(
-    model: Backbone,
+    model: Network,
     runtime: Any,
     *,
     rank: int = 12,  # triplets of a layer at the start

@@ -115,8 +115,8 @@ class Calibration:
             return
         covs, state = self.covariances(data), {}
         for site in self.sites:
-            name, layer, rows = site
-            weight, rank = layer.weight.detach()[rows].cpu().double(), len(pet.values[f"{name}/a"])
+            name, layer = site.name, site.layer
+            weight, rank = site.weight.detach().cpu().double(), len(pet.values[f"{name}/a"])
             b, a = decomposed(weight, covs[layer], rank, self.smallest, self.damping)
             state |= {f"{name}/a": a.float(), f"{name}/b": b.float()}
         pet.insert(state)

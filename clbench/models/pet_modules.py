@@ -9,6 +9,9 @@
     mam       prefix and a parallel adapter together (He et al. 2022)
     none      nothing: the whole backbone is meant
 
+All but vpt hang on decoders too; there q, k and v are rows of each head, and a prefix or prompt stands where `pet_decoder.py`
+says.
+
 Blocks are counted from 0: `blocks` is a list, or a range like "2:5" that ends where the network ends, or None for all.
 Shapes: x [B, N, D]; a value has its own shape, or a first axis B where a batch mixes states.
 """
@@ -23,20 +26,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clbench.interfaces import UserError
-from clbench.models.backbone import Backbone
-from clbench.models.pet import Init, Pet, kaiming, normal, ones, uniform, zeros
+from clbench.models.decoder import Decoder
+from clbench.models.pet import Init, Network, Pet, kaiming, normal, ones, uniform, zeros
+from clbench.models.pet_decoder import Prompt, hang_prefix
 from clbench.models.pet_sites import (
+    LAYERS,
     Adapter,
     Blocks,
     LoraTerm,
     PrefixAttention,
     ScaleShift,
     Tokens,
+    beside_attention,
+    beside_mlp,
     blocks_of,
     chosen,
     fold_low_rank,
     fold_scale_shift,
+    layer_of,
     linear_of,
+    net_of,
     require_tokens,
 )
 
@@ -45,12 +54,12 @@ Hang = Callable[[Pet], None]  # puts the hooks of a kind on the network
 LORA_TARGETS = ("q", "k", "v", "qkv", "proj", "fc1", "fc2")
 
 
-def none(model: Backbone, runtime: Any) -> None:
+def none(model: Network, runtime: Any) -> None:
     """No module: learners that take one train the whole backbone instead."""
 
 
 def adapter(
-    model: Backbone,
+    model: Network,
     runtime: Any,
     *,
     bottleneck: int = 64,
@@ -73,7 +82,7 @@ def adapter(
 
 
 def _adapter(
-    model: Backbone,
+    model: Network,
     bottleneck: int,
     place: str,
     scale: float,
@@ -84,8 +93,9 @@ def _adapter(
 ) -> tuple[Spec, Hang]:
     _positive("bottleneck", bottleneck)
     sites, spec = {}, Spec()
-    for i, block in chosen(model.net, blocks, "adapter", ("norm1", "attn", "norm2", "drop_path2")):
-        width = int(block.norm1.normalized_shape[0])
+    needs = ("mlp",) if isinstance(model, Decoder) else ("norm1", "attn", "norm2", "drop_path2")
+    for i, block in chosen(net_of(model), blocks, "adapter", needs):
+        width = int(layer_of(block, "norm1").normalized_shape[0])
         spec |= {f"{i}/down": ((bottleneck, width), kaiming), f"{i}/down_bias": ((bottleneck,), zeros)}
         spec |= {f"{i}/up": ((width, bottleneck), zeros), f"{i}/up_bias": ((width,), zeros)}
         if learn_scale:
@@ -94,13 +104,13 @@ def _adapter(
     function = {"relu": F.relu, "gelu": F.gelu}[activation]
 
     def hang(pet: Pet) -> None:
+        pet.drops = dropout > 0
         for i, block in sites.items():
             site = Adapter(pet, i, None if learn_scale else scale, function, dropout)
             if place == "mlp":
-                block.norm2.register_forward_pre_hook(site.remember)
-                block.drop_path2.register_forward_hook(site.add_remembered)
+                beside_mlp(block, site)
             elif place == "attention":
-                block.attn.register_forward_hook(site.add)
+                beside_attention(block, site)
             else:
                 raise UserError(f"unknown place {place!r} of an adapter: choose mlp or attention")
 
@@ -108,7 +118,7 @@ def _adapter(
 
 
 def lora(
-    model: Backbone,
+    model: Network,
     runtime: Any,
     *,
     rank: int = 5,
@@ -123,26 +133,26 @@ def lora(
     if unknown or not targets:
         raise UserError(f"unknown LoRA targets {list(unknown)}: choose from {', '.join(LORA_TARGETS)}")
     sites, spec = [], Spec()
-    for i, block in chosen(model.net, blocks, "lora", ("mlp",)):
+    for i, block in chosen(net_of(model), blocks, "lora", ("mlp",)):
         for target in targets:
-            layer, part = linear_of(block, target)
-            out = layer.out_features // (3 if part is not None else 1)
+            layer, rows = linear_of(block, target)
+            out = len(rows.of(layer.weight))
             spec |= {
                 f"{i}/{target}/a": ((rank, layer.in_features), kaiming),
                 f"{i}/{target}/b": ((out, rank), zeros),
             }
             if learn_scale:
                 spec[f"{i}/{target}/scale"] = ((), _filled(scale))
-            sites.append((f"{i}/{target}", layer, part))
+            sites.append((f"{i}/{target}", layer, rows))
     pet = Pet(model, runtime, "lora", spec)
-    for name, layer, part in sites:
-        layer.register_forward_hook(LoraTerm(pet, name, part, None if learn_scale else scale).add)
-        pet.merges.append(fold_low_rank(pet, name, layer, part, None if learn_scale else scale))
+    for name, layer, rows in sites:
+        layer.register_forward_hook(LoraTerm(pet, name, rows, None if learn_scale else scale).add)
+        pet.merges.append(fold_low_rank(pet, name, layer, rows, None if learn_scale else scale))
     return pet
 
 
 def prefix(
-    model: Backbone,
+    model: Network,
     runtime: Any,
     *,
     length: int | Sequence[int] = 10,  # or one length a block
@@ -164,7 +174,7 @@ def prefix(
 
 
 def _prefix(
-    model: Backbone,
+    model: Network,
     length: int | Sequence[int],
     blocks: Blocks,
     low: float,
@@ -172,27 +182,33 @@ def _prefix(
     learn_scale: bool,
     compensate: bool,
 ) -> tuple[Spec, Hang]:
-    places = chosen(model.net, blocks, "prefix", ("attn",))
+    decodes = isinstance(model, Decoder)
+    if decodes and compensate:
+        raise UserError("pet=prefix: compensate is for networks of images, not for decoders")
+    places = chosen(net_of(model), blocks, "prefix", ("attention",) if decodes else ("attn",))
     lengths = [length] * len(places) if isinstance(length, int) else list(length)
     if len(lengths) != len(places):
         raise UserError(f"prefix has {len(lengths)} lengths for {len(places)} blocks")
     spec = Spec()
     for (i, block), n in zip(places, lengths, strict=True):
         _positive("length", n)
-        width = PrefixAttention.check(block.attn, i)
+        width = model.shape.width if isinstance(model, Decoder) else PrefixAttention.check(block.attn, i)
         spec |= {f"{i}/k": ((n, width), uniform(low, high)), f"{i}/v": ((n, width), uniform(low, high))}
         if learn_scale:
             spec |= {f"{i}/scale_k": ((), ones), f"{i}/scale_v": ((), ones)}
 
     def hang(pet: Pet) -> None:
         for i, block in places:
-            block.attn = PrefixAttention(block.attn, pet, i, learn_scale, compensate)
+            if decodes:
+                hang_prefix(block, pet, i, learn_scale)
+            else:
+                block.attn = PrefixAttention(block.attn, pet, i, learn_scale, compensate)
 
     return spec, hang
 
 
 def mam(
-    model: Backbone,
+    model: Network,
     runtime: Any,
     *,
     length: int = 10,
@@ -219,12 +235,18 @@ def mam(
     return pet
 
 
-def prompt(model: Backbone, runtime: Any, *, length: int = 5, low: float = -1.0, high: float = 1.0) -> Pet:
+def prompt(model: Network, runtime: Any, *, length: int = 5, low: float = -1.0, high: float = 1.0) -> Pet:
     """Tokens [length, D], U(low, high), between the class token and the patches; they get the class token's position.
 
-    They stay to the end: `model.tokens` shows their outputs at positions 1 .. length.
+    They stay to the end: `model.tokens` shows their outputs at positions 1 .. length. In a decoder they stand before the text,
+    whose positions begin behind them (`pet_decoder.py`).
     """
     _positive("length", length)
+    if isinstance(model, Decoder):
+        pet = Pet(model, runtime, "prompt", {"tokens": ((length, model.shape.width), uniform(low, high))})
+        pet.in_front = length
+        model.embed_in.register_forward_hook(Prompt(pet, "tokens").put)
+        return pet
     first, width = require_tokens(model, "prompt", class_token=True), model.num_features
     pet = Pet(model, runtime, "prompt", {"tokens": ((length, width), uniform(low, high))})
     net: Any = model.net
@@ -235,7 +257,7 @@ def prompt(model: Backbone, runtime: Any, *, length: int = 5, low: float = -1.0,
 
 
 def vpt(
-    model: Backbone,
+    model: Network,
     runtime: Any,
     *,
     length: int = 5,
@@ -251,9 +273,10 @@ def vpt(
     """
     _positive("length", length)
     every = require_tokens(model, "vpt")
+    assert not isinstance(model, Decoder)
     if not deep and blocks is not None:
         raise UserError("vpt: blocks has no effect with deep=false")
-    places = chosen(model.net, blocks, "vpt", ("attn",)) if deep else [(0, every[0])]
+    places = chosen(net_of(model), blocks, "vpt", ("attn",)) if deep else [(0, every[0])]
     pet = Pet(model, runtime, "vpt", {f"{i}/tokens": ((length, model.num_features), uniform(low, high)) for i, _ in places})
     for i, block in places:
         site = Tokens(pet, f"{i}/tokens", at=None)
@@ -262,28 +285,25 @@ def vpt(
     return pet
 
 
-def ssf(model: Backbone, runtime: Any, *, std: float = 0.02) -> Pet:
+def ssf(model: Network, runtime: Any, *, std: float = 0.02) -> Pet:
     """Scale and shift y -> gamma y + beta of each channel, gamma N(1, std^2), beta N(0, std^2).
 
     After these layers where they exist: patch projection, norms, qkv, attention output, fc1, fc2, final norm. Can be merged
     into the weights.
     """
-    net: Any = model.net
+    net = net_of(model)
     layers: list[tuple[str, nn.Module, Any]] = []
     if isinstance(getattr(getattr(net, "patch_embed", None), "proj", None), nn.Conv2d):
         inner = getattr(net.patch_embed, "norm", None)
         layers.append(("patch", net.patch_embed, inner if getattr(inner, "weight", None) is not None else net.patch_embed.proj))
     for i, block in enumerate(blocks_of(net, "ssf")):
-        parts = {"norm1": "norm1", "norm2": "norm2", "norm": "norm", "attn.qkv": "qkv", "attn.proj": "proj"}
-        parts |= {"mlp.fc1": "fc1", "mlp.fc2": "fc2"}
-        for path, name in parts.items():
-            layer: Any = block
-            for step in path.split("."):
-                layer = getattr(layer, step, None)
+        for name in LAYERS:
+            layer = layer_of(block, name)
             if layer is not None and getattr(layer, "weight", None) is not None:
                 layers.append((f"{i}/{name}", layer, layer))
-    if getattr(getattr(net, "norm", None), "weight", None) is not None:
-        layers.append(("norm", net.norm, net.norm))
+    last: Any = net.final_layer_norm if isinstance(net, Decoder) else getattr(net, "norm", None)
+    if getattr(last, "weight", None) is not None:
+        layers.append(("norm", last, last))
     spec = Spec()
     for name, _, owner in layers:
         if owner.bias is None:

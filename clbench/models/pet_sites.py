@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,70 @@ from torch.nn import functional as F
 
 from clbench.interfaces import UserError
 from clbench.models.backbone import Backbone
-from clbench.models.pet import Pet
+from clbench.models.decoder import Block as DecoderBlock
+from clbench.models.decoder import Decoder
+from clbench.models.pet import Network, Pet
 
 Blocks = Sequence[int] | str | None  # a list is exact, a range like "2:5" ends with the network, None means all
 PARTS = {"q": 0, "k": 1, "v": 2}
+LAYERS = {  # of a block: in a network of images, in a decoder
+    "norm1": ("norm1", "input_layernorm"),
+    "norm2": ("norm2", "post_attention_layernorm"),
+    "norm": ("norm",),
+    "qkv": ("attn.qkv", "attention.query_key_value"),
+    "proj": ("attn.proj", "attention.dense"),
+    "fc1": ("mlp.fc1", "mlp.dense_h_to_4h"),
+    "fc2": ("mlp.fc2", "mlp.dense_4h_to_h"),
+}
+
+
+class Rows(NamedTuple):
+    """Which outputs of a linear layer: all (`part` None), or those of q, k or v (0, 1, 2), which lie as [groups, 3, d].
+
+    groups  1 in networks of images (q, then k, then v); as many as heads in a decoder (q, k, v of one head, then the next's)
+    """
+
+    part: int | None = None
+    groups: int = 1
+
+    def of(self, weight: Tensor) -> Tensor:
+        """The rows of a weight [O, I], or of a bias [O]. They share its memory where there is one group."""
+        return weight if self.part is None else self._cut(weight).flatten(0, 1)
+
+    def of_output(self, out: Tensor) -> Tensor:
+        """The same of outputs [..., O]."""
+        return out if self.part is None else out.unflatten(-1, (self.groups, 3, -1))[..., self.part, :].flatten(-2)
+
+    def added(self, out: Tensor, delta: Tensor) -> Tensor:
+        """Outputs [..., O] with `delta` [..., rows] added."""
+        if self.part is None:
+            return out + delta
+        changed = out.clone()
+        rows = changed.unflatten(-1, (self.groups, 3, -1)).select(-2, self.part)
+        rows.add_(delta.unflatten(-1, (self.groups, -1)))
+        return changed
+
+    def set_(self, weight: Tensor, value: Tensor) -> None:
+        """Overwrite the rows of a weight [O, I] in place."""
+        rows = weight if self.part is None else self._cut(weight)
+        rows.copy_(value.reshape(rows.shape))
+
+    def _cut(self, weight: Tensor) -> Tensor:
+        assert self.part is not None
+        return weight.unflatten(0, (self.groups, 3, -1))[:, self.part]
+
+
+def net_of(model: Network) -> Any:
+    """The module whose blocks a kind hangs on; `UserError` for a model that is neither."""
+    if not isinstance(model, Backbone | Decoder):
+        raise UserError(f"pet hangs on networks of images and on decoders, a {type(model).__name__} is neither")
+    return model.net if isinstance(model, Backbone) else model
 
 
 def blocks_of(net: Any, kind: str) -> list[nn.Module]:
-    """The blocks of a ViT, a Swin or a ConvNeXt in the order of the pass; `UserError` for anything else."""
+    """The blocks of a ViT, a Swin, a ConvNeXt or a decoder in the order of the pass; `UserError` for anything else."""
+    if isinstance(net, Decoder):
+        return list(net.layers)
     if hasattr(net, "blocks"):
         return list(net.blocks)
     for name in ("layers", "stages"):
@@ -60,9 +116,9 @@ def _numbers(blocks: Blocks, depth: int, kind: str) -> list[int]:
     return [int(i) for i in blocks]
 
 
-def require_tokens(model: Backbone, kind: str, class_token: bool = False) -> list[nn.Module]:
+def require_tokens(model: Network, kind: str, class_token: bool = False) -> list[nn.Module]:
     """The blocks of a plain ViT, whose sequence of tokens can be made longer."""
-    net: Any = model.net
+    net = net_of(model)
     blocks = blocks_of(net, kind)
     if type(blocks[0]).__name__ != "Block" or not hasattr(net, "num_prefix_tokens"):
         raise UserError(f"pet={kind} adds tokens, which only plain ViTs can take; {type(net).__name__} cannot")
@@ -71,19 +127,30 @@ def require_tokens(model: Backbone, kind: str, class_token: bool = False) -> lis
     return blocks
 
 
-def linear_of(block: Any, target: str, kind: str = "lora") -> tuple[nn.Linear, int | None]:
-    """The layer of a LoRA target, and which third of its output (q, k, v)."""
-    path = {"fc1": ("mlp", "fc1"), "fc2": ("mlp", "fc2"), "proj": ("attn", "proj")}.get(target, ("attn", "qkv"))
-    layer = getattr(getattr(block, path[0], None), path[1], None)
+def layer_of(block: Any, name: str) -> Any:
+    """The layer of a block that has this name in LAYERS; None where there is none."""
+    for path in LAYERS[name]:
+        found: Any = block
+        for step in path.split("."):
+            found = getattr(found, step, None)  # a `ModuleDict` gives its entries as attributes too
+        if found is not None:
+            return found
+    return None
+
+
+def linear_of(block: Any, target: str, kind: str = "lora") -> tuple[nn.Linear, Rows]:
+    """The layer of a LoRA target, and which of its outputs (q, k, v; else all)."""
+    part = PARTS.get(target)
+    layer = layer_of(block, target if part is None else "qkv")
     if not isinstance(layer, nn.Linear):
         raise UserError(f"pet={kind}: {type(block).__name__} has no linear layer {target!r}")
-    return layer, PARTS.get(target)
+    return layer, Rows(part, block.shape.heads if isinstance(block, DecoderBlock) else 1)
 
 
 def rows_of(block: nn.Module, target: str) -> Tensor:
-    """The weights [O, D] that a term is added to: they share the layer's memory."""
-    layer, part = linear_of(block, target)
-    return layer.weight.detach() if part is None else layer.weight.detach().unflatten(0, (3, -1))[part]
+    """The weights [O, D] that a term is added to: in a ViT they share the layer's memory."""
+    layer, rows = linear_of(block, target)
+    return rows.of(layer.weight.detach())
 
 
 def affine(x: Tensor, weight: tuple[Tensor, bool], bias: tuple[Tensor, bool] | None = None) -> Tensor:
@@ -133,13 +200,29 @@ class Adapter:
         return out + self.value(args[0]) if self.pet.active else out
 
     def remember(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Hook before the second norm: its input is the residual stream."""
+        """Hook before a layer: what the adapter is to see."""
         self.seen = args[0] if self.pet.active else None
 
     def add_remembered(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        """Hook at the end of the MLP branch."""
+        """Hook at the end of the branch."""
         seen, self.seen = self.seen, None
         return out if seen is None else out + self.value(seen).reshape(out.shape)
+
+
+def beside_mlp(block: Any, site: Adapter) -> None:
+    """Hang an adapter beside the MLP: its input is the residual stream before the second norm."""
+    layer_of(block, "norm2").register_forward_pre_hook(site.remember)
+    last = block.mlp["dense_4h_to_h"] if isinstance(block, DecoderBlock) else block.drop_path2
+    last.register_forward_hook(site.add_remembered)
+
+
+def beside_attention(block: Any, site: Adapter) -> None:
+    """Hang an adapter beside the attention: its input is the attention's."""
+    if isinstance(block, DecoderBlock):
+        layer_of(block, "qkv").register_forward_pre_hook(site.remember)
+        layer_of(block, "proj").register_forward_hook(site.add_remembered)
+    else:
+        block.attn.register_forward_hook(site.add)
 
 
 @dataclass(eq=False)
@@ -148,7 +231,7 @@ class LoraTerm:
 
     pet: Pet
     name: str
-    part: int | None
+    rows: Rows
     scale: float | None
     per_token: ClassVar[bool] = True
 
@@ -159,21 +242,16 @@ class LoraTerm:
         delta = affine(affine(x, self.pet.get(f"{self.name}/a", len(x))), self.pet.get(f"{self.name}/b", len(x)))
         scale = self.scale
         delta = delta * (broadcast(self.pet.get(f"{self.name}/scale", len(x)), delta) if scale is None else scale)
-        if self.part is None:
-            return out + delta
-        thirds = list(out.chunk(3, dim=-1))
-        thirds[self.part] = thirds[self.part] + delta
-        return torch.cat(thirds, dim=-1)
+        return self.rows.added(out, delta)
 
 
-def fold_low_rank(pet: Pet, name: str, layer: nn.Linear, part: int | None, scale: float | None) -> Callable[[float], None]:
+def fold_low_rank(pet: Pet, name: str, layer: nn.Linear, rows: Rows, scale: float | None) -> Callable[[float], None]:
     """A function that adds sign * s B A to the layer's weight."""
 
     def fold(sign: float) -> None:
         s = pet.values[f"{name}/scale"] if scale is None else scale
         delta = sign * s * (pet.values[f"{name}/b"] @ pet.values[f"{name}/a"])
-        rows = layer.out_features // 3
-        (layer.weight if part is None else layer.weight[part * rows : (part + 1) * rows]).add_(delta)
+        rows.set_(layer.weight, rows.of(layer.weight) + delta)
 
     return fold
 

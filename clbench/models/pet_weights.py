@@ -30,8 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clbench.interfaces import UserError
-from clbench.models.backbone import Backbone
-from clbench.models.pet import Pet, kaiming, normal, zeros
+from clbench.models.pet import Network, Pet, kaiming, normal, zeros
 from clbench.models.pet_modules import Spec
 from clbench.models.pet_sites import Blocks, affine, broadcast
 from clbench.models.weight_change import Pass, attach, copied, filled, target_sites
@@ -39,7 +38,7 @@ from clbench.streams import rng
 
 
 def dora(
-    model: Backbone,
+    model: Network,
     runtime: Any,
     *,
     rank: int = 5,
@@ -53,9 +52,9 @@ def dora(
     backward pass, with the low-rank part inside it; the bias stays outside.
     """
     sites, spec = target_sites(model, "dora", targets, blocks, rank), Spec()
-    for name, layer, rows in sites:
-        out, into = layer.weight[rows].shape
-        size = layer.weight.detach()[rows].square().sum(-1).sqrt()
+    for site in sites:
+        (out, into), name = site.shape, site.name
+        size = site.weight.detach().square().sum(-1).sqrt()
         spec |= {f"{name}/a": ((rank, into), kaiming), f"{name}/b": ((out, rank), zeros), f"{name}/m": ((out,), copied(size))}
     return attach(model, runtime, "dora", sites, spec, partial(_dora, scale=scale))
 
@@ -76,7 +75,7 @@ def _row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def vera(
-    model: Backbone,
+    model: Network,
     runtime: Any,
     *,
     rank: int = 256,
@@ -107,7 +106,7 @@ def _vera(p: Pass) -> Tensor:
 
 
 def randlora(
-    model: Backbone,
+    model: Network,
     runtime: Any,
     *,
     rank: int = 32,  # of one random term; a smaller one makes more terms, and more values
@@ -147,7 +146,7 @@ def _randlora(p: Pass, scale: float) -> Tensor:
 
 
 def allora(
-    model: Backbone,
+    model: Network,
     runtime: Any,
     *,
     rank: int = 5,
@@ -180,7 +179,7 @@ def _allora(p: Pass, eta: float) -> Tensor:
 
 
 def loldu(
-    model: Backbone,
+    model: Network,
     runtime: Any,
     *,
     rank: int = 64,  # at most the shorter side of W
@@ -201,7 +200,7 @@ def loldu(
     for site in sites:
         if rank > min(site.shape):
             raise UserError(f"pet=loldu: rank={rank} is above a side of {site.name} of {site.shape[0]} x {site.shape[1]}")
-        left, lower, upper = torch.linalg.lu(site.layer.weight.detach()[site.rows].cpu().double())
+        left, lower, upper = torch.linalg.lu(site.weight.detach().cpu().double())
         pivots = upper.diagonal()[:rank]
         if not bool((pivots != 0).all()):
             raise UserError(f"pet=loldu: the weight of {site.name} has a rank below {rank}")
@@ -218,7 +217,7 @@ def _loldu(p: Pass) -> Tensor:
 
 
 def hydra(
-    model: Backbone,
+    model: Network,
     runtime: Any,
     *,
     rank: int = 2,
@@ -249,7 +248,7 @@ def _hydra(p: Pass, scales: tuple[float, float]) -> Tensor:
 
 
 def miss(
-    model: Backbone,
+    model: Network,
     runtime: Any,
     *,
     rank: int = 10,  # width of a chunk of the input
@@ -271,7 +270,7 @@ def _miss(p: Pass, rank: int) -> Tensor:
 
 
 def bone(
-    model: Backbone,
+    model: Network,
     runtime: Any,
     *,
     rank: int = 16,  # side of a block; divides the sides of W
@@ -300,7 +299,7 @@ def _bone(p: Pass) -> Tensor:
 
 
 def mora(
-    model: Backbone,
+    model: Network,
     runtime: Any,
     *,
     rank: int = 5,  # of low-rank terms with as many values: the square has the side sqrt((I + O) rank)

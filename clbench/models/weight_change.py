@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from clbench.interfaces import UserError
-from clbench.models.backbone import Backbone
-from clbench.models.pet import Init, Pet
+from clbench.models.pet import Init, Network, Pet
 from clbench.models.pet_modules import LORA_TARGETS, Spec
-from clbench.models.pet_sites import Blocks, chosen, linear_of
+from clbench.models.pet_sites import Blocks, Rows, chosen, linear_of, net_of
 
 Value = tuple[Tensor, bool]  # and whether its first axis is the batch
 
@@ -42,12 +41,17 @@ class Site(NamedTuple):
 
     name: str
     layer: nn.Linear
-    rows: slice
+    rows: Rows
+
+    @property
+    def weight(self) -> Tensor:
+        """Those rows of the layer's weight [O, I]."""
+        return self.rows.of(self.layer.weight)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(O, I)."""
-        out, into = self.layer.weight[self.rows].shape
+        out, into = self.weight.shape
         return out, into
 
 
@@ -66,42 +70,38 @@ class WeightChange:
         if not self.pet.active:
             return out
         name, layer, rows = self.site
-        bias = 0 if layer.bias is None else layer.bias[rows]
+        bias = 0 if layer.bias is None else rows.of(layer.bias)
 
         def get(part: str) -> Value:
             return self.pet.get(f"{name}/{part}", len(args[0]))
 
-        delta = self.form(Pass(args[0], lambda: out[..., rows] - bias, layer.weight[rows], get, self._fixed))
-        if delta.shape == out.shape:
-            return out + delta
-        changed = out.clone()
-        changed[..., rows] += delta
-        return changed
+        delta = self.form(Pass(args[0], lambda: rows.of_output(out) - bias, self.site.weight, get, self._fixed))
+        return rows.added(out, delta)
 
     def __call__(self, sign: float) -> None:
         """D is what the kind makes of the unit vectors, in float64."""
-        weight = self.site.layer.weight[self.site.rows]
+        whole, rows = self.site.layer.weight, self.site.rows
         if sign < 0:
             assert self.before is not None
-            weight.copy_(self.before)
+            rows.set_(whole, self.before)
             self.before = None
             return
-        w = weight.double()
+        w = self.site.weight.double()
 
         def get(part: str) -> Value:
             return self.pet.values[f"{self.site.name}/{part}"].double(), False
 
         eye = torch.eye(w.shape[1], dtype=w.dtype, device=w.device)
         delta = self.form(Pass(eye, lambda: w.T, w, get, lambda part: self._fixed(part).double())).T
-        self.before = weight.clone()
-        weight.copy_(w + delta)
+        self.before = self.site.weight.clone()
+        rows.set_(whole, w + delta)
 
     def _fixed(self, part: str) -> Tensor:
         own = getattr(self.pet, f"{self.site.name}/{part}", None)
         return getattr(self.pet, f"frozen_{part}") if own is None else own
 
 
-def target_sites(model: Backbone, kind: str, targets: Sequence[str], blocks: Blocks, rank: int) -> list[Site]:
+def target_sites(model: Network, kind: str, targets: Sequence[str], blocks: Blocks, rank: int) -> list[Site]:
     """The target layers of the chosen blocks. No row may be a target twice: a merge could not tell the changes apart."""
     unknown = [t for t in targets if t not in LORA_TARGETS]
     if unknown or not targets:
@@ -112,17 +112,15 @@ def target_sites(model: Backbone, kind: str, targets: Sequence[str], blocks: Blo
         raise UserError(f"pet={kind}: rank must be at least 1, got {rank}")
 
     def every() -> Iterator[Site]:
-        for i, block in chosen(model.net, blocks, kind, ("mlp",)):
+        for i, block in chosen(net_of(model), blocks, kind, ("mlp",)):
             for target in targets:
-                layer, part = linear_of(block, target, kind)
-                third = layer.out_features // 3
-                yield Site(f"{i}/{target}", layer, slice(None) if part is None else slice(part * third, (part + 1) * third))
+                yield Site(f"{i}/{target}", *linear_of(block, target, kind))
 
     return list(every())
 
 
 def attach(
-    model: Backbone,
+    model: Network,
     runtime: Any,
     kind: str,
     sites: Sequence[Site],

@@ -10,6 +10,7 @@ from clbench.streams.scenario import Scenario
 from clbench.streams.tokens.edits import EditScenario
 from clbench.streams.tokens.image_scenario import ImageScenario
 from clbench.streams.tokens.scenario import TokenScenario
+from clbench.streams.tokens.text_lines import TextScenario
 
 
 def build_classifier(build: Any, node: dict[str, Any], scenario: Scenario) -> Any:
@@ -32,7 +33,7 @@ def build_reader(build: Any, node: dict[str, Any], scenario: TokenScenario | Ima
     )
 
 
-def build_decoder(build: Any, node: dict[str, Any], scenario: TokenScenario | EditScenario) -> Any:
+def build_decoder(build: Any, node: dict[str, Any], scenario: TokenScenario | EditScenario | TextScenario) -> Any:
     """The model of a stream of tokens; `vocab` and `context` may be the stream's."""
     name, needs = node.get("name"), f"scenario {scenario.name} is made of tokens and needs a decoder_... model"
     if _is_autoencoder(node):

@@ -50,6 +50,7 @@ MACHINE = (
     "sweep",
     "names",
 )
+NO_PET = {"_target_": "clbench.models.pet_modules.none", "_partial_": True}
 ADDED: dict[str, dict[str, Any]] = {  # options that came to a learner later: what it did before it had them
     "agem.Agem": {"columns": "seen", "head": "linear"},
     "coda_prompt.CodaPrompt": {"ovor": None},
@@ -74,7 +75,7 @@ ADDED: dict[str, dict[str, Any]] = {  # options that came to a learner later: wh
     "lwf.Lwf": {"trainable": "all", "refresh": None, "project": None},
     "mas.Mas": {"refresh": None, "project": None},
     "mir.Mir": {"columns": "seen", "score": "rise", "start": "second_batch"},
-    "pretrain.Pretrain": {"adapt": None},
+    "pretrain.Pretrain": {"adapt": None, "pet": NO_PET},
     "picle.Picle": {"latent": 0, "suffix": 2},
     "pred_kd.PredKd": {"refresh": None, "project": None},
     "replay.Replay": {"optimizer": "sgd"},

@@ -26,18 +26,34 @@ from clbench.records import record
 from clbench.records.liveness import Heartbeat, this_process
 from clbench.records.rows import rows_of
 from clbench.records.tables import tables
-from clbench.run import artifacts, continued, edit_stream, image_stream, provenance, saved_model, token_stream, tracking
+from clbench.run import (
+    artifacts,
+    continued,
+    edit_stream,
+    image_stream,
+    provenance,
+    saved_model,
+    text_stream,
+    token_stream,
+    tracking,
+)
 from clbench.run.loop import KEPT_FLAGS, Loop, StreamKind
 from clbench.run.terminal import bar_of, logging_to, signals
 from clbench.streams.scenario import Scenario
 from clbench.streams.tokens.edits import EditScenario
 from clbench.streams.tokens.scenario import TokenScenario
+from clbench.streams.tokens.text_lines import TextScenario
 from clbench.training import arithmetic, distributed, torchrun
 from clbench.training.checkpoint import Journal
 from clbench.training.runtime import Interrupted
 
 log = logging.getLogger("clbench")
-KINDS: dict[type, StreamKind] = {Scenario: image_stream, TokenScenario: token_stream, EditScenario: edit_stream}
+KINDS: dict[type, StreamKind] = {
+    Scenario: image_stream,
+    TokenScenario: token_stream,
+    EditScenario: edit_stream,
+    TextScenario: text_stream,
+}
 
 
 class DoesNotFit(UserError):

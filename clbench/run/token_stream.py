@@ -202,10 +202,11 @@ class TokenStream:
     def costs(self) -> dict[str, Any]:
         """The ledger, the plan, parameters."""
         size = sum(p.numel() for p in self.job.model.parameters())
+        pets = getattr(self.job.model, "pets", ())
         return {
             "ledger": self.runtime.ledger.state_dict(),
             "plan": self.runtime.plan,
-            "parameters": {"trained": size, "total": size},
+            "parameters": {"trained": sum(pet.num_values() for pet in pets) if pets else size, "total": size},
             "exemplars": None,
             **({} if self.runtime.norms is None else {"gradient_norms": self.runtime.norms.described()}),
         }

@@ -1,8 +1,8 @@
 """The entries of a manifest: experiences and evaluation sets.
 
 Their samples are *ids* of a data set; a *span*: sequences (of autoencoders: images) of a domain, counted in the domain's order;
-or *edits*: ids of requests and of what is asked about them, without classes. `FIELDS` says what an entry of either form writes:
-always, and where it differs from the default.
+*edits*: ids of requests and of what is asked about them, without classes; or *texts*: ids of lines of a task. `FIELDS` says
+what an entry of each form writes: always, and where it differs from the default.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from clbench.streams import transforms
 
-Form = Literal["ids", "spans", "edits"]
+Form = Literal["ids", "spans", "edits", "texts"]
 Fields = dict[Form, tuple[tuple[str, ...], tuple[str, ...]]]
 
 
@@ -41,7 +41,9 @@ def _frozen(ids: np.ndarray) -> np.ndarray:
 
 
 def _form(entry: ExperienceEntry | EvalEntry) -> Form:
-    return "spans" if entry.sequences else "ids" if entry.classes else "edits"
+    if entry.sequences or entry.classes:
+        return "spans" if entry.sequences else "ids"
+    return "edits" if entry.task is None else "texts"
 
 
 def _no_ids() -> np.ndarray:
@@ -79,6 +81,7 @@ class ExperienceEntry:
         "ids": (("name", "task", "classes", "train"), ("labels", "labelled", "budget", "boundary", "transform")),
         "spans": (("name", "domain", "first", "sequences", "steps"), ()),
         "edits": (("name", "train"), ()),
+        "texts": (("name", "task", "train"), ("budget",)),
     }
     name: str
     task: int | None = None
@@ -124,6 +127,7 @@ class EvalEntry:
         "ids": (("name", "task", "classes", "ids", "first_seen"), ("labels", "transform", "order", "batch_size")),
         "spans": (("name", "domain", "sequences", "first_seen", "tokens", "floor", "bytes_per_token"), ()),
         "edits": (("name", "probe", "ids", "first_seen"), ("floor",)),
+        "texts": (("name", "task", "ids", "first_seen"), ()),
     }
     name: str
     task: int | None = None

@@ -45,6 +45,10 @@ class StreamData:
         """The next samples as data; they are had with it."""
         return self._data.subset(self._next(rows))
 
+    def remembered(self, stored: Sequence[np.ndarray], y: np.ndarray, ids: np.ndarray) -> Any:
+        """What was kept of samples of such data, as data with free access."""
+        return self._data.remembered(stored, y, ids)
+
     @property
     def y(self) -> NoReturn:
         """Labels come with their batches."""

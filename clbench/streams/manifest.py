@@ -29,11 +29,12 @@ from clbench.streams.manifest_text import lines
 
 SCHEMA = 1
 SPANS = "continual_pretraining"  # the kind of all streams whose samples are spans of domains
-EDITS = "model_editing"  # and of those whose samples are requests to change what a language model says
+EDITS = "model_editing"  # of those whose samples are requests to change what a language model says
+TEXTS = "text_tasks"  # and of those whose samples are lines with a prompt and an answer
 
 
-FORMS: dict[str, Form] = {SPANS: "spans", EDITS: "edits"}
-ASKS: dict[Form, Asks] = {"ids": "predict", "spans": "loss", "edits": "logits"}
+FORMS: dict[str, Form] = {SPANS: "spans", EDITS: "edits", TEXTS: "texts"}
+ASKS: dict[Form, Asks] = {"ids": "predict", "spans": "loss", "edits": "logits", "texts": "next_token"}
 
 _FIELDS: Fields = {
     "ids": (
@@ -42,6 +43,10 @@ _FIELDS: Fields = {
     ),
     "spans": (("kind", "vocab", "context", "batch", "domains", "experiences", "evals", "budget", "schema"), ("operators",)),
     "edits": (("kind", "dataset", "vocab", "context", "experiences", "evals", "budget", "schema"), ("operators",)),
+    "texts": (
+        ("kind", "dataset", "vocab", "context", "experiences", "evals", "discloses_task", "budget", "schema"),
+        ("operators",),
+    ),
 }
 
 
@@ -59,7 +64,8 @@ class Manifest:
                  also "parts", those of each, and "classes" (see `pools.concatenated`)
     class_order  original class ids by order of first appearance: position = the id that learners see
 
-    Where they are edits, ids are of requests and of probes of a decoder of `vocab` tokens, whose texts have `context` at most.
+    Where they are edits, ids are of requests and of probes of a decoder of `vocab` tokens, whose texts have `context` at most;
+    where they are texts, of lines.
 
     Where they are spans of domains (texts, or images for autoencoders):
     domains      name, sha256, number of training and validation tokens of each; of images also "unit", "side", ...
@@ -100,7 +106,7 @@ class Manifest:
 
     @property
     def form(self) -> Form:
-        """What samples are: "ids" of a data set, "spans" of domains, or "edits"."""
+        """What samples are: "ids" of a data set, "spans" of domains, "edits" or "texts"."""
         return FORMS.get(self.kind, "ids")
 
     @property
@@ -226,8 +232,7 @@ def _encoded(entry: dict[str, Any]) -> dict[str, Any]:
 def _parse(body: Any) -> Manifest:
     """Plain JSON -> Manifest; types are checked here, meaning in `manifest_rules.check`."""
     spans = isinstance(body, dict) and (body.get("kind") == SPANS or "domains" in body)
-    edits = isinstance(body, dict) and body.get("kind") == EDITS and not spans
-    form: Form = "spans" if spans else "edits" if edits else "ids"
+    form: Form = "spans" if spans else FORMS.get(str(body.get("kind")), "ids") if isinstance(body, dict) else "ids"
     body = of_form(body, Manifest, form, "manifest")
     if body["schema"] != SCHEMA:
         raise UserError(f"manifest schema {body['schema']!r} is not the known {SCHEMA}")

@@ -90,7 +90,7 @@ def check(manifest: Manifest) -> None:
     for where, part in (parts | {f"evaluation set {j}": e for j, e in enumerate(manifest.evals)}).items():
         if foreign := set(differing(part)).difference(*part.FIELDS[manifest.form]):
             raise UserError(f"{where}: {', '.join(sorted(foreign))} have no place where samples are {manifest.form}")
-    {"ids": _check_ids, "spans": _check_spans, "edits": _check_edits}[manifest.form](manifest)
+    {"ids": _check_ids, "spans": _check_spans, "edits": _check_edits, "texts": _check_texts}[manifest.form](manifest)
     _check_looks(manifest)
 
 
@@ -154,8 +154,8 @@ def _check_spans(m: Manifest) -> None:
             raise UserError(f"manifest: evaluation set {j}: floor and bytes_per_token must be numbers or null")
 
 
-def _check_edits(m: Manifest) -> None:
-    """Samples that are requests and probes: no request comes twice, every probe is of a known kind."""
+def _check_lines(m: Manifest) -> None:
+    """Samples that are texts of a decoder: names, sizes, ids that there are."""
     dataset = checked_keys(m.dataset, DATASET_KEYS[0], "dataset")
     if not all(isinstance(dataset[key], str) for key in ("name", "sha256")):
         raise UserError("manifest: dataset.name and dataset.sha256 must be text")
@@ -169,11 +169,31 @@ def _check_edits(m: Manifest) -> None:
             raise UserError(f"manifest: {where} has no samples, or a name that is no text")
         if len(np.unique(ids)) != len(ids) or ids.min() < 0 or ids.max() >= dataset["num_samples"]:
             raise UserError(f"manifest: {where} names a sample twice, or one that there is not")
+    for j in range(len(m.evals)):
+        _check_first_seen(m, j)
+
+
+def _check_texts(m: Manifest) -> None:
+    """Samples that are lines of tasks: no line is trained on and asked."""
+    _check_lines(m)
+    for where, entry in [("experience", e) for e in m.experiences] + [("evaluation set", e) for e in m.evals]:
+        if type(entry.task) is not int or not 0 <= entry.task < len(m.experiences):
+            raise UserError(f"manifest: {where} {entry.name} is of task {entry.task!r}, there are {len(m.experiences)}")
+    for i, entry in enumerate(m.experiences):
+        _check_rules(f"experience {i}", entry, m.budget)
+    trained = np.concatenate([e.train for e in m.experiences])
+    for j, entry in enumerate(m.evals):
+        if len(both := np.intersect1d(entry.ids, trained)):
+            raise UserError(f"evaluation set {j}: sample {both[0]} is also a training sample")
+
+
+def _check_edits(m: Manifest) -> None:
+    """Samples that are requests and probes: no request comes twice, every probe is of a known kind."""
+    _check_lines(m)
     requests = np.concatenate([e.train for e in m.experiences])
     if len(np.unique(requests)) != len(requests):
         raise UserError("manifest: an edit is requested twice")
     for j, entry in enumerate(m.evals):
-        _check_first_seen(m, j)
         if entry.probe not in PROBES:
             raise UserError(f"manifest: evaluation set {j} is of {entry.probe!r}, known are {', '.join(PROBES)}")
         if entry.floor is not None and not (isinstance(entry.floor, int | float) and math.isfinite(entry.floor)):

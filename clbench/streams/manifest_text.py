@@ -17,7 +17,7 @@ def lines(m: Manifest, name: Callable[[int], str]) -> Iterator[str]:
     yield f"{m.kind}, {_domains(m) if m.domains else m.dataset['name']}, sha256 {m.sha256}"
     yield from (f"  operator {json.dumps(one, sort_keys=True)}" for one in m.operators)
     yield from [f"  evaluated after every {m.evaluate_every} experiences, {m.rows} times"] if m.evaluate_every > 1 else ()
-    yield from _spans(m) if m.domains else _edits(m) if m.form == "edits" else _ids(m, name)
+    yield from _spans(m) if m.domains else _lines(m) if m.form != "ids" else _ids(m, name)
 
 
 def _ids(m: Manifest, name: Callable[[int], str]) -> Iterator[str]:
@@ -32,13 +32,14 @@ def _ids(m: Manifest, name: Callable[[int], str]) -> Iterator[str]:
         yield f"  evaluate {e.name:<{tested}} {len(e.ids):>7} samples  first seen in experience {e.first_seen}{_remarks(e)}"
 
 
-def _edits(m: Manifest) -> Iterator[str]:
-    """Experiences with their edits, evaluation sets with their probes."""
-    yield from (f"  {e.name:<14} {len(e.train):>7} edits" for e in m.experiences)
+def _lines(m: Manifest) -> Iterator[str]:
+    """Experiences with their edits or lines, evaluation sets with their probes."""
+    unit = "edits" if m.form == "edits" else "lines"
+    yield from (f"  {e.name:<14} {len(e.train):>7} {unit}" for e in m.experiences)
     wide = max(len(e.name) for e in m.evals)
     for e in m.evals:
         known = "" if e.floor is None else f", floor {e.floor:.4f} nats a token"
-        yield f"  evaluate {e.name:<{wide}} {len(e.ids):>7} {e.probe}, first seen in experience {e.first_seen}{known}"
+        yield f"  evaluate {e.name:<{wide}} {len(e.ids):>7} {e.probe or unit}, first seen in experience {e.first_seen}{known}"
 
 
 def _remarks(entry: ExperienceEntry | EvalEntry) -> str:
@@ -99,9 +100,12 @@ def described(m: Manifest) -> dict[str, Any]:
         about |= {name: getattr(m, name) for name in ("unit", "context", "batch", "vocab", "iid")}
         sets |= {name: [e[name] for e in m.evals] for name in ("tokens", "floor", "bytes_per_token")}
         return {"scenario": about, "n": sets["tokens"], **sets}
-    if m.form == "edits":
+    if m.form in ("edits", "texts"):
         about |= {"vocab": m.vocab, "context": m.context}
         about["experiences"] = [{"name": e.name, "num_train": len(e.train)} for e in m.experiences]
+    if m.form == "texts":
+        return {"scenario": about | {"discloses_task": m.discloses_task}, "n": [len(e.ids) for e in m.evals], **sets}
+    if m.form == "edits":
         sets |= {name: [e[name] for e in m.evals] for name in ("probe", "floor")}
         return {"scenario": about, "n": [len(e.ids) for e in m.evals], **sets}
     about["class_order"] = list(m.class_order)

@@ -91,11 +91,11 @@ class Memory:
     def candidates(self, new: Any) -> ImageData:
         """Stored samples followed by those of `new`."""
         old = self.data(new)
-        return new if old is None else ImageData.join([old, new])
+        return new if old is None else type(old).join([old, new])
 
     def data(self, like: Any) -> ImageData | None:
         """The stored samples as data, seen through the pipeline of `like`; None when empty."""
-        return ImageData.of_arrays(self.images, self.y, self.ids, like.pipeline, like.task) if len(self) else None
+        return like.remembered(self.images, self.y, self.ids) if len(self) else None
 
     def _choose(self, ids: np.ndarray, y: np.ndarray, features: Tensor | None) -> list[int]:
         """Rows to keep. Classes take turns (rank 0 of every class, rank 1, ...), so that any front part is balanced."""
@@ -175,7 +175,7 @@ class Mixed:
             return batch
         draw = rng.key(self.key, step)
         rows = drawn(draw, self.size, len(self.memory))
-        joined = ImageBatch.cat([batch, self.memory.batch(rows, rng.key(draw, "augment"))])
+        joined = type(batch).cat([batch, self.memory.batch(rows, rng.key(draw, "augment"))])
         joined.replayed = len(rows)
         return joined
 

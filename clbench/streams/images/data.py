@@ -154,6 +154,10 @@ class ImageData:
             self.stored.end()
         self.stored = self.stored.closed(self.name)
 
+    def remembered(self, stored: Sequence[np.ndarray], y: np.ndarray, ids: np.ndarray) -> ImageData:
+        """What was kept of samples of such data, as data."""
+        return ImageData.of_arrays(stored, y, ids, self.pipeline, self.task)
+
     @staticmethod
     def of_arrays(
         images: Sequence[np.ndarray], y: np.ndarray, ids: np.ndarray, pipeline: Pipeline, task: int | None = None

@@ -83,6 +83,7 @@ class PretrainRuntime(Runtime):
     processed_limit  tokens that one experience may be trained on, None for no limit
     micro_batch      sequences that pass the model at once, None for the whole batch: gradients are summed over the pieces
     compiled         torch.compile for the training pass
+    trained_flops    operations per token of a training step where a part of the model is frozen; None: `flops_per_token`
     stream_steps     steps that the stream gives each experience; empty: to all as many as to the one at hand
     """
 
@@ -93,6 +94,7 @@ class PretrainRuntime(Runtime):
     plan: list[dict[str, Any]] = field(default_factory=list)
     compiled: bool = False
     stream_steps: tuple[int, ...] = ()
+    trained_flops: float | None = None
 
 
 class _Pieces:
@@ -161,7 +163,9 @@ def train(
         counts = mixture.counts[place.step - mixture.first]
         *old, new = (counts * context).tolist()
         repeated = mixture.repeated(place.step, place.step + 1) * context
-        runtime.ledger.train(segment.role, new, sum(old), repeated, runtime.flops_per_token)
+        flops = runtime.flops_per_token if runtime.trained_flops is None else runtime.trained_flops
+        runtime.ledger.train(segment.role, new, sum(old), repeated, flops)
+        runtime.used_visits += batch
         if after_step is not None:
             losses = group.all_gather_rows(torch.cat(found), batch)
             found.clear()
