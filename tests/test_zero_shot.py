@@ -220,7 +220,7 @@ def test_texts_ask_for_bytes(tmp_path):
         name="s",
         corpora=["one"],
         tokens=2048,
-        context=32,
+        context=64,
         batch=4,
         eval_tokens=2048,
         data_root=str(tmp_path),
