@@ -261,6 +261,7 @@ def _check_operators(config: Mapping[str, Any]) -> Iterator[str]:
     node = config.get("scenario")
     operators = node.get("operators") if isinstance(node, Mapping) else None
     listed = []
+    yield from evaluators.unknown(node.get("evaluators") if isinstance(node, Mapping) else None, "loss")
     for one in operators if isinstance(operators, list | tuple) else ():
         try:
             name, options = registry.parsed(one)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from clbench.evaluation import edit_metrics
-from clbench.interfaces import Batch, Evaluator, UserError
+from clbench.interfaces import Asks, Batch, Evaluator, UserError
 from clbench.streams.operators.registry import parsed
 
 if TYPE_CHECKING:
@@ -32,8 +32,17 @@ BUILT_IN = (
     "generated",
     *edit_metrics.EVALUATORS,
 )  # not for plug-ins
-OWN = {"activations": "clbench.evaluation.activations.Activations"}  # what a scenario may name
-_ABOUT = {"activations": "shares of dormant units and ranks of features, which say what a network can still learn"}
+OWN = {  # what a scenario may name
+    "activations": "clbench.evaluation.activations.Activations",
+    "cloze": "clbench.evaluation.zero_shot.Cloze",
+    "completion": "clbench.evaluation.zero_shot.Completion",
+}
+_ASKS: dict[str, Asks] = {"cloze": "loss", "completion": "loss"}  # the others are for streams that ask for classes
+_ABOUT = {
+    "activations": "shares of dormant units and ranks of features, which say what a network can still learn",
+    "cloze": "texts (scenario.evaluators): zero-shot, which of four words stands in a gap, by lowest loss",
+    "completion": "texts (scenario.evaluators): zero-shot, which of four continuations follows, by lowest loss",
+}
 
 
 class Answered:
@@ -64,8 +73,11 @@ class Answered:
         return (batch for batch, _ in self._batches(batch_size))
 
 
-def load(names: Sequence[str], scenario: Mapping[str, Any]) -> list[Evaluator]:
-    """The evaluators that a manifest names. A dotted path is imported only where the scenario's operators name it."""
+def load(names: Sequence[str], scenario: Mapping[str, Any], asks: Asks = "predict") -> list[Evaluator]:
+    """The evaluators that a manifest names. A dotted path is imported only where the scenario names it.
+
+    One says by an attribute `asks` what it asks of a learner ("predict" without it): the streams that it is for.
+    """
     registered = {entry.name: entry for entry in importlib.metadata.entry_points(group=GROUP)} if names else {}
     written = list(asked_for(scenario))
     found = []
@@ -82,6 +94,8 @@ def load(names: Sequence[str], scenario: Mapping[str, Any]) -> list[Evaluator]:
             raise UserError(_unknown(name, [*OWN, *registered]))
         made = made() if isinstance(made, type) else made
         label = getattr(made, "name", None)
+        if (needs := getattr(made, "asks", "predict")) != asks:
+            raise UserError(_misfit(name, needs, asks))
         taken = label in BUILT_IN or (label in OWN and name not in OWN)
         if not callable(made) or not isinstance(label, str) or not label or taken or "/" in label:
             raise UserError(f"evaluator {name} must be callable and have a `name` of its own that holds no '/'")
@@ -98,12 +112,18 @@ def _unknown(name: str, registered: Sequence[str]) -> str:
     return f"no evaluator '{name}' is installed{hint} (write module.Class, or register it under {GROUP})"
 
 
-def unknown(names: Any) -> Iterator[str]:
-    """A line for each name that is neither registered nor a dotted path; imports nothing."""
+def _misfit(name: str, needs: str, asks: str) -> str:
+    return f"evaluator {name} is for streams that ask {needs}, this one asks {asks}"
+
+
+def unknown(names: Any, asks: Asks = "predict") -> Iterator[str]:
+    """A line for each name that is neither registered nor a dotted path, or is for other streams; imports nothing."""
     registered = [*OWN, *(entry.name for entry in importlib.metadata.entry_points(group=GROUP))]
     for name in names if isinstance(names, list | tuple) else ():
         if isinstance(name, str) and name not in registered and "." not in name.strip("."):
             yield _unknown(name, registered)
+        elif name in OWN and (needs := _ASKS.get(name, "predict")) != asks:
+            yield _misfit(name, needs, asks)
 
 
 def listing() -> list[str]:
@@ -114,7 +134,9 @@ def listing() -> list[str]:
 
 
 def asked_for(scenario: Mapping[str, Any]) -> Iterator[str]:
-    """The names of evaluators in the configuration of a scenario: those of its operators `evaluators`."""
+    """The names of evaluators in the configuration of a scenario: its own, and those of its operators `evaluators`."""
+    if isinstance(own := scenario.get("evaluators"), list | tuple):
+        yield from own
     for one in scenario.get("operators") or ():
         name, options = parsed(one)
         if name == "evaluators" and isinstance(options.get("names"), list | tuple):

@@ -139,10 +139,10 @@ class Pretrain:
     ) -> dict[str, float]:
         """Train segments, from where a killed run was; `shares(segment)` -> [S, K] takes the place of what `replay` says.
 
-        `owner` is a learner that is built on this one: its state is what is saved.
+        `owner` is a learner that is built on this one: its state is saved, and its `objective`, if it has one, is minimised.
         """
-        owner = owner or self
-        text, runtime = _text(experience.train), self.runtime
+        owner, runtime = owner or self, self.runtime
+        text, objective = _text(experience.train), getattr(owner, "objective", None)
         check_plan(plan, runtime.processed_limit, text.batch * text.context)
         progress = Progress(runtime, plan)
         if self.pet is None:
@@ -164,7 +164,7 @@ class Pretrain:
             def save(step: int, i: int = i) -> None:
                 progress.save(i, step, owner.state_dict())
 
-            train(runtime, self.model, self.optimizer, segment, mixture, step, save, then, self.adapt)
+            train(runtime, self.model, self.optimizer, segment, mixture, step, save, then, self.adapt, objective)
             ends = segment.role == "trunk" and (i + 1 == len(plan) or plan[i + 1].role == "branch")
             self._advance(segment, mixture, trunk_ends=ends)
         if self.adapt is not None and plan:
@@ -227,7 +227,7 @@ def _mixture(learner: Pretrain, segment: Segment, experience: Experience, shares
         seen=[len(text) for text in old] if learner.data == "union" else cursor.seen[: len(old)],
         starts=cursor.starts(len(old)),
         carry=cursor.carry[-shares_SK.shape[1] :],
-        size=max(new.batch, len(new) // learner.passes),
+        size=max(new.batch, int(len(new) // learner.passes)),
     )
 
 

@@ -189,23 +189,32 @@ class MaskedAutoencoder(MixedPrecision, nn.Module):
         x = images.reshape(-1, 3, side, size, side, size).permute(0, 2, 4, 3, 5, 1)
         return x.reshape(len(images), side * side, size * size * 3)
 
-    def forward(self, rows: Tensor) -> Tensor:
+    def encoded(self, rows: Tensor, keys: Tensor | None = None) -> Tensor:
+        """What the encoder makes of the patches that are seen: rows -> tokens [B, 1 + K, D], the class token first.
+
+        keys  [B] of other masks than the rows' own
+        """
+        images, own = split_rows(rows, self.shape.image)
+        return self.encode(images, self.masks(own if keys is None else keys)[0])
+
+    def forward(self, rows: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Mean squared error of each masked patch: rows -> [B, M] float32. What is seen has no part in it.
 
+        tokens: those of `encoded`, where they are at hand.
         target=normalised: pixels of a patch minus their mean, over their standard deviation (with n - 1), as in the paper.
         """
         images, keys = split_rows(rows, self.shape.image)
         seen, hidden = self.masks(keys)
-        drawn = self.decode(self.encode(images, seen), seen, hidden).float()
+        drawn = self.decode(self.encode(images, seen) if tokens is None else tokens, seen, hidden).float()
         wanted = pick(self.patches(images), hidden)
         if self.shape.target == "normalised":
             spread = wanted.var(-1, keepdim=True) + 1e-6
             wanted = (wanted - wanted.mean(-1, keepdim=True)) / spread.sqrt()
         return (drawn - wanted).square().mean(-1)
 
-    def loss(self, rows: Tensor) -> Tensor:
-        """Mean over the masked patches of each image: rows -> [B, 1] float32."""
-        return self(rows).mean(1, keepdim=True)
+    def loss(self, rows: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Mean over the masked patches of each image: rows (and their `encoded` tokens) -> [B, 1] float32."""
+        return self(rows, tokens).mean(1, keepdim=True)
 
     def features(self, rows: Tensor) -> Tensor:
         """The encoder's view of whole images, nothing masked: rows -> [B, D] float32."""

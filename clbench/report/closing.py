@@ -21,6 +21,8 @@ _LOSSES = (
     "anneal_gain_new",
     "probe_own",
     "probe_seen",
+    "cloze/correct",
+    "completion/correct",
 )
 
 _COURSE = ("reliability", "reliability_newest", "generalisation", "locality", "same_subject", "old_loss_rise", "weight_growth")

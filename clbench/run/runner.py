@@ -166,7 +166,7 @@ def _assemble(config: dict[str, Any], options: RunOptions, parallel: str, device
     with _of_learner():
         kind.check(scenario, options, parallel, learner, capabilities)
     saved_model.check(options.save_model, parallel)
-    asked = evaluators.load(scenario.manifest.evaluators, config["scenario"])
+    asked = evaluators.load(scenario.manifest.evaluators, config["scenario"], scenario.asks)
     model = set_precision(kind.build_model(build, config["model"], scenario), options.precision).to(device)
     model = arithmetic.pin(model, flags)
     plugin = provenance.plugin_version(config)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from clbench.config.run_options import RunOptions
+from clbench.evaluation.evaluators import row_of
 from clbench.evaluation.linear_probe import linear_probe, look_at
+from clbench.evaluation.zero_shot import Texts
 from clbench.interfaces import Capabilities, Experience, Place, UserError
 from clbench.run.build_model import build_reader
 from clbench.run.loop import Row
@@ -93,21 +95,29 @@ def keeps_text(job: Job) -> bool:
 
 
 @torch.no_grad()
+def own_losses(loss: Any, wanted: np.ndarray, runtime: PretrainRuntime) -> Tensor:
+    """Nats of this process's rows of a batch [B, L + 1] -> [b, L] float64; of images uint8: L = 1.
+
+    A process that has none of a short batch reads a sequence that is not counted: with fsdp all of them go along.
+    """
+    own, length = wanted[runtime.group.rows(len(wanted))], 1 if wanted.dtype == np.uint8 else wanted.shape[1] - 1
+    tokens = torch.from_numpy(own if len(own) else wanted[:1]).to(runtime.device)
+    found = loss(tokens)
+    if not isinstance(found, Tensor) or found.shape != (len(tokens), length):
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise UserError(f"loss must return one number for each of {(len(tokens), length)} tokens, got {shape}")
+    return found.double()[: len(own)]
+
+
+@torch.no_grad()
 def total_loss(loss: Any, windows: np.ndarray, runtime: PretrainRuntime, batch: int) -> float:
     """Sum of nats over sequences [N, L + 1] by a `loss(tokens [B, L + 1]) -> [B, L]`, in float64; of images uint8: L = 1.
 
-    Processes share each batch; one that has none of a short batch reads a sequence that is not counted.
+    Processes share each batch.
     """
-    parts, length = [], 1 if windows.dtype == np.uint8 else windows.shape[1] - 1
+    parts = []
     for start in range(0, len(windows), batch):
-        wanted = windows[start : start + batch]
-        own = wanted[runtime.group.rows(len(wanted))]
-        tokens = torch.from_numpy(own if len(own) else wanted[:1]).to(runtime.device)
-        found = loss(tokens)
-        if not isinstance(found, Tensor) or found.shape != (len(tokens), length):
-            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise UserError(f"loss must return one number for each of {(len(tokens), length)} tokens, got {shape}")
-        parts.append(found.double().sum() * bool(len(own)))
+        parts.append(own_losses(loss, windows[start : start + batch], runtime).sum())
         runtime.check_stop()
     (value,) = runtime.group.all_reduce_sum(float(torch.stack(parts).sum()))
     if not math.isfinite(value):
@@ -128,7 +138,8 @@ def seconds_of(job: Job) -> float:
     steps = sum(e.steps for e in m.experiences)
     if job.config["learner"].get("data") == "union":
         steps = sum(e.steps * (i + 1) for i, e in enumerate(m.experiences))
-    seen = (len(m.experiences) + 1) * sum(e.tokens for e in m.evals)
+    asked = 1 + 3 * len(job.evaluators)  # four options, of about three quarters of a window
+    seen = asked * (len(m.experiences) + 1) * sum(e.tokens for e in m.evals)
     return min(times) * (steps + seen / 3 / (m.batch * m.context))
 
 
@@ -147,6 +158,9 @@ class TokenStream:
         self.sets = [scenario.evaluation(j) for j in range(len(self.entries))]
         self.linear = linear_probe(scenario, job.model, job.device, job.options.eval_batch_size, runtime.ledger)
         self.evaluator = "token_loss" if self.linear is None else "reconstruction"
+        size, of_bytes = job.options.eval_batch_size, scenario.of_bytes
+        pairs = zip(self.entries, self.sets, strict=True) if job.evaluators else ()
+        self.texts = [Texts(entry.name, windows, of_bytes, self._nats, size) for entry, windows in pairs]
         self.observer = TokenLooks(self)
 
     def before(self) -> list[Row]:
@@ -179,7 +193,20 @@ class TokenStream:
             own, seen = self.linear.right(self.job.model, None if index < 0 else index)
             sums = {"n": self.linear.n, "own": own} | ({} if index < 0 else {"seen": seen})
             rows.append(place | {"evaluator": "linear_probe", "sums": sums})
+        start = time.perf_counter()
+        rows += [place | row_of(evaluator, self.learner, self.texts) for evaluator in self.job.evaluators]
+        self.runtime.meter.add_seconds("evaluate", time.perf_counter() - start)
         return rows
+
+    def _nats(self, learner: Any, tokens: np.ndarray) -> np.ndarray:
+        """Nats of every token after the first: [B, L + 1] -> [B, L] float64, counted in the ledger as looked at."""
+        runtime = self.runtime
+        runtime.check_stop()
+        found = runtime.group.all_gather_rows(own_losses(learner.loss, tokens, runtime), len(tokens)).cpu().numpy()
+        if not np.isfinite(found).all():
+            raise UserError("the loss on a question is NaN or infinite")
+        runtime.ledger.look("probe", found.size, runtime.flops_per_token)
+        return found
 
     def losses(self, loss: Any) -> list[float]:
         """Summed nats on every evaluation set."""

@@ -41,7 +41,10 @@ _FIELDS: Fields = {
         ("kind", "dataset", "class_order", "experiences", "evals", "discloses_task", "has_boundaries", "budget", "schema"),
         ("looks", "evaluate_every", "evaluators", "operators"),
     ),
-    "spans": (("kind", "vocab", "context", "batch", "domains", "experiences", "evals", "budget", "schema"), ("operators",)),
+    "spans": (
+        ("kind", "vocab", "context", "batch", "domains", "experiences", "evals", "budget", "schema"),
+        ("evaluators", "operators"),
+    ),
     "edits": (("kind", "dataset", "vocab", "context", "experiences", "evals", "budget", "schema"), ("operators",)),
     "texts": (
         ("kind", "dataset", "vocab", "context", "experiences", "evals", "discloses_task", "budget", "schema"),

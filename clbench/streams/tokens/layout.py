@@ -21,6 +21,7 @@ def laid_out(
     batch: int,
     budget: Mapping[str, Any] | None,
     about: Sequence[Mapping[str, Any]] | None = None,
+    evaluators: Sequence[str] = (),
 ) -> Manifest:
     """The manifest of a stream that reads domain `order[i]` in experience i; those of one domain stand behind each other in it.
 
@@ -42,6 +43,7 @@ def laid_out(
         experiences=tuple(experiences),
         evals=tuple(_evaluated(domains[d], d, list(order).index(d), number, context) for d, number in held.items()),
         budget=budget_of(budget, "loss").rules("loss"),
+        evaluators=tuple(evaluators),
     )
 
 

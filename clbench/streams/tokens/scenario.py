@@ -18,7 +18,7 @@ from clbench.interfaces import Budget, Experience, Facts, UserError
 from clbench.streams import rng
 from clbench.streams.manifest import Manifest
 from clbench.streams.manifest_text import described
-from clbench.streams.tokens import sequences
+from clbench.streams.tokens import questions, sequences
 from clbench.streams.tokens.data import Source, TokenData, text_source
 from clbench.streams.tokens.layout import laid_out
 
@@ -123,6 +123,11 @@ class TokenScenario:
         entry = self.manifest.evals[j]
         return self.domains[entry.domain].evaluation(entry.sequences, self.manifest.context)
 
+    @property
+    def of_bytes(self) -> bool:
+        """Whether every token is a byte of text."""
+        return self.manifest.vocab == 256 and all(entry.bytes_per_token == 1 for entry in self.manifest.evals)
+
     def text(self) -> str:
         """The stream for people."""
         return self.manifest.text()
@@ -146,10 +151,12 @@ def scenario(
     budget: Mapping[str, Any] | None = None,
     probe_sequences: int = 16,
     probe_evenly: int = 16,
+    evaluators: Sequence[str] = (),
 ) -> TokenScenario:
     """Lay experiences over domains: `order[i]` is read in experience i, for `tokens` (of all, or of each) tokens.
 
     A text that is too short for its experiences is read several times; the record's ledger says so.
+    `evaluators` names what is asked of a learner beside its loss.
     """
     amounts = [tokens] * len(order) if isinstance(tokens, int) else list(tokens)
     fewest = min(amounts, default=0)
@@ -160,6 +167,7 @@ def scenario(
         raise UserError(f"scenario.order must name domains 0..{len(domains) - 1}, got {list(order)}")
     if len(amounts) != len(order):
         raise UserError(f"scenario.tokens has {len(amounts)} numbers for {len(order)} experiences")
+    asked = evaluator_names(evaluators)
     parts = []
     for i, d in enumerate(order):
         steps = amounts[i] // (batch * context)
@@ -173,5 +181,16 @@ def scenario(
         number[d] = min(max(1, eval_tokens // context), sequences.count(len(domains[d].validation), context))
         if number[d] < 1:
             raise UserError(f"the validation text of {domains[d].name} is shorter than a context of {context} tokens")
-    made = laid_out(domains, order, parts, number, vocab=vocab, context=context, batch=batch, budget=budget)
-    return TokenScenario(name, made, tuple(domains), Probing(probe_sequences, probe_evenly))
+    made = laid_out(domains, order, parts, number, vocab=vocab, context=context, batch=batch, budget=budget, evaluators=asked)
+    stream = TokenScenario(name, made, tuple(domains), Probing(probe_sequences, probe_evenly))
+    if asked:
+        sets = [(entry.name, stream.evaluation(j)) for j, entry in enumerate(made.evals)]
+        questions.check(asked, sets, stream.of_bytes)
+    return stream
+
+
+def evaluator_names(names: Any) -> tuple[str, ...]:
+    """`scenario.evaluators`, each once; `UserError` where it is no list of names."""
+    if isinstance(names, str) or not all(isinstance(name, str) and name for name in names or ()):
+        raise UserError(f"scenario.evaluators must be a list of names, got {names!r}")
+    return tuple(dict.fromkeys(names or ()))

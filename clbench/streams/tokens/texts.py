@@ -34,6 +34,7 @@ def synthetic(
     probe_sequences: int = 16,
     probe_evenly: int = 16,
     budget: Mapping[str, Any] | None = None,
+    evaluators: Sequence[str] = (),
 ) -> TokenScenario:
     """Languages drawn from a seed, as far from each other as `shift` says (0: all the same, 1: nothing in common).
 
@@ -51,7 +52,7 @@ def synthetic(
         floor = window_floor(source, windows)
         made.append(Domain(f"language_{d}", train, held, content_sha256(train, held), floor))
     options: dict[str, Any] = {"tokens": tokens, "context": context, "batch": batch, "eval_tokens": eval_tokens}
-    options |= {"probe_sequences": probe_sequences, "probe_evenly": probe_evenly, "budget": budget}
+    options |= {"probe_sequences": probe_sequences, "probe_evenly": probe_evenly, "budget": budget, "evaluators": evaluators}
     return scenario(name, made, order, vocab=symbols, **options)
 
 
@@ -76,6 +77,7 @@ def text(
     probe_sequences: int = 16,
     probe_evenly: int = 24,
     budget: Mapping[str, Any] | None = None,
+    evaluators: Sequence[str] = (),
 ) -> TokenScenario:
     """Texts by name, one experience each: NAME is a folder of shards or a file NAME.txt under the data folder, read as bytes.
 
@@ -88,7 +90,7 @@ def text(
     if len(vocab) != 1:
         raise UserError(f"the texts {', '.join(distinct)} have vocabularies of {sorted(vocab)} tokens: one tokenizer is needed")
     options: dict[str, Any] = {"tokens": tokens, "context": context, "batch": batch, "eval_tokens": eval_tokens}
-    options |= {"probe_sequences": probe_sequences, "probe_evenly": probe_evenly, "budget": budget}
+    options |= {"probe_sequences": probe_sequences, "probe_evenly": probe_evenly, "budget": budget, "evaluators": evaluators}
     order = [distinct.index(corpus) for corpus in corpora]
     return scenario(name, [domain for domain, _ in opened], order, vocab=vocab.pop(), **options)
 

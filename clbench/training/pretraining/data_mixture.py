@@ -108,6 +108,24 @@ class Replay:
         return sum(min(n, self.capacity(o, len(old))) * o.sequence_bytes for o, n in zip(old, seen, strict=True))
 
 
+@dataclass(frozen=True)
+class KeptShare(Replay):
+    """Replay from a memory that keeps the share `kept` of every old experience, drawn once, and never drops any of it."""
+
+    source: Literal["original", "reshuffled", "buffer"] = "buffer"
+    buffer_bytes: int | None = 1 << 62  # no other limit than the share
+    kept: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.kept, bool) or not 0 < self.kept <= 1:
+            raise UserError(f"learner.kept must be a share above 0 and at most 1, got {self.kept}")
+
+    def capacity(self, old: TokenData, num_old: int) -> int:
+        """Sequences of one old experience that are held."""
+        return max(1, round(self.kept * len(old)))
+
+
 def quotas(shares_SK: np.ndarray, batch: int, carry: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Whole numbers of sequences per step and source by error diffusion -> (counts [S, K] int64, carry [K]).
 

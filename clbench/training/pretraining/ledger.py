@@ -14,7 +14,7 @@ class Ledger:
 
     trunk, branch  what the weights that go on, and annealed copies that do not, were trained on
     repeated       read before in this run: every replayed token, and new text past its first pass
-    probe          looked at while training, for the curves; `evaluation`: between experiences
+    probe          looked at while training, for the curves, and for evaluators beside the loss; `evaluation`: for the loss
     flops          forward and backward of training, 6 * parameters + attention per token, 4 where frozen; probes and evaluation
                    a third each
     replay_bytes   largest amount of old text that had to be at hand

@@ -27,6 +27,7 @@ from clbench.training.pretraining.ledger import Ledger
 from clbench.training.runtime import Runtime
 
 AfterStep = Callable[["Segment", int, Tensor, np.ndarray], None]
+Objective = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # tokens -> losses [B, L], and what is added to their mean
 
 
 @dataclass(frozen=True)
@@ -141,11 +142,13 @@ def train(
     save: Callable[[int], None],
     after_step: AfterStep | None = None,
     adapt: Rate | None = None,
+    objective: Objective | None = None,
 ) -> None:
     """Train a segment from `step` on. `save(step)` writes a snapshot; `after_step(segment, step, losses [B, L], counts [K])`.
 
-    `adapt` is a factor on the schedule's rates that the training itself moves. The gradients are those of the mean over a
-    batch. Over processes they are averaged, hence `share`: this one's of the batch times their number, 1 but for uneven rows.
+    `adapt` is a factor on the schedule's rates that the training itself moves; `objective` (of one process) takes the place of
+    the model's loss. The gradients are those of the mean over a batch. Over processes they are averaged, hence `share`: this
+    one's of the batch times their number, 1 but for uneven rows.
     """
     group, batch, context = runtime.group, mixture.new.batch, mixture.new.context
     pieces = _Pieces(runtime, mixture, step, segment.last)
@@ -154,10 +157,11 @@ def train(
     found: list[Tensor] = []
 
     def loss(tokens: Tensor) -> Tensor:
-        losses = replica(tokens)
+        losses, penalty = (replica(tokens), None) if objective is None else objective(tokens)
         if after_step is not None:
             found.append(losses.detach())
-        return losses.mean() if share == 1 else losses.mean() * share
+        mean = losses.mean() if share == 1 else losses.mean() * share
+        return mean if penalty is None else mean + penalty
 
     def count(place: Place, _: Tensor) -> None:
         counts = mixture.counts[place.step - mixture.first]
