@@ -168,13 +168,19 @@ class Decoder(MixedPrecision, nn.Module):
         length = tokens.shape[1]
         if length > self.shape.context:
             raise UserError(f"a text of {length} tokens is longer than the context of {self.shape.context}")
-        explicit = self.kernel == "explicit" or (self.kernel == "auto" and tokens.device.type == "cpu")
-        angles = (self.cos[:length], self.sin[:length])  # type: ignore[index]
-        mask = self.later[:length, :length] if explicit else None  # type: ignore[index]
         with self.lowered(tokens.device.type):
             x = self.embed_in(tokens)
-            for layer in self.layers:
-                x = layer(x, angles, mask)
+        return self.resume(x, 0)
+
+    def resume(self, x: Tensor, block: int) -> Tensor:
+        """The residual stream x [B, L, D] that goes into block number `block` (the depth: into the last norm) -> logits."""
+        length = x.shape[1]
+        explicit = self.kernel == "explicit" or (self.kernel == "auto" and x.device.type == "cpu")
+        angles = (self.cos[:length], self.sin[:length])  # type: ignore[index]
+        mask = self.later[:length, :length] if explicit else None  # type: ignore[index]
+        with self.lowered(x.device.type):
+            for i in range(block, len(self.layers)):
+                x = self.layers[i](x, angles, mask)
             x = self.final_layer_norm(x)
             if self.times != 1:
                 x = x / self.times
