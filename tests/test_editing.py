@@ -29,7 +29,8 @@ from clbench.streams.tokens.facts import POOLS, World
 from clbench.testing.contract import check_learner, check_scenario
 from clbench.training.editing import key_values
 from clbench.training.editing.site import Site
-from clbench.training.editing.value_search import Search, added, find_value
+from clbench.training.editing.suffix import Suffix
+from clbench.training.editing.value_search import Search, _Goal, added, find_value
 from clbench.training.runtime import Runtime
 
 CPU = torch.device("cpu")
@@ -254,11 +255,11 @@ def test_grace_settles_radii(stream):
     assert learner._place(near, [2]) == 2 and float(learner.radii_N[2]) == 1.25  # the same answer: no new key
     assert learner._place(k[0], [7]) == 0 and learner.labels[0] == [7] and len(learner.labels) == 3  # the same prompt again
     inside, y = torch.stack([k[0], near, 5 * k[2]])[None], torch.zeros(1, 3, 16)
-    values = torch.arange(3.0)[:, None].expand(3, 16) + 1
-    assert learner._looked_up(inside, y, values)[0, :, 0].tolist() == [1.0, 3.0, 0.0]
+    learner.values_ND = torch.arange(3.0)[:, None].expand(3, 16) + 1
+    assert learner._looked_up(inside, y)[0, :, 0].tolist() == [1.0, 3.0, 0.0]
     learner.replace = "after"
-    assert learner._looked_up(inside.flip(1), y, values)[0, :, 0].tolist() == [0.0, 3.0, 1.0]
-    assert learner._looked_up(inside, y, values)[0, :, 0].tolist() == [1.0, 3.0, 3.0]
+    assert learner._looked_up(inside.flip(1), y)[0, :, 0].tolist() == [0.0, 3.0, 1.0]
+    assert learner._looked_up(inside, y)[0, :, 0].tolist() == [1.0, 3.0, 3.0]
 
 
 def test_grace_changes_answers_near_a_key_and_no_bit_elsewhere(stream):
@@ -395,7 +396,8 @@ def test_keys_of_a_first_parallel_block_know_the_last_name_alone(stream):
 
 def test_a_value_is_within_its_bound_and_better(stream):
     model, request = decoder(), stream.questions.requests[0]
-    module = Site(model, 1).linear
+    site = Site(model, 1)
+    module = site.linear
     before = key_values.contexts(stream.experience(0).train, 3, 8, 1)
     assert before.shape == (3, 8) and (before[:, -1] == facts.END).all()
     runtime = Runtime(0, CPU, stream.budget)
@@ -408,15 +410,57 @@ def test_a_value_is_within_its_bound_and_better(stream):
         return -float(z.gather(-1, text[0, -3:, None]).mean())
 
     zero = torch.zeros(16)
-    none, start = find_value(runtime, model, module, request, before, Search(steps=1))
+    none, start = find_value(runtime, site, request, before, Search(steps=1))
     assert not none.any()  # a look, no step
-    delta, _ = find_value(runtime, model, module, request, before, Search(steps=15, clamp=50.0, decay=0.0))
+    delta, _ = find_value(runtime, site, request, before, Search(steps=15, clamp=50.0, decay=0.0))
     assert nats(delta) < nats(zero) - 1e-3
-    small, _ = find_value(runtime, model, module, request, before, Search(steps=9, clamp=0.5))
+    small, _ = find_value(runtime, site, request, before, Search(steps=9, clamp=0.5))
     assert float(small.norm()) <= 0.5 * float(start.norm()) * (1 + 1e-5)
     steps = runtime.meter.steps
-    find_value(runtime, model, module, request, before, Search(steps=9, stop_below=1e9))
+    find_value(runtime, site, request, before, Search(steps=9, stop_below=1e9))
     assert runtime.meter.steps == steps
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_blocks_above_a_layer_alone_give_the_same_bits(stream, parallel):
+    model = build_decoder(name="x", vocab=facts.VOCAB, context=64, width=16, depth=3, heads=2, parallel=parallel).eval()
+    tokens = torch.from_numpy(stream.questions.old[:3])
+    for layer in range(3):
+        site = Site(model, layer)
+        suffix = Suffix(site, tokens)
+        torch.testing.assert_close(suffix.keys, site.keys(tokens), rtol=0, atol=0)
+        with torch.no_grad():
+            other = suffix.values.clone()
+            other[:, 2] += torch.linspace(-1, 1, 16)
+            with added(site.linear, 2, torch.linspace(-1, 1, 16)):
+                assert torch.equal(suffix.logits(other), model(tokens))
+            assert torch.equal(suffix.logits(suffix.values), model(tokens))
+            assert torch.equal(suffix.after(suffix.output()), model(tokens))
+
+
+def test_one_batch_of_texts_of_unequal_length_is_the_texts_one_by_one(stream):
+    """The loss of the search for a value, of the layer and of its block, against a loop over texts."""
+    model, request = decoder(), stream.questions.requests[1]
+    site, block = Site(model, 1), model.layers[1]
+    before = key_values.contexts(stream.experience(0).train, 3, 8, 1)
+    texts, places = key_values.told(request, before, CPU)
+    change = torch.linspace(-2, 2, 16)
+    for of_block, module in ((False, site.linear), (True, block)):
+        goal = _Goal(site, texts, places, 3, of_block)
+        with torch.no_grad():
+            nats, kl, right = goal(change)
+            expected, hits = [], 0
+            for text in [texts[0][0], *texts[1]]:
+                place = len(text) - 3 - len(request.prompt) + request.subject
+                with added(module, place, change):
+                    z = model(text[None, :-1])[0].log_softmax(-1)
+                expected.append(-float(z[-3:].gather(-1, text[-3:, None]).mean()))
+                hits += bool((z[-3:].argmax(-1) == text[-3:]).all()) and len(text) > len(request.prompt) + 3
+                if len(expected) == 1:
+                    plain = model(text[None, :-1])[0, place].log_softmax(-1)
+                    by_hand = float((z[place].exp() * (z[place] - plain)).sum())
+        assert float(nats) == pytest.approx(np.mean(expected), rel=1e-5)
+        assert float(kl) == pytest.approx(by_hand, rel=1e-4, abs=1e-7) and right == hits
 
 
 def test_a_change_reaches_keys_that_agree_with_it_alone(stream):

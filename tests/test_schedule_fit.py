@@ -223,7 +223,8 @@ def test_fit_of_committed_records(tmp_path, capsys):
     fitted = law_fits.loaded(law)
     assert judged["error"] == pytest.approx(np.mean([fitted(c)[-1] - c.losses[-1] for c in curves]))
     assert judged["low"] <= judged["error"] <= judged["high"] and judged["runs"] == 3
-    assert made["most_exact"] == "wsd lr=0.0015 n=390" and made["notes"] == []
+    noted = "largest rates 0.0015, 0.003: a law takes less rate for less training; --peak 0.003 fits one alone"
+    assert made["most_exact"] == "wsd lr=0.0015 n=390" and made["notes"] == [noted]
     assert answer(["schedule", "show", "cosine", "linear", "--steps", "390", "--lr", "0.003", "--fitted", str(out)]) == 0
     shown = capsys.readouterr().out.split("\n\n")[-1]
     assert shown.startswith("fitted law 'annealing' after experience 0") and shown.count("\n") == 3
@@ -232,9 +233,26 @@ def test_fit_of_committed_records(tmp_path, capsys):
     assert "nothing is held out: these are runs of one schedule" in text and "fitted to these" in text
 
 
+def test_two_schedules_of_one_peak_predict_a_third_and_another_peak_spoils_it(capsys):
+    """Committed runs of cpt_synthetic, one seed: the law against its control, and what a lower peak does to it."""
+    two = [path(one) for one in ("22756835973cfddb", "33ba0786916c4727")]  # infinite, cosine_infinite at 0.003
+    third, slower = path("2263844cc2776e5c"), path("215edbc0c342e120")  # cosine at 0.003, at 0.001
+    errors = {}
+    for name, one in (("same", third), ("slower", slower)):
+        assert answer(["schedule", "fit", *two, "--held-out", one, "--json"]) == 0
+        errors[name] = {law: abs(e) for law, e in json.loads(capsys.readouterr().out)["held_out_error"].items()}
+    assert errors["same"]["annealing"] < 0.005 < errors["same"]["steps"]
+    assert errors["slower"]["annealing"] > 2 * errors["slower"]["steps"]
+    assert answer(["schedule", "fit", *two, third, slower, "--peak", "0.003", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["notes"] == [] and not any("lr=0.001" in row["schedule"] for row in made["rows"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["COSINE", "--peak", "0.1"], "no run with --peak 0.1: the largest rates are 0.003"),
+        (["COSINE", "--refine", "--peak", "0.1"], "--peak has no effect with --refine"),
         (["nowhere.json"], "nowhere.json does not exist"),
         (["COSINE", "--fade", "0"], "--fade must be above 0 and at most 1, got 0"),
         (["COSINE", "--out", "a.txt"], "--out a.txt: the name must end in .json, .svg, .png or .pdf"),

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from clbench.interfaces import Capabilities, Experience, UserError
-from clbench.training.editing.requests import answer_nats, check_options, descend, each, whole
+from clbench.training.editing.requests import check_options, descend, each, whole
 from clbench.training.editing.site import Site, last_but_one
+from clbench.training.editing.suffix import Suffix, nats
 from clbench.training.runtime import Runtime
 from clbench.training.state import collect, restore
 
@@ -68,11 +69,13 @@ class EditFinetune:
         """Train on one text [1, L] whose last `length` tokens are the answer -> steps made."""
         start = [p.detach().clone() for p in self.params]
 
+        suffix = Suffix(self.site, tokens[:, :-1] if self.reads == "target" else tokens[:, :-length])
+
         def loss() -> Tensor:
+            z = suffix.logits(self.site.linear(suffix.keys))
             if self.reads == "target":
-                return answer_nats(self.model, tokens, length).mean()
-            z = self.model(tokens[:, :-length])[:, -1].float().log_softmax(-1)  # [1, V], after the prompt
-            return -z[0, tokens[0, -length:]].mean()
+                return nats(z, tokens, length).mean()
+            return -z[0, -1].float().log_softmax(-1)[tokens[0, -length:]].mean()  # all from the place after the prompt
 
         @torch.no_grad()
         def clamp() -> None:

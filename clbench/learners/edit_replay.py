@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from clbench.interfaces import Capabilities, Experience
 from clbench.streams import rng
 from clbench.streams.tokens.edits import EditData, Request
-from clbench.training.editing.requests import answer_nats, check_options, descend, each, edit_data
+from clbench.training.editing.requests import check_options, descend, each, edit_data
 from clbench.training.editing.site import Site, last_but_one
+from clbench.training.editing.suffix import Suffix, nats
 from clbench.training.runtime import Runtime
 from clbench.training.state import collect, restore
 
@@ -100,15 +101,22 @@ class EditReplay:
         pieces = rng.permutation(rng.key(key, "old"), data.old_size)[: self.old]
         old = torch.from_numpy(data.old_text(pieces)).to(device) if len(pieces) else None
 
-        def loss() -> Tensor:
-            total = answer_nats(self.model, own, len(request.target)).mean()
-            for texts, length in beside:
-                total = total + answer_nats(self.model, texts, length).mean() * len(texts) / len(rows)
-            return total if old is None else total + answer_nats(self.model, old, old.shape[1] - 1).mean()
+        parts = [(own, len(request.target), 1.0)]
+        parts += [(texts, length, len(texts) / len(rows)) for texts, length in beside]
+        parts += [] if old is None else [(old, old.shape[1] - 1, 1.0)]
+        suffixes = [Suffix(self.site, texts[:, :-1]) for texts, _, _ in parts]
+        last = {"own": 0.0}
 
-        @torch.no_grad()
+        def loss() -> Tensor:
+            found = [
+                nats(suffix.logits(self.site.linear(suffix.keys)), texts, length).mean() * weight
+                for suffix, (texts, length, weight) in zip(suffixes, parts, strict=True)
+            ]
+            last["own"] = float(found[0].detach())
+            return torch.stack(found).sum()
+
         def is_done() -> bool:
-            return bool(answer_nats(self.model, own, len(request.target)).mean() < self.stop_below)
+            return last["own"] < self.stop_below
 
         optimizer = torch.optim.Adam(self.params, lr=self.lr)
         return descend(self.runtime, self.params, loss, optimizer, self.steps, 0.0, is_done=is_done)

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from clbench.interfaces import Capabilities, Experience, UserError
 from clbench.streams.tokens.edits import Request
-from clbench.training.editing.requests import answer_nats, check_options, descend, each, whole
+from clbench.training.editing.requests import check_options, descend, each, whole
 from clbench.training.editing.site import Site, last_but_one
+from clbench.training.editing.suffix import Suffix, nats
 from clbench.training.runtime import Runtime
 from clbench.training.state import collect, restore
 
@@ -80,7 +81,8 @@ class Grace:
 
     def _edit(self, request: Request) -> None:
         tokens, length = whole(request, self.runtime.device), len(request.target)
-        query_H = self.site.keys(tokens[:, :-1])[0, -length]
+        suffix = Suffix(self.site, tokens[:, :-1])
+        query_H = suffix.keys[0, -length]
         row = self._place(query_H, self._label(request))
         if self.start == "cold":
             gen = self.runtime.generator("grace", request.id)
@@ -88,11 +90,13 @@ class Grace:
         else:
             self.values_ND[row] = self.site.linear(query_H).detach()
         value_1D = self.values_ND[row : row + 1].clone().requires_grad_()
+        hit, j = self._near(suffix.keys)
+        own = (hit & (j == row))[..., None]
+        others = torch.where(hit[..., None], self.values_ND[j].to(suffix.values.dtype), suffix.values)
 
         def loss() -> Tensor:
-            table = torch.cat([self.values_ND[:row], value_1D, self.values_ND[row + 1 :]])
-            with self.site.changed(lambda q, y: self._looked_up(q, y, table)):
-                return answer_nats(self.model, tokens, length).mean()
+            z = suffix.logits(torch.where(own, value_1D.to(others.dtype), others))
+            return nats(z, tokens, length).mean()
 
         optimizer = torch.optim.Adam([value_1D], lr=self.lr)
         self.runtime.meter.trained = max(self.runtime.meter.trained, self.values_ND.numel() + value_1D.numel())
@@ -131,24 +135,28 @@ class Grace:
         self.labels.append(label)
         return len(self.labels) - 1
 
-    def _looked_up(self, q: Tensor, y: Tensor, values_ND: Tensor) -> Tensor:
+    def _near(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether a key answers at each token, and the row of the nearest one [B, L]; q [B, L, H]."""
+        distances = torch.cdist(q.flatten(0, 1).float(), self.keys_NH, compute_mode="donot_use_mm_for_euclid_dist")
+        d, j = (part.view(q.shape[:2]) for part in distances.min(1))
+        hit = d <= self.radii_N[j]
+        if self.replace == "after":
+            places = torch.arange(q.shape[1], device=q.device).expand(hit.shape)
+            latest = torch.where(hit, places, -1).cummax(1).values  # the last token so far that is near a key
+            hit, j = latest >= 0, j.gather(1, latest.clamp(min=0))
+        return hit, j
+
+    def _looked_up(self, q: Tensor, y: Tensor) -> Tensor:
         """Values where a key is near, the layer's own output y [B, L, D] elsewhere; q [B, L, H]."""
         if not len(self.keys_NH):
             return y
-        flat = q.reshape(-1, q.shape[-1]).float()
-        distances = torch.cdist(flat, self.keys_NH, compute_mode="donot_use_mm_for_euclid_dist")
-        d, j = (part.view(y.shape[:2]) for part in distances.min(1))
-        hit = d <= self.radii_N[j]
-        if self.replace == "after":
-            places = torch.arange(y.shape[1], device=y.device).expand(hit.shape)
-            latest = torch.where(hit, places, -1).cummax(1).values  # the last token so far that is near a key
-            hit, j = latest >= 0, j.gather(1, latest.clamp(min=0))
-        return torch.where(hit[..., None], values_ND[j].to(y.dtype), y)
+        hit, j = self._near(q)
+        return torch.where(hit[..., None], self.values_ND[j].to(y.dtype), y)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Scores of the next token after each: [B, L] -> [B, L, V]."""
         self.model.eval()
-        with self.site.changed(lambda q, y: self._looked_up(q, y, self.values_ND)):
+        with self.site.changed(self._looked_up):
             return self.model(tokens)
 
     def state_dict(self) -> dict[str, Any]:

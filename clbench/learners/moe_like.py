@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from clbench.interfaces import Capabilities, Experience
-from clbench.training.editing.requests import answer_nats, check_options, descend, each, whole
+from clbench.training.editing.requests import check_options, descend, each, whole
 from clbench.training.editing.site import Site, last_but_one
+from clbench.training.editing.suffix import Suffix, nats
 from clbench.training.runtime import Runtime
 from clbench.training.state import collect, restore
 
@@ -63,9 +64,10 @@ class MoeLike:
     def _edit(self, tokens: Tensor, length: int) -> int:
         params = [p.requires_grad_() for p in (self.up_EDR, self.down_ERH, self.gate_EH)]
 
+        suffix = Suffix(self.site, tokens[:, :-1])
+
         def loss() -> Tensor:
-            with self.site.changed(self._beside):
-                return answer_nats(self.model, tokens, length).mean()
+            return nats(suffix.logits(self._beside(suffix.keys, suffix.values)), tokens, length).mean()
 
         steps = descend(self.runtime, params, loss, torch.optim.Adam(params, lr=self.lr), self.steps, self.stop_below)
         for p in params:

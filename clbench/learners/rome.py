@@ -90,7 +90,7 @@ class Rome:
     def _change(self, request: Request, data: Any) -> Tensor:
         """Delta [D, H] of one request."""
         before = key_values.contexts(data, self.contexts, self.context, self.runtime.key("contexts", request.id))
-        delta_D, start_D = find_value(self.runtime, self.model, self.site.linear, request, before, self.search)
+        delta_D, start_D = find_value(self.runtime, self.site, request, before, self.search)
         plain_H, behind_MH = key_values.keys_of(self.site, request, before, self.runtime.device)
         mean_H = torch.cat([plain_H[None], behind_MH]).mean(0)
         return rome_change(self.variant, self.site, delta_D.double(), start_D.double(), plain_H, mean_H, self.moment_HH)

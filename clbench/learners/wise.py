@@ -34,6 +34,7 @@ from clbench.streams.tokens.edits import EditData, Request
 from clbench.training.editing.key_values import contexts, told
 from clbench.training.editing.requests import check_options, descend, each, edit_data
 from clbench.training.editing.site import Site, last_but_one
+from clbench.training.editing.suffix import Suffix, nats
 from clbench.training.runtime import Runtime
 from clbench.training.state import collect, restore
 
@@ -99,18 +100,19 @@ class Wise:
         beta = self.margin * self.unit
         state: dict[str, float] = {}
 
+        suffixes = [Suffix(self.site, text[:, :-1]) for text in texts]
+        apart = Suffix(self.site, unrelated)
+
         def loss() -> Tensor:
             trained = torch.where(mask_DH, side_DH, side_DH.detach())
-            nats, inside = [], []
-            for text in texts:
-                z, d = self._answer(text[:, :-1], trained)
-                said = z[:, -length:].log_softmax(-1).gather(-1, text[:, -length:, None])[..., 0]
-                nats.append(-said.mean(1))
+            said, inside = [], []
+            for suffix, text in zip(suffixes, texts, strict=True):
+                y, d = self._side(suffix, trained)
+                said.append(nats(suffix.logits(y), text, length).mean(1))
                 inside.append(d[:, : d.shape[1] - length + 1].mean(1))  # the tokens of the prompt
-            _, d = self._answer(unrelated, trained)
-            d_in, d_out = torch.cat(inside), d.mean(1)
+            d_in, d_out = torch.cat(inside), self._side(apart, trained)[1].mean(1)
             state["d_in"] = float(d_in.detach()[0])
-            return torch.cat(nats).mean() + margins(d_in, d_out, beta / 4, beta, beta / 2)
+            return torch.cat(said).mean() + margins(d_in, d_out, beta / 4, beta, beta / 2)
 
         @torch.no_grad()
         def clamp() -> None:
@@ -124,18 +126,10 @@ class Wise:
         if self.edits % self.shard == 0:
             self._store()
 
-    def _answer(self, tokens: Tensor, side_DH: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores [B, L, V] when a side memory answers everywhere, and |W' k - W k| of each token [B, L]."""
-        apart: list[Tensor] = []
-
-        def side(k: Tensor, y: Tensor) -> Tensor:
-            other = functional.linear(k.float(), side_DH, self.site.linear.bias)
-            apart.append((other - y.float()).norm(dim=-1))
-            return other.to(y.dtype)
-
-        with self.site.changed(side):
-            z = self.model(tokens).float()
-        return z, apart[0]
+    def _side(self, suffix: Suffix, side_DH: Tensor) -> tuple[Tensor, Tensor]:
+        """A side memory's output W' k + b [B, L, D], and |W' k - W k| of each token [B, L]."""
+        other = functional.linear(suffix.keys, side_DH, self.site.linear.bias)
+        return other.to(suffix.values.dtype), (other - suffix.values.float()).norm(dim=-1)
 
     def _mask(self) -> Tensor:
         """The entries that this shard trains [D, H] bool."""

@@ -182,15 +182,23 @@ class Decoder(MixedPrecision, nn.Module):
         """
         with self.lowered(tokens.device.type):
             x = self.embed_in(tokens)
-            length = x.shape[1]
-            if length > self.shape.context:
-                raise UserError(f"a text of {length} tokens is longer than the context of {self.shape.context}")
-            explicit = self.kernel == "explicit" or (self.kernel == "auto" and tokens.device.type == "cpu")
-            angles = (self.cos[:length], self.sin[:length])  # type: ignore[index]
-            mask = self.later[:length, :length] if explicit else None  # type: ignore[index]
-            for layer in self.layers:
-                x = layer(x, angles, mask)
-            x = self.final_layer_norm(x[:, length - tokens.shape[1] :])
+        if x.shape[1] > self.shape.context:
+            raise UserError(f"a text of {x.shape[1]} tokens is longer than the context of {self.shape.context}")
+        return self.resume(x, 0, x.shape[1] - tokens.shape[1])
+
+    def resume(self, x: Tensor, block: int, skipped: int = 0) -> Tensor:
+        """The residual stream x [B, L, D] that goes into block number `block` (the depth: into the last norm) -> logits.
+
+        The first `skipped` places give none.
+        """
+        length = x.shape[1]
+        explicit = self.kernel == "explicit" or (self.kernel == "auto" and x.device.type == "cpu")
+        angles = (self.cos[:length], self.sin[:length])  # type: ignore[index]
+        mask = self.later[:length, :length] if explicit else None  # type: ignore[index]
+        with self.lowered(x.device.type):
+            for i in range(block, len(self.layers)):
+                x = self.layers[i](x, angles, mask)
+            x = self.final_layer_norm(x[:, skipped:])
             if self.times != 1:
                 x = x / self.times
             if self.precision == "fp32" or torch.is_grad_enabled():

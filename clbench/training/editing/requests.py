@@ -57,13 +57,6 @@ def whole(request: Request, device: torch.device) -> Tensor:
     return torch.cat([torch.from_numpy(request.prompt), torch.from_numpy(request.target)])[None].to(device)
 
 
-def answer_nats(model: Callable[[Tensor], Tensor], tokens: Tensor, length: int) -> Tensor:
-    """Nats of the last `length` tokens of texts of equal length [B, L] -> [B, length]."""
-    z = model(tokens[:, :-1])[:, -length:].float()
-    wanted = tokens[:, -length:]
-    return torch.nn.functional.cross_entropy(z.flatten(0, 1), wanted.flatten(), reduction="none").view(wanted.shape)
-
-
 def descend(
     runtime: Runtime,
     params: Sequence[Tensor],

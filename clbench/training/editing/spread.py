@@ -40,7 +40,7 @@ def edit_together(
     before = [key_values.contexts(data, number, length, runtime.key("contexts", r.id)) for r in requests]
     wanted = []
     for request, pieces in zip(requests, before, strict=True):
-        delta_D, start_D = find_value(runtime, model, last, request, pieces, search)
+        delta_D, start_D = find_value(runtime, sites[-1], request, pieces, search, of_block=True)
         wanted.append((start_D + delta_D).double())
     wanted_DN, used = torch.stack(wanted, 1), []
     for m, site in enumerate(sites):

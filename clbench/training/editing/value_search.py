@@ -9,7 +9,7 @@ v_0 is the module's output at the subject of the prompt by itself. The distribut
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from clbench.streams.tokens.edits import Request
 from clbench.training.editing.key_values import told
 from clbench.training.editing.requests import check_options, descend
+from clbench.training.editing.site import Site
+from clbench.training.editing.suffix import Suffix
 from clbench.training.runtime import Runtime
 
 
@@ -74,17 +76,25 @@ def output_at(model: nn.Module, module: nn.Module, tokens: Tensor, place: int) -
 
 
 def find_value(
-    runtime: Runtime, model: nn.Module, module: nn.Module, request: Request, before: np.ndarray, search: Search
+    runtime: Runtime, site: Site, request: Request, before: np.ndarray, search: Search, of_block: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(delta, v_0) [D] float32 each of a request; `before` are contexts [M, C]."""
+    """(delta, v_0) [D] float32 each of a request; `before`: contexts [M, C]. The module is the layer of `site`, or its block."""
     texts, places = told(request, before, runtime.device)
-    start_D = output_at(model, module, texts[0][:, :-1], places[0])[0]
-    with torch.no_grad():
-        plain = model(texts[0][:, :-1])[0, places[0]].float().log_softmax(-1)
+    goal = _Goal(site, texts, places, len(request.target), of_block)
+    start_D = goal.start_NLD[0, places[0]].float()
     delta_D = torch.zeros_like(start_D, requires_grad=True)
     most = search.clamp * float(start_D.norm())
     lr = 0.1 * most / len(start_D) ** 0.5 if search.lr is None else search.lr
-    loss, is_first = _objective(model, module, texts, places, len(request.target), delta_D, start_D, plain, search)
+    seen = {"met": 0, "right": 0}
+
+    def loss() -> Tensor:
+        nats, kl, right = goal(delta_D)
+        seen["right"] = right
+        return nats + search.kl * kl + search.decay * delta_D.norm() / start_D.square().sum()
+
+    def is_first() -> bool:
+        seen["met"] += bool(search.top) and seen["right"] >= search.top
+        return bool(search.top) and seen["met"] >= search.patience
 
     @torch.no_grad()
     def project() -> None:
@@ -96,37 +106,34 @@ def find_value(
     return delta_D.detach(), start_D
 
 
-def _objective(
-    model: nn.Module,
-    module: nn.Module,
-    texts: list[Tensor],
-    places: list[int],
-    length: int,
-    delta_D: Tensor,
-    start_D: Tensor,
-    plain_V: Tensor,
-    search: Search,
-) -> tuple[Callable[[], Tensor], Callable[[], bool]]:
-    """The loss of `find_value`, and whether the last look at it is one at which to end."""
-    state = {"met": 0, "right": 0}
-    number = sum(map(len, texts))
+class _Goal:
+    """delta -> nats of the answer, KL at the subject of the first text, and texts behind contexts whose whole answer is right.
 
-    def loss() -> Tensor:
-        nats, kl = delta_D.new_zeros(()), delta_D.new_zeros(())
-        for i, (text, place) in enumerate(zip(texts, places, strict=True)):
-            with added(module, place, delta_D):
-                z = model(text[:, :-1]).float()
-            wanted, said = text[:, -length:], z[:, -length:].log_softmax(-1)
-            nats = nats - said.gather(-1, wanted[..., None]).mean((1, 2)).sum() / number
-            if i == 0:
-                now = z[0, place].log_softmax(-1)
-                kl = (now.exp() * (now - plain_V)).sum()
-            else:
-                state["right"] = int((said.argmax(-1) == wanted).all(1).sum())
-        return nats + search.kl * kl + search.decay * delta_D.norm() / start_D.square().sum()
+    All texts are one batch, shorter ones filled up behind their ends: nothing that stands there is seen from before.
+    """
 
-    def is_first() -> bool:
-        state["met"] += bool(search.top) and state["right"] >= search.top
-        return bool(search.top) and state["met"] >= search.patience
+    def __init__(self, site: Site, texts: list[Tensor], places: list[int], length: int, of_block: bool):
+        most = max(text.shape[1] for text in texts)
+        filled = torch.cat([torch.nn.functional.pad(text, (0, most - text.shape[1])) for text in texts])
+        device, each_N = filled.device, torch.tensor([len(text) for text in texts], device=filled.device)
+        ends_N = torch.tensor([text.shape[1] for text in texts], device=device).repeat_interleave(each_N)
+        places_N = torch.tensor(places, device=device).repeat_interleave(each_N)
+        self.rows_N1 = torch.arange(len(filled), device=device)[:, None]
+        self.wanted_NT = ends_N[:, None] - length + torch.arange(length, device=device)  # places of the answers
+        self.answers_NT = filled[self.rows_N1, self.wanted_NT]
+        self.suffix = Suffix(site, filled[:, :-1])
+        self.start_NLD = self.suffix.output() if of_block else self.suffix.values
+        self.logits = self.suffix.after if of_block else self.suffix.logits
+        self.marked_NL1 = (torch.arange(most - 1, device=device) == places_N[:, None])[..., None].to(self.start_NLD.dtype)
+        self.subject = places[0]
+        with torch.no_grad():
+            self.plain_V = self.logits(self.start_NLD)[0, self.subject].float().log_softmax(-1)
 
-    return loss, is_first
+    def __call__(self, delta_D: Tensor) -> tuple[Tensor, Tensor, int]:
+        """(mean nats of a token, KL(P_delta || P_0), number of right answers behind contexts)."""
+        z = self.logits(self.start_NLD + self.marked_NL1 * delta_D.to(self.start_NLD.dtype)).float()
+        said = z[self.rows_N1, self.wanted_NT - 1].log_softmax(-1)
+        nats = -said.gather(-1, self.answers_NT[..., None]).mean()
+        now = z[0, self.subject].log_softmax(-1)
+        right = int((said[1:].argmax(-1) == self.answers_NT[1:]).all(1).sum())
+        return nats, (now.exp() * (now - self.plain_V)).sum(), right
