@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,8 @@ class SetCounts:
 
     by_experience  [T] predictions by the experience that brought the predicted class
     calibration    n, nll, brier, bin_n, bin_conf, bin_correct (see `calibration`)
-    Both are None in the snapshot of a run that began before they were counted.
+    spent          what the answers on this set cost, by name, of a learner that counts it in whole numbers in `spent`
+    The first two are None in the snapshot of a run that began before they were counted.
     """
 
     n: int = 0
@@ -42,6 +44,7 @@ class SetCounts:
     heads: dict[str, int] = field(default_factory=dict)
     by_experience: list[int] | None = None
     calibration: dict[str, Any] | None = None
+    spent: dict[str, int] = field(default_factory=dict)
 
 
 def evaluate(
@@ -65,10 +68,14 @@ def evaluate(
     asked = [i for i, one in enumerate(evals) if max(one.classes) < num_seen]
     own = [torch.tensor(sorted(evals[i].classes)) for i in asked]
     found: list[list[_Answers]] = [[] for _ in asked]
+    spent: list[Counter[str]] = [Counter() for _ in asked]
     for batch, y, owners in eval_batches([evals[i] for i in asked], batch_size, joined):
         check_stop()
+        before = dict(getattr(learner, "spent", {}))
         with torch.no_grad():
             answer = learner.predict(batch)
+        for i, _ in owners[:1]:  # learners that count are asked about one set at a time
+            spent[i].update({name: count - before[name] for name, count in getattr(learner, "spent", {}).items()})
         heads = answer if isinstance(answer, Mapping) else {"": answer}
         scores = {name: checked(z, len(y), num_seen, type(learner).__name__) for name, z in heads.items()}
         for i, part in owners:
@@ -77,8 +84,9 @@ def evaluate(
             if kept is not None:
                 kept.setdefault(asked[i], []).append((next(iter(mine.values())), y[part]))
     row: list[SetCounts | None] = [None] * len(evals)
-    for i, parts in zip(asked, found, strict=True):
-        row[i] = _counts(evals[i].classes, parts, num_seen, np.asarray(class_to_experience, np.int64))
+    for i, parts, costs in zip(asked, found, spent, strict=True):
+        counts = _counts(evals[i].classes, parts, num_seen, np.asarray(class_to_experience, np.int64))
+        row[i] = replace(counts, spent=dict(costs))
     return row
 
 
@@ -182,6 +190,12 @@ def sums_of(counts: Sequence[SetCounts | None], seen: Sequence[bool], experience
         sums["task_confusion"] = column(lambda c: (c.by_experience or []) + [0] * (experiences - len(c.by_experience or [])))
     total = together([c.calibration for c, one in zip(counts, seen, strict=True) if one and c is not None])
     return {"sums": sums} | ({} if total is None else {"total": total})
+
+
+def spent_of(counts: Sequence[SetCounts | None]) -> dict[str, list[int | None]]:
+    """What answers cost, by name, a value for each set, null where it was not evaluated; empty where nothing is counted."""
+    names = sorted({name for c in counts if c is not None for name in c.spent})
+    return {name: [None if c is None else c.spent.get(name, 0) for c in counts] for name in names}
 
 
 def together(sets: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 GROUP = "clbench.evaluators"
 BUILT_IN = (
     "accuracy",
+    "spent",
     "token_loss",
     "reconstruction",
     "linear_probe",

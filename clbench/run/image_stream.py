@@ -12,7 +12,7 @@ import torch
 
 from clbench.config.run_options import RunOptions
 from clbench.evaluation import metrics
-from clbench.evaluation.accuracy import evaluate, sums_of
+from clbench.evaluation.accuracy import evaluate, spent_of, sums_of
 from clbench.evaluation.evaluators import Answered, row_of
 from clbench.interfaces import Capabilities, Experience, Place, UserError
 from clbench.models import feature_store
@@ -204,6 +204,8 @@ class ImageStream:
         else:
             seen = [one.first_seen <= index for one in self.sets]
             made = [place | {"evaluator": "accuracy"} | sums_of(counts, seen, self.job.scenario.manifest.rows)]
+            if costs := spent_of(counts):
+                made.append(place | {"evaluator": "spent", "sums": costs})
         if saves:
             saved_predictions.keep(self.job, int(place["experience"]), kept or {}, self.sets)
         asked = [

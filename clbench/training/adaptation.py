@@ -73,6 +73,43 @@ def batch_statistics(net: nn.Module, prior: float = 0.0) -> Iterator[None]:
             module.running_mean, module.running_var = mean, var
 
 
+@contextlib.contextmanager
+def renormalised(net: nn.Module, averages: dict[str, Tensor], moves: bool) -> Iterator[None]:
+    """BatchNorm normalises by moving averages of test statistics; gradients go through the batch's (batch renormalisation,
+    Ioffe 2017, arXiv 1702.03275, without its bounds).
+
+    averages  by the name of a layer and `.mean` or `.var`; a layer without some takes those of the first batch that comes
+    moves     whether they follow the batch, at the layer's momentum (0.1 where it has none), after it was normalised
+
+    Stored statistics are neither used nor changed. Variances are the unbiased ones.
+    """
+    norms = {name: m for name, m in net.named_modules() if isinstance(m, _BatchNorm)}
+
+    def of(name: str, layer: Any) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            var, mean = torch.var_mean(x.float(), [d for d in range(x.ndim) if d != 1], keepdim=True)
+            held_mean = averages.setdefault(f"{name}.mean", mean.detach().clone())
+            held_var = averages.setdefault(f"{name}.var", var.detach().clone())
+            std, held_std = (var + layer.eps).sqrt(), (held_var + layer.eps).sqrt()
+            out = ((x - mean) / std) * (std.detach() / held_std) + (mean.detach() - held_mean) / held_std
+            if moves:
+                rate = 0.1 if layer.momentum is None else layer.momentum
+                held_mean += rate * (mean.detach() - held_mean)
+                held_var += rate * (var.detach() - held_var)
+            out = layer.weight.view_as(mean) * out + layer.bias.view_as(mean) if layer.affine else out
+            return out.to(x.dtype)
+
+        return forward
+
+    for name, layer in norms.items():
+        layer.forward = of(name, layer)
+    try:
+        yield
+    finally:
+        for layer in norms.values():
+            del layer.forward
+
+
 def affine(net: nn.Module, batch_norm_alone: bool) -> dict[str, Tensor]:
     """Copies of scale and shift of every normalisation layer, by parameter name."""
     kinds = (_BatchNorm,) if batch_norm_alone else NORMS
