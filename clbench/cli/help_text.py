@@ -143,4 +143,8 @@ EXAMPLES: dict[str, tuple[str, tuple[str, ...]]] = {
             "clbench manifest corpus check data/novels data/web",
         ),
     ),
+    "site": (
+        "the guide, a page for each thing that can be chosen, and the Python names, as static HTML (extra: clbench[docs])",
+        ("clbench site public", "clbench site public --pages"),
+    ),
 }

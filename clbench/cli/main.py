@@ -28,6 +28,7 @@ MODULES = {  # commands that a module of their own adds arguments to and runs; i
     "manifest corpus": "clbench.cli.corpus_command",
     "orders": "clbench.studies.orders",
     "effects": "clbench.studies.effects",
+    "site": "clbench.cli.site_command",
 }
 
 
