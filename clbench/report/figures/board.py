@@ -175,7 +175,7 @@ def cost_chart(kind: str, height: int = 220) -> Chart:
     front = base().transform_filter(f"datum.kind == '{ON}'").mark_line(interpolate="step-after", strokeWidth=1)
     ranges = base().mark_rule(strokeWidth=0.8, opacity=0.5).encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=colour)
     points = base().mark_point(filled=True, size=38, opacity=0.9).encode(
-        x=x, y=y, color=colour, tooltip=told, href="href:N",
+        x=x, y=y, color=colour, tooltip=told,
         shape=alt.condition(f"datum.kind == '{ASIDE}'", alt.value("square"), alt.value("circle")),
     )  # fmt: skip
     named = base().transform_filter("isValid(datum.name)").mark_text(baseline="middle", align="left")

@@ -170,11 +170,7 @@ def trade_chart(measure: str = "nats") -> Chart:
     told = [alt.Tooltip("label:N"), alt.Tooltip("newest:Q", format=".4f"), alt.Tooltip("old:Q", format=".4f")]
     joined = base().transform_filter("!datum.reference && isValid(datum.replay)").mark_line(strokeWidth=0.8, opacity=0.6)
     shape = alt.condition("datum.reference", alt.value("square"), alt.value("circle"))
-    marks = (
-        base()
-        .mark_point(filled=True, size=38, opacity=1)
-        .encode(x=x, y=y, color=colour, shape=shape, tooltip=told, href="href:N")
-    )
+    marks = base().mark_point(filled=True, size=38, opacity=1).encode(x=x, y=y, color=colour, shape=shape, tooltip=told)
     return style.chart(joined.encode(x=x, y=y, color=colour, order="replay:Q"), marks, height=200)
 
 

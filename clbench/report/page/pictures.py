@@ -40,7 +40,12 @@ def specifications() -> dict[str, dict[str, Any]]:
         "wins": wins_chart(),
         **{kind: board.cost_chart(kind, 340) for kind in board.COSTS},
     }
-    return {name: _bare(chart.to_dict()) for name, chart in charts.items()}
+    specs = {name: _bare(chart.to_dict()) for name, chart in charts.items()}
+    for name in ("trade", *board.COSTS):
+        for layer in specs[name]["layer"]:
+            if "tooltip" in layer["encoding"]:  # its points lead to their rows
+                layer["encoding"]["href"] = {"field": "href", "type": "nominal"}
+    return specs
 
 
 def _bare(spec: dict[str, Any]) -> dict[str, Any]:
