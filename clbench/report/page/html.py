@@ -59,9 +59,9 @@ def page(data: Mapping[str, Any]) -> str:
     script = "(() => {\n'use strict';\n" + "".join(_read(f"{name}.js") for name in SCRIPTS) + "})();\n"
     policy = _POLICY.format(scripts=f"{_hash(library)} {_hash(script)}", style=_hash(style))
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    parts = {"style": style, "library": library, "script": script, "data": embedded(data)}
+    parts = {"policy": policy, "style": style, "library": library, "script": script, "data": embedded(data)}
     template = environment.from_string(_read("page.html"))
-    text = template.render(policy=policy, rows=plain_rows(data), **{name: Markup(part) for name, part in parts.items()})
+    text = template.render(rows=plain_rows(data), **{name: Markup(part) for name, part in parts.items()})
     return text.encode("ascii", "xmlcharrefreplace").decode("ascii") + "\n"
 
 
