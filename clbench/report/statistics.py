@@ -191,6 +191,22 @@ def t_tests(rows: Sequence[Sequence[float]]) -> list[tuple[float | None, float |
     return list(zip((mean_std(row)[0] for row in rows), _by_shape(rows, kind, answer), strict=True))
 
 
+def t_intervals(rows: Sequence[Sequence[float]]) -> list[Interval]:
+    """95 % t interval of the mean of every row; None with fewer than two values, and where they are all the same."""
+
+    def answer(group: list[Sequence[float]], size: int) -> Sequence[Interval]:
+        if size < 2:
+            return [None] * len(group)
+        from scipy import special
+
+        values = np.array(group, np.float64)
+        half = special.stdtrit(size - 1, 0.5 + LEVEL / 2) * values.std(-1, ddof=1) / math.sqrt(size)
+        ends = zip(group, (values.mean(-1) - half).tolist(), (values.mean(-1) + half).tolist(), strict=True)
+        return [None if is_level(row) else (low, high) for row, low, high in ends]
+
+    return _by_shape(rows, len, answer)
+
+
 def verdict(mean: float | None, p: float | None, level: bool = False, alpha: float = 0.05) -> str:
     """What a difference with an (adjusted) p says: `better`, `worse`, `not distinguishable`, `too few seeds` or `no spread`.
 

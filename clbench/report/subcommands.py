@@ -50,8 +50,12 @@ PAGES: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "html": (
-        "one page to open in a browser: table, curves, heat maps, costs",
-        ("clbench report html", "clbench report html --results-dir 'other results' --out page.html"),
+        "one page to open in a browser: table, ranks, figures, costs, what changed",
+        (
+            "clbench report html",
+            "clbench report html --results-dir 'other results' --out page.html",
+            "clbench report html --since old/leaderboard.csv",
+        ),
     ),
     "plot": (
         "figures for a paper",
@@ -103,6 +107,8 @@ def add_arguments(parser: argparse.ArgumentParser, page: str) -> None:
         parser.add_argument("--where", action="append", default=[], metavar="KEY=VALUE", help=words)
     if page == "html":
         parser.add_argument("--out", metavar="FILE", help="the file to write (DIR/report.html)")
+        words = "an earlier leaderboard.csv, or the folder that holds it: the page says what changed"
+        parser.add_argument("--since", metavar="FILE", help=words)
     elif page == "plot":
         parser.add_argument("kinds", nargs="*", metavar="KIND", help="which figures (all)")
         parser.add_argument("--format", choices=("png", "svg", "pdf"), default="png", help="(png)")
@@ -123,7 +129,8 @@ def run(args: argparse.Namespace, conf: pathlib.Path) -> tuple[str, int]:
     if args.page == "html":
         from clbench.report.page import html
 
-        return f"written {html.write(results, pathlib.Path(args.out).expanduser() if args.out else None)}", 0
+        out, since = (pathlib.Path(given).expanduser() if given else None for given in (args.out, args.since))
+        return f"written {html.write(results, out, since)}", 0
     if args.page == "plot":
         return _plot(args, results)
     form = formats.form_of(args.format, args.out)

@@ -1,100 +1,109 @@
-"""Figures of whole rows: leaderboard, overview, cost against accuracy, forgetting of each set."""
+"""Figures of whole rows: leaderboard, overview, cost against accuracy, forgetting of each set, where the seconds went."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import altair as alt
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from clbench.report import costs
-from clbench.report.figures import style
+from clbench.report.figures import grids, style
 from clbench.report.figures.data import Field, Line, forgotten, steps
-from clbench.report.figures.style import COLOURS, DOUBLE, FRONT, GREY, INK, PALE, SINGLE
-from clbench.report.formats import fraction
+from clbench.report.figures.style import DOUBLE, SINGLE, Chart, base
 
-Made = Iterator[tuple[str, Figure]]
+Made = Iterator[tuple[str, dict[str, Any]]]
 ROWS = 50
+LAST = "accuracy after the last experience (%)"
+VERDICTS = {
+    "worse": "worse",
+    "best": "best mean",
+    "not distinguishable": "not distinguishable from it (t, Holm)",
+    "too few seeds": "too few shared seeds to tell",
+    "no spread": "same difference on every seed",
+    "reference": "reference or legacy",
+}
+_SECONDS = (
+    "datum.value < 120 ? format(datum.value, '.3~r') + ' s' : "
+    "datum.value < 7200 ? format(datum.value / 60, '.3~r') + ' min' : format(datum.value / 3600, '.3~r') + ' h'"
+)
+_BYTES = "replace(format(datum.value, '.3~s'), 'G', ' G') + 'B'"
+# Kind -> what it costs, how a tick is written, its value of a row.
+COSTS: dict[str, tuple[str, str, Any]] = {
+    "cost_seconds": ("time of a run", _SECONDS, lambda row: row["seconds_mean"]),
+    "cost_held": ("held after the last experience", _BYTES, costs.held),
+    "cost_memory": ("peak memory", _BYTES, lambda row: _times(row["peak_memory_mb_mean"], 1e6)),
+    "cost_trained": ("parameters trained", "format(datum.value, '.3~s')", lambda row: row["parameters_trained"]),
+}
+MOST_POINTS = 150
+ON, OFF, ASIDE = "no other is as cheap and as good", "others", "reference or legacy"
+
+
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else factor * value
+
+
+def verdict(line: Line) -> str:
+    """What a line says against the best, in the words of the legend."""
+    return VERDICTS["reference"] if line.reference else VERDICTS.get(line.row["vs_best"], VERDICTS["reference"])
+
+
+def leaderboard_chart() -> Chart:
+    """A row for each line: runs pale, interval, mean; the mean as a number at the right."""
+    y = alt.Y("label:N", sort=None, title=None).axis(domain=False, ticks=False, labelPadding=4)
+    scale = alt.Scale(zero=False, padding=18, nice=False)
+    colour = alt.Color("verdict:N", sort=list(VERDICTS.values())).legend(title=None, columns=1, symbolType="circle")
+    names = ("not distinguishable", "too few seeds", "no spread", "reference")
+    undecided = f"indexof({[VERDICTS[name] for name in names]}, datum.verdict) >= 0"
+    told = [alt.Tooltip("label:N"), *(alt.Tooltip(f"{name}:Q", format=".2f") for name in ("mean", "low", "high"))]
+    told += [alt.Tooltip("verdict:N")]
+    x = alt.X("accuracy:Q", title=LAST, scale=scale).axis(grid=True)
+    runs = base().transform_flatten(["runs"], ["accuracy"]).mark_tick(style="pale", thickness=1, height=7).encode(x=x, y=y)
+    range_ = base().mark_rule(strokeWidth=1.6).encode(x=alt.X("low:Q"), x2="high:Q", y=y, color=colour)
+    shape = alt.condition(f"datum.verdict == '{VERDICTS['reference']}'", alt.value("square"), alt.value("circle"))
+    where = {"x": alt.X("mean:Q"), "y": y, "color": colour, "tooltip": told, "shape": shape}
+    full = base().transform_filter(f"!({undecided})").mark_point(filled=True, size=34, opacity=1).encode(**where)
+    hollow = base().transform_filter(undecided).mark_point(style="hollow", size=26, opacity=1, strokeWidth=1.3).encode(**where)
+    words = base().mark_text(align="right", dx=-1).encode(x=alt.value("width"), y=y, text=alt.Text("mean:Q", format=".1f"))
+    return style.chart(runs, range_, full, hollow, words, height=alt.Step(12))
+
+
+def leaderboard_rows(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """Mean, interval and runs of each line, in per cent."""
+    return [_leaderboard_row(line) for line in lines]
+
+
+def _leaderboard_row(line: Line) -> dict[str, Any]:
+    low, high = line.row["last_macro_low"], line.row["last_macro_high"]
+    runs = [grids.percent(t.run.values["last_macro"]) for t in line.traces if "last_macro" in t.run.values]
+    made = {"label": line.label, "mean": grids.percent(line.last), "verdict": verdict(line), "runs": runs}
+    return made | {"low": None if low is None else grids.percent(low), "high": None if high is None else grids.percent(high)}
 
 
 def leaderboard(fields: Sequence[Field]) -> Made:
     """Mean of last_macro, its 95 % interval and every run."""
     for field in fields:
         for end, lines in style.pages(field.lines, ROWS):
-            figure = style.paper(SINGLE, 0.95 + 0.155 * len(lines))
-            axes = figure.subplots()
-            dots(axes, lines)
-            _key(axes, lines)
-            yield f"{field.file}{end}", style.titled(figure, field.title)
-
-
-def dots(axes: Axes, lines: Sequence[Line]) -> None:
-    """A row for each line: runs pale, interval, mean; the mean as a number at the right."""
-    for y, line in enumerate(lines):
-        row, ink = line.row, _ink(line)
-        runs = [100 * t.run.values["last_macro"] for t in line.traces if "last_macro" in t.run.values]
-        axes.plot(runs, [y] * len(runs), linestyle="", marker="|", markersize=5, color=PALE, zorder=2)
-        if row["last_macro_low"] is not None:
-            axes.plot([100 * row["last_macro_low"], 100 * row["last_macro_high"]], [y, y], color=ink, linewidth=1.6, zorder=3)
-        mark, fill = ("s" if line.reference else "o"), _fill(line)
-        axes.plot([100 * line.last], [y], marker=mark, markersize=3.6, color=ink, mfc=fill, mew=0.9, zorder=4)
-        axes.annotate(
-            f"{100 * line.last:.1f}", (1, y), xycoords=("axes fraction", "data"), xytext=(3, 0), textcoords="offset points",
-            fontsize=7, va="center", annotation_clip=False,
-        )  # fmt: skip
-    axes.set_yticks(range(len(lines)), [line.label for line in lines])
-    low, high = axes.get_xlim()
-    lack = max(0.0, 10 - (high - low)) / 2
-    axes.set_xlim(low - lack, high + lack)
-    axes.set_ylim(len(lines) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x")
-    axes.set_axisbelow(True)
-    axes.set_xlabel("accuracy after the last experience (%)")
-    axes.spines["left"].set_visible(False)
-
-
-def _ink(line: Line) -> str:
-    if line.reference:
-        return INK
-    return COLOURS[1] if line.row["vs_best"] in ("best", "not distinguishable") else COLOURS[0]
-
-
-def _fill(line: Line) -> str:
-    hollow = ("not distinguishable", "too few seeds", "no spread")
-    return "white" if line.reference or line.row["vs_best"] in hollow else _ink(line)
-
-
-def _key(axes: Axes, lines: Sequence[Line]) -> None:
-    """A legend of the signs that occur."""
-    found = {"reference" if line.reference else line.row["vs_best"] for line in lines}
-    words = (
-        ("best", COLOURS[1], "o", COLOURS[1], "best mean"),
-        ("not distinguishable", COLOURS[1], "o", "white", "not distinguishable from it (paired t, Holm)"),
-        ("worse", COLOURS[0], "o", COLOURS[0], "worse"),
-        ("too few seeds", COLOURS[0], "o", "white", "too few shared seeds to tell"),
-        ("no spread", COLOURS[0], "o", "white", "same difference on every seed: cannot be told"),
-        ("reference", INK, "s", "white", "reference or legacy"),
-    )
-    for name, ink, mark, fill, label in words:
-        if name in found:
-            axes.plot([], [], linestyle="", marker=mark, markersize=3.6, color=ink, mfc=fill, mew=0.9, label=label)
-    if any(line.row["last_macro_low"] is not None for line in lines):
-        axes.plot([], [], color=GREY, linewidth=1.6, label="95 % interval of the mean; ticks: runs")
-    axes.figure.legend(loc="outside lower left", ncols=1, handlelength=1.4, labelspacing=0.2, borderpad=0.1)
+            yield f"{field.file}{end}", style.paper(leaderboard_chart(), leaderboard_rows(lines), field.title)
 
 
 def overview(fields: Sequence[Field]) -> Made:
     """The leaderboard beside accuracy over experiences, a few curves named: the picture of a README."""
     for field in fields:
         for end, lines in style.pages(field.lines, ROWS):
-            figure = style.paper(DOUBLE, max(3.2, 0.95 + 0.155 * len(lines)))
-            left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
-            dots(left, lines)
-            _key(left, lines)
-            _ends(right, lines)
-            yield f"{field.file}{end}", style.titled(figure, field.title)
+            room = 4.1 * max(len(line.label) for line in lines) + 40
+            left = leaderboard_chart().properties(width=max(90, 0.45 * DOUBLE - room))
+            height = max(170, 12 * len(lines))
+            right = _ends_chart(max(len(line.traces[0].matrix) for line in lines)).properties(
+                width=0.42 * DOUBLE, height=height
+            )
+            figure = alt.hconcat(left, right, spacing=14, data=alt.NamedData("table")).resolve_scale(color="independent")
+            curves, ends = _ends(lines, height)
+            made = style.paper(figure, leaderboard_rows(lines), field.title, DOUBLE, curves=curves, ends=ends)
+            yield f"{field.file}{end}", made
 
 
 def _chosen(lines: Sequence[Line]) -> list[int]:
@@ -104,37 +113,36 @@ def _chosen(lines: Sequence[Line]) -> list[int]:
     return sorted(picks | set([i for i, line in enumerate(lines) if line.reference][:1]))
 
 
-def _ends(axes: Axes, lines: Sequence[Line]) -> None:
+def _ends_chart(longest: int) -> Chart:
     """Curves of the chosen lines, named at their ends; the others pale behind them."""
-    chosen = _chosen(lines)
-    ends: list[tuple[float, str, str]] = []
-    longest = 1
+    scale = alt.Scale(domain=[1, longest + 0.6 * max(1, longest - 1)], nice=False)
+    axis = style.count(values=list(range(1, longest + 1, max(1, longest // 8))), grid=False)
+    x = alt.X("after:Q", title="experience", scale=scale, axis=axis)
+    y = alt.Y("accuracy:Q", title="accuracy on what was seen so far (%)", scale=alt.Scale(zero=False))
+    colour = alt.Color("label:N", sort=None, legend=None)
+    curves = alt.Chart(alt.NamedData("curves"))
+    pale = curves.transform_filter("!datum.chosen").mark_line(style="pale line", strokeWidth=0.6)
+    bold = curves.transform_filter("datum.chosen").mark_line(strokeWidth=1.2, point={"size": 10})
+    ends = alt.Chart(alt.NamedData("ends"))
+    lead = ends.mark_rule(strokeWidth=0.5).encode(x=x, y=y, x2="to:Q", y2="at:Q", color=colour)
+    words = ends.mark_text(align="left", dx=2).encode(x=alt.X("to:Q"), y=alt.Y("at:Q"), text="label:N", color=colour)
+    return alt.layer(pale.encode(x=x, y=y, detail="label:N"), bold.encode(x=x, y=y, color=colour), lead, words)
+
+
+def _ends(lines: Sequence[Line], height: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of the mean curves, and where the names of the chosen ones stand."""
+    chosen, rows, ends = _chosen(lines), [], []
     for i, line in enumerate(lines):
-        y = 100 * steps(line).mean(0)
-        x = np.arange(1, len(y) + 1)
-        longest = max(longest, len(y))
-        if i not in chosen:
-            axes.plot(x, y, color=PALE, linewidth=0.6, zorder=1)
-            continue
-        place = sum(colour != INK for _, _, colour in ends) % len(COLOURS)
-        ink, mark = (INK, "s") if line.reference else (COLOURS[place], style.MARKS[place])
-        axes.plot(x, y, color=ink, linestyle="--" if line.reference else "-", marker=mark, markersize=3, zorder=3)
-        ends.append((float(y[-1]), line.label, ink))
-    low, high = axes.get_ylim()
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    gap = (high - low) * 0.13 / (figure.get_figheight() - 1.3)
-    where = _spread([y for y, _, _ in ends], gap)
-    for (y, label, ink), at in zip(ends, where, strict=True):
-        axes.annotate(
-            style.fitted(label, 20), (longest, y), xytext=(longest + 0.06 * max(1, longest - 1), at), textcoords="data",
-            fontsize=7, color=ink, va="center", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": ink, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 2},
-        )  # fmt: skip
-    axes.set_xlabel("experience")
-    axes.set_ylabel("accuracy on what was seen so far (%)")
-    style.whole_numbers(axes)
-    axes.grid(axis="y")
+        y = grids.percent(steps(line).mean(0))
+        label = style.fitted(line.label, 22)
+        rows += [{"label": label, "after": k + 1, "accuracy": v, "chosen": i in chosen} for k, v in enumerate(y)]
+        if i in chosen:
+            ends.append({"label": label, "after": len(y), "accuracy": y[-1], "to": len(y) + 0.07 * max(1, len(y) - 1)})
+    known = [row["accuracy"] for row in rows if row["accuracy"] is not None]
+    gap = 9.5 * max(1.0, max(known) - min(known)) / height
+    for end, at in zip(ends, _spread([end["accuracy"] for end in ends], gap), strict=True):
+        end["at"] = round(at, 3)
+    return rows, ends
 
 
 def _spread(values: Sequence[float], gap: float) -> list[float]:
@@ -151,109 +159,150 @@ def _spread(values: Sequence[float], gap: float) -> list[float]:
     return [at[order.index(i)] for i in range(len(values))]
 
 
-def cost(fields: Sequence[Field]) -> Made:
-    """Accuracy against seconds and against bytes held; nobody is both cheaper and better than the front."""
-    for field in fields:
-        figure = style.paper(DOUBLE, 3.6)
-        panels = figure.subplots(1, 2, sharey=True)
-        lists = [
-            [(line, line.row["seconds_mean"]) for line in field.lines if line.row["seconds_mean"]],
-            [(line, held) for line in field.lines if (held := costs.held(line.row))],
-        ]
-        words = (("time of a run", style.seconds_text), ("held after the last experience", style.bytes_text))
-        titled = style.titled(figure, field.title)
-        for axes, found, (label, ticks) in zip(panels, lists, words, strict=True):
-            axes.set_xlabel(label)
-            axes.grid(True)
-            if found:
-                style.logarithmic(axes, [value for _, value in found], ticks)
-                _front(axes, found)
-        panels[0].set_ylabel("accuracy after the last experience (%)")
-        low, high = panels[0].get_ylim()
-        panels[0].set_yticks([tick for tick in panels[0].get_yticks() if low <= tick <= min(high, 100)])
-        panels[0].set_ylim(low, high + 0.12 * (high - low))  # room for names above the front
-        figure.legend(*_handles(panels), loc="outside lower left", ncols=3, handlelength=1.6)
-        figure.canvas.draw()
-        figure.set_layout_engine("none")
-        for axes, found in zip(panels, lists, strict=True):
-            best = _on_front(found)
-            stairs = _stairs(found, axes.get_xlim()[1])
-            points = [(c, 100 * line.last, style.fitted(line.label, 24), line in best) for line, c in found]
-            style.place_labels(axes, sorted(points, key=lambda p: (not p[3], -p[1], p[0], p[2])), stairs)
-        yield field.file, titled
+def cost_chart(kind: str, height: int = 220) -> Chart:
+    """Accuracy against a cost; nobody is both cheaper and better than the front, which is drawn as stairs."""
+    title, ticks, _ = COSTS[kind]
+    x = alt.X(
+        "cost:Q",
+        title=title,
+        scale=alt.Scale(type="log", padding=14, nice=False),
+        axis=alt.Axis(labelExpr=ticks, tickCount=5, grid=False),
+    )
+    y = alt.Y("accuracy:Q", title=LAST, scale=alt.Scale(zero=False, padding=10))
+    colour = alt.Color("kind:N", sort=[OFF, ON, ASIDE], legend=alt.Legend(title=None, columns=3))
+    told = [alt.Tooltip("label:N"), *(alt.Tooltip(f"{name}:Q", format=".2f") for name in ("accuracy", "low", "high"))]
+    told += [alt.Tooltip("cost:Q", title=title, format=".4~s"), alt.Tooltip("kind:N")]
+    front = base().transform_filter(f"datum.kind == '{ON}'").mark_line(interpolate="step-after", strokeWidth=1)
+    ranges = base().mark_rule(strokeWidth=0.8, opacity=0.5).encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=colour)
+    points = base().mark_point(filled=True, size=38, opacity=0.9).encode(
+        x=x, y=y, color=colour, tooltip=told,
+        shape=alt.condition(f"datum.kind == '{ASIDE}'", alt.value("square"), alt.value("circle")),
+    )  # fmt: skip
+    named = base().transform_filter("isValid(datum.name)").mark_text(baseline="middle", align="left")
+    words = named.encode(x=alt.X("name_x:Q"), y=alt.Y("name_y:Q"), text="name:N")
+    return style.chart(ranges, front.encode(x=x, y=y, color=colour), points, words, height=height)
 
 
-def _handles(panels: Sequence[Axes]) -> tuple[list, list[str]]:
-    found = {}
-    for axes in panels:
-        found |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    return list(found.values()), list(found)
-
-
-def _on_front(found: Sequence[tuple[Line, float]]) -> list[Line]:
+def cost_rows(lines: Sequence[Line], kind: str, size: tuple[float, float] = (210, 220)) -> list[dict[str, Any]]:
+    """Lines with a cost, those of the front named where their names cover nothing in a panel of `size`."""
+    found = [(line, float(value)) for line in lines if (value := COSTS[kind][2](line.row))]
     fair = [(line, value) for line, value in found if not line.reference]
     on = costs.front([(value, line.last) for line, value in fair])
-    return [line for (line, _), yes in zip(fair, on, strict=True) if yes]
+    front = {id(line) for (line, _), yes in zip(fair, on, strict=True) if yes}
+    found.sort(key=lambda p: (id(p[0]) not in front, -p[0].last))
+    rows = [_cost_row(line, value, id(line) in front) for line, value in found[:MOST_POINTS]]
+    place_names(rows, size)
+    return rows
 
 
-def _front(axes: Axes, found: Sequence[tuple[Line, float]]) -> None:
-    """The points, and the front as stairs through those that are on it."""
-    best = _on_front(found)
-    groups = (
-        ("no other is as cheap and as good", [p for p in found if p[0] in best], "o", FRONT, FRONT),
-        ("others", [p for p in found if p[0] not in best and not p[0].reference], "o", GREY, GREY),
-        ("reference", [p for p in found if p[0].reference], "s", INK, "white"),
-    )
-    for order, (label, points, mark, ink, fill) in zip((5, 3, 4), groups, strict=True):
-        if points:
-            x, y = [c for _, c in points], [100 * line.last for line, _ in points]
-            axes.plot(x, y, linestyle="", marker=mark, markersize=4, color=ink, mfc=fill, label=label, zorder=order)
-    stairs = _stairs(found, axes.get_xlim()[1])
-    if stairs:
-        axes.step(*zip(*stairs, strict=True), where="post", color=FRONT, linewidth=0.9, zorder=2)
+def _cost_row(line: Line, cost: float, on: bool) -> dict[str, Any]:
+    whole = _leaderboard_row(line)
+    made = {"label": line.label, "cost": cost, "accuracy": whole["mean"], "low": whole["low"], "high": whole["high"]}
+    return made | {"kind": ASIDE if line.reference else ON if on else OFF}
 
 
-def _stairs(found: Sequence[tuple[Line, float]], right: float) -> list[tuple[float, float]]:
-    """The front from its cheapest point to the right edge."""
-    best = _on_front(found)
-    made = sorted((c, 100 * line.last) for line, c in found if line in best)
-    return [*made, (right, made[-1][1])] if made else []
+def place_names(rows: Sequence[dict[str, Any]], size: tuple[float, float]) -> None:
+    """Give rows a name and its place, the first ones first, where it covers no point and no other name.
+
+    `size`: of the panel in pixels. A row whose name has no room stays without one.
+    """
+    if not rows:
+        return
+    x, y = [math.log(row["cost"]) for row in rows], [row["accuracy"] for row in rows]
+    wide, tall = (max(1e-9, max(v) - min(v)) for v in (x, y))
+    scale = (size[0] - 28) / wide, (size[1] - 20) / tall
+    dots = [(14 + scale[0] * (a - min(x)), 10 + scale[1] * (b - min(y))) for a, b in zip(x, y, strict=True)]
+    taken = [(a - 4, b - 4, a + 4, b + 4) for a, b in dots]
+    stairs = sorted(dot for dot, row in zip(dots, rows, strict=True) if row["kind"] == ON)
+    for (a, b), (right, top) in itertools.pairwise(stairs):
+        taken += [(a, b - 1, right, b + 1), (right - 1, b, right + 1, top)]
+    for row, (a, b) in zip(rows, dots, strict=True):
+        name = style.fitted(row["label"], 24)
+        width = 4.3 * len(name)
+        for dx, dy in (
+            (6, 0),
+            (-6 - width, 0),
+            (-width / 2, 9),
+            (-width / 2, -9),
+            (5, 7),
+            (5, -7),
+            (-5 - width, 7),
+            (-5 - width, -7),
+        ):
+            box = (a + dx, b + dy - 4, a + dx + width, b + dy + 4)
+            inside = box[0] >= 0 and box[2] <= size[0] and box[1] >= 0 and box[3] <= size[1]
+            if inside and not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken):
+                taken.append(box)
+                row["name"] = name
+                row["name_x"] = float(f"{math.exp(min(x) + (box[0] - 14) / scale[0]):.6g}")
+                row["name_y"] = round(min(y) + (b + dy - 10) / scale[1], 4)
+                break
+
+
+def cost(fields: Sequence[Field]) -> Made:
+    """Accuracy against seconds and against bytes held."""
+    for field in fields:
+        panels, rows = [], []
+        for kind in ("cost_seconds", "cost_held"):
+            found = cost_rows(field.lines, kind)
+            if found:
+                panels.append(cost_chart(kind).transform_filter(f"datum.of == '{kind}'").properties(width=210))
+                rows += [{**row, "of": kind} for row in found]
+        if panels:
+            figure = alt.hconcat(*panels, data=alt.NamedData("table"))
+            yield field.file, style.paper(figure, rows, field.title, DOUBLE)
+
+
+def forgetting_chart() -> Chart:
+    """Points lost on each old set (columns) by each line (rows)."""
+    y = alt.Y("label:N", sort=None, title=None).axis(domain=False, ticks=False)
+    x = alt.X("set:N", sort=None, title=None).axis(domain=False, ticks=False, labelLimit=60, labelAngle=0)
+    scale = alt.Scale(scheme="purples", domainMin=0, clamp=True)
+    title = "points lost since the best"
+    colour = alt.Color("lost:Q", scale=scale, legend=alt.Legend(title=title, titleLimit=300))
+    told = [alt.Tooltip("label:N"), alt.Tooltip("set:N"), alt.Tooltip("lost:Q", title=title, format=".2f")]
+    cells = base().mark_rect().encode(x=x, y=y, color=colour, tooltip=told)
+    words = style.cell_words("lost", ".0f").encode(x=x, y=y)
+    return style.chart(cells, words, height=alt.Step(13))
+
+
+def forgetting_rows(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """Tidy rows of what was lost on the sets that anybody could lose; [] without any."""
+    tables = [grids.percent(forgotten(line)) for line in lines]
+    names = lines[0].traces[0].sets.names
+    old = [j for j in range(len(names)) if any(j < len(t) and t[j] is not None for t in tables)]
+    return [
+        {"label": line.label, "set": style.fitted(names[j], 14), "lost": table[j]}
+        for line, table in zip(lines, tables, strict=True)
+        for j in old
+    ]
 
 
 def forgetting(fields: Sequence[Field]) -> Made:
     """Forgetting of each old set: a row for each learner, a column for each set; the best row on top."""
     for field in fields:
         for end, lines in style.pages(field.lines, ROWS):
-            tables = [100 * forgotten(line) for line in lines]
-            old = [j for j in range(len(tables[0])) if np.isfinite([t[j] for t in tables if j < len(t)]).any()]
-            if not old:
-                continue
-            values = np.array([t[old] for t in tables])
-            wide = len(old) > 7
-            height = 1.05 + 0.165 * len(lines)
-            figure = style.paper(DOUBLE if wide else SINGLE, height)
-            axes = figure.subplots()
-            most = max(5.0, float(np.nanmax(np.abs(values))))
-            image = axes.imshow(values, cmap="PuOr_r", vmin=-most, vmax=most, aspect="auto", interpolation="nearest")
-            if len(old) <= (16 if wide else 8):
-                for (i, j), value in np.ndenumerate(values):
-                    ink = "white" if abs(value) > 0.62 * most else INK
-                    axes.text(j, i, fraction(value, 0) if np.isfinite(value) else "", ha="center", va="center", color=ink)
-            _sets(axes, [lines[0].traces[0].sets.names[j] for j in old])
-            axes.set_yticks(range(len(lines)), [line.label for line in lines])
-            axes.tick_params(length=0)
-            axes.spines[:].set_visible(False)
-            bar = figure.colorbar(image, ax=axes, orientation="horizontal", aspect=40, pad=0.15 / height, shrink=0.9)
-            bar.set_label("points lost since the best")
-            bar.outline.set_visible(False)  # type: ignore[operator]
-            yield f"{field.file}{end}", style.titled(figure, field.title)
+            if rows := forgetting_rows(lines):
+                width = DOUBLE if len(rows) > 7 * len(lines) else SINGLE
+                yield f"{field.file}{end}", style.paper(forgetting_chart(), rows, field.title, width)
 
 
-def _sets(axes: Axes, names: Sequence[str]) -> None:
-    """Names of the sets on the x axis; leaning where they are long, thinned out where they are many."""
-    every = -(-len(names) // 24)
-    shown = [style.fitted(name, 14) if i % every == 0 else "" for i, name in enumerate(names)]
-    lean = max(map(len, shown)) * len(shown) > 40
-    axes.set_xticks(
-        range(len(names)), shown, rotation=45 if lean else 0, ha="right" if lean else "center", rotation_mode="anchor"
-    )
+def seconds_chart() -> Chart:
+    """Where the seconds of a run went, a bar for each line."""
+    y = alt.Y("label:N", sort=None, title=None).axis(domain=False, ticks=False)
+    x = alt.X("seconds:Q", title="seconds of a run, mean over seeds")
+    told = [alt.Tooltip("label:N"), alt.Tooltip("phase:N"), alt.Tooltip("seconds:Q", format=".3~r")]
+    colour = alt.Color("phase:N", sort=list(grids.PHASES), legend=alt.Legend(title=None, columns=1))
+    order = alt.Order("place:Q")
+    placed = base().transform_calculate(place=f"indexof({list(grids.PHASES)}, datum.phase)")
+    return style.chart(placed.mark_bar().encode(x=x, y=y, color=colour, order=order, tooltip=told), height=alt.Step(14))
+
+
+def seconds(fields: Sequence[Field]) -> Made:
+    """Optimisation, features, the rest of learning, evaluation, anything else."""
+    for field in fields:
+        for end, lines in style.pages(field.lines, ROWS):
+            found = [(line.label, values) for line in lines if (values := grids.seconds(line.row))]
+            rows = [row for label, values in found for row in grids.labelled(grids.unfold("seconds", values), label)]
+            if rows:
+                yield f"{field.file}{end}", style.paper(seconds_chart(), rows, field.title)

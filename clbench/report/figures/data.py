@@ -237,13 +237,14 @@ def steps(line: Line) -> np.ndarray:
 
 
 def forgotten(line: Line) -> np.ndarray:
-    """Per set, mean over runs of (best since its own experience, before the last) - last [E]; NaN for sets of the last."""
-    rows = []
-    for trace in line.traces:
-        a, first = trace.matrix, trace.sets.first_seen
-        row = np.full(a.shape[1], np.nan)
-        for j, start in enumerate(first):
-            if start < len(a) - 1:
-                row[j] = a[start:-1, j].max() - a[-1, j]
-        rows.append(row)
-    return np.mean(rows, axis=0)
+    """Per set, mean over runs of what was lost [E]; NaN for sets of the last experience."""
+    return np.mean([forgotten_of(trace.matrix, trace.sets.first_seen) for trace in line.traces], axis=0)
+
+
+def forgotten_of(a: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Per set (best since its own experience, before the last) - last [E] of accuracies [T, E]; NaN for sets of the last."""
+    row = np.full(a.shape[1], np.nan)
+    for j, start in enumerate(first):
+        if start < len(a) - 1:
+            row[j] = a[start:-1, j].max() - a[-1, j]
+    return row

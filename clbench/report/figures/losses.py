@@ -1,155 +1,145 @@
-"""Figures of pre-training: loss over tokens with the rate below, loss matrices, replay, stability gaps."""
+"""Figures of pre-training: loss over tokens with the rate below, loss matrices, replay, stability gaps, old sets and newest."""
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import altair as alt
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from clbench.report import statistics
-from clbench.report.figures import style
+from clbench.report.figures import grids, style
 from clbench.report.figures.data import Field, Line, mean_matrix, short
-from clbench.report.figures.style import COLOURS, DOUBLE, GREY, INK, SINGLE
+from clbench.report.figures.runs import faceted, labels_of, matrix_chart, over_chart
+from clbench.report.figures.style import DOUBLE, SINGLE, Chart, base
 
-Made = Iterator[tuple[str, Figure]]
-DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.5, 1, 1.5)))
+Made = Iterator[tuple[str, dict[str, Any]]]
 PANELS = 24
+SHARES = ("old sets", "newest set")
 
 
-def _millions(axes: Axes, unit: str) -> None:
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: "0" if v == 0 else f"{v / 1e6:g} M" if v >= 1e5 else f"{v:g}"))
-    axes.set_xlabel(f"{unit} trained on")
+def losses_chart(unit: str = "tokens", measure: str = "nats") -> Chart:
+    """Loss on every set over what was trained on, mean over seeds with their range; floors dashed, the rate below."""
+    return over_chart("tokens", f"{unit} trained on", ("loss", f"loss ({measure})"), "set", floors=True)
+
+
+def losses_sets(field: Field, line: Line, longest: int = 20) -> dict[str, list[dict[str, Any]]] | None:
+    """The data of `losses_chart`: table, edges, floors; None without looks."""
+    courses = line.courses()
+    if not courses:
+        return None
+    names = [style.fitted(name, longest) for name in field.sets.names]
+    rows = grids.unfold("losses", grids.losses(courses), sets=names, seeds=range(len(courses)))
+    floors = [{"set": name, "floor": floor} for name, floor in zip(names, field.sets.floors, strict=True) if floor is not None]
+    return {"table": rows, "edges": [{"x": edge} for edge in courses[0].boundaries[1:]], "floors": floors}
 
 
 def losses(fields: Sequence[Field]) -> Made:
-    """Loss on every set over tokens, mean over seeds with their range; boundaries dotted, floors dashed, the rate below."""
+    """Loss on every set over tokens."""
     for field in fields:
         for line in field.lines:
-            courses = line.courses()
-            if not courses:
-                continue
-            figure = style.paper(SINGLE, 3.1 + 0.13 * (-(-min(len(field.sets.names), 12) // 2)))
-            grid = figure.subplots(2, 1, sharex=True, height_ratios=(2.4, 1))
-            upper, lower = grid.tolist()
-            x, stack = courses[0].tokens, np.stack([course.loss for course in courses])
-            for j, name in enumerate(field.sets.names):
-                ink, dash = COLOURS[j % len(COLOURS)], DASHES[(j // len(COLOURS)) % len(DASHES)]
-                label = f"\u200b{style.fitted(name, 20)}" if len(field.sets.names) <= 12 else "_"
-                upper.plot(x, stack[:, :, j].mean(0), color=ink, linestyle=dash, linewidth=1.0, label=label)
-                if len(stack) > 1:
-                    upper.fill_between(x, stack[:, :, j].min(0), stack[:, :, j].max(0), color=ink, alpha=0.15, linewidth=0)
-                if (floor := field.sets.floors[j]) is not None:
-                    upper.axhline(floor, color=ink, linewidth=0.5, linestyle=(0, (5, 3)))
-            lower.plot(x, np.mean([course.lr for course in courses], axis=0), color=INK, linewidth=0.8)
-            for axes in (upper, lower):
-                for edge in courses[0].boundaries[1:]:
-                    axes.axvline(edge, color=GREY, linewidth=0.6, linestyle=":")
-            upper.set_ylabel(f"loss ({field.sets.measure})")
-            upper.grid(axis="y")
-            lower.set_ylabel("learning rate")
-            lower.set_ylim(bottom=0)
-            _millions(lower, field.sets.unit)
-            if len(field.sets.names) <= 12:
-                figure.legend(*upper.get_legend_handles_labels(), loc="outside lower left", ncols=3, columnspacing=1)
-            yield f"{field.file}-{line.file}", style.titled(figure, f"{field.title}: {line.label}")
+            if found := losses_sets(field, line):
+                chart = losses_chart(field.sets.unit, field.sets.measure)
+                yield (
+                    f"{field.file}-{line.file}",
+                    style.paper(chart, found.pop("table"), f"{field.title}: {line.label}", SINGLE, **found),
+                )
+
+
+def loss_matrix_chart(measure: str = "nats") -> Chart:
+    """Loss on each set (columns) before the first (0) and after each experience (rows); light is low."""
+    return matrix_chart("loss", f"loss ({measure})")
 
 
 def loss_matrix(fields: Sequence[Field]) -> Made:
-    """Loss on each set (columns) before and after each experience (rows), mean over seeds, a panel for each row."""
+    """The matrix of each line, mean over seeds, a panel for each."""
     for field in fields:
         for end, lines in style.pages(field.lines, PANELS):
-            maps = [(style.fitted(line.label, 25), mean_matrix(line)) for line in lines]
-            draw = functools.partial(_matrix, low=min(m.min() for _, m in maps), high=max(m.max() for _, m in maps))
-            figure = style.heat_maps(maps, draw, 4, 1.5, f"loss ({field.sets.measure})")
-            yield f"{field.file}{end}", style.titled(figure, field.title)
+            rows = []
+            for line in lines:
+                values = {"loss": grids.plain(mean_matrix(line))}
+                names = range(1, len(field.sets.names) + 1)
+                rows += grids.labelled(grids.unfold("loss_matrix", values, sets=names), style.fitted(line.label, 25))
+            figure = faceted(loss_matrix_chart(field.sets.measure), labels_of(rows), 4, 80)
+            yield f"{field.file}{end}", style.paper(figure, rows, field.title, DOUBLE)
 
 
-def _matrix(axes: Axes, r: np.ndarray, bottom: bool, left: bool, low: float, high: float) -> Any:
-    """One heat map, light where the loss is low; numbers where the cells have room for them."""
-    image = axes.imshow(r, cmap="cividis_r", vmin=low, vmax=high, aspect="auto", interpolation="nearest")
-    if max(r.shape) <= 6:
-        for (i, j), value in np.ndenumerate(r):
-            ink = "white" if high > low and (value - low) / (high - low) > 0.45 else INK
-            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6.5, color=ink)
-    few = range(0, len(r), max(1, len(r) // 6))
-    axes.set_yticks(list(few), ["before" if i == 0 else str(i) for i in few])
-    sets = range(0, r.shape[1], max(1, r.shape[1] // 6))
-    axes.set_xticks(list(sets), [str(j + 1) for j in sets])
-    axes.set_xlabel("set")
-    axes.set_ylabel("after")
-    axes.tick_params(length=2)
-    return image
+def replay_chart(measure: str = "nats") -> Chart:
+    """Final loss on old sets and on the newest one against the share of replay: mean and 95 % interval, a line a learner."""
+    panels = [_share_chart(words, measure) for words in SHARES]
+    return alt.hconcat(*panels, data=alt.NamedData("table"), spacing=12)
+
+
+def _share_chart(words: str, measure: str) -> Chart:
+    x = alt.X("replay:O", title="replay (% of each batch)", axis=alt.Axis(labelAngle=0))
+    y = alt.Y("loss:Q", title=f"final loss, {words} ({measure})", scale=alt.Scale(zero=False))
+    colour = alt.Color("label:N", sort=None, legend=alt.Legend(title=None, columns=3))
+    told = [
+        alt.Tooltip("label:N"),
+        alt.Tooltip("replay:O"),
+        *(alt.Tooltip(f"{name}:Q", format=".4f") for name in ("loss", "low", "high")),
+    ]
+    beside = alt.XOffset("label:N", sort=None)
+    line = base().mark_line(strokeWidth=0.9).encode(x=x, y=y, color=colour, xOffset=beside)
+    marks = base().mark_point(filled=True, size=24).encode(x=x, y=y, color=colour, tooltip=told, xOffset=beside)
+    ranges = base().mark_rule().encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=colour, xOffset=beside)
+    return alt.layer(ranges, line, marks).transform_filter(f"datum.sets == '{words}'").properties(width=185, height=150)
+
+
+def replay_rows(field: Field) -> list[dict[str, Any]]:
+    """Contenders whose learner has several shares; [] without any."""
+    groups: dict[tuple[str, str], list[Line]] = {}
+    for line in field.lines:
+        if isinstance(line.row["replay"], int | float) and not line.reference:
+            groups.setdefault((line.row["learner"], line.row["model"]), []).append(line)
+    groups = {name: held for name, held in groups.items() if len({line.row["replay"] for line in held}) > 1}
+    several = len({model for _, model in groups}) > 1
+    rows = []
+    for (learner, model), held in sorted(groups.items()):
+        label = short(f"{learner} {model}" if several else learner)
+        for line in sorted(held, key=lambda line: line.row["replay"]):
+            for words, name in zip(SHARES, ("retained_loss", "newest_loss"), strict=True):
+                values = [t.run.values[name] for t in line.traces if name in t.run.values]
+                if values:
+                    low, high = statistics.bootstrap([values]) or (None, None)
+                    made = {"label": label, "replay": round(100 * line.row["replay"], 6), "sets": words}
+                    rows.append(made | {"loss": float(np.mean(values)), "low": low, "high": high})
+    return rows
 
 
 def replay(fields: Sequence[Field]) -> Made:
-    """Final loss on old sets and on the newest one against the share of replay: mean and 95 % interval, a line a learner."""
+    """Both panels for each stream that has several shares of replay."""
     for field in fields:
-        groups: dict[tuple[str, str], list[Line]] = {}
-        for line in field.lines:
-            if isinstance(line.row["replay"], int | float) and not line.reference:
-                groups.setdefault((line.row["learner"], line.row["model"]), []).append(line)
-        groups = {name: held for name, held in groups.items() if len({line.row["replay"] for line in held}) > 1}
-        if not groups:
-            continue
-        several = len({model for _, model in groups}) > 1
-        figure = style.paper(DOUBLE, 2.5 + 0.13 * (-(-len(groups) // 3)))
-        panels = figure.subplots(1, 2).tolist()
-        shares = sorted({line.row["replay"] for held in groups.values() for line in held})
-        for axes, name, words in zip(panels, ("retained_loss", "newest_loss"), ("old sets", "newest set"), strict=True):
-            for i, ((learner, model), held) in enumerate(sorted(groups.items())):
-                label = short(f"{learner} {model}" if several else learner)
-                _against_share(axes, held, name, shares, i, len(groups), label)
-            axes.set_xticks(range(len(shares)), [f"{100 * share:g}" for share in shares])
-            axes.set_xlabel("replay (% of each batch)")
-            axes.set_ylabel(f"final loss, {words} ({field.sets.measure})")
-            axes.grid(axis="y")
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
-        yield field.file, style.titled(figure, field.title)
+        if rows := replay_rows(field):
+            yield field.file, style.paper(replay_chart(field.sets.measure), rows, field.title, DOUBLE)
 
 
-def _against_share(
-    axes: Axes, held: Sequence[Line], name: str, shares: Sequence[float], i: int, number: int, label: str
-) -> None:
-    """One learner: points beside each other at the same share, their intervals, and a thin line through them."""
-    ink, points = COLOURS[i % len(COLOURS)], []
-    for line in sorted(held, key=lambda line: line.row["replay"]):
-        values = [t.run.values[name] for t in line.traces if name in t.run.values]
-        if values:
-            at = shares.index(line.row["replay"]) + 0.12 * (i - (number - 1) / 2)
-            low, high = statistics.bootstrap([values]) or (math.nan, math.nan)
-            points.append((at, float(np.mean(values)), low, high))
-    if points:
-        x, y, low, high = np.array(points).T
-        axes.plot(x, y, color=ink, linewidth=0.8, marker=style.MARKS[i % 6], markersize=3, label=f"\u200b{label}")
-        axes.vlines(x, low, high, color=ink, linewidth=1.0)
+def gaps_chart(measure: str = "nats") -> Chart:
+    """The stability gap: rise of the loss on old sets above that at the boundary, over the steps after it."""
+    scale = alt.Scale(type="symlog", nice=False)
+    x = alt.X("step:Q", title="steps after the boundary", scale=scale, axis=alt.Axis(grid=False, tickCount=6))
+    words = f"rise on old sets ({measure})"
+    colour = alt.Color("label:N", sort=None, legend=alt.Legend(title=None, columns=2))
+    told = [alt.Tooltip("label:N"), alt.Tooltip("step:Q"), alt.Tooltip("mean(rise):Q", title="rise", format=".4f")]
+    up = alt.Y("mean(rise):Q", title=words)
+    zero = base().mark_rule(style="quiet line", strokeWidth=0.6).encode(y=alt.datum(0))
+    line = base().mark_line(strokeWidth=1, point={"size": 12}).encode(x=x, y=up, color=colour, tooltip=told)
+    band = base().mark_area(opacity=0.15).encode(x=x, y=alt.Y("min(low):Q", title=words), y2="max(high):Q", color=colour)
+    return style.chart(zero, band, line, height=150)
 
 
 def gaps(fields: Sequence[Field]) -> Made:
-    """The stability gap: rise of the loss on old sets above that at the boundary, over the steps of later experiences."""
+    """Rise over later experiences and the sets old in them, mean over seeds and their range; six lines to a figure."""
     for field in fields:
-        drawn = [(line, found) for line in field.lines if (found := _rise(field, line)) is not None]
-        for end, part in style.pages(drawn, 6):
-            figure = style.paper(SINGLE, 2.5 + 0.13 * len(part))
-            axes = figure.subplots()
-            for i, (line, (steps, mean, low, high)) in enumerate(part):
-                ink = INK if line.reference else COLOURS[i]
-                axes.plot(steps, mean, color=ink, marker="o", markersize=2, linewidth=0.9, label=f"\u200b{short(line.label)}")
-                axes.fill_between(steps, low, high, color=ink, alpha=0.15, linewidth=0)
-            axes.axhline(0, color=GREY, linewidth=0.6)
-            axes.set_xscale("symlog", linthresh=1)
-            axes.set_xlim(left=0)
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-            axes.set_xlabel("steps after the boundary")
-            axes.set_ylabel(f"rise on old sets ({field.sets.measure})")
-            axes.grid(axis="y")
-            figure.legend(loc="outside lower left", ncols=2)
-            yield f"{field.file}{end}", style.titled(figure, field.title)
+        found = [(line, made) for line in field.lines if (made := _rise(field, line)) is not None]
+        for end, part in style.pages(found, 6):
+            rows = [
+                {"label": short(line.label), "step": s, "rise": m, "low": low, "high": high}
+                for line, made in part
+                for s, m, low, high in zip(*map(grids.plain, made), strict=True)
+            ]
+            yield f"{field.file}{end}", style.paper(gaps_chart(field.sets.measure), rows, field.title)
 
 
 def _rise(field: Field, line: Line) -> tuple[np.ndarray, ...] | None:
@@ -170,3 +160,34 @@ def _rise(field: Field, line: Line) -> tuple[np.ndarray, ...] | None:
         return None
     stack = np.stack(seeds)
     return steps, stack.mean(0), stack.min(0), stack.max(0)
+
+
+def trade_chart(measure: str = "nats") -> Chart:
+    """What is kept against what is learned: lower left is better; a line joins the replay shares of a learner."""
+    x = alt.X("newest:Q", title=f"loss on the newest set ({measure})", scale=alt.Scale(zero=False, padding=10))
+    y = alt.Y("old:Q", title=f"loss on old sets ({measure})", scale=alt.Scale(zero=False, padding=10))
+    colour = alt.Color("learner:N", sort=None, legend=alt.Legend(title=None, columns=3))
+    told = [alt.Tooltip("label:N"), alt.Tooltip("newest:Q", format=".4f"), alt.Tooltip("old:Q", format=".4f")]
+    joined = base().transform_filter("!datum.reference && isValid(datum.replay)").mark_line(strokeWidth=0.8, opacity=0.6)
+    shape = alt.condition("datum.reference", alt.value("square"), alt.value("circle"))
+    marks = base().mark_point(filled=True, size=38, opacity=1).encode(x=x, y=y, color=colour, shape=shape, tooltip=told)
+    return style.chart(joined.encode(x=x, y=y, color=colour, order="replay:Q"), marks, height=200)
+
+
+def trade_rows(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """Final losses of each line; [] with fewer than two."""
+    names = ("newest_loss_mean", "retained_loss_mean")
+    rows = []
+    for line in lines:
+        newest, old = (line.row[name] for name in names)
+        if newest is not None and old is not None:
+            known = {"label": line.label, "learner": short(line.row["learner"]), "reference": line.reference}
+            rows.append(known | {"replay": line.row["replay"], "newest": newest, "old": old})
+    return rows if len(rows) > 1 else []
+
+
+def trade(fields: Sequence[Field]) -> Made:
+    """Old sets against the newest, for each stream with two lines."""
+    for field in fields:
+        if rows := trade_rows(field.lines):
+            yield field.file, style.paper(trade_chart(field.sets.measure), rows, field.title)

@@ -1,22 +1,23 @@
 """`clbench report plot`: the figures of the page at paper size, as PNG, SVG or PDF.
 
-matplotlib is imported here and in `figures_*`, and nowhere else. The same records and the same matplotlib give the same bytes.
+vl-convert draws the specifications, without a display, a browser or the network. The same records and versions give the same
+bytes of SVG and PNG; a PDF names its subsets of fonts at random.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
+import json
 import pathlib
 import re
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
 from clbench.config.signatures import nearest
 from clbench.interfaces import UserError
 from clbench.records import record
-from clbench.report.columns import LOSS
+from clbench.report.columns import ACCURACY, LOSS
 from clbench.report.runs import Filter
 
 KINDS: dict[str, str] = {
@@ -26,6 +27,7 @@ KINDS: dict[str, str] = {
     "curves": "accuracy over experiences",
     "forgetting": "what was lost on every set",
     "cost": "accuracy against time and against bytes held, with the Pareto front",
+    "seconds": "where the seconds of every learner went",
     "profiles": "share of runs above each accuracy, across scenarios",
     "loss": "training loss and learning rate, of records with curves",
     "stability": "accuracy inside experiences, of records with a trace",
@@ -34,10 +36,20 @@ KINDS: dict[str, str] = {
         "loss_matrix": "pre-training: loss on every set before and after every experience",
         "replay": "pre-training: final loss on old sets and on the newest against the share of replay",
         "gaps": "pre-training: rise of the loss on old sets after a boundary, over steps",
+        "trade": "pre-training: final loss on old sets against that on the newest",
     },
 }
-LOSSES = ("losses", "loss_matrix", "replay", "gaps")  # of records of pre-training
+LOSSES = ("losses", "loss_matrix", "replay", "gaps", "trade")  # of records of pre-training
 FORMS = ("png", "svg", "pdf")
+_LACK = {
+    "loss": "`curves`",
+    "stability": "`stability.trace`",
+    "profiles": "two learners or two scenarios",
+    "replay": "two shares of replay",
+    "cost": "a cost",
+    "seconds": "seconds",
+    **dict.fromkeys(("losses", "loss_matrix", "gaps", "trade"), "losses"),
+}
 
 
 def write(
@@ -54,7 +66,7 @@ def write(
     wanted  which records
 
     Raises:
-        UserError: an unknown kind or format, no matplotlib, nothing to draw, a folder that cannot be written.
+        UserError: an unknown kind or format, no altair or vl-convert, nothing to draw, a folder that cannot be written.
     """
     for kind in kinds:
         if kind not in KINDS:
@@ -69,72 +81,66 @@ def write(
         raise UserError(f"no finished run in {results / 'records'}, so there is nothing to draw")
     record.ensure_writable(out)
     made: list[pathlib.Path] = []
-    with _ink():
-        for kind in dict.fromkeys(kinds or KINDS):
-            found: list[pathlib.Path] = []
-            for name, figure in makers[kind]([field for field in fields if (field.board is LOSS) == (kind in LOSSES)]):
-                again = sum(path.stem == f"{kind}-{name}" for path in found)
-                end = f"-again{len(found)}" if again else ""
-                found.append(_save(figure, out / f"{kind}-{name}{end}.{form}", form))
-            if kinds and not found:
-                what = {"loss": "`curves`", "stability": "`stability.trace`"}.get(kind, "an old set")
-                what = "two learners or two scenarios" if kind == "profiles" else what
-                if kind in LOSSES:
-                    what = "two shares of replay" if kind == "replay" else "losses"
-                raise UserError(f"there is nothing to draw for {kind}: no record has {what}")
-            made += found
+    for kind in dict.fromkeys(kinds or KINDS):
+        found: list[pathlib.Path] = []
+        board = LOSS if kind in LOSSES else ACCURACY
+        for name, figure in makers[kind]([field for field in fields if field.board is board]):
+            again = sum(path.stem == f"{kind}-{name}" for path in found)
+            end = f"-again{len(found)}" if again else ""
+            found.append(save(figure, out / f"{kind}-{name}{end}.{form}", form))
+        if kinds and not found:
+            raise UserError(f"there is nothing to draw for {kind}: no record has {_LACK.get(kind, 'an old set')}")
+        made += found
     return made
 
 
-def _makers() -> dict[str, Any]:
+def needed() -> None:
+    """Raise `UserError` without the libraries that draw."""
     try:
-        import matplotlib  # noqa: F401
+        import altair  # noqa: F401
+        import vl_convert  # noqa: F401
     except ImportError as error:
-        raise UserError(f"figures need matplotlib ({error}): pip install 'clbench[report]'") from None
+        raise UserError(f"figures need altair and vl-convert ({error}): pip install 'clbench[report]'") from None
+
+
+def _makers() -> dict[str, Any]:
+    needed()
     from clbench.report.figures import board as board
     from clbench.report.figures import losses
     from clbench.report.figures import runs as runs
 
-    own = {name: getattr(board, name) for name in ("leaderboard", "overview", "cost", "forgetting")}
+    own = {name: getattr(board, name) for name in ("leaderboard", "overview", "cost", "forgetting", "seconds")}
     own |= {name: getattr(losses, name) for name in LOSSES}
     return own | {name: getattr(runs, name) for name in ("matrix", "curves", "profiles", "loss", "stability")}
 
 
-@contextlib.contextmanager
-def _ink() -> Iterator[None]:
-    """Our own settings, whatever a user's matplotlibrc says; a sign that no font has is drawn as a box, without a word."""
-    import matplotlib
-
-    from clbench.report.figures.style import RC
-
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(RC)
-        warnings.filterwarnings("ignore", message=r"(?s)Glyph .* missing from")
-        warnings.filterwarnings("ignore", message="constrained_layout not applied")
-        yield
+def creator() -> str:
+    """What draws: the libraries with their versions."""
+    return ", ".join(["clbench", *(f"{name} {version(name)}" for name in ("altair", "vl-convert-python"))])
 
 
-def _save(figure: Any, path: pathlib.Path, form: str) -> pathlib.Path:
-    """Write one figure in one move, without dates or versions that would change its bytes from day to day."""
-    import matplotlib
+def drawn(figure: Mapping[str, Any], form: str) -> bytes:
+    """A specification as a file of one of `FORMS`."""
+    import vl_convert
 
-    creator = f"clbench, matplotlib {matplotlib.__version__}"
-    metadata = {
-        "png": {"Software": creator},
-        "svg": {"Date": None, "Creator": creator},
-        "pdf": {"CreationDate": None, "ModDate": None, "Creator": creator, "Producer": creator},
-    }[form]
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=form, metadata=metadata)
-    data = buffer.getvalue()
-    if form == "svg":
-        data = re.sub(rb"[ \t]+\n", b"\n", data)  # no spaces at line ends: editors and hooks would remove them
-    _move(path, data)
-    return path
+    number: dict[str, str] = {}
+    text = vl_convert.vegalite_to_svg(json.dumps(figure), allowed_base_urls=[])
+
+    def named(found: re.Match[str]) -> str:  # Vega counts on from figure to figure
+        return found[1] + number.setdefault(found[2], f"{found[3]}{len(number)}")
+
+    text = re.sub(r'(id="|url\(#)((clip|gradient_)\d+)(?=[")])', named, text)
+    if form == "png":
+        return vl_convert.svg_to_png(text, ppi=300)
+    if form == "pdf":
+        return vl_convert.svg_to_pdf(text)
+    head = '<?xml version="1.0" encoding="UTF-8"?>\n'
+    return f"{head}<!-- {creator()} -->\n{text.rstrip()}\n".encode()
 
 
-def _move(path: pathlib.Path, data: bytes) -> None:
+def save(figure: Mapping[str, Any], path: pathlib.Path, form: str) -> pathlib.Path:
+    """Write one figure in one move."""
+    data = drawn(figure, form)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_bytes(data)
@@ -144,3 +150,4 @@ def _move(path: pathlib.Path, data: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+    return path

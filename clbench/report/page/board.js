@@ -1,5 +1,6 @@
 // The opening: what this is, and for each stream the best contender with what cannot be told from it.
 const MOST_CARDS = 12;
+const LEAST = 5; // shared seeds: with fewer, that two rows are not told apart says little
 const contenders = (rows) => rows.filter((r) => !r.reference && !r.legacy && has(r.mean));
 const byStream = new Map();
 for (const row of ROWS) {
@@ -53,14 +54,17 @@ function streamCard(place) {
     return node;
   }
   const of = (what) => rows.filter((r) => r.vs === what).sort((a, b) => b.mean - a.mean);
-  const [same, unknown, level] = [of('not distinguishable'), of('too few seeds'), of('no spread')];
+  const close = of('not distinguishable');
+  const [same, early] = [close.filter((r) => r.shared >= LEAST), close.filter((r) => r.shared < LEAST)];
+  const [unknown, level] = [of('too few seeds'), of('no spread')];
   node.append(
     el('p', { class: 'winner' }, link(top, briefly(top.learner, 40)), el('span', { class: 'big' }, per(top.mean), el('small', {}, '\u2009%'))),
     el('p', { class: 'facts' }, has(top.low) ? `95 % interval ${intervalText(top)} \u00b7 ` : 'no interval from one seed \u00b7 ', `${plural(top.n, 'seed')} \u00b7 ${duration(top.seconds)} \u00b7 ${bytes(top.held)} held`));
-  if (same.length) node.append(el('p', {}, el('b', { class: 'mark same' }, 'Not distinguishable'), ` from it${top.n < 5 ? `, as ${plural(top.n, 'shared seed')} tell little` : ' on shared seeds'} (points behind): `, named(same, top)));
-  if (unknown.length) node.append(el('p', {}, el('b', { class: 'mark unknown' }, 'Cannot be told'), ' (fewer than two seeds are shared; points behind): ', named(unknown, top)));
-  if (level.length) node.append(el('p', {}, el('b', { class: 'mark unknown' }, 'Cannot be told'), ' (the same difference on every shared seed, and identical runs count once; points behind): ', named(level, top)));
-  if (!same.length && !unknown.length && !level.length && contenders(rows).length > 1) node.append(el('p', {}, el('b', { class: 'mark better' }, 'Better'), ` than the ${contenders(rows).length - 1 === 1 ? 'other contender' : `other ${contenders(rows).length - 1} contenders`} on shared seeds.`));
+  if (same.length) node.append(el('p', {}, el('b', { class: 'mark same' }, 'Cannot be told'), ` from it after ${plural(Math.min(...same.map((r) => r.shared)), 'shared seed')} or more (points behind): `, named(same, top)));
+  if (early.length) node.append(el('p', {}, el('b', { class: 'mark unknown' }, 'Undecided'), ` with ${plural(Math.max(...early.map((r) => r.shared)), 'shared seed')} at most; ${LEAST} are the least to say more (points behind): `, named(early, top)));
+  if (unknown.length) node.append(el('p', {}, el('b', { class: 'mark unknown' }, 'Undecided'), ': fewer than two seeds are shared (points behind): ', named(unknown, top)));
+  if (level.length) node.append(el('p', {}, el('b', { class: 'mark unknown' }, 'Undecided'), ': the same difference on every shared seed, and identical runs count once (points behind): ', named(level, top)));
+  if (!close.length && !unknown.length && !level.length && contenders(rows).length > 1) node.append(el('p', {}, el('b', { class: 'mark better' }, 'Better'), ` than the ${contenders(rows).length - 1 === 1 ? 'other contender' : `other ${contenders(rows).length - 1} contenders`} on shared seeds.`));
   if (contenders(rows).length === 1) node.append(el('p', { class: 'quiet' }, 'The only contender on this stream.'));
   const reference = rows.filter((r) => r.reference && !r.legacy && has(r.mean));
   if (reference.length) node.append(el('p', { class: 'quiet' }, 'Reference, keeps all data: ', reference.slice(0, 3).flatMap((r, k) => [k ? ', ' : '', link(r), ` ${per(r.mean)} %`])));

@@ -5,6 +5,7 @@ Texts are `plain` (one line, nothing that turns text around) and cut at `LONGEST
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -15,12 +16,12 @@ from typing import Any
 from clbench.evaluation import loss_metrics, metrics, row_metrics, setting_metrics
 from clbench.interfaces import UserError
 from clbench.records import record
-from clbench.report import cards
-from clbench.report.board import rank
+from clbench.report import answers, cards
+from clbench.report.board import Group, rank
 from clbench.report.columns import ABOUT, ACCURACY, LEADERBOARDS, LOSS, extra, extra_numbers
-from clbench.report.figures import data
+from clbench.report.figures import data, grids, style
 from clbench.report.formats import plain
-from clbench.report.page import detail
+from clbench.report.page import detail, pictures
 from clbench.report.page.detail import short
 from clbench.report.runs import Run, scan
 from clbench.report.statistics import mean_std
@@ -28,10 +29,11 @@ from clbench.report.statistics import mean_std
 LONGEST = 300
 LONGEST_DIFFERENCE = 160
 LONGEST_COMMAND = 4000
-LARGEST = 2_800_000  # characters of data: with script and style the page stays under 3 MB
-LARGEST_LOSSES = 900_000  # of these, details of pre-training
+LARGEST = 1_850_000  # characters of data: with Vega, script and style the page stays under 3 MB
+LARGEST_LOSSES = 600_000  # of these, details of pre-training
 LEAST_ROOM = 100_000  # for details, however large the table itself is
-LARGEST_POOL = 500_000  # characters of different settings; beyond, the page has none but those in commands
+LARGEST_POOL = 300_000  # characters of different settings; beyond, the page has none but those in commands
+MOST_PAIRS = 4000  # pairs of rows that the page compares
 MOST_LINES = 200  # of failed runs and of files that are no records; all are counted
 _WORDS = ("scenario", "learner", "model", "variant", "manifest", "marks", "seeds", "n_seeds")
 _RUN = ("last_macro", "step_macro", "forgetting", "last_micro")
@@ -43,8 +45,7 @@ class _Folder:
     """The records of a folder, read one at a time and summarized to what the page needs."""
 
     def __init__(self, results: pathlib.Path):
-        self.details: dict[str, detail.Detail] = {}
-        self.traces: dict[str, data.Trace] = {}  # of pre-training
+        self.traces: dict[str, data.Trace] = {}
         self.first: dict[Any, dict[str, Any]] = {}  # the record that stands for a row
         self.streams: dict[tuple[str, str], dict[str, Any]] = {}
         self.newest = ""
@@ -60,44 +61,94 @@ class _Folder:
             self.newest = max(self.newest, _day(entry.get("finished")))
         if run.leaderboard is ACCURACY:
             self.streams.setdefault((run.scenario, run.stream), _stream(entry))
-            if run.usable:
-                self.details[run.run_id] = detail.of(entry)
-        elif (trace := data.trace_of(entry, run)) is not None:
-            self.traces[run.run_id] = trace
+        if (trace := data.trace_of(entry, run)) is not None:
+            self.traces[run.run_id] = dataclasses.replace(trace, extra=detail.extra(entry) if trace.extra else {})
 
 
-def collect(results: pathlib.Path, beside: bool = False) -> dict[str, Any]:
-    """A results folder -> the data of its page. `beside`: the page lies in the folder, so it can link to records."""
+def collect(results: pathlib.Path, beside: bool = False, since: pathlib.Path | None = None) -> dict[str, Any]:
+    """A results folder -> the data of its page. `beside`: the page lies in the folder, so it can link to records.
+
+    `since`: an earlier leaderboard.csv, or the folder that holds it; the page then says what changed.
+    """
     folder, conf = _Folder(results), _conf()
-    board, groups = [group.row for group in folder.boards[ACCURACY]], [group.runs for group in folder.boards[ACCURACY]]
-    done = [[run for run in group if run.usable] for group in groups]
+    groups = folder.boards[ACCURACY]
+    board, runs = [group.row for group in groups], [group.runs for group in groups]
+    fields, keys = data.fields(groups, ACCURACY, folder.traces), _ids(board)
+    done = [[run for run in group if run.usable] for group in runs]
     names = sorted({name for group in done for run in group for name in run.values if "/" not in name})
     pool: dict[str, int] = {}
-    settings: list[Any] = [_settings(group, pool) for group in groups]
+    settings: list[Any] = [_settings(group, pool) for group in runs]
     if sum(map(len, pool)) > LARGEST_POOL:
         pool, settings = {}, [None] * len(groups)
     made = {
+        **_drawing(),
         "losses": _losses(folder, conf),
         "links": beside,
-        "keys": _ids(board),
-        "differs": _differs(board, groups),
-        "lines": [_lines(row, group[0].legacy) for row, group in zip(board, groups, strict=True)],
-        "columns": _columns(board),
-        "about": ABOUT | extra(board),
+        "keys": keys,
+        "differs": _differs(board, runs),
+        "lines": [_lines(row, group[0].legacy) for row, group in zip(board, runs, strict=True)],
+        "columns": _columns(board) | _answered(groups),
+        "about": ABOUT | extra(board) | ANSWERS,
         "formulas": {n: metrics.FORMULAS[n].text for n in names if n in metrics.FORMULAS} | _detailed(names),
         "names": names,
         "runs": [[_run(run) for run in group] for group in done],
-        "commands": [_command(folder.first[group[0].group], group, conf) for group in groups],
+        "commands": [_command(folder.first[group[0].group], group, conf) for group in runs],
         "pool": list(pool),
-        **_whole(folder, groups),
+        "pairs": [[number(v) for v in pair] for pair in answers.pairs(groups, MOST_PAIRS)],
+        "wins": _wins(groups),
+        "changes": [_change(one) for one in answers.changes(groups, since)] if since else None,
+        **_whole(folder, runs),
+        **_shown(folder, fields, {id(row): key for row, key in zip(board, keys, strict=True)}),
     }
+    lines = pictures.lines_by_row(fields)
     details = [
-        detail.levels([folder.details[run.run_id] for run in group], _values(group, names), chosen)
-        for group, chosen in zip(done, settings, strict=True)
+        detail.levels(lines.get(id(row)), _values(group, names), chosen)
+        for row, group, chosen in zip(board, done, settings, strict=True)
     ]
     room = LARGEST - len(json.dumps(made, separators=(",", ":")))
     kept, left = detail.fit(details, max(LEAST_ROOM, room))
     return made | {"details": kept, "left": left}
+
+
+def _drawing() -> dict[str, Any]:
+    """What all figures share: specifications, themes, and how their numbers unfold."""
+    return {"pictures": pictures.specifications(), "themes": style.themes(), "over": grids.OVER, "phases": grids.PHASES}
+
+
+def _shown(folder: _Folder, fields: Sequence[data.Field], keys: Mapping[int, str]) -> dict[str, Any]:
+    """The figures of the streams, by the place of the stream."""
+    places = {(_cut(scenario), stream[:8]): i for i, (scenario, stream) in enumerate(sorted(folder.streams))}
+    found = zip(fields, pictures.of_streams(fields, keys), strict=True)
+    return {"shown": {places[_cut(field.scenario), field.manifest]: shown for field, shown in found}}
+
+
+ANSWERS = {
+    "rank": (
+        "places on its stream among contenders that its results allow: 1 + those better than it, to all - those worse than it; "
+        "better is said by paired t-tests on shared seeds against all others, adjusted by Holm"
+    ),
+    "worst_order": "lowest mean over the class orders of these settings, with the 95 % bootstrap interval of that order",
+    "orders": "class orders that these settings ran on",
+    "shared": "seeds shared with the best of the stream",
+}
+
+
+def _answered(groups: Sequence[Group]) -> dict[str, list[Any]]:
+    """Columns beyond the leaderboard's: ranks, shared seeds, class orders, and further Pareto fronts."""
+    ranks, orders = answers.ranks(groups), answers.orders(groups)
+    made: dict[str, list[Any]] = {"rank": [rank and list(rank) for rank in ranks], "shared": answers.shared_with_best(groups)}
+    for name in ("orders", "mean", "low", "high", "worst", "worst_low", "worst_high", "worst_order"):
+        made[name if "order" in name else f"order_{name}"] = [one and number(one[name]) for one in orders]
+    return {name: values for name, values in made.items() if any(value is not None for value in values)}
+
+
+def _wins(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    return [{k: _cut(v) if isinstance(v, str) else number(v) for k, v in one.items()} for one in answers.win_rates(groups)]
+
+
+def _change(one: Mapping[str, Any]) -> list[Any]:
+    texts = [one["what"], *(_cut(one[name]) for name in ("scenario", "learner", "model", "variant", "manifest"))]
+    return [*texts, number(one["before"]), number(one["after"]), *one["seeds"]]
 
 
 def _losses(folder: _Folder, conf: pathlib.Path) -> dict[str, Any]:
@@ -105,9 +156,10 @@ def _losses(folder: _Folder, conf: pathlib.Path) -> dict[str, Any]:
     fields = data.fields(folder.boards[LOSS], LOSS, folder.traces)
     lines = [(place, line) for place, field in enumerate(fields) for line in field.lines]
     board = [line.row for _, line in lines]
+    keys = {id(row): key for row, key in zip(board, _ids(board), strict=True)}
     details, _ = detail.fit([detail.loss_levels(line) for _, line in lines], LARGEST_LOSSES + len(lines))
     return {
-        "streams": [_loss_stream(field) for field in fields],
+        "streams": [_loss_stream(field) | {"shown": pictures.of_losses(field, keys)} for field in fields],
         "rows": [_loss_row(line, i, key, folder, conf) for (i, line), key in zip(lines, _ids(board), strict=True)],
         "about": loss_metrics.ABOUT | dict.fromkeys(extra_numbers(board), row_metrics.ABOUT),
         "details": details,
@@ -117,7 +169,9 @@ def _losses(folder: _Folder, conf: pathlib.Path) -> dict[str, Any]:
 def _loss_stream(field: data.Field) -> dict[str, Any]:
     sets = field.sets
     made = {"scenario": _cut(field.scenario), "manifest": field.manifest, "sets": [_cut(name, 60) for name in sets.names]}
+    floors = [floor for floor in sets.floors if floor is not None]
     made |= {"n": sets.n, "first": sets.first_seen.tolist(), "floors": [short(floor) for floor in sets.floors]}
+    made |= {"floor": short(sum(floors) / len(floors)) if floors else None}
     return made | {"measure": sets.measure, "unit": sets.unit}
 
 

@@ -15,8 +15,6 @@ function fill(node, attributes, children) {
   return node;
 }
 const el = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
-const svg = (tag, attributes, ...children) =>
-  fill(document.createElementNS('http://www.w3.org/2000/svg', tag), attributes, children);
 const say = (text) => { byId('said').textContent = text; };
 const plural = (n, word, many) => `${whole(n)} ${n === 1 ? word : many || `${word}s`}`;
 const whole = (n) => Math.round(n).toLocaleString('en-GB').replace(/,/g, '\u2009');
@@ -61,6 +59,9 @@ const ROWS = D.lines.map(([scenario, learner, model, variant, manifest, marks, s
   row.n = column('n_seeds', i) || 0;
   row.vs = column('vs_best', i);
   row.p = column('vs_best_p', i);
+  row.rank = column('rank', i);
+  row.shared = column('shared', i);
+  row.orders = column('orders', i);
   row.runs = D.runs[i].map(([seed, id, last, step, forgetting, micro, seconds, memory]) => ({ seed, id, last, step, forgetting, micro, seconds, memory }));
   row.text = [scenario, learner, model, variant, manifest, marks, row.differs].join(' ').toLowerCase();
   return row;
@@ -76,6 +77,7 @@ const TWICE = new Set();
   }
 }
 const several = (row) => TWICE.has([D.stream[row.i], row.learner].join('\n'));
+const ranks = (row) => (row.rank ? [...new Set(row.rank)].join('\u2013') : NONE);
 const label = (row) => row.learner + (several(row) ? ` (${row.differs || row.model})` : '');
 const briefly = (text, most = 28) => (text.length <= most ? text : `${text.slice(0, most - 1)}\u2026`);
 const about = (stream) => {

@@ -1,22 +1,22 @@
 """Levels of detail of a row, and the level of each row that keeps the page within its size.
 
-Level 0: every run's counts, curves of loss and learning rate, evaluations inside experiences. 1: the mean matrix, and the
-curves of the first run that has them, with fewer points. 2: the mean matrix. 3: the mean curve over experiences. 4: nothing.
-The largest rows give way first; the page says what was left out where.
+Level 0: the mean matrix, every run's curve, forgetting, loss and learning rate, evaluations inside experiences of one run.
+1: the matrix, mean curve and forgetting, and the other curves of the first run that has them, with fewer points. 2: without
+these. 3: the mean curve alone. 4: nothing. The largest rows give way first; the page says what was left out where.
+
+A figure is kept as [nested values, where dotted lines stand, floors, words]; `figures.grids` says what the nested values are.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from clbench.evaluation import metrics
+from clbench.report.figures import grids, runs
 from clbench.report.figures.data import Course, Line, mean_matrix, mean_over
 
 LOOKS = 400  # of a course of pre-training
@@ -26,38 +26,30 @@ FEW = 60  # of either, at level 1
 LEVELS = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Detail:
-    """One run: counts or summed losses [T, E] with None, sizes, first_seen, and curves, each as JSON text to be small."""
-
-    table: str
-    n: tuple[int, ...]
-    first: tuple[int, ...]
-    lower: bool
-    curves: str
-    stability: str
-
-
-def of(entry: Mapping[str, Any]) -> Detail:
-    """What the page shows of one finished record; a part that is absent or of another shape is left out."""
-    correct, lower = entry.get("correct"), False
-    if not isinstance(correct, list):
-        correct, lower = _losses(entry), True
-    curves, stability = _curves(entry.get("curves")), _stability(entry.get("stability"), len(entry["n"]))
-    n, first = tuple(entry["n"]), tuple(entry["first_seen"])
-    return Detail(_text(correct), n, first, lower, _text(curves) if curves else "", _text(stability) if stability else "")
-
-
 def _text(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
-def _losses(entry: Mapping[str, Any]) -> list[list[float | None]]:
-    given = entry.get("sum_loss")
-    width = len(entry["n"])
-    if not isinstance(given, list) or not all(isinstance(row, list) and len(row) == width for row in given):
-        return []
-    return [[short(v) for v in row] for row in given]
+def extra(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The curves of a record that the page shows, thinned out; a part that is absent or of another shape is left out."""
+    made: dict[str, Any] = {}
+    if (curves := runs.loss_curves(entry.get("curves"))) is not None:
+        made["loss"] = thinned(curves, POINTS)
+    if (trace := runs.trace_values(entry.get("stability"), len(entry["n"]))) is not None:
+        made["stability"] = evenly(trace[0], STEPS)
+    return made
+
+
+def thinned(curves: Mapping[str, Any], most: int) -> dict[str, Any]:
+    """Curves of loss and learning rate with at most so many points."""
+    keep = [i for i in _thin(curves["loss"], most) if curves["x"][i] is not None]
+    parts = {name: [curves[name][i] for i in keep] for name in ("x", "loss", "lr") if name in curves}
+    return {"unit": curves["unit"], "edges": curves["edges"][:STEPS], **parts}
+
+
+def evenly(trace: Mapping[str, Any], most: int) -> dict[str, Any]:
+    """Evaluations inside experiences, at most so many."""
+    return {name: [values[i] for i in _even(len(values), most)] for name, values in trace.items()}
 
 
 def short(value: Any) -> float | None:
@@ -65,31 +57,6 @@ def short(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
         return None
     return float(f"{value:.5g}")
-
-
-def _numbers(value: Any, size: int | None = None) -> list[float | None] | None:
-    if not isinstance(value, list) or not value or (size is not None and len(value) != size):
-        return None
-    made = [short(v) for v in value]
-    return made if any(v is not None for v in made) else None
-
-
-def _curves(given: Any) -> dict[str, Any] | None:
-    """Loss and learning rate over tokens or steps, thinned out to `POINTS`."""
-    if not isinstance(given, Mapping):
-        return None
-    unit = next((name for name in ("tokens", "step") if _numbers(given.get(name))), "")
-    x = _numbers(given.get(unit)) or []
-    loss = _numbers(given.get("loss"), len(x))
-    if not x or loss is None:
-        return None
-    keep = [i for i in _thin(loss, POINTS) if x[i] is not None]
-    made: dict[str, Any] = {"unit": unit, "x": [x[i] for i in keep], "loss": [loss[i] for i in keep]}
-    rate = _numbers(given.get("lr"), len(x))
-    if rate is not None:
-        made["lr"] = [rate[i] for i in keep]
-    made["edges"] = [v for v in _numbers(given.get("boundaries")) or () if v is not None][:STEPS]
-    return made
 
 
 def _thin(values: Sequence[float | None], most: int) -> list[int]:
@@ -106,96 +73,82 @@ def _thin(values: Sequence[float | None], most: int) -> list[int]:
     return sorted(int(i) for i in kept)
 
 
-def _stability(given: Any, width: int) -> list[list[Any]] | None:
-    """Evaluations inside experiences: [experience, per mille on each set or None]; at most `STEPS`, evenly chosen."""
-    trace = given.get("trace") if isinstance(given, Mapping) else None
-    if not isinstance(trace, list):
-        return None
-    made = []
-    for row in trace:
-        if not isinstance(row, Mapping) or not isinstance(row.get("experience"), int):
-            return None
-        right, n = row.get("correct"), row.get("n")
-        if not isinstance(right, list) or not isinstance(n, list) or len(right) != width or len(n) != width:
-            continue
-        known = [(short(a), short(b)) for a, b in zip(right, n, strict=True)]
-        made.append([row["experience"], [round(1000 * a / b) if a is not None and b else None for a, b in known]])
-    return [made[i] for i in _even(len(made), STEPS)] or None
+def levels(line: Line | None, values: Sequence[Any], settings: Sequence[int] | None) -> list[str]:
+    """A row's details as JSON, from the richest to the poorest; without a line it has no figures."""
+    known = {"v": values, "s": settings}
+    if line is None:
+        return [_text(known), *["null"] * (LEVELS - 1)]
+    first, alike = line.traces[0].sets.first_seen, [t for t in line.traces if t.matrix.shape == line.traces[0].matrix.shape]
+    matrices, mean = [t.matrix for t in alike], mean_over(np.stack([t.matrix for t in alike]))
+    short_curve = {"curve": [grids.curve([mean], first)], "seeds": ["mean"]}
+    matrix = {"matrix": [grids.matrix(matrices)], "forgotten": [grids.forgotten([mean], first)], **short_curve}
+    if time := grids.seconds(line.row):
+        matrix["seconds"] = [time]
+    own = {"curve": [grids.curve(matrices, first)], "forgotten": [grids.forgotten(matrices, first)]}
+    own |= {"seeds": [t.run.seed for t in alike]}
+    whole = [*_losses(line, False), *_trace(line, STEPS)]
+    few = [*_losses(line, True), *_trace(line, FEW)]
+    made = (matrix | own | dict(whole) | known | {"all": 1}, matrix | dict(few) | known, matrix | known, short_curve, None)
+    return [_text(level) for level in made]
 
 
-def levels(runs: Sequence[Detail], values: Sequence[Any], settings: Sequence[int] | None) -> list[str]:
-    """A row's details as JSON, from the richest to the poorest."""
-    known = [run for run in runs if run.table != "[]"]
-    if not known:
-        return [_text({"v": values, "s": settings}), *["null"] * (LEVELS - 1)]
-    alike = [run for run in known if run.n == known[0].n and run.lower == known[0].lower]
-    stacked = [_accuracy(run) for run in alike]
-    stacked = [a for a in stacked if a.shape == stacked[0].shape]
-    mean = mean_over(np.stack(stacked))
-    lower, scale = alike[0].lower, 1 if alike[0].lower else 1000
-    own = []
-    for run in runs:
-        parts = [f'"c":{run.table}', f'"n":{_text(run.n)}', f'"l":{run.curves or "null"}', f'"t":{run.stability or "null"}']
-        own.append("{" + ",".join(parts) + "}")
-    more = f'"low":{int(lower)},"v":{_text(values)},"s":{_text(settings)}'
-    matrix = _text([[_cell(v, scale) for v in row] for row in mean])
-    curve = _text([_cell(v, scale) for v in metrics.macro(mean, alike[0].first)])
-    made = [f'{{"r":[{",".join(own)}],{more}}}', f'{{"m":{matrix},{_one(runs)}{more}}}', f'{{"m":{matrix},{more}}}']
-    return [*made, f'{{"k":{curve},"low":{int(lower)}}}', "null"]
+def _losses(line: Line, few: bool) -> list[tuple[str, list[Any]]]:
+    """Loss and learning rate of the runs that have them in one unit; `few`: of the first, with fewer points."""
+    found = [(t.run.seed, t.extra["loss"]) for t in line.traces if "loss" in t.extra]
+    found = [(seed, curves) for seed, curves in found if curves["unit"] == found[0][1]["unit"]]
+    if few:
+        found = [(seed, thinned(curves, FEW)) for seed, curves in found[:1]]
+    if not found:
+        return []
+    names = [name for name in ("x", "loss", "lr") if all(name in curves for _, curves in found)]
+    values = {name: [curves[name] for _, curves in found] for name in names}
+    words = {"unit": found[0][1]["unit"], "seeds": [f"seed {seed}" for seed, _ in found]}
+    return [("loss", [values, found[0][1]["edges"], [], words])]
+
+
+def _trace(line: Line, most: int) -> list[tuple[str, list[Any]]]:
+    found = next((t for t in line.traces if t.extra.get("stability", {}).get("experience")), None)
+    if found is None:
+        return []
+    values = evenly(found.extra["stability"], most)
+    edges = [k + 1.5 for k, (a, b) in enumerate(itertools.pairwise(values["experience"])) if a != b]
+    return [("stability", [values, edges, [], {"seed": found.run.seed}])]
 
 
 def loss_levels(line: Line) -> list[str]:
-    """The same of pre-training: every run; the mean matrix and the course of the first run; the mean matrix; nothing."""
-    mean, courses = _grid(mean_matrix(line)), [_course(trace.course) for trace in line.traces]
-    every = [[_grid(trace.matrix), course] for trace, course in zip(line.traces, courses, strict=True)]
-    first = next((course for course in courses if course is not None), None)
-    return [_text(level) for level in ({"m": mean, "r": every}, {"m": mean, "r": [[None, first]]}, {"m": mean, "r": []}, None)]
+    """The same of pre-training: all runs; the matrix and the looks of the first run; the matrix; nothing."""
+    matrix = {"loss_matrix": [{"loss": grids.plain(mean_matrix(line))}]}
+    courses = line.courses()
+    every = _looks(line, courses) | {"all": 1}
+    return [_text(level) for level in (matrix | every, matrix | _looks(line, courses[:1]), matrix, None)]
 
 
-def _course(course: Course | None) -> dict[str, Any] | None:
-    """Looks of one run, thinned out evenly but for the first ones of each experience, which are the gap."""
-    if course is None:
-        return None
+def _looks(line: Line, courses: Sequence[Course]) -> dict[str, list[Any]]:
+    """Figures over what was trained on: losses with their floors, and the stability gaps."""
+    if not courses:
+        return {}
+    keep = _early(courses[0])
+    some = [Course(c.tokens[keep], c.lr[keep], c.experience[keep], c.step[keep], c.loss[keep], c.boundaries) for c in courses]
+    floors = [None if floor is None else short(floor) for floor in line.traces[0].sets.floors]
+    edges = [int(edge) for edge in courses[0].boundaries[1:]]
+    made: dict[str, list[Any]] = {"losses": [grids.losses(some), edges, floors]}
+    if found := grids.rises(some, line.traces[0].sets.first_seen):
+        made["gaps"] = [found[0], [], [], {"start": found[1]}]
+    return made
+
+
+def _early(course: Course) -> np.ndarray:
+    """Places of the looks to keep: evenly, but all the first ones of each experience, which are the gap."""
     keep = np.arange(len(course.tokens))
     if len(keep) > LOOKS:
         late = course.step > 64
         keep = np.unique(np.concatenate([np.flatnonzero(~late)[:LOOKS], np.linspace(0, len(late) - 1, LOOKS).astype(int)]))
-    whole = {"x": course.tokens, "step": course.step, "experience": course.experience}
-    made: dict[str, Any] = {name: [int(v) for v in column[keep]] for name, column in whole.items()}
-    made["lr"] = [short(v) for v in course.lr[keep]]
-    return made | {"loss": _grid(course.loss[keep].T), "edges": [int(edge) for edge in course.boundaries[1:]]}
-
-
-def _grid(matrix: np.ndarray) -> list[list[float | None]]:
-    return [[short(v) for v in row] for row in matrix.tolist()]
-
-
-def _one(runs: Sequence[Detail]) -> str:
-    """The place and the thinned-out curves of the first run that has any, as a part of JSON; '' without one."""
-    place = next((i for i, run in enumerate(runs) if run.curves or run.stability), None)
-    if place is None:
-        return ""
-    curves = json.loads(runs[place].curves or "null")
-    if curves:
-        keep = _thin(curves["loss"], FEW)
-        curves |= {name: [curves[name][i] for i in keep] for name in ("x", "loss", "lr") if name in curves}
-    stability = json.loads(runs[place].stability or "null")
-    if stability:
-        stability = [stability[i] for i in _even(len(stability), FEW)]
-    return f'"f":{_text([place, curves, stability])},'
+    return keep
 
 
 def _even(size: int, most: int) -> list[int]:
     """At most so many places out of `size`, evenly chosen, with both ends."""
     return sorted({int(i) for i in np.linspace(0, size - 1, min(size, most))}) if size else []
-
-
-def _accuracy(run: Detail) -> np.ndarray:
-    return metrics.accuracy(json.loads(run.table), run.n)
-
-
-def _cell(value: float, scale: int) -> float | None:
-    return None if not math.isfinite(value) else round(scale * float(value)) if scale > 1 else float(f"{value:.4g}")
 
 
 def fit(details: Sequence[Sequence[str]], room: int) -> tuple[list[Any], list[int]]:

@@ -1,7 +1,8 @@
 """`clbench report html`: one file with everything in it, to open from a disk, a mail or a server.
 
-It asks the network for nothing, and its Content-Security-Policy lets it ask for nothing: the only script and the only style
-are named by their hashes. Texts of records lie in the page as JSON alone, and the script shows them by `textContent`.
+It asks the network for nothing, and its Content-Security-Policy lets it ask for nothing: its scripts and its style are named by
+their hashes, and nothing is evaluated (Vega reads its expressions by its own interpreter). Texts of records lie in the page as
+JSON, and the script shows them by `textContent`; where there are no scripts, jinja2 escapes them.
 """
 
 from __future__ import annotations
@@ -11,48 +12,94 @@ import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from clbench.interfaces import UserError
 from clbench.records import record
-from clbench.report.page import contents
+from clbench.report.figures import plots
 
 FOLDER = pathlib.Path(__file__).resolve().parent
-SCRIPTS = ("core", "numbers", "colours", "plot", "figures", "board", "table", "scatter", "row", "losses", "compare", "start")
+SCRIPTS = ("core", "figures", "board", "table", "stream", "across", "row", "losses", "compare", "start")
+EXPORTED = "window.vegaEmbed = vegaEmbed;"
+PLAIN_ROWS = 200  # of the table where there are no scripts
 _POLICY = (
-    "default-src 'none'; script-src {script}; style-src {style}; img-src data:; base-uri 'none'; form-action 'none'; "
-    "require-trusted-types-for 'script'; trusted-types 'none'"
+    "default-src 'none'; script-src {scripts}; style-src {style}; img-src data:; base-uri 'none'; form-action 'none'; "
+    "require-trusted-types-for 'script'; trusted-types default"
 )
 
 
-def write(results: pathlib.Path, out: pathlib.Path | None = None) -> pathlib.Path:
+def write(results: pathlib.Path, out: pathlib.Path | None = None, since: pathlib.Path | None = None) -> pathlib.Path:
     """Write the page of a results folder -> its path (`results`/report.html by default).
 
-    The same folder gives the same bytes. `UserError` if there is no such folder or the file cannot be written.
+    The same folder gives the same bytes. `since`: an earlier leaderboard.csv or its folder, to say what changed.
+
+    Raises:
+        UserError: no such folder, a file that cannot be read or written, no altair or vl-convert.
     """
     if not results.is_dir():
         raise UserError(f"there is no folder {results}")
     path = out or results / "report.html"
     if path.is_dir():
         raise UserError(f"{path} is a folder; say the file to write")
+    plots.needed()
+    from clbench.report.page import contents
+
     beside = path.resolve().parent == results.resolve()
-    record.write_text(path, page(contents.collect(results, beside)))
+    record.write_text(path, page(contents.collect(results, beside, since)))
     return path
 
 
 def page(data: Mapping[str, Any]) -> str:
     """The page around its data: ASCII text."""
-    style = _read("style.css")
-    script = "(() => {\n'use strict';\n" + "".join(_read(f"{name}.js") for name in _scripts(data)) + "})();\n"
-    policy = _POLICY.format(script=_hash(script), style=_hash(style))
-    parts = {"policy": policy, "style": style, "script": script, "data": embedded(data)}
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _read("page.html"))
+    import jinja2
+    from markupsafe import Markup
+
+    style, library = _read("style.css"), bundle()
+    script = "(() => {\n'use strict';\n" + "".join(_read(f"{name}.js") for name in SCRIPTS) + "})();\n"
+    policy = _POLICY.format(scripts=f"{_hash(library)} {_hash(script)}", style=_hash(style))
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    parts = {"policy": policy, "style": style, "library": library, "script": script, "data": embedded(data)}
+    template = environment.from_string(_read("page.html"))
+    text = template.render(rows=plain_rows(data), **{name: Markup(part) for name, part in parts.items()})
+    return text.encode("ascii", "xmlcharrefreplace").decode("ascii") + "\n"
 
 
-def _scripts(data: Mapping[str, Any]) -> Sequence[str]:
-    """The scripts of a page; `sums` only where a record has rows of other evaluators."""
-    return SCRIPTS if not any("/" in name for name in data["columns"]) else (*SCRIPTS[:-1], "sums", SCRIPTS[-1])
+def bundle() -> str:
+    """Vega, Vega-Lite and Vega-Embed, minified, as ASCII text."""
+    import vl_convert
+
+    text = vl_convert.javascript_bundle(EXPORTED)
+    return re.sub(r"[^\x00-\x7f]", lambda found: "".join(f"\\u{unit:04x}" for unit in _units(found[0])), text)
+
+
+def _units(character: str) -> list[int]:
+    made = character.encode("utf-16-be")
+    return [int.from_bytes(made[i : i + 2], "big") for i in range(0, len(made), 2)]
+
+
+def plain_rows(data: Mapping[str, Any]) -> list[list[str]]:
+    """The first rows of the leaderboard as text: stream, learner, model, accuracy, its interval, ranks, seeds."""
+    made = []
+    for i, (scenario, learner, model, _, manifest, *_) in enumerate(data["lines"][:PLAIN_ROWS]):
+        value = {
+            name: data["columns"].get(name, {i: None})[i] for name in ("last_macro_mean", "last_macro_low", "last_macro_high")
+        }
+        mean, low, high = ("" if v is None else f"{100 * v:.1f}" for v in value.values())
+        rank = data["columns"].get("rank", {i: None})[i] or []
+        ranks = "-".join(str(v) for v in dict.fromkeys(rank))
+        made.append(
+            [
+                f"{scenario} {manifest}",
+                learner,
+                model,
+                mean,
+                f"{low} to {high}" if low else "",
+                ranks,
+                str(len(data["runs"][i])),
+            ]
+        )
+    return made
 
 
 def embedded(data: Any) -> str:

@@ -66,7 +66,9 @@ document.addEventListener('keydown', (event) => { if (event.key === 'Escape') fo
 setTheme(preferred());
 opening();
 board();
-scatterFigure();
+streamFigures();
+acrossStreams();
+changed();
 preBoard();
 notInTable();
 byId('foot').append(`Made by clbench report html${D.newest ? ` from records up to ${D.newest}` : ''}. One file: it asks the network for nothing. `,

@@ -4,7 +4,9 @@ const VERDICTS = { best: ['best', 'best'], 'not distinguishable': ['not distingu
 const COLUMNS = [
   { id: 'learner', name: 'Learner', of: (r) => r.learner.toLowerCase(), word: true, fixed: true },
   { id: 'last', name: 'Last accuracy', hint: 'last_macro_mean', of: (r) => r.mean, show: (r) => accuracyCell(r), down: true },
+  { id: 'rank', name: 'Rank', hint: 'rank', of: (r) => (r.rank ? r.rank[0] + r.rank[1] / 1e6 : null), show: (r) => ranks(r) },
   { id: 'vs', name: 'Against best', hint: 'vs_best', of: (r) => ({ best: 0, 'not distinguishable': 1, 'too few seeds': 2, 'no spread': 2, worse: 3 }[r.vs] ?? null), show: (r) => verdictCell(r) },
+  { id: 'worst', name: 'Worst order', hint: 'worst_order', of: (r) => (r.orders ? order('worst', r) : null), show: (r) => worstCell(r), down: true },
   { id: 'step', name: 'Average', hint: 'step_macro_mean', of: (r) => column('step_macro_mean', r.i), show: (r) => pair(r, 'step_macro'), down: true },
   { id: 'forgetting', name: 'Forgetting', hint: 'forgetting_mean', of: (r) => column('forgetting_mean', r.i), show: (r) => pair(r, 'forgetting') },
   { id: 'seeds', name: 'Seeds', hint: 'n_seeds', of: (r) => r.n, show: (r) => seedCell(r), down: true },
@@ -14,22 +16,22 @@ const COLUMNS = [
   { id: 'model', name: 'Model', of: (r) => r.model.toLowerCase(), word: true, show: (r) => el('bdi', { class: 'clip', title: r.model }, r.model) },
   { id: 'scenario', name: 'Scenario', of: (r) => r.scenario.toLowerCase(), word: true, show: (r) => el('bdi', { class: 'clip', title: r.scenario }, streamName(r.stream)) },
 ];
-const LISTED = new Set(['last_macro_mean', 'step_macro_mean', 'forgetting_mean', 'n_seeds', 'seconds_mean', 'stored_bytes', 'peak_memory_mb_mean', 'last_macro_low', 'last_macro_high', 'last_macro_std', 'step_macro_std', 'forgetting_std', 'vs_best', 'vs_best_p', 'pareto_bytes', 'pareto_seconds', 'failed', 'dead', 'running']);
+const LISTED = new Set(['rank', 'shared', 'orders', 'worst_order', 'order_mean', 'order_low', 'order_high', 'order_worst', 'order_worst_low', 'order_worst_high', 'last_macro_mean', 'step_macro_mean', 'forgetting_mean', 'n_seeds', 'seconds_mean', 'stored_bytes', 'peak_memory_mb_mean', 'last_macro_low', 'last_macro_high', 'last_macro_std', 'step_macro_std', 'forgetting_std', 'vs_best', 'vs_best_p', 'pareto_bytes', 'pareto_seconds', 'failed', 'dead', 'running']);
 const COSTS = /^(seconds|peak|stored|exemplar|parameters|passes|visits|steps)/;
 const EXTRA = Object.keys(D.columns).filter((name) => !LISTED.has(name) && !name.endsWith('_std')).map((name) => ({
   id: name, name: name.replace(/_mean$/, ''), hint: name, extra: true, of: (r) => column(name, r.i),
-  show: (r) => { const v = column(name, r.i); return !has(v) ? NONE : name.startsWith('seconds') ? duration(v) : name.endsWith('bytes') ? bytes(v) : COSTS.test(name) ? amount(v) : /nll|brier/.test(name) ? fixed(v, 3) : per(v); },
+  show: (r) => { const v = column(name, r.i); return !has(v) ? NONE : name.includes('/') ? general(v) : name.startsWith('seconds') ? duration(v) : name.endsWith('bytes') ? bytes(v) : COSTS.test(name) ? amount(v) : /nll|brier/.test(name) ? fixed(v, 3) : per(v); },
 }));
 const view = { order: [{ id: 'last', down: true }], filters: { scenario: '', learner: '', model: '', text: '', references: false, marked: false }, group: true, limit: PAGE, columns: new Set(), chosen: new Set() };
 
 function accuracyCell(row) {
   if (!has(row.mean)) return NONE;
-  const [low, high] = has(row.low) ? [row.low, row.high] : [row.mean, row.mean];
-  const bar = svg('svg', { class: 'interval', viewBox: '0 0 100 12', preserveAspectRatio: 'none', 'aria-hidden': 'true' },
-    svg('rect', { x: 0, y: 5.4, width: 100, height: 1.2, class: 'track' }),
-    svg('rect', { x: round(100 * low), y: 3.4, width: round(Math.max(0.8, 100 * (high - low))), height: 5.2, class: 'range' }),
-    svg('rect', { x: round(Math.max(0, 100 * row.mean - 0.9)), y: 0.5, width: 1.8, height: 11, class: 'point' }));
-  return el('span', { class: 'accuracy' }, el('b', {}, per(row.mean)), bar, el('small', {}, has(row.low) ? intervalText(row) : 'no interval'));
+  return el('span', { class: 'accuracy' }, el('b', {}, per(row.mean)), el('small', {}, has(row.low) ? intervalText(row) : 'no interval'));
+}
+// The lowest mean among the class orders that these settings ran on, with the interval of that order.
+function worstCell(row) {
+  if (!row.orders) return NONE;
+  return el('span', { class: 'accuracy', title: `the worst of ${row.orders} class orders, manifest ${column('worst_order', row.i)}` }, el('b', {}, per(order('worst', row))), el('small', {}, has(order('worst_low', row)) ? range(order('worst_low', row), order('worst_high', row)) : `of ${row.orders}`));
 }
 function verdictCell(row) {
   if (row.reference) return el('span', { class: 'mark reference' }, 'reference');
@@ -48,7 +50,7 @@ function seedCell(row) {
 }
 const paretoCell = (row, shown, name, what) => [shown, column(name, row.i) === true ? el('span', { class: 'front', title: `On the Pareto front: nothing on this stream is more accurate for less ${what}` }, '\u25c6', el('span', { class: 'unseen' }, ' on the Pareto front')) : null];
 
-const shownColumns = () => [...COLUMNS.filter((c) => c.id !== 'scenario' || !view.group), ...EXTRA.filter((c) => view.columns.has(c.id))];
+const shownColumns = () => [...COLUMNS.filter((c) => (c.id !== 'scenario' || !view.group) && (c.id !== 'worst' || ROWS.some((r) => r.orders))), ...EXTRA.filter((c) => view.columns.has(c.id))];
 const matches = (row, f) => (!f.scenario || String(D.stream[row.i]) === f.scenario || row.scenario === f.scenario.slice(1)) && (!f.learner || row.learner === f.learner) && (!f.model || row.model === f.model)
   && !(f.references && row.reference) && !(f.marked && row.marked) && f.text.toLowerCase().split(/\s+/).every((word) => row.text.includes(word));
 const filtered = () => ROWS.filter((row) => matches(row, view.filters));
@@ -149,7 +151,7 @@ function readFilters() {
 function tableCsv() {
   const names = Object.keys(D.columns);
   const head = ['scenario', 'learner', 'model', 'variant', 'manifest', 'marks', 'seeds', ...names, 'command'];
-  return csvText([head, ...sorted(filtered()).map((r) => [r.scenario, r.learner, r.model, r.variant, r.manifest, r.marks, r.seeds, ...names.map((n) => { const v = column(n, r.i); return typeof v === 'boolean' ? (v ? 'yes' : 'no') : v; }), D.commands[r.i]])]);
+  return csvText([head, ...sorted(filtered()).map((r) => [r.scenario, r.learner, r.model, r.variant, r.manifest, r.marks, r.seeds, ...names.map((n) => { const v = column(n, r.i); return typeof v === 'boolean' ? (v ? 'yes' : 'no') : Array.isArray(v) ? v.join('-') : v; }), D.commands[r.i]])]);
 }
 
 function board() {
