@@ -63,7 +63,7 @@ def text_tasks(
     tasks: str | Sequence[str] = "made8",
     order: str | None = None,
     level: Level = "L1",
-    lines: int = 1500,
+    lines: int = 1000,
     test_lines: int = 200,
     seed: int = 0,
     discloses_task: bool = True,
