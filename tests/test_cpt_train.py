@@ -9,6 +9,7 @@ import torch
 from token_models import Bigram
 
 from clbench.interfaces import UserError
+from clbench.learners.generations import Generations
 from clbench.learners.pretrain import Pretrain
 from clbench.learners.skill_it import SkillIt
 from clbench.streams.tokens.scenario import Domain, content_sha256, scenario
@@ -346,6 +347,8 @@ PLANS = {
     "ema": (Pretrain, {"average": Average("ema"), "boundary": "restore", "trainable": "half"}),
     "schedule_free": (Pretrain, {"average": Average("schedule_free"), "boundary": "restore", "betas": (0.0, 0.95)}),
     "skill_it": (SkillIt, {"updates": 4, "eta": 5.0}),
+    "written": (Pretrain, INFINITE | {"replay": Replay(share=0.3, source="generated")}),
+    "generations": (Generations, {"data": "subsample"}),
 }
 
 

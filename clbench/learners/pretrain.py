@@ -9,7 +9,8 @@ accounting    "equal_compute": the branch takes its steps from the experience, s
               the trunk sees all of it, and the branch comes on top
 boundary      the optimiser at a new experience: "keep" (with a branch: as the anneal left it, as in the code of Singh et al.),
               "reset" (Ibrahim et al.), "reset_moments" (the step count stays), "restore" (with a branch: the trunk's)
-replay        old text in each batch, displacing new text
+replay        old text in each batch, displacing new text; with source "generated" the model writes it before an experience
+              (as evaluated: after its anneal), so that no old text is stored (Shin et al. 2017; LAMOL, Sun et al. 2020)
 data, start   "union" with start "scratch": joint training on everything so far, the reference; "new" with "scratch": each
               domain alone
 until         experiences that are learned at all, then the model is frozen; null for all
@@ -43,6 +44,7 @@ from clbench.training.pretraining.progress import Progress
 from clbench.training.pretraining.segments import AfterStep, PretrainRuntime, Segment, check_plan, train
 from clbench.training.pretraining.trunk_and_branch import Trunk
 from clbench.training.pretraining.weight_averaging import Average, Averager
+from clbench.training.pretraining.written_text import WrittenText
 from clbench.training.schedules import constant
 from clbench.training.state import collect, detached, restore
 from clbench.training.steps import made
@@ -87,13 +89,16 @@ class Pretrain:
         self.average, self.adapt, self.adapts = Averager(model, average), _adapting(adapt), adapt
         initial = detached(model.state_dict()) if start == "scratch" else {}
         self.trunk = Trunk(model, self.optimizer, self.cursor, initial)
+        self.written = WrittenText(model, runtime) if replay.generated else None
         _check(self)
 
     @staticmethod
     def capabilities_of(data: str = "new", replay: Any = None, **options: Any) -> Capabilities:
-        """Joint training keeps all data, replay keeps some."""
+        """Joint training keeps all data, replay keeps some, unless the model writes it: then in one process."""
         some = data == "new" and isinstance(replay, Mapping) and replay.get("share", 0.0) != 0
-        return Capabilities(asks="loss", supports_parallel=True, stores_all_data=data == "union", stores_exemplars=some)
+        written = isinstance(replay, Mapping) and replay.get("source") == "generated" and replay.get("share", 0.0) != 0
+        kept = {"stores_all_data": data == "union", "stores_exemplars": some and not written}
+        return Capabilities(asks="loss", supports_parallel=not written, writes_text=written, **kept)
 
     def plan(self, experience: Experience) -> list[Segment]:
         """The segments of one experience."""
@@ -139,7 +144,7 @@ class Pretrain:
         if progress.saved is not None:
             owner.load_state_dict(progress.saved)
         elif plan:
-            self._begin(plan[0], experience)
+            _begin(self, plan[0], experience)
         then = self.average.before(after_step) if self.average else after_step
         if self.adapt is not None:
             then = _watching(self.adapt, then)
@@ -157,22 +162,16 @@ class Pretrain:
             self._advance(segment, mixture, trunk_ends=ends)
         if self.adapt is not None and plan:
             self.adapt.end(self.model)
+        if self.written is not None:
+            self.written.clear()
         return {"tokens": float(sum(s.last - s.first for s in plan) * text.batch * text.context)}
-
-    def _begin(self, segment: Segment, experience: Experience) -> None:
-        self.trunk.begin(segment)
-        if self.adapt is not None:
-            self.adapt.begin(self.model)
-        self.cursor.begin(experience.index, replays_start_anew=self.data == "union")
-        held = self.replay.held_bytes([_text(old) for old in experience.past], self.cursor.seen[: len(experience.past)])
-        self.runtime.ledger.replay_bytes = max(self.runtime.ledger.replay_bytes, held)
 
     def _shares(self, segment: Segment, experience: Experience) -> np.ndarray:
         """Share of each source in each step of a segment [S, K], the new text last."""
         if self.data == "union":
             sizes = np.array([len(text) for text in (*experience.past, experience.train)], np.float64)
             return np.repeat((sizes / sizes.sum())[None], segment.last - segment.first, 0)
-        trained = self.cursor.trained[: len(experience.past)]
+        trained = self.cursor.trained[: len(_old(self, experience))]
         return self.replay.table(segment.steps, trained)[segment.first : segment.last]
 
     def _advance(self, segment: Segment, mixture: Mixture, trunk_ends: bool) -> None:
@@ -191,7 +190,7 @@ class Pretrain:
 
     @property
     def _parts(self) -> tuple[str, ...]:
-        return PARTS if self.adapt is None else (*PARTS, "adapt")
+        return (*PARTS, *(name for name in ("adapt", "written") if getattr(self, name) is not None))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that goes on, and what is evaluated."""
@@ -202,15 +201,40 @@ class Pretrain:
         self.cursor.load_state_dict(state["places"])
 
 
+def _begin(learner: Pretrain, segment: Segment, experience: Experience) -> None:
+    """Weights, optimiser and data cursor at the first segment of an experience; before, write what will be replayed."""
+    written, text = learner.written, _text(experience.train)
+    if written is not None:
+        if experience.index:
+            number = learner.replay.sequences(segment.steps, text.batch)
+            written.write(number, text.context, learner.runtime.key("write"))
+        written.note(text)
+    learner.trunk.begin(segment)
+    if learner.adapt is not None:
+        learner.adapt.begin(learner.model)
+    learner.cursor.begin(experience.index, replays_start_anew=learner.data == "union" or written is not None)
+    held = learner.replay.held_bytes([_text(old) for old in experience.past], learner.cursor.seen[: len(experience.past)])
+    learner.runtime.ledger.replay_bytes = max(learner.runtime.ledger.replay_bytes, held)
+
+
+def _old(learner: Pretrain, experience: Experience) -> list[Any]:
+    """What is replayed: the texts of earlier experiences, or one that the model wrote."""
+    written, text = learner.written, _text(experience.train)
+    if written is None:
+        return [_text(past) for past in experience.past]
+    return [written.text(text, n, text.steps, n, learner.runtime.key("written"))] if (n := len(written)) else []
+
+
 def _mixture(learner: Pretrain, segment: Segment, experience: Experience, shares_SK: np.ndarray) -> Mixture:
-    new, old, cursor = _text(experience.train), [_text(past) for past in experience.past], learner.cursor
+    new, old, cursor = _text(experience.train), _old(learner, experience), learner.cursor
+    whole = learner.data == "union" or learner.written is not None
     return Mixture(
         new,
         old,
         learner.replay,
         shares_SK,
         first=segment.first,
-        seen=[len(text) for text in old] if learner.data == "union" else cursor.seen[: len(old)],
+        seen=[len(text) for text in old] if whole else cursor.seen[: len(old)],
         starts=cursor.starts(len(old)),
         carry=cursor.carry[-shares_SK.shape[1] :],
         size=max(new.batch, len(new) // learner.passes),
