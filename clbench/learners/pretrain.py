@@ -121,8 +121,8 @@ class Pretrain:
         made = [Segment(k, "trunk", start, policy, 0, cut, total, self.lr, self.schedule, mixture, before)]
         if cut < total:
             _check_trunk(made[0], self.branch)
-            mixture |= {} if self.anneal is None else {"replay": dict(vars(self.anneal))}
-            own = {"role": "branch", "start_from": "here", "optimizer": "keep", "mixture": mixture}
+            read = mixture if self.anneal is None else mixture | {"replay": dict(vars(self.anneal))}
+            own = {"role": "branch", "start_from": "here", "optimizer": "keep", "mixture": read}
             made.append(replace(made[0], first=cut, last=total, **own))
         return made
 
