@@ -100,6 +100,8 @@ class Capabilities:
     supports_parallel   one model may be trained by several processes (torchrun)
     anytime             can be asked inside `learn`, after any step of `fit`: needed where a stream has looks
     trains              has weights that `fit` trains: needed where a run keeps the optimiser's moments (optimizer_state)
+    writes_text         is trained on text that its model writes: needs a stream of tokens, and a decoder
+    needs_one_domain    every experience must be of the same domain
     """
 
     asks: Asks = "predict"
@@ -118,6 +120,8 @@ class Capabilities:
     supports_parallel: bool = False
     anytime: bool = False
     trains: bool = True
+    writes_text: bool = False
+    needs_one_domain: bool = False
 
 
 @dataclass(frozen=True)
@@ -257,6 +261,8 @@ class Facts:
     every_experience_has_labels: bool = True
     has_looks: bool = False
     every_class_comes_once: bool = True
+    one_domain: bool = False
+    has_text: bool = False
 
 
 @runtime_checkable
@@ -316,6 +322,8 @@ def mismatch(learner: str, can: Capabilities, facts: Facts, pretrained: bool) ->
         and facts.budget.in_order
         and not can.stores_all_data,
         "needs_labels, and some experience has none": can.needs_labels and not facts.every_experience_has_labels,
+        "writes_text, and the scenario is not made of tokens": can.writes_text and not facts.has_text,
+        "needs_one_domain, and experiences are of several": can.needs_one_domain and not facts.one_domain,
         "it cannot be asked inside an experience (anytime), and the stream has looks": facts.has_looks and not can.anytime,
         "needs_pretrained, and the model has random weights": can.needs_pretrained and not pretrained,
         "stores_exemplars, and the budget allows none": can.stores_exemplars

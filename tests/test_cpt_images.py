@@ -24,7 +24,8 @@ from clbench.streams.manifest import Manifest
 from clbench.streams.tokens.class_groups import class_groups
 from clbench.training.pretraining.data_mixture import Mixture, Replay
 
-LEARNERS = [name for name in choices("learner") if asks("learner", name) == "loss"]
+WRITERS = ("generated_replay", "generations")  # of text
+LEARNERS = [name for name in choices("learner") if asks("learner", name) == "loss" and name not in WRITERS]
 SMALL = (
     "scenario=cpt_mae_digits",
     "scenario.num_classes=6",
@@ -316,6 +317,7 @@ def test_as_a_newcomer_types_it(clbench):
         (("model=nano",), "model nano has no loss: scenario cpt_mae_digits needs a mae_... model"),
         (("scenario=cpt_synthetic", "model=mae_nano"), "model mae_nano reads images: scenario cpt_synthetic is made of tokens"),
         (("scenario=cil_digits", "model=mae_nano", "learner=ncm"), "masked autoencoder: scenario cil_digits asks for classes"),
+        *(((f"learner={name}",), f"learner {name} does not fit scenario cpt_mae_digits: writes_text") for name in WRITERS),
         (("learner=slca",), "learner slca does not fit scenario cpt_mae_digits: asks=predict"),
         (("scenario=cil_digits", "model=nano", "learner=infinite"), "learner infinite does not fit scenario cil_digits"),
         (

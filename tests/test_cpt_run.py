@@ -23,6 +23,7 @@ from clbench.run.runner import prepare, run_job
 from clbench.training.fit import fit
 
 LEARNERS = [name for name in choices("learner") if asks("learner", name) == "loss"]
+ONE_DOMAIN = ("scenario.name=cpt_one", "scenario.order=[0,0,0]")
 SMALL = (
     "scenario=cpt_synthetic",
     "scenario.symbols=8",
@@ -55,7 +56,7 @@ def run(folder, *words):
 def finished(tmp_path_factory):
     """A record of every learner, and of re-warming without replay and on the control."""
     folder = tmp_path_factory.mktemp("results")
-    made = {name: run(folder, f"learner={name}") for name in LEARNERS}
+    made = {name: run(folder, f"learner={name}", *(ONE_DOMAIN if name == "generations" else ())) for name in LEARNERS}
     made["plain"] = run(folder, "learner.replay.share=0")
     made["iid"] = run(folder, "scenario.name=cpt_iid", "scenario.order=[0,0,0]")
     return folder, made

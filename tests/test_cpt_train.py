@@ -9,6 +9,7 @@ import torch
 from token_models import Bigram
 
 from clbench.interfaces import UserError
+from clbench.learners.generations import Generations
 from clbench.learners.pretrain import Pretrain
 from clbench.learners.skill_it import SkillIt
 from clbench.streams.tokens.scenario import Domain, content_sha256, scenario
@@ -175,6 +176,9 @@ def test_a_trunk_with_a_part_of_the_anneal_in_it_is_refused():
         ({"start": "scratch"}, "needs boundary=reset"),
         ({"start": "scratch", "boundary": "reset", "replay": Replay(share=0.1)}, "no replay"),
         ({"data": "union"}, "needs start=scratch"),
+        ({"anneal": Replay(share=0.5)}, "learner.anneal has no effect without a branch"),
+        (INFINITE | {"anneal": Replay(share=0.5, source="generated")}, "learner.anneal replays stored text"),
+        (INFINITE | {"anneal": Replay(share=0.5, timing="first", window=0.5)}, "learner.anneal replays stored text"),
     ],
 )
 def test_impossible_options(options, words):
@@ -346,6 +350,8 @@ PLANS = {
     "ema": (Pretrain, {"average": Average("ema"), "boundary": "restore", "trainable": "half"}),
     "schedule_free": (Pretrain, {"average": Average("schedule_free"), "boundary": "restore", "betas": (0.0, 0.95)}),
     "skill_it": (SkillIt, {"updates": 4, "eta": 5.0}),
+    "written": (Pretrain, INFINITE | {"replay": Replay(share=0.3, source="generated")}),
+    "generations": (Generations, {"data": "subsample"}),
 }
 
 
@@ -381,3 +387,20 @@ def test_differences_of_plain_values():
     assert differences({"a": 1}, {"b": 1}) == ["a: 1 -> None", "b: None -> 1"] and differences([1], [1, 2]) == [
         ": [1] -> [1, 2]"
     ]
+
+
+def test_the_branch_reads_a_mixture_of_its_own():
+    """The trunk reads new text alone, half of the branch is old; the next trunk knows nothing of it."""
+    made = learner(Pretrain, **INFINITE, anneal=Replay(share=0.5))
+    some = experiences(2)
+    learn(made, some)
+    ledger, size = made.runtime.ledger, 4 * 6
+    assert (ledger.trunk_replay, ledger.branch_replay) == (0, round(0.5 * 3 * size)) and ledger.branch_new == 4.5 * size
+    assert ledger.replay_bytes == 9 * 4 * 6, "what the trunk of the first experience read"
+    trunk, branch = made.plan(some[1])
+    assert trunk.mixture["replay"]["share"] == 0.0 and branch.mixture["replay"]["share"] == 0.5
+    plain = learn(learner(Pretrain, **INFINITE), experiences(2))
+    assert made.trunk.kept is not None and fingerprint(made.trunk.kept) == fingerprint(plain.trunk.kept)
+    assert weights(made) != weights(plain)
+    assert Pretrain.capabilities_of(anneal={"share": 0.5}).stores_exemplars
+    assert not Pretrain.capabilities_of(anneal=None).stores_exemplars

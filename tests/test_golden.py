@@ -207,6 +207,10 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     ),
     "wa": ("learner.batch_size=16",),
 }
+TOKENS_ALONE = {  # learners of losses that no stream of images takes, and what they need of the stream
+    "generated_replay": ("learner.replay.share=0.25",),
+    "generations": ("scenario.order=[0,0,0]", "learner.data=accumulate"),
+}
 VARIANTS = {  # of learners of images: with what they differ from the default
     "derpp-online": ("learner.online=true",),
     "dualprompt-compat_reshape": ("learner.compat_reshape=true",),
@@ -247,7 +251,9 @@ def cases():
     made, kinds = {}, {"predict": ("images",), "loss": ("tokens", "masked"), "logits": ("edits",), "next_token": ("texts",)}
     for name in choices("learner"):
         for stream in kinds[asks("learner", name)]:
-            own = OPTIONS.get(name, ()) if stream == "images" else ()
+            if stream == "masked" and name in TOKENS_ALONE:
+                continue
+            own = OPTIONS.get(name, ()) if stream == "images" else TOKENS_ALONE.get(name, ())
             made[stream, name] = (*STREAMS[stream], f"learner={name}", *own)
     for name, options in VARIANTS.items():
         made["images", name] = (*made["images", name.partition("-")[0]], *options)

@@ -35,6 +35,15 @@ class Bigram(nn.Module):
         logits = self(tokens[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(tokens[:, 1:].shape)
 
+    @torch.no_grad()
+    def sample(self, first, draws, temperature=1.0):
+        """Texts: first tokens [B], uniform draws [B, L] -> [B, L + 1], as `Decoder.sample`."""
+        written = [first]
+        for draw in draws.unbind(1):
+            edges = torch.softmax(self(written[-1][:, None])[:, 0].double() / temperature, -1).cumsum(-1)
+            written.append((edges <= draw[:, None] * edges[:, -1:]).sum(-1).clamp(max=edges.shape[1] - 1))
+        return torch.stack(written, 1)
+
 
 def build_bigram(*, name: str = "bigram", vocab: int | None = None, width: int = 16, context: int | None = None, seed: int = 0):
     """The model of a configuration node."""

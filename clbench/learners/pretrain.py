@@ -9,7 +9,10 @@ accounting    "equal_compute": the branch takes its steps from the experience, s
               the trunk sees all of it, and the branch comes on top
 boundary      the optimiser at a new experience: "keep" (with a branch: as the anneal left it, as in the code of Singh et al.),
               "reset" (Ibrahim et al.), "reset_moments" (the step count stays), "restore" (with a branch: the trunk's)
-replay        old text in each batch, displacing new text
+replay        old text in each batch, displacing new text; with source "generated" the model writes it before an experience
+              (as evaluated: after its anneal), so that no old text is stored (Shin et al. 2017; LAMOL, Sun et al. 2020)
+anneal        what the branch replays in place of `replay`: other data in the anneal alone (OLMo 2, arXiv 2501.00656; MiniCPM,
+              arXiv 2404.06395), of earlier experiences: no text is given before its experience. null: as the trunk
 data, start   "union" with start "scratch": joint training on everything so far, the reference; "new" with "scratch": each
               domain alone
 until         experiences that are learned at all, then the model is frozen; null for all
@@ -49,6 +52,7 @@ from clbench.training.pretraining.segments import AfterStep, PretrainRuntime, Se
 from clbench.training.pretraining.trunk_and_branch import Trunk
 from clbench.training.pretraining.tuned_pet import attach_pet
 from clbench.training.pretraining.weight_averaging import Average, Averager
+from clbench.training.pretraining.written_text import WrittenText
 from clbench.training.schedules import constant
 from clbench.training.state import collect, detached, restore
 from clbench.training.steps import made
@@ -75,6 +79,7 @@ class Pretrain:
         accounting: Literal["equal_compute", "equal_data"] = "equal_compute",
         boundary: Literal["keep", "reset", "reset_moments", "restore"] = "keep",
         replay: Replay = NO_REPLAY,
+        anneal: Replay | None = None,
         start: Literal["trunk", "scratch"] = "trunk",
         data: Literal["new", "union"] = "new",
         until: int | None = None,
@@ -88,7 +93,7 @@ class Pretrain:
         clip: float | None = 1.0,
     ):
         self.model, self.runtime, self.lr, self.schedule = model, runtime, lr, schedule
-        self.branch, self.accounting, self.boundary, self.replay = branch, accounting, boundary, replay
+        self.branch, self.accounting, self.boundary, self.replay, self.anneal = branch, accounting, boundary, replay, anneal
         self.start, self.data, self.until, self.passes, self.trainable = start, data, until, passes, trainable
         self.pet = attach_pet(pet, model, runtime)
         self.tuned = model if self.pet is None else self.pet  # what is trained, saved and put back
@@ -96,13 +101,16 @@ class Pretrain:
         self.average, self.adapt, self.adapts = Averager(self.tuned, average), _adapting(adapt), adapt
         initial = detached(self.tuned.state_dict()) if start == "scratch" else {}
         self.trunk = Trunk(self.tuned, self.optimizer, self.cursor, initial)
+        self.written = WrittenText(model, runtime) if replay.generated else None
         _check(self)
 
     @staticmethod
-    def capabilities_of(data: str = "new", replay: Any = None, **options: Any) -> Capabilities:
-        """Joint training keeps all data, replay keeps some."""
-        some = data == "new" and isinstance(replay, Mapping) and replay.get("share", 0.0) != 0
-        return Capabilities(asks="loss", supports_parallel=True, stores_all_data=data == "union", stores_exemplars=some)
+    def capabilities_of(data: str = "new", replay: Any = None, anneal: Any = None, **options: Any) -> Capabilities:
+        """Joint training keeps all data, replay keeps some, unless the model writes it: then in one process."""
+        active = [one for one in (replay, anneal) if isinstance(one, Mapping) and one.get("share", 0.0) != 0]
+        written = any(one.get("source") == "generated" for one in active)
+        kept = {"stores_all_data": data == "union", "stores_exemplars": data == "new" and bool(active) and not written}
+        return Capabilities(asks="loss", supports_parallel=not written, writes_text=written, **kept)
 
     def plan(self, experience: Experience) -> list[Segment]:
         """The segments of one experience."""
@@ -110,8 +118,9 @@ class Pretrain:
         require_room(self.model, self.pet, text.context)
         if self.until is not None and k >= self.until:
             return []
-        for old in experience.past if self.replay.active else ():
-            self.replay.capacity(_text(old), len(experience.past))
+        for replay in self.replays:
+            for old in experience.past if replay.active else ():
+                replay.capacity(_text(old), len(experience.past))
         steps, total = _steps(self, k, text.steps)
         cut = steps if self.accounting == "equal_data" else round(total * (1 - self.branch))
         mixture = {"replay": dict(vars(self.replay)), "data": self.data, "passes": self.passes}
@@ -122,8 +131,15 @@ class Pretrain:
         made = [Segment(k, "trunk", start, policy, 0, cut, total, self.lr, self.schedule, mixture, before)]
         if cut < total:
             _check_trunk(made[0], self.branch)
-            made.append(replace(made[0], role="branch", start_from="here", optimizer="keep", first=cut, last=total))
+            read = mixture if self.anneal is None else mixture | {"replay": dict(vars(self.anneal))}
+            own = {"role": "branch", "start_from": "here", "optimizer": "keep", "mixture": read}
+            made.append(replace(made[0], first=cut, last=total, **own))
         return made
+
+    @property
+    def replays(self) -> list[Replay]:
+        """What trunk and branch replay."""
+        return [self.replay] if self.anneal is None else [self.replay, self.anneal]
 
     def learn(self, experience: Experience) -> dict[str, float]:
         """Train the plan's segments."""
@@ -151,13 +167,13 @@ class Pretrain:
         if progress.saved is not None:
             owner.load_state_dict(progress.saved)
         elif plan:
-            self._begin(plan[0], experience)
+            _begin(self, plan[0], experience)
         then = self.average.before(after_step) if self.average else after_step
         if self.adapt is not None:
             then = _watching(self.adapt, then)
         for i in range(progress.segment, len(plan)):
             segment = plan[i]
-            table = self._shares(segment, experience) if shares is None else shares(segment)
+            table = _shares(self, segment, experience) if shares is None else shares(segment)
             mixture = _mixture(self, segment, experience, table)
             step = progress.step if i == progress.segment else segment.first
 
@@ -169,23 +185,9 @@ class Pretrain:
             self._advance(segment, mixture, trunk_ends=ends)
         if self.adapt is not None and plan:
             self.adapt.end(self.tuned)
+        if self.written is not None:
+            self.written.clear()
         return {"tokens": float(sum(s.last - s.first for s in plan) * text.batch * text.context)}
-
-    def _begin(self, segment: Segment, experience: Experience) -> None:
-        self.trunk.begin(segment)
-        if self.adapt is not None:
-            self.adapt.begin(self.tuned)
-        self.cursor.begin(experience.index, replays_start_anew=self.data == "union")
-        held = self.replay.held_bytes([_text(old) for old in experience.past], self.cursor.seen[: len(experience.past)])
-        self.runtime.ledger.replay_bytes = max(self.runtime.ledger.replay_bytes, held)
-
-    def _shares(self, segment: Segment, experience: Experience) -> np.ndarray:
-        """Share of each source in each step of a segment [S, K], the new text last."""
-        if self.data == "union":
-            sizes = np.array([len(text) for text in (*experience.past, experience.train)], np.float64)
-            return np.repeat((sizes / sizes.sum())[None], segment.last - segment.first, 0)
-        trained = self.cursor.trained[: len(experience.past)]
-        return self.replay.table(segment.steps, trained)[segment.first : segment.last]
 
     def _advance(self, segment: Segment, mixture: Mixture, trunk_ends: bool) -> None:
         """Advance the data cursor; at the trunk's last step keep a copy of it, if something else is evaluated."""
@@ -205,7 +207,7 @@ class Pretrain:
     @property
     def _parts(self) -> tuple[str, ...]:
         named = PARTS if self.pet is None else ("pet", *PARTS[1:])
-        return named if self.adapt is None else (*named, "adapt")
+        return (*named, *(name for name in ("adapt", "written") if getattr(self, name) is not None))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that goes on, and what is evaluated."""
@@ -216,15 +218,55 @@ class Pretrain:
         self.cursor.load_state_dict(state["places"])
 
 
+def _begin(learner: Pretrain, segment: Segment, experience: Experience) -> None:
+    """Weights, optimiser and data cursor at the first segment of an experience; before, write what will be replayed."""
+    written, text = learner.written, _text(experience.train)
+    if written is not None:
+        if experience.index:
+            number = learner.replay.sequences(segment.steps, text.batch)
+            written.write(number, text.context, learner.runtime.key("write"))
+        written.note(text)
+    learner.trunk.begin(segment)
+    if learner.adapt is not None:
+        learner.adapt.begin(learner.tuned)
+    learner.cursor.begin(experience.index, replays_start_anew=learner.data == "union" or written is not None)
+    old, seen = [_text(past) for past in experience.past], learner.cursor.seen[: len(experience.past)]
+    held = [replay.held_bytes(old, seen) for replay in learner.replays]
+    learner.runtime.ledger.replay_bytes = max(learner.runtime.ledger.replay_bytes, *held)
+
+
+def _replay(learner: Pretrain, segment: Segment) -> Replay:
+    """What a segment replays."""
+    return learner.replays[-1 if segment.role == "branch" else 0]
+
+
+def _old(learner: Pretrain, experience: Experience) -> list[Any]:
+    """What is replayed: the texts of earlier experiences, or one that the model wrote."""
+    written, text = learner.written, _text(experience.train)
+    if written is None:
+        return [_text(past) for past in experience.past]
+    return [written.text(text, n, text.steps, n, learner.runtime.key("written"))] if (n := len(written)) else []
+
+
+def _shares(learner: Pretrain, segment: Segment, experience: Experience) -> np.ndarray:
+    """Share of each source in each step of a segment [S, K], the new text last."""
+    if learner.data == "union":
+        sizes = np.array([len(text) for text in (*experience.past, experience.train)], np.float64)
+        return np.repeat((sizes / sizes.sum())[None], segment.last - segment.first, 0)
+    trained = learner.cursor.trained[: len(_old(learner, experience))]
+    return _replay(learner, segment).table(segment.steps, trained)[segment.first : segment.last]
+
+
 def _mixture(learner: Pretrain, segment: Segment, experience: Experience, shares_SK: np.ndarray) -> Mixture:
-    new, old, cursor = _text(experience.train), [_text(past) for past in experience.past], learner.cursor
+    new, old, cursor = _text(experience.train), _old(learner, experience), learner.cursor
+    whole = learner.data == "union" or learner.written is not None
     return Mixture(
         new,
         old,
-        learner.replay,
+        _replay(learner, segment),
         shares_SK,
         first=segment.first,
-        seen=[len(text) for text in old] if learner.data == "union" else cursor.seen[: len(old)],
+        seen=[len(text) for text in old] if whole else cursor.seen[: len(old)],
         starts=cursor.starts(len(old)),
         carry=cursor.carry[-shares_SK.shape[1] :],
         size=max(new.batch, int(len(new) // learner.passes)),
@@ -271,7 +313,8 @@ def _text(data: Any) -> Any:
 
 def _check(learner: Pretrain) -> None:
     """Options that contradict each other, or have no effect, are errors."""
-    joint, replays, branches = learner.data == "union", learner.replay.active, learner.branch > 0
+    joint, replays, branches = learner.data == "union", any(one.active for one in learner.replays), learner.branch > 0
+    anneal = learner.anneal
     averages, scratch = bool(learner.average), learner.start == "scratch"
     wrong = {
         "learner.branch must be at least 0 and below 1": not 0 <= learner.branch < 1,
@@ -279,6 +322,10 @@ def _check(learner: Pretrain) -> None:
         "learner.until must be at least 1 or null": learner.until is not None and learner.until < 1,
         "learner.lr must be above 0": not learner.lr > 0,
         "learner.accounting=equal_data has no effect without a branch": learner.accounting == "equal_data" and not branches,
+        "learner.anneal has no effect without a branch": anneal is not None and not branches,
+        "learner.anneal replays stored text over the whole branch: source original, reshuffled or buffer, timing=all": (
+            anneal is not None and (anneal.source == "generated" or anneal.timing != "all" or learner.replay.generated)
+        ),
         "learner.boundary=restore needs a branch or an average: without one it would be keep": learner.boundary == "restore"
         and not (branches or averages),
         "learner.branch and learner.average exclude each other: both stand for the anneal": branches and averages,
@@ -286,6 +333,9 @@ def _check(learner: Pretrain) -> None:
         and (replays or branches or learner.boundary != "reset"),
         "learner.adapt needs learner.branch=0: an anneal is planned, a rate that follows the run is not": (
             learner.adapt is not None and branches
+        ),
+        "learner.replay.source=generated writes with the whole model's own weights: choose pet=none": (
+            learner.written is not None and learner.pet is not None
         ),
         "learner.adapt does not go with an average, which stands for an anneal": learner.adapt is not None and averages,
         "learner.adapt reads whole gradients and weights, which parallel=fsdp has not: parallel=ddp": (

@@ -107,13 +107,20 @@ class Block(nn.Module):
     def _mlp(self, x: Tensor) -> Tensor:
         return self.mlp["dense_4h_to_h"](ACTIVATIONS[self.shape.activation](self.mlp["dense_h_to_4h"](x)))
 
-    def _attend(self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+    def _split(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """X [B, L, D] -> turned queries and keys, and values [B, H, L, D / H] each."""
         batch, length, width = x.shape
         heads = self.shape.heads
         qkv = self.attention["query_key_value"](x).view(batch, length, heads, 3, width // heads)
         qkv = qkv.permute(3, 0, 2, 1, 4)  # [3, B, H, L, D / H]
         q, k = _turn(qkv[:2], angles).unbind(0)
-        v, scale, seen = qkv[2], (width // heads) ** -0.5, None
+        return q, k, qkv[2]
+
+    def _attend(self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        batch, length, width = x.shape
+        heads = self.shape.heads
+        q, k, v = self._split(x, angles)
+        scale, seen = (width // heads) ** -0.5, None
         if self.prefix is not None and (before := self.prefix(batch)) is not None:
             k, v = (torch.cat([more.to(own.dtype), own], 2) for more, own in zip(before, (k, v), strict=True))
             extra = k.shape[2] - length
@@ -127,6 +134,18 @@ class Block(nn.Module):
             out = torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype) @ v
             out = out.view(batch, heads, length, -1)
         return self.attention["dense"](out.transpose(1, 2).reshape(batch, length, width))
+
+    def extend(self, x: Tensor, angles: tuple[Tensor, Tensor], kept: Tensor, place: int) -> Tensor:
+        """One more position x [B, 1, D] -> [B, 1, D]; keys and values [2, B, H, L, D / H] are kept in `kept` at `place`."""
+        q, kept[0, :, :, place : place + 1], kept[1, :, :, place : place + 1] = self._split(self.input_layernorm(x), angles)
+        k, v = kept[:, :, :, : place + 1]
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        out = torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype) @ v
+        attended = self.attention["dense"](out.transpose(1, 2).reshape(x.shape))
+        if self.shape.parallel:
+            return x + attended + self._mlp(self.post_attention_layernorm(x))
+        x = x + attended
+        return x + self._mlp(self.post_attention_layernorm(x))
 
 
 def _turn(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
@@ -224,6 +243,33 @@ class Decoder(MixedPrecision, nn.Module):
         targets = tokens[:, 1:]
         nats = functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
         return nats.view(targets.shape)
+
+    @torch.no_grad()
+    def sample(self, first: Tensor, draws: Tensor, temperature: float = 1.0) -> Tensor:
+        """Write texts: first tokens [B] int64, uniform draws [B, L] -> tokens [B, L + 1] int64, L up to the context.
+
+        Token t + 1 is where draw t falls among the cumulated probabilities softmax(logits / temperature), in the precision of
+        the draws, float64 where there is that; keys and values of the tokens before are kept.
+        """
+        number, length = draws.shape
+        if length > self.shape.context:
+            raise UserError(f"a text of {length} tokens is longer than the context of {self.shape.context}")
+        s, written = self.shape, [first]
+        with self.lowered(first.device.type):
+            kept = self.embed_out.weight.new_empty(s.depth, 2, number, s.heads, length, s.width // s.heads)
+            kept = kept if self.precision == "fp32" else kept.to(torch.bfloat16)
+            for t in range(length):
+                angles = (self.cos[t : t + 1], self.sin[t : t + 1])  # type: ignore[index]
+                x = self.embed_in(written[-1][:, None])
+                for layer, own in zip(self.layers, kept, strict=True):
+                    x = layer.extend(x, angles, own, t)
+                x = self.final_layer_norm(x)[:, 0]
+                with torch.autocast(first.device.type, enabled=False):
+                    logits = self.embed_out(x.float() / self.times)
+                edges = torch.softmax(logits.to(draws.dtype) / temperature, -1).cumsum(-1)
+                drawn = torch.searchsorted(edges, draws[:, t : t + 1] * edges[:, -1:], right=True)[:, 0]
+                written.append(drawn.clamp_(max=s.vocab - 1))
+        return torch.stack(written, 1)
 
     def flops_per_token(self, context: int) -> float:
         """Operations of a training step (forward and backward) per token: 6 N + 12 L T D.

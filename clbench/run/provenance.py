@@ -75,7 +75,7 @@ ADDED: dict[str, dict[str, Any]] = {  # options that came to a learner later: wh
     "lwf.Lwf": {"trainable": "all", "refresh": None, "project": None},
     "mas.Mas": {"refresh": None, "project": None},
     "mir.Mir": {"columns": "seen", "score": "rise", "start": "second_batch"},
-    "pretrain.Pretrain": {"adapt": None, "pet": NO_PET},
+    "pretrain.Pretrain": {"adapt": None, "pet": NO_PET, "anneal": None},
     "picle.Picle": {"latent": 0, "suffix": 2},
     "pred_kd.PredKd": {"refresh": None, "project": None},
     "replay.Replay": {"optimizer": "sgd"},

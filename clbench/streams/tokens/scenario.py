@@ -104,7 +104,8 @@ class TokenScenario:
 
     def facts(self) -> Facts:
         """What is compared with a learner's capabilities."""
-        return Facts(self.name, "loss", False, True, False, self.budget)
+        text = self.manifest.unit != "images"
+        return Facts(self.name, "loss", False, True, False, self.budget, one_domain=self.iid, has_text=text)
 
     def data(self, index: int) -> TokenData:
         """The training text of experience `index`. Order, masks and views depend on the stream, not on the seed of the run."""

@@ -28,12 +28,13 @@ class Replay:
                   (Ibrahim et al. 2024); "equal"; "inverse_t": every experience, the newest too, has 1/t of the batch (TiC-LM)
     source        "original": the order in which it was read the first time; "reshuffled": a new order in each pass;
                   "buffer": only what fits in `buffer_bytes`, shared equally by old experiences, reshuffled
+                  "generated": no old text, but text that the model of the experience before writes, each once
     timing        "all", or the "first" or "last" `window` share of the experience's steps
     """
 
     share: float | None = 0.0
     allocation: Literal["tokens", "equal", "inverse_t"] = "tokens"
-    source: Literal["original", "reshuffled", "buffer"] = "original"
+    source: Literal["original", "reshuffled", "buffer", "generated"] = "original"
     buffer_bytes: int | None = None
     timing: Literal["all", "first", "last"] = "all"
     window: float = 1.0
@@ -47,6 +48,8 @@ class Replay:
             raise UserError("replay.buffer_bytes belongs to replay.source=buffer, and is needed there")
         if self.buffer_bytes is not None and self.buffer_bytes < 1:
             raise UserError(f"replay.buffer_bytes must be at least 1, got {self.buffer_bytes}")
+        if self.generated and self.allocation != "tokens":
+            raise UserError("replay.source=generated is one text for all old experiences: replay.allocation must be tokens")
         if not 0 < self.window <= 1 or (self.timing == "all" and self.window != 1):
             raise UserError(f"replay.window must lie in 0..1, and be 1 with timing=all, got {self.window}")
 
@@ -54,6 +57,15 @@ class Replay:
     def active(self) -> bool:
         """Whether anything is ever replayed."""
         return self.share is None or self.share > 0
+
+    @property
+    def generated(self) -> bool:
+        """Whether the model writes what is replayed."""
+        return self.source == "generated" and self.active
+
+    def sequences(self, steps: int, batch: int) -> int:
+        """The most that are replayed in an experience of so many steps."""
+        return int(np.ceil(float(self.share or 0.0) * batch * int(self.on(steps).sum()))) + 1
 
     def shares(self, trained: Sequence[int]) -> np.ndarray:
         """Share of a batch for each old experience and, last, the new one, while replay is on: [t] float64, sum 1.
@@ -84,7 +96,7 @@ class Replay:
 
         seen: how many of its sequences were read when it was new.
         """
-        if self.source == "original":
+        if self.source in ("original", "generated"):
             return old.numbers(positions % seen, seen)
         held = min(seen, self.capacity(old, num_old))
         inside = sequences.passes(rng.key(old.key, "replay"), held, positions)

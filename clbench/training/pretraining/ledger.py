@@ -18,6 +18,8 @@ class Ledger:
     flops          forward and backward of training, 6 * parameters + attention per token, 4 where frozen; probes and evaluation
                    a third each
     replay_bytes   largest amount of old text that had to be at hand
+    written        by the model itself, to be trained on; a third of the operations each, in `flops`. Trained on, written text
+                   counts as new where it is the text of an experience, as replayed and repeated where it stands for old text
     """
 
     trunk_new: int = 0
@@ -31,6 +33,7 @@ class Ledger:
     flops: float = 0.0
     probe_flops: float = 0.0
     replay_bytes: int = 0
+    written: int = 0
 
     @property
     def trained(self) -> int:
@@ -50,13 +53,18 @@ class Ledger:
         setattr(self, purpose, getattr(self, purpose) + tokens)
         self.probe_flops += tokens * flops_per_token / 3
 
+    def write(self, tokens: int, flops_per_token: float) -> None:
+        """Count tokens that the model writes."""
+        self.written += tokens
+        self.flops += tokens * flops_per_token / 3
+
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
-        return asdict(self)
+        """Plain numbers; `written` where something was."""
+        return {name: value for name, value in asdict(self).items() if value or name != "written"}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the numbers of `state`."""
-        for name, value in state.items():
+        for name, value in ({"written": 0} | state).items():
             setattr(self, name, value)
 
 
