@@ -200,6 +200,10 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
     ),
     "wa": ("learner.batch_size=16",),
 }
+MASKED = {  # learners of autoencoders alone, where each penalty counts
+    "cpt_lwf": ("learner.strength=20",),
+    "cpt_mas": ("learner.strength=1e4",),
+}
 VARIANTS = {  # of learners of images: with what they differ from the default
     "derpp-online": ("learner.online=true",),
     "dualprompt-compat_reshape": ("learner.compat_reshape=true",),
@@ -240,7 +244,9 @@ def cases():
     made = {}
     for name in choices("learner"):
         for stream in {"predict": ("images",), "loss": ("tokens", "masked"), "logits": ("edits",)}[asks("learner", name)]:
-            own = OPTIONS.get(name, ()) if stream == "images" else ()
+            if stream == "tokens" and name in MASKED:
+                continue
+            own = {"images": OPTIONS, "masked": MASKED}.get(stream, {}).get(name, ())
             made[stream, name] = (*STREAMS[stream], f"learner={name}", *own)
     for name, options in VARIANTS.items():
         made["images", name] = (*made["images", name.partition("-")[0]], *options)
