@@ -4,10 +4,10 @@ A row is a chain of `clauses` letters with a bit each, in random order, and what
 
     c = not a; a = val 1; f = val c. Output: f = val 0,
 
-The first letter has its bit; each of the others says that it is as the one before it (`val`) or not (`not`). Bits are independent
-and fair, letters distinct, every order of the clauses is equally likely. Skill i asks for number i of the chain: i + 1 steps of
-reasoning. Letters and bits of validation rows are other draws. The bit that is asked is one of two for who cannot reason, so the
-loss of a row is known exactly: for who can, `entropy`, ln 2 more for who cannot.
+The first letter has its bit; each of the others says that it is as the one before it (`val`) or not (`not`). Bits are
+independent and fair, letters distinct, every order of the clauses is equally likely. Skill i asks for number i of the chain:
+i + 1 steps of reasoning. Validation rows are other draws. The bit that is asked is one of two for who cannot reason, so the loss
+of a row is known exactly: `entropy` for who can, ln 2 more for who cannot.
 
 Each row fills a window of `context` tokens (ASCII), newlines behind it; the last prediction of a window is the first letter of
 the next row, which nobody knows.
