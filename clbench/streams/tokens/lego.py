@@ -6,8 +6,8 @@ A row is a chain of `clauses` letters with a bit each, in random order, and what
 
 The first letter has its bit; each of the others says that it is as the one before it (`val`) or not (`not`). Bits are
 independent and fair, letters distinct, every order of the clauses is equally likely. Skill i asks for number i of the chain:
-i + 1 steps of reasoning. Validation rows are other draws. The bit that is asked is one of two for who cannot reason, so the loss
-of a row is known exactly: `entropy` for who can, ln 2 more for who cannot.
+i + 1 steps of reasoning. Validation rows are other draws. The bit that is asked is one of two for who cannot reason, so the
+loss of a row is known exactly: `entropy` for who can, ln 2 more for who cannot.
 
 Each row fills a window of `context` tokens (ASCII), newlines behind it; the last prediction of a window is the first letter of
 the next row, which nobody knows.
