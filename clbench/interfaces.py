@@ -238,7 +238,8 @@ class EvaluationSet(Protocol):
 class Evaluator(Protocol):
     """What is counted of a learner's answers on one evaluation set. `name` stands in the record and before its columns.
 
-    The sums are additive over samples, whole numbers where they count, and hold `n`, the number of samples.
+    The sums are additive over samples, whole numbers where they count, and hold `n`, the number of samples. An attribute `asks`
+    says what it asks of a learner where that is not "predict": it then fits streams that ask the same.
     """
 
     name: str

@@ -211,6 +211,10 @@ TOKENS_ALONE = {  # learners of losses that no stream of images takes, and what 
     "generated_replay": ("learner.replay.share=0.25",),
     "generations": ("scenario.order=[0,0,0]", "learner.data=accumulate"),
 }
+MASKED_ALONE = {  # learners of autoencoders alone, where each penalty counts
+    "cpt_lwf": ("learner.strength=20",),
+    "cpt_mas": ("learner.strength=1e4",),
+}
 VARIANTS = {  # of learners of images: with what they differ from the default
     "derpp-online": ("learner.online=true",),
     "dualprompt-compat_reshape": ("learner.compat_reshape=true",),
@@ -251,9 +255,9 @@ def cases():
     made, kinds = {}, {"predict": ("images",), "loss": ("tokens", "masked"), "logits": ("edits",), "next_token": ("texts",)}
     for name in choices("learner"):
         for stream in kinds[asks("learner", name)]:
-            if stream == "masked" and name in TOKENS_ALONE:
+            if (stream, name) in {*itertools.product(["masked"], TOKENS_ALONE), *itertools.product(["tokens"], MASKED_ALONE)}:
                 continue
-            own = OPTIONS.get(name, ()) if stream == "images" else TOKENS_ALONE.get(name, ())
+            own = {"images": OPTIONS, "tokens": TOKENS_ALONE, "masked": MASKED_ALONE}.get(stream, {}).get(name, ())
             made[stream, name] = (*STREAMS[stream], f"learner={name}", *own)
     for name, options in VARIANTS.items():
         made["images", name] = (*made["images", name.partition("-")[0]], *options)

@@ -229,3 +229,22 @@ def test_texts_ask_for_bytes(tmp_path):
     assert stream.of_bytes
     sums = Cloze()(Bigram(256, 8, 64, seed=3), texts(stream.evaluation(0), True))
     assert sums["correct_per_byte"] == sums["correct_per_token"] and sums["n"] > 10
+
+
+class Longest:
+    """An evaluator from outside: the loss of whole windows."""
+
+    name = "longest"
+    asks = "loss"
+
+    def __call__(self, learner, data):
+        rows = list(data.windows)
+        return {"n": len(data), "nats": float(data.nats(learner, rows, [1] * len(rows)).sum())}
+
+
+def test_evaluators_from_outside_read_texts_too(tmp_path):
+    entry = run(tmp_path, f"scenario.evaluators=[{__name__}.Longest]")
+    (row,) = [row for row in entry["rows"] if row["evaluator"] == "longest" and row["experience"] == 2]
+    assert row["sums"]["nats"] == pytest.approx(entry["sum_loss"][2], rel=1e-6) and list(entry["evaluators"]) == ["longest"]
+    with pytest.raises(UserError, match="asks predict"):
+        load([f"{__name__}.Longest"], {"evaluators": [f"{__name__}.Longest"]})

@@ -35,12 +35,18 @@ BUILT_IN = (
 )  # not for plug-ins
 OWN = {  # what a scenario may name
     "activations": "clbench.evaluation.activations.Activations",
+    "answer": "clbench.evaluation.zero_shot.Answer",
     "cloze": "clbench.evaluation.zero_shot.Cloze",
     "completion": "clbench.evaluation.zero_shot.Completion",
 }
-_ASKS: dict[str, Asks] = {"cloze": "loss", "completion": "loss"}  # the others are for streams that ask for classes
+_ASKS: dict[str, Asks] = {
+    "answer": "loss",
+    "cloze": "loss",
+    "completion": "loss",
+}  # the others are for streams that ask for classes
 _ABOUT = {
     "activations": "shares of dormant units and ranks of features, which say what a network can still learn",
+    "answer": "cpt_lego (scenario.evaluators): which of two bits a chain of reasoning ends with, by lowest loss",
     "cloze": "texts (scenario.evaluators): zero-shot, which of four words stands in a gap, by lowest loss",
     "completion": "texts (scenario.evaluators): zero-shot, which of four continuations follows, by lowest loss",
 }

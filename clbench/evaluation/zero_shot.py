@@ -1,4 +1,4 @@
-"""Zero-shot questions to a language model: of four options the one with the lowest loss is its answer.
+"""Zero-shot questions to a language model: of several options the one with the lowest loss is its answer.
 
 The questions are those of `streams.tokens.questions`, made of the evaluation sets themselves. The score of an option is the
 summed loss of its tokens and of those behind it (of a cloze), given what stands before; a right answer is strictly the lowest.
@@ -9,7 +9,7 @@ Long options lose more, so there are two normalisations beside the sum (as `acc`
     correct_per_byte   lowest nats per byte; where tokens are bytes, and there equal to the one before
     nats, tokens       of the right options with what stands behind them
 
-Guessing gets a quarter. Rows are padded at their ends, which changes nothing of the losses of a causal model.
+Guessing gets a quarter, of `answer` half. Rows are padded at their ends, which changes nothing of the losses of a causal model.
 """
 
 from __future__ import annotations
@@ -69,6 +69,12 @@ class Cloze(_Choice):
     """Evaluator `cloze`: what stands in a gap."""
 
     name = "cloze"
+
+
+class Answer(_Choice):
+    """Evaluator `answer`: which of two bits a LEGO chain ends with; guessing gets half."""
+
+    name = "answer"
 
 
 class Completion(_Choice):

@@ -21,6 +21,7 @@ _LOSSES = (
     "anneal_gain_new",
     "probe_own",
     "probe_seen",
+    "answer/correct",
     "cloze/correct",
     "completion/correct",
 )

@@ -82,6 +82,7 @@ ADDED: dict[str, dict[str, Any]] = {  # options that came to a learner later: wh
     "rwalk.RWalk": {"refresh": None, "project": None},
     "scr.Scr": {"start": "second_batch", "past": False},
     "si.Si": {"boundaries": "told", "hazard": 0.01, "certain": 0.9, "summary": 4, "refresh": None, "project": None},
+    "skill_it.SkillIt": {"graph": "spread", "pilot": 50, "repeats": 3},
     "slca.Slca": {"drift": None},
     "ssiat.Ssiat": {"drift": "shift"},
     "tent.Tent": {"reset": "never"},

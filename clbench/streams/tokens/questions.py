@@ -10,6 +10,8 @@ cloze       a word of the second half is missing, of 4 to L / 8 bytes (of L / 8,
             words, with a capital letter or without as it is; the L / 8 bytes behind the gap are given too (the form is that
             of the Children's Book Test, Hill et al. 2016, arXiv 1511.02301)
 Tokens that are not bytes: a completion has L / 4 of them, a gap is one.
+
+answer      which of the two bits a row of a LEGO chain ends with (`lego.py`): the one thing in it that reasoning can tell
 """
 
 from __future__ import annotations
@@ -80,7 +82,22 @@ def clozes(windows: np.ndarray, of_bytes: bool) -> list[Question]:
     return _questions(windows, spans, length // 8, _same_case if of_bytes else lambda a, b: True)
 
 
-KINDS: dict[str, Callable[[np.ndarray, bool], list[Question]]] = {"cloze": clozes, "completion": completions}
+def answers(windows: np.ndarray, of_bytes: bool) -> list[Question]:
+    """One question of two options for each window [N, L + 1] that holds "val 0," or "val 1,"."""
+    made, bits = [], [np.array([48]), np.array([49])]
+    for window in windows:
+        text = bytes(window.astype(np.uint8)) if window.max() < 128 else b""
+        at = max(text.rfind(b"val 0,"), text.rfind(b"val 1,")) + 4
+        if at > 4:
+            made.append(Question(window[:at], tuple(bits if text[at] == 48 else bits[::-1]), window[:0]))
+    return made
+
+
+KINDS: dict[str, Callable[[np.ndarray, bool], list[Question]]] = {
+    "cloze": clozes,
+    "completion": completions,
+    "answer": answers,
+}
 
 
 def _same_case(a: np.ndarray, b: np.ndarray) -> bool:
