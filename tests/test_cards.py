@@ -222,7 +222,7 @@ def test_presets_of_published_protocols_say_claim_number_cost_and_command():
 
 
 UNMEASURED = {  # no record of theirs is committed: no card
-    *("homeostatic", "macil", "rsiat", "simplex", "sldc", "sparse_mask", "vida"),
+    *("cema", "homeostatic", "macil", "rsiat", "simplex", "sldc", "sparse_mask", "vida"),
 }
 ON_DIGITS = {  # measured on the digits stream that they are made for
     *(

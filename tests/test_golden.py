@@ -96,6 +96,7 @@ OPTIONS = {  # for the stream of images: so few train at these rates, and each m
         "learner.batch_size=16",
         "learner.momentum=0.9",
     ),
+    "cema": ("learner.batch_size=16", "learner.margin=0.9", "learner.uploads=10", "learner.adapt_lr=0.02"),
     "cls_er": (
         "learner.updates=2",
         "learner.strength=2",

@@ -67,6 +67,7 @@ VARIANTS = {
     "tent": ["learner.answer=after"],
     "eata": ["learner.fisher=0 learner.margin=0.9", "learner.margin=0.9"],
     "sar": ["learner.variant=official learner.margin=0.9"],
+    "cema": ["learner.variant=official learner.margin=2 learner.similarity=2"],
     "hdc": ["learner.route=domain learner.quantile=0.1 learner.width=64"],
     "incremental_frozen": ["learner.finetune=1 learner.subnet=0.5 learner.supcon=0.5 learner.rotation=0.5 learner.virtual=2"],
     "lame": ["learner.affinity=rbf"],
