@@ -22,7 +22,7 @@ STYLE = """\
 .md-typeset pre > code { white-space: pre-wrap; overflow-wrap: anywhere; }
 .md-typeset table:not([class]) { font-size: .68rem; }
 .md-typeset table:not([class]) td, .md-typeset table:not([class]) th { min-width: 0; padding: .5em .8em; }
-.md-typeset table:not([class]) code { overflow-wrap: normal; }
+.md-typeset table:not([class]) code { word-break: normal; }
 """
 
 
@@ -49,7 +49,7 @@ def guide_pages() -> dict[str, str]:
 
 def home_page(with_commands: bool) -> str:
     """Where everything is."""
-    topic_rows = [(f"[{topic}](guide/{topic}.md)", prose.text(topics.title(path))) for topic, path in topics.topics().items()]
+    listed = [f"- [{prose.text(topics.title(path))}](guide/{topic}.md)" for topic, path in topics.topics().items()]
     counts = {group: len(names) for group, names in choices.names().items()}
     rows = [
         ("[learners](learners/index.md)", f"{len(learners.named())} methods: paper, equations, options, card, command"),
@@ -72,7 +72,7 @@ def home_page(with_commands: bool) -> str:
         " record of integer counts, and a folder of records gives a leaderboard.",
         prose.block("clbench run\nclbench list\nclbench report", "bash"),
         "## Guide",
-        prose.table(("page", "what it answers"), topic_rows),
+        "\n".join(listed),
         "## What there is",
         prose.table(("page", "what it holds"), rows),
         f"Version {clbench.__version__}. Made from the code by `clbench site FOLDER`.",
@@ -92,7 +92,7 @@ def navigation(made: Mapping[str, str]) -> list[Any]:
 
     tree: list[Any] = [
         {"Home": "index.md"},
-        {"Guide": [{topic: f"guide/{topic}.md"} for topic in topics.topics()]},
+        {"Guide": [{topics.title(path): f"guide/{topic}.md"} for topic, path in topics.topics().items()]},
         {"Learners": ["learners/index.md", *({family: listed} for family, listed in families.items())]},
         {"Scenarios": ["scenarios/index.md", *of("scenarios")]},
         {"Choices": of("choices")},
@@ -112,6 +112,7 @@ def configuration(made: Mapping[str, str]) -> dict[str, Any]:
             "show_source": False,
             "docstring_style": "google",
             "members_order": "source",
+            "extensions": ["clbench.guide.site.griffe_docstrings"],
             "show_if_no_docstring": False,
             "separate_signature": True,
             "show_signature_annotations": True,
@@ -126,10 +127,9 @@ def configuration(made: Mapping[str, str]) -> dict[str, Any]:
         "site_name": "clbench",
         "docs_dir": "pages",
         "site_dir": "html",
-        "use_directory_urls": False,
         "theme": {"name": "material", "font": False, "palette": looks, "features": features},
         "extra_css": ["style.css"],
-        "plugins": ["search", {"mkdocstrings": {"handlers": {"python": python}}}],
+        "plugins": ["search", "offline", {"mkdocstrings": {"handlers": {"python": python}}}],
         "markdown_extensions": ["tables", {"toc": {"permalink": True}}, "pymdownx.highlight", "pymdownx.superfences"],
         "validation": {
             "nav": {"omitted_files": "warn", "not_found": "warn", "absolute_links": "warn"},
