@@ -194,6 +194,6 @@ def test_a_dead_link_stops_mkdocs(pages, tmp_path):
         pytest.skip(f"needs clbench[docs]: {', '.join(lacking)}")
     few = {"index.md": "# Home\n\n[nowhere](nothing.md)\n"}
     build.write(tmp_path, few)
-    (tmp_path / "mkdocs.yml").write_text((tmp_path / "mkdocs.yml").read_text().partition("nav:")[0])
+    (tmp_path / "mkdocs.yml").write_text((tmp_path / "mkdocs.yml").read_text().partition("\nnav:")[0])
     with pytest.raises(UserError, match=r"nothing\.md"):
         build.build(tmp_path)

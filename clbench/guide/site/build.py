@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -127,9 +128,10 @@ def configuration(made: Mapping[str, str]) -> dict[str, Any]:
         "site_name": "clbench",
         "docs_dir": "pages",
         "site_dir": "html",
+        "use_directory_urls": False,
         "theme": {"name": "material", "font": False, "palette": looks, "features": features},
         "extra_css": ["style.css"],
-        "plugins": ["search", "offline", {"mkdocstrings": {"handlers": {"python": python}}}],
+        "plugins": ["search", {"mkdocstrings": {"handlers": {"python": python}}}],
         "markdown_extensions": ["tables", {"toc": {"permalink": True}}, "pymdownx.highlight", "pymdownx.superfences"],
         "validation": {
             "nav": {"omitted_files": "warn", "not_found": "warn", "absolute_links": "warn"},
@@ -169,8 +171,11 @@ def build(folder: Path) -> Path:
     """Make `folder`/html of what `write` wrote -> its first page. `UserError` with mkdocs' warnings: each is an error."""
     if lacking := missing():
         raise UserError(f"HTML needs {', '.join(lacking)}: pip install 'clbench[docs]', or write Markdown alone with --pages")
-    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--clean", "-f", str(folder / "mkdocs.yml")]
-    done = subprocess.run(words, capture_output=True, text=True)
+    # not --quiet: a warning that is not shown is not counted by --strict either
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--clean", "-f", str(folder / "mkdocs.yml")]
+    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "NO_COLOR": "1"}  # what the theme says of its future is no warning here
+    done = subprocess.run(words, capture_output=True, text=True, env=quiet)
     if done.returncode:
-        raise UserError(f"mkdocs stopped:\n{(done.stderr or done.stdout).strip()}")
+        said = [line for line in (done.stderr + done.stdout).splitlines() if not line.startswith("INFO")]
+        raise UserError("\n".join(["mkdocs stopped:", *(line for line in said if line.strip())]))
     return folder / "html" / "index.html"
