@@ -143,6 +143,14 @@ EXAMPLES: dict[str, tuple[str, tuple[str, ...]]] = {
             "clbench manifest corpus check data/novels data/web",
         ),
     ),
+    "submit": (
+        "check records, flag what is odd, and pack them with the text of a pull request; --check opens such an archive",
+        (
+            "clbench submit out --against results --out mine.zip",
+            "clbench submit out --learner my_method --rerun 1 --sign ~/.ssh/id_ed25519 --out mine.zip",
+            "clbench submit --check mine.zip --signers allowed_signers",
+        ),
+    ),
     "site": (
         "the guide, a page for each thing that can be chosen, and the Python names, as static HTML (extra: clbench[docs])",
         ("clbench site public", "clbench site public --pages"),

@@ -29,6 +29,7 @@ MODULES = {  # commands that a module of their own adds arguments to and runs; i
     "orders": "clbench.studies.orders",
     "effects": "clbench.studies.effects",
     "site": "clbench.cli.site_command",
+    "submit": "clbench.cli.submit_command",
 }
 
 

@@ -50,6 +50,14 @@ def targets() -> dict[str, list[str]]:
 
 
 def repeat(path: Path, number: int, seed: int, data_root: str | None) -> tuple[str, int]:
+    """`repeated` -> (text, exit code)."""
+    made = repeated(path, number, seed, data_root)
+    good = sum(v.verdict == "verified" for v in made)
+    text = "\n".join([*map(line, made), f"{len(made)} repeated: {good} verified"])
+    return text, 1 if any(v.verdict == "failed" for v in made) else 0
+
+
+def repeated(path: Path, number: int, seed: int, data_root: str | None) -> list[Verdict]:
     """Repeat the first experiences of a record, or of `number` finished ones of a folder, drawn with `seed`.
 
     A record that cannot be repeated here (no data, no weights) raises `UserError` where it was named, and is self-reported
@@ -83,9 +91,7 @@ def repeat(path: Path, number: int, seed: int, data_root: str | None) -> tuple[s
         except Exception as error:  # whatever a learner raises: the other records are repeated all the same
             why = f"its repeat raises {type(error).__name__}: {plain(str(error))[:200]}"
             made.append(Verdict(file.name, "failed", (why,)))
-    good = sum(v.verdict == "verified" for v in made)
-    text = "\n".join([*map(line, made), f"{len(made)} repeated: {good} verified"])
-    return text, 1 if any(v.verdict == "failed" for v in made) else 0
+    return made
 
 
 def _drawn(path: Path, number: int, seed: int) -> Iterator[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ STYLE = """\
 .md-typeset pre > code { white-space: pre-wrap; overflow-wrap: anywhere; }
 .md-typeset table:not([class]) { font-size: .68rem; }
 .md-typeset table:not([class]) td, .md-typeset table:not([class]) th { min-width: 0; padding: .5em .8em; }
-.md-typeset table:not([class]) code { overflow-wrap: normal; }
+.md-typeset table:not([class]) code { word-break: normal; }
 """
 
 
@@ -49,7 +50,7 @@ def guide_pages() -> dict[str, str]:
 
 def home_page(with_commands: bool) -> str:
     """Where everything is."""
-    topic_rows = [(f"[{topic}](guide/{topic}.md)", prose.text(topics.title(path))) for topic, path in topics.topics().items()]
+    listed = [f"- [{prose.text(topics.title(path))}](guide/{topic}.md)" for topic, path in topics.topics().items()]
     counts = {group: len(names) for group, names in choices.names().items()}
     rows = [
         ("[learners](learners/index.md)", f"{len(learners.named())} methods: paper, equations, options, card, command"),
@@ -72,7 +73,7 @@ def home_page(with_commands: bool) -> str:
         " record of integer counts, and a folder of records gives a leaderboard.",
         prose.block("clbench run\nclbench list\nclbench report", "bash"),
         "## Guide",
-        prose.table(("page", "what it answers"), topic_rows),
+        "\n".join(listed),
         "## What there is",
         prose.table(("page", "what it holds"), rows),
         f"Version {clbench.__version__}. Made from the code by `clbench site FOLDER`.",
@@ -92,7 +93,7 @@ def navigation(made: Mapping[str, str]) -> list[Any]:
 
     tree: list[Any] = [
         {"Home": "index.md"},
-        {"Guide": [{topic: f"guide/{topic}.md"} for topic in topics.topics()]},
+        {"Guide": [{topics.title(path): f"guide/{topic}.md"} for topic, path in topics.topics().items()]},
         {"Learners": ["learners/index.md", *({family: listed} for family, listed in families.items())]},
         {"Scenarios": ["scenarios/index.md", *of("scenarios")]},
         {"Choices": of("choices")},
@@ -112,6 +113,7 @@ def configuration(made: Mapping[str, str]) -> dict[str, Any]:
             "show_source": False,
             "docstring_style": "google",
             "members_order": "source",
+            "extensions": ["clbench.guide.site.griffe_docstrings"],
             "show_if_no_docstring": False,
             "separate_signature": True,
             "show_signature_annotations": True,
@@ -169,8 +171,11 @@ def build(folder: Path) -> Path:
     """Make `folder`/html of what `write` wrote -> its first page. `UserError` with mkdocs' warnings: each is an error."""
     if lacking := missing():
         raise UserError(f"HTML needs {', '.join(lacking)}: pip install 'clbench[docs]', or write Markdown alone with --pages")
-    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--clean", "-f", str(folder / "mkdocs.yml")]
-    done = subprocess.run(words, capture_output=True, text=True)
+    # not --quiet: a warning that is not shown is not counted by --strict either
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--clean", "-f", str(folder / "mkdocs.yml")]
+    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "NO_COLOR": "1"}  # what the theme says of its future is no warning here
+    done = subprocess.run(words, capture_output=True, text=True, env=quiet)
     if done.returncode:
-        raise UserError(f"mkdocs stopped:\n{(done.stderr or done.stdout).strip()}")
+        said = [line for line in (done.stderr + done.stdout).splitlines() if not line.startswith("INFO")]
+        raise UserError("\n".join(["mkdocs stopped:", *(line for line in said if line.strip())]))
     return folder / "html" / "index.html"

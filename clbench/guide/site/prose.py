@@ -54,26 +54,49 @@ def docstring(words: str) -> str:
             continue
         if indented:
             width = min(len(line) - len(line.lstrip()) for line in lines if line.strip())
-            made.append(block("\n".join(line[width:] for line in lines)))
+            body_lines = [line[width:] for line in lines]
+            made.append(named(body_lines) or block("\n".join(body_lines)))
         else:
             listed = re.sub(r"(?<=[^\n])\n(?=- )", "\n\n", text(body))
             made.append(listed)
     return "\n\n".join(made)
 
 
+_ENTRY = re.compile(r"([\w.@/+-]+(?:(?:, ?|=| ?\| ?)[\w.@/+-]+)*) {2,}(\S.*)")
+
+
+def named(lines: Sequence[str], left: str = "") -> str:
+    """Lines of `name   what it is` as a list, lists inside an entry too; empty where they are something else."""
+    made: list[str] = []
+    entries: list[tuple[str, str, list[str]]] = []
+    for line in filter(str.strip, lines):
+        if match := _ENTRY.fullmatch(line.rstrip()):
+            entries.append((match[1], match[2], []))
+        elif line.startswith(" ") and entries:
+            entries[-1][2].append(line)
+        else:
+            return ""
+    for name, first, more in entries:
+        width = min((len(line) - len(line.lstrip()) for line in more), default=0)
+        below = [line[width:] for line in more]
+        start = next((i for i, line in enumerate(below) if _ENTRY.fullmatch(line.rstrip())), len(below))
+        inner = named(below[start:], left + "    ")
+        said = [first, *(line.strip() for line in (below[:start] if inner else below))]
+        made += [f"{left}- {code(name)}: {text(' '.join(said))}", *([inner] if inner else [])]
+    return "\n".join(made)
+
+
 def _runs(lines: Sequence[str]) -> Iterator[tuple[bool, list[str]]]:
-    """Neighbouring lines that are indented (or `name   what it is`), or are not; an empty line ends what is not."""
+    """Neighbouring lines that are indented (or `name   what it is`), or are not; an empty line ends both."""
     held: list[str] = []
     kind = False
     for line in lines:
-        indented = bool(re.match(r"  |[\w./=-]+ {2,}\S", line)) if line.strip() else kind
-        ends = indented != kind or (not line.strip() and not kind)
-        if ends and held:
+        indented = bool(re.match(r"  |[\w./=-]+ {2,}\S", line))
+        if held and (indented != kind or not line.strip()):
             yield kind, held
             held = []
         kind = indented
-        if line.strip() or kind:
-            held.append(line)
+        held += [line] if line.strip() else []
     if held:
         yield kind, held
 

@@ -1,0 +1,1 @@
+"""Results on their way elsewhere: submissions with flags and signatures, badges, parquet, Every Eval Ever."""
