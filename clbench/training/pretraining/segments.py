@@ -161,7 +161,8 @@ def train(
         counts = mixture.counts[place.step - mixture.first]
         *old, new = (counts * context).tolist()
         repeated = mixture.repeated(place.step, place.step + 1) * context
-        runtime.ledger.train(segment.role, new, sum(old), repeated, runtime.flops_per_token)
+        role = segment.role if adapt is None or not adapt.searching else "branch"  # its weights go nowhere
+        runtime.ledger.train(role, new, sum(old), repeated, runtime.flops_per_token)
         if after_step is not None:
             losses = group.all_gather_rows(torch.cat(found), batch)
             found.clear()
