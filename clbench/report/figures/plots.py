@@ -16,7 +16,7 @@ from typing import Any
 from clbench.config.signatures import nearest
 from clbench.interfaces import UserError
 from clbench.records import record
-from clbench.report.columns import LOSS
+from clbench.report.columns import ACCURACY, EDITS, LOSS
 from clbench.report.runs import Filter
 
 KINDS: dict[str, str] = {
@@ -35,6 +35,7 @@ KINDS: dict[str, str] = {
         "replay": "pre-training: final loss on old sets and on the newest against the share of replay",
         "gaps": "pre-training: rise of the loss on old sets after a boundary, over steps",
     },
+    "edits": "model editing: reliability, generalisation, locality, loss on old text over the number of edits",
 }
 LOSSES = ("losses", "loss_matrix", "replay", "gaps")  # of records of pre-training
 FORMS = ("png", "svg", "pdf")
@@ -72,13 +73,15 @@ def write(
     with _ink():
         for kind in dict.fromkeys(kinds or KINDS):
             found: list[pathlib.Path] = []
-            for name, figure in makers[kind]([field for field in fields if (field.board is LOSS) == (kind in LOSSES)]):
+            of_kind = LOSS if kind in LOSSES else EDITS if kind == "edits" else ACCURACY
+            for name, figure in makers[kind]([field for field in fields if field.board is of_kind]):
                 again = sum(path.stem == f"{kind}-{name}" for path in found)
                 end = f"-again{len(found)}" if again else ""
                 found.append(_save(figure, out / f"{kind}-{name}{end}.{form}", form))
             if kinds and not found:
                 what = {"loss": "`curves`", "stability": "`stability.trace`"}.get(kind, "an old set")
                 what = "two learners or two scenarios" if kind == "profiles" else what
+                what = "edits" if kind == "edits" else what
                 if kind in LOSSES:
                     what = "two shares of replay" if kind == "replay" else "losses"
                 raise UserError(f"there is nothing to draw for {kind}: no record has {what}")
@@ -92,11 +95,11 @@ def _makers() -> dict[str, Any]:
     except ImportError as error:
         raise UserError(f"figures need matplotlib ({error}): pip install 'clbench[report]'") from None
     from clbench.report.figures import board as board
-    from clbench.report.figures import losses
+    from clbench.report.figures import edits, losses
     from clbench.report.figures import runs as runs
 
     own = {name: getattr(board, name) for name in ("leaderboard", "overview", "cost", "forgetting")}
-    own |= {name: getattr(losses, name) for name in LOSSES}
+    own |= {name: getattr(losses, name) for name in LOSSES} | {"edits": edits.edits}
     return own | {name: getattr(runs, name) for name in ("matrix", "curves", "profiles", "loss", "stability")}
 
 

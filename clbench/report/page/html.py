@@ -19,7 +19,10 @@ from clbench.records import record
 from clbench.report.page import contents
 
 FOLDER = pathlib.Path(__file__).resolve().parent
-SCRIPTS = ("core", "numbers", "colours", "plot", "figures", "board", "table", "scatter", "row", "losses", "compare", "start")
+SCRIPTS = (
+    *("core", "numbers", "colours", "plot", "figures", "board", "table", "scatter", "row"),
+    *("losses", "edits", "compare", "start"),
+)
 _POLICY = (
     "default-src 'none'; script-src {script}; style-src {style}; img-src data:; base-uri 'none'; form-action 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'"
