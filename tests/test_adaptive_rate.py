@@ -138,11 +138,12 @@ def test_without_an_effect_nothing_changes():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"adapt": "cosine"}, "unknown learner.adapt=cosine: choose plateau, hypergradient, fedhyper or null"),
+        ({"adapt": "cosine"}, "unknown learner.adapt=cosine: choose plateau, hypergradient, fedhyper, auto_lrs or null"),
         ({"adapt": {"plateau": {"patients": 1}}}, "learner.adapt plateau has no option 'patients': choose every, factor"),
         ({"adapt": {"plateau": {"factor": 1.0}}}, "learner.adapt plateau needs every from 1"),
         ({"adapt": {"hypergradient": {"rate": 0}}}, "learner.adapt hypergradient needs rate above 0"),
         ({"adapt": {"fedhyper": {"most": 0.5}}}, "learner.adapt fedhyper needs most from 1"),
+        ({"adapt": {"auto_lrs": {"least": 2, "most": 1}}}, "learner.adapt auto_lrs needs 0 < least < most"),
         ({"adapt": "plateau", "branch": 0.25}, "learner.adapt needs learner.branch=0"),
         ({"adapt": "plateau", "average": Average("ema")}, "learner.adapt does not go with an average"),
     ],

@@ -18,8 +18,8 @@ data, start   "union" with start "scratch": joint training on everything so far,
 until         experiences that are learned at all, then the model is frozen; null for all
 passes        several passes over the first part of an experience instead of one over all of it (Guo et al. 2024)
 average       weights averaged along the trunk are evaluated instead of annealed ones
-adapt         the rate follows the run: "plateau", "hypergradient" or "fedhyper" (`adaptive_rate.py`); with options
-              {plateau: {every, factor, patience}}; null: the schedule alone
+adapt         the rate follows the run: "plateau", "hypergradient" or "fedhyper" (`adaptive_rate.py`), or "auto_lrs"
+              (`auto_lrs.py`); with options {plateau: {every, factor, patience}}; null: the schedule alone
 pet           a parameter-efficient module is trained in place of the weights, `pet=lora`, ...; what the options above say of
               weights and of fresh ones then holds for its values
 trainable     "half": in each later experience a random half of the matrices by kind and block is frozen (HFT, Hui et al.)
@@ -43,7 +43,9 @@ from clbench.models.pet_modules import none
 from clbench.training import looks
 from clbench.training.chosen_layers import option
 from clbench.training.optimizer_state import Adam
-from clbench.training.pretraining.adaptive_rate import KINDS, Rate
+from clbench.training.pretraining import adaptive_rate
+from clbench.training.pretraining.adaptive_rate import Rate
+from clbench.training.pretraining.auto_lrs import AutoLrs
 from clbench.training.pretraining.data_cursor import DataCursor
 from clbench.training.pretraining.data_mixture import Mixture, Replay
 from clbench.training.pretraining.half_finetuning import freeze_random_half
@@ -60,6 +62,7 @@ from clbench.training.steps import made
 NO_REPLAY = Replay()
 NO_AVERAGE = Average()
 PARTS = ("model", "optimizer", "average", "trunk")
+RATES: dict[str, Callable[..., Rate]] = {**adaptive_rate.KINDS, "auto_lrs": AutoLrs}
 Shares = Callable[[Segment], np.ndarray]
 
 
@@ -86,7 +89,7 @@ class Pretrain:
         passes: int = 1,
         average: Average = NO_AVERAGE,
         trainable: Literal["all", "half"] = "all",
-        adapt: Literal["plateau", "hypergradient", "fedhyper"] | Mapping[str, Any] | None = None,
+        adapt: Literal["plateau", "hypergradient", "fedhyper", "auto_lrs"] | Mapping[str, Any] | None = None,
         pet: Factory = none,
         betas: Sequence[float] = (0.9, 0.95),
         weight_decay: float = 0.1,
@@ -170,7 +173,7 @@ class Pretrain:
             _begin(self, plan[0], experience)
         then = self.average.before(after_step) if self.average else after_step
         if self.adapt is not None:
-            then = _watching(self.adapt, then)
+            self.adapt.model, then = self.tuned, _watching(self.adapt, then)
         for i in range(progress.segment, len(plan)):
             segment = plan[i]
             table = _shares(self, segment, experience) if shares is None else shares(segment)
@@ -278,9 +281,9 @@ def _adapting(adapt: Any) -> Rate | None:
     if adapt is None:
         return None
     word, options = option(adapt)
-    if word not in KINDS:
-        raise UserError(f"unknown learner.adapt={word}: choose {', '.join(KINDS)} or null")
-    return made(KINDS[word], f"adapt {word}", options)  # type: ignore[arg-type]
+    if word not in RATES:
+        raise UserError(f"unknown learner.adapt={word}: choose {', '.join(RATES)} or null")
+    return made(RATES[word], f"adapt {word}", options)  # type: ignore[arg-type]
 
 
 def _watching(adapt: Rate, then: AfterStep | None) -> AfterStep:

@@ -12,7 +12,7 @@ from typing import Any
 from clbench.records import record
 from clbench.report import statistics, table
 from clbench.report.board import Group, rank
-from clbench.report.columns import ACCURACY, LEADERBOARDS, Leaderboard
+from clbench.report.columns import ACCURACY, EDITS, LEADERBOARDS, Leaderboard
 from clbench.report.formats import Table, plain, to_csv
 from clbench.report.runs import Filter, Run, Scan, scan
 
@@ -37,6 +37,8 @@ def report(results_dir: str | pathlib.Path, strict: bool = False, wanted: Filter
     for board, made in boards.items():
         if made or (board is ACCURACY and not found.runs):
             lines += [table.table_text([group.row for group in made], board), ""]
+        if board is EDITS and (text := table.over_edits_text(made)):
+            lines += [text, ""]
     lines += troubles(found)
     lines.append("a filtered view: nothing is written" if wanted else f"written {', '.join(map(str, written))}")
     return "\n".join(lines), 1 if strict and is_bad(found) else 0

@@ -43,6 +43,7 @@ class Run:
     trouble: str
     loss: Mapping[str, Any] | None = None  # of a pre-training run: what `loss_facts.numbers_of` adds
     edits: bool = False  # of a run of edits
+    course: Sequence[Mapping[str, float]] = ()  # of a run of edits: its numbers after 1, 10, 100, ... of them
 
     @property
     def leaderboard(self) -> Leaderboard:
@@ -106,6 +107,7 @@ def summarize(entry: Mapping[str, Any], known: dict[str, Any] | None = None) -> 
         trouble=trouble,
         loss=losses,
         edits=edit_metrics.is_edits(entry),
+        course=edit_metrics.course(entry) if done and edit_metrics.is_edits(entry) else (),
     )
 
 

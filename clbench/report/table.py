@@ -80,6 +80,34 @@ def table_text(made: Sequence[Mapping[str, Any]], board: Leaderboard = ACCURACY,
     return "\n".join([*lines, *statistics.legend(row["vs_best"] for row in made)])
 
 
+def over_edits_text(made: Sequence[boards.Group]) -> str:
+    """Reliability, generalisation, locality after 1, 10, 100, ... edits, in per cent, mean over seeds; '' for none."""
+    lines: dict[tuple[str, str], list[list[str]]] = {}
+    looks: dict[tuple[str, str], list[int]] = {}
+    for group in made:
+        courses = [run.course for run in group.runs if run.course]
+        same = [course for course in courses if len(course) == len(courses[0])]
+        if not same:
+            continue
+        place = group.row["scenario"], group.row["manifest"]
+        looks.setdefault(place, [int(step["edits"]) for step in same[0]])
+        cells = [_triple(steps) for steps in zip(*same, strict=True)]
+        lines.setdefault(place, []).append([plain(group.row["learner"]), group.row["variant"], *cells])
+    text = []
+    for (scenario, manifest), rows in lines.items():
+        head = ["learner", "variant", *(f"{n} edit{'s' if n > 1 else ''}" for n in looks[scenario, manifest])]
+        widths = [max(len(row[i]) if i < len(row) else 0 for row in (head, *rows)) for i in range(len(head))]
+        text.append(f"{plain(scenario)} ({manifest}): reliability / generalisation / locality, per cent, after so many edits")
+        text += ["  " + _aligned(row, widths) for row in (head, *rows)]
+    return "\n".join(text)
+
+
+def _triple(steps: Sequence[Mapping[str, float]]) -> str:
+    names = ("reliability", "generalisation", "locality")
+    means = [sum(step[name] for step in steps) / len(steps) if all(name in step for step in steps) else None for name in names]
+    return " / ".join("." if mean is None or mean != mean else f"{100 * mean:.0f}" for mean in means)
+
+
 def for_people(made: Sequence[Mapping[str, Any]], board: Leaderboard = ACCURACY) -> list[Table]:
     """The main columns of each scenario, fractions in per cent, for Markdown, LaTeX and HTML."""
     columns = _columns(board.page, made)
@@ -140,7 +168,7 @@ def _interval(row: Mapping[str, Any], board: Leaderboard, page: bool) -> str | N
 
 
 def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
-    return "  ".join(_cut(cell, wide).ljust(wide) for cell, wide in zip(line, widths, strict=True)).rstrip()
+    return "  ".join(_cut(cell, wide).ljust(wide) for cell, wide in zip(line, widths, strict=False)).rstrip()
 
 
 def _cut(text: str, width: int) -> str:

@@ -10,16 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from clbench.evaluation import loss_metrics, metrics
+from clbench.evaluation import edit_metrics, loss_metrics, metrics
 from clbench.records import loss_facts
 from clbench.report.board import Group, rank
-from clbench.report.columns import ACCURACY, LEADERBOARDS, Leaderboard
+from clbench.report.columns import LEADERBOARDS, LOSS, Leaderboard
 from clbench.report.folder import file_name
 from clbench.report.formats import plain
 from clbench.report.runs import Filter, Run, scan
 
 LONGEST = 30  # characters of a label
 SAID = {"legacy": "legacy", "test_tuned": "test-tuned"}  # marks that a label repeats
+EDITED = ("reliability", "generalisation", "locality")
 SERIES = ("tokens", "lr", "experience", "step")
 
 
@@ -127,11 +128,13 @@ def short(text: Any, longest: int = LONGEST) -> str:
 
 def trace_of(entry: Mapping[str, Any], run: Run) -> Trace | None:
     """What figures need of a record; None of one without a matrix."""
-    if not run.usable or run.edits:
+    if not run.usable:
         return None
+    if run.edits:
+        return _edited(entry, run)
     names = entry["scenario"].get("eval_names") or range(1, len(entry["n"]) + 1)
     known = tuple(plain(name) for name in names), entry["n"], np.asarray(entry["first_seen"])
-    if run.leaderboard is not ACCURACY:
+    if run.leaderboard is LOSS:
         sets = Sets(*known, tuple(entry["floor"]), loss_facts.measure_of(entry), loss_facts.unit_of(entry))
         matrix = loss_metrics.loss_matrix([entry["sum_loss_start"], *entry["sum_loss"]], entry["tokens"])
         return Trace(run, sets, matrix, course_of(entry))
@@ -139,6 +142,14 @@ def trace_of(entry: Mapping[str, Any], run: Run) -> Trace | None:
         return None
     extra = {name: entry[name] for name in ("curves", "stability") if isinstance(entry.get(name), Mapping)}
     return Trace(run, Sets(*known), metrics.accuracy(entry["correct"], entry["n"]).astype(np.float32), extra=extra)
+
+
+def _edited(entry: Mapping[str, Any], run: Run) -> Trace:
+    """Of a run of edits: `extra["course"]` are its numbers after 1, 10, 100, ... edits; the matrix has the main three."""
+    steps = edit_metrics.course(entry)
+    rows = [[step.get(name, np.nan) for name in EDITED] for step in steps]
+    matrix = np.array(rows, np.float32).reshape(len(steps), len(EDITED))
+    return Trace(run, Sets(EDITED, [1] * len(EDITED), np.zeros(len(EDITED), int)), matrix, extra={"course": steps})
 
 
 def course_of(entry: Mapping[str, Any]) -> Course | None:
@@ -180,7 +191,7 @@ def fields(made: Sequence[Group], board: Leaderboard, traces: Mapping[str, Trace
     fields = []
     for (scenario, manifest), rows in sorted(held.items()):
         rows.sort(key=lambda r: (sign * r[0][mean], r[0]["learner"], r[0]["model"], r[0]["variant"]))
-        labels = (_labels if board is ACCURACY else _labels_by_replay)([row for row, _ in rows])
+        labels = (_labels_by_replay if board is LOSS else _labels)([row for row, _ in rows])
         lines = (Line(row, label, found) for (row, found), label in zip(rows, labels, strict=True))
         fields.append(Field(board, scenario, manifest, tuple(lines)))
     return fields

@@ -17,7 +17,7 @@ from typing import Any
 from clbench.config.signatures import nearest
 from clbench.interfaces import UserError
 from clbench.records import record
-from clbench.report.columns import ACCURACY, LOSS
+from clbench.report.columns import ACCURACY, EDITS, LOSS
 from clbench.report.runs import Filter
 
 KINDS: dict[str, str] = {
@@ -38,6 +38,7 @@ KINDS: dict[str, str] = {
         "gaps": "pre-training: rise of the loss on old sets after a boundary, over steps",
         "trade": "pre-training: final loss on old sets against that on the newest",
     },
+    "edits": "model editing: reliability, generalisation, locality, loss on old text over the number of edits",
 }
 LOSSES = ("losses", "loss_matrix", "replay", "gaps", "trade")  # of records of pre-training
 FORMS = ("png", "svg", "pdf")
@@ -48,6 +49,7 @@ _LACK = {
     "replay": "two shares of replay",
     "cost": "a cost",
     "seconds": "seconds",
+    "edits": "edits",
     **dict.fromkeys(("losses", "loss_matrix", "gaps", "trade"), "losses"),
 }
 
@@ -83,7 +85,7 @@ def write(
     made: list[pathlib.Path] = []
     for kind in dict.fromkeys(kinds or KINDS):
         found: list[pathlib.Path] = []
-        board = LOSS if kind in LOSSES else ACCURACY
+        board = LOSS if kind in LOSSES else EDITS if kind == "edits" else ACCURACY
         for name, figure in makers[kind]([field for field in fields if field.board is board]):
             again = sum(path.stem == f"{kind}-{name}" for path in found)
             end = f"-again{len(found)}" if again else ""
@@ -106,11 +108,11 @@ def needed() -> None:
 def _makers() -> dict[str, Any]:
     needed()
     from clbench.report.figures import board as board
-    from clbench.report.figures import losses
+    from clbench.report.figures import edits, losses
     from clbench.report.figures import runs as runs
 
     own = {name: getattr(board, name) for name in ("leaderboard", "overview", "cost", "forgetting", "seconds")}
-    own |= {name: getattr(losses, name) for name in LOSSES}
+    own |= {name: getattr(losses, name) for name in LOSSES} | {"edits": edits.edits}
     return own | {name: getattr(runs, name) for name in ("matrix", "curves", "profiles", "loss", "stability")}
 
 

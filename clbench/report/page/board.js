@@ -24,6 +24,10 @@ function opening() {
     byId('about').append(el('p', { class: 'intro' }, `${plural(done, 'finished run')} of continual pre-training: a model learns one domain after another, and its loss on all of them is measured after each.`, others.length ? ` Without a result: ${others.join(', ')}.` : ''));
     return;
   }
+  if (!ROWS.length && D.edits.rows.length) {
+    byId('about').append(el('p', { class: 'intro' }, `${plural(done, 'finished run')} of model editing: facts of a language model are changed one after another, and old and new answers are asked on the way.`, others.length ? ` Without a result: ${others.join(', ')}.` : ''));
+    return;
+  }
   byId('about').append(el('p', { class: 'intro' },
     `${plural(ROWS.reduce((sum, r) => sum + r.n, 0), 'finished run')} of ${plural(new Set(ROWS.map((r) => r.learner)).size, 'learner')} on ${plural(D.streams.length, 'stream')}: experiences are learned one after another, and every test set seen so far is asked again after each. `,
     'Accuracy below is the mean over all sets after the last experience; intervals are 95 % bootstrap over seeds.',

@@ -13,12 +13,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clbench.evaluation import loss_metrics, metrics, row_metrics, setting_metrics
+from clbench.evaluation import edit_metrics, loss_metrics, metrics, row_metrics, setting_metrics
 from clbench.interfaces import UserError
 from clbench.records import record
 from clbench.report import answers, cards
 from clbench.report.board import Group, rank
-from clbench.report.columns import ABOUT, ACCURACY, LEADERBOARDS, LOSS, extra, extra_numbers
+from clbench.report.columns import ABOUT, ACCURACY, EDITS, LEADERBOARDS, LOSS, extra, extra_numbers
 from clbench.report.figures import data, grids, style
 from clbench.report.formats import plain
 from clbench.report.page import detail, pictures
@@ -83,6 +83,7 @@ def collect(results: pathlib.Path, beside: bool = False, since: pathlib.Path | N
     made = {
         **_drawing(),
         "losses": _losses(folder, conf),
+        "edits": _edits(folder, conf),
         "links": beside,
         "keys": keys,
         "differs": _differs(board, runs),
@@ -164,6 +165,42 @@ def _losses(folder: _Folder, conf: pathlib.Path) -> dict[str, Any]:
         "about": loss_metrics.ABOUT | dict.fromkeys(extra_numbers(board), row_metrics.ABOUT),
         "details": details,
     }
+
+
+def _edits(folder: _Folder, conf: pathlib.Path) -> dict[str, Any]:
+    """Rows of the leaderboard of edits with their streams and their numbers over the stream."""
+    fields = data.fields(folder.boards[EDITS], EDITS, folder.traces)
+    lines = [(place, line) for place, field in enumerate(fields) for line in field.lines]
+    keys = _ids([line.row for _, line in lines])
+    rows = [_edit_row(line, i, key, folder, conf) for (i, line), key in zip(lines, keys, strict=True)]
+    return {
+        "streams": [_edit_stream(field) | {"shown": pictures.of_edits(field)} for field in fields],
+        "rows": rows,
+        "about": edit_metrics.ABOUT,
+    }
+
+
+def _edit_stream(field: data.Field) -> dict[str, Any]:
+    looks = [int(step["edits"]) for step in field.lines[0].traces[0].extra["course"]]
+    return {"scenario": _cut(field.scenario), "manifest": field.manifest, "looks": looks, "edits": max(looks, default=0)}
+
+
+def _edit_row(line: data.Line, stream: int, key: str, folder: _Folder, conf: pathlib.Path) -> dict[str, Any]:
+    row, runs = line.row, [trace.run for trace in line.traces]
+    known = {name: _cut(row[name]) for name in ("learner", "model", "variant", "marks")}
+    known |= {"stream": stream, "key": key, "label": _cut(line.label), "vs": row["vs_best"], "p": short(row["vs_best_p"])}
+    known |= {"seconds": short(row["seconds_mean"]), "runs": [[run.seed, run.run_id] for run in runs]}
+    held = [n for n in EDITS.spread if row[f"{n}_mean"] is not None]
+    known["numbers"] = {n: [short(row[f"{n}_mean"]), short(row[f"{n}_std"])] for n in held}
+    courses = [trace.extra["course"] for trace in line.traces]
+    same = [course for course in courses if len(course) == len(courses[0])]
+    known["course"] = [_mean_step(steps) for steps in zip(*same, strict=True)]
+    return known | {"command": _command(folder.first[runs[0].group], runs, conf)}
+
+
+def _mean_step(steps: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Mean over runs of their numbers after so many edits."""
+    return {name: short(sum(step[name] for step in steps) / len(steps)) for name in steps[0] if all(name in s for s in steps)}
 
 
 def _loss_stream(field: data.Field) -> dict[str, Any]:

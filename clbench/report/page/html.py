@@ -20,7 +20,7 @@ from clbench.records import record
 from clbench.report.figures import plots
 
 FOLDER = pathlib.Path(__file__).resolve().parent
-SCRIPTS = ("core", "figures", "board", "table", "stream", "across", "row", "losses", "compare", "start")
+SCRIPTS = ("core", "figures", "board", "table", "stream", "across", "row", "losses", "edits", "compare", "start")
 EXPORTED = "window.vegaEmbed = vegaEmbed;"
 PLAIN_ROWS = 200  # of the table where there are no scripts
 _POLICY = (

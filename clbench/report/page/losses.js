@@ -33,17 +33,18 @@ function preBoard() {
         el('div', { class: 'headline' }, el('h3', {}, el('bdi', {}, briefly(preName(stream), 60))), el('button', { type: 'button', class: 'small', onclick: () => download(`${fileName('losses', stream.scenario)}.csv`, 'text/csv', preCsv(rows)) }, 'CSV')),
         el('p', { class: 'quiet' }, `${plural(stream.sets.length, 'set')}, ${whole(stream.n.reduce((a, b) => a + b, 0))} ${stream.unit} evaluated before and after each experience.${floor}`),
         top ? el('p', {}, 'Lowest final loss: ', preLink(top), ` ${nats(top.of('final_loss'))}.`, same.length ? [' Not distinguishable from it on shared seeds: ', same.slice(0, 6).flatMap((r, k) => [k ? ', ' : '', preLink(r)]), same.length > 6 ? ` and ${same.length - 6} more` : '', '.'] : null, unknown.length ? ` Too few shared seeds, or no spread over them, to tell: ${plural(unknown.length, 'row')}.` : null) : null,
-        preTable(rows, stream),
+        sortedTable(rows, PRECOLUMNS, 'Final loss', false, `Losses on ${stream.scenario}`),
         el('div', { class: 'figures' }, tradeFigures(stream))));
   });
 }
 
 // A table that sorts by any of its columns; no value sorts last.
-function preTable(rows, stream) {
-  const shown = PRECOLUMNS.filter((c) => rows.some((r) => { const v = c.of(r); return v !== null && v !== undefined; }));
-  const state = { by: shown.findIndex((c) => c.name === 'Final loss'), down: false };
+function sortedTable(rows, columns, by, down, title) {
+  const shown = columns.filter((c) => rows.some((r) => { const v = c.of(r); return v !== null && v !== undefined; }));
+  const state = { by: shown.findIndex((c) => c.name === by), down };
   const body = el('tbody');
-  const heads = shown.map((c, k) => el('th', { scope: 'col', class: c.word ? null : 'num' }, el('button', { type: 'button', title: c.hint ? D.losses.about[c.hint] : 'Click to sort', onclick: () => { state.down = state.by === k ? !state.down : false; state.by = k; draw(); } }, c.name)));
+  const about = { ...D.losses.about, ...D.edits.about };
+  const heads = shown.map((c, k) => el('th', { scope: 'col', class: c.word ? null : 'num' }, el('button', { type: 'button', title: c.hint ? about[c.hint] : 'Click to sort', onclick: () => { state.down = state.by === k ? !state.down : false; state.by = k; draw(); } }, c.name)));
   const draw = () => {
     heads.forEach((head, k) => head.setAttribute('aria-sort', k !== state.by ? 'none' : state.down ? 'descending' : 'ascending'));
     const value = shown[state.by].of;
@@ -51,7 +52,7 @@ function preTable(rows, stream) {
     body.replaceChildren(...order.map((r) => el('tr', { 'data-key': r.key }, shown.map((c, k) => el(k ? 'td' : 'th', { scope: k ? null : 'row', class: c.word ? null : 'num' }, c.show(r))))));
   };
   draw();
-  return el('div', { class: 'scroll', tabindex: 0, role: 'region', 'aria-label': `Losses on ${stream.scenario}` }, el('table', { class: 'bare losses' }, el('caption', { class: 'unseen' }, `Losses on ${stream.scenario}`), el('thead', {}, el('tr', {}, heads)), body));
+  return el('div', { class: 'scroll', tabindex: 0, role: 'region', 'aria-label': title }, el('table', { class: 'bare losses' }, el('caption', { class: 'unseen' }, title), el('thead', {}, el('tr', {}, heads)), body));
 }
 function preCsv(rows) {
   const names = Object.keys(D.losses.about).filter((name) => rows.some((r) => has(r.of(name))));

@@ -11,7 +11,7 @@ from typing import Any
 
 import altair as alt
 
-from clbench.report.figures import board, losses, runs, style
+from clbench.report.figures import board, edits, losses, runs, style
 from clbench.report.figures.data import Field, Line
 from clbench.report.figures.style import Chart, base
 
@@ -36,6 +36,7 @@ def specifications() -> dict[str, dict[str, Any]]:
         "replay": losses.replay_chart("{measure}"),
         "gaps": gap_chart("{measure}"),
         "trade": losses.trade_chart("{measure}"),
+        "edits": edits.edits_chart(),
         "sets": sets_chart(),
         "wins": wins_chart(),
         **{kind: board.cost_chart(kind, 340) for kind in board.COSTS},
@@ -140,6 +141,12 @@ def of_losses(field: Field, keys: Mapping[int, str]) -> dict[str, Any]:
     if rows := losses.replay_rows(field):
         made["replay"] = by_column(rows)
     return made
+
+
+def of_edits(field: Field) -> dict[str, Any]:
+    """The same of a stream of edits."""
+    rows = edits.edits_rows(field.lines[: edits.ROWS])
+    return {"edits": by_column(rows)} if rows else {}
 
 
 def by_column(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

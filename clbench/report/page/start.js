@@ -70,6 +70,7 @@ streamFigures();
 acrossStreams();
 changed();
 preBoard();
+editBoard();
 notInTable();
 byId('foot').append(`Made by clbench report html${D.newest ? ` from records up to ${D.newest}` : ''}. One file: it asks the network for nothing. `,
   D.left.slice(1).some(Boolean) ? `To keep it small, details were thinned out: single seeds of ${plural(D.left[1] + D.left[2], 'row')}, matrices of ${plural(D.left[3], 'row')}, everything but the table for ${plural(D.left[4], 'row')}. ` : '',

@@ -35,12 +35,18 @@ WIDEST = 100.0
 
 
 class Rate:
-    """A factor that does nothing. State: the names in `kept`."""
+    """A factor that does nothing, for the training of `model`. State: the names in `kept`."""
 
     kept: tuple[str, ...] = ("factor", "fresh")
+    model: nn.Module | None = None
 
     def __init__(self, restart: bool):
         self.restart, self.factor, self.fresh = restart, 1.0, True
+
+    @property
+    def searching(self) -> bool:
+        """Whether the weights of the update at hand are thrown away."""
+        return False
 
     def begin(self, model: nn.Module) -> None:
         """A new experience."""

@@ -168,7 +168,8 @@ def train(
         *old, new = (counts * context).tolist()
         repeated = mixture.repeated(place.step, place.step + 1) * context
         flops = runtime.flops_per_token if runtime.trained_flops is None else runtime.trained_flops
-        runtime.ledger.train(segment.role, new, sum(old), repeated, flops)
+        role = segment.role if adapt is None or not adapt.searching else "branch"  # its weights go nowhere
+        runtime.ledger.train(role, new, sum(old), repeated, flops)
         runtime.used_visits += batch
         if after_step is not None:
             losses = group.all_gather_rows(torch.cat(found), batch)
