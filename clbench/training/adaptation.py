@@ -102,7 +102,7 @@ def renormalised(net: nn.Module, averages: dict[str, Tensor], moves: bool) -> It
         return forward
 
     for name, layer in norms.items():
-        layer.forward = of(name, layer)
+        layer.forward = of(name, layer)  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -62,7 +62,8 @@ class _Folder:
         if run.leaderboard is ACCURACY:
             self.streams.setdefault((run.scenario, run.stream), _stream(entry))
         if (trace := data.trace_of(entry, run)) is not None:
-            self.traces[run.run_id] = dataclasses.replace(trace, extra=detail.extra(entry) if trace.extra else {})
+            plain_enough = run.leaderboard is not ACCURACY or not trace.extra
+            self.traces[run.run_id] = trace if plain_enough else dataclasses.replace(trace, extra=detail.extra(entry))
 
 
 def collect(results: pathlib.Path, beside: bool = False, since: pathlib.Path | None = None) -> dict[str, Any]:
