@@ -173,8 +173,8 @@ def text(made: Submission, conf: Path) -> str:
     parts = [
         f"# {count} records, {len(made.groups)} rows",
         "Made by `clbench submit`; check it with `clbench submit --check ARCHIVE`. Accuracies in per cent, mean ± standard"
-        " deviation over seeds. *self-reported*: the records fit themselves and their streams; *verified*: and the beginning of one of"
-        " them was run again with the same counts.",
+        " deviation over seeds. *self-reported*: the records fit themselves and their streams;"
+        " *verified*: and the beginning of one of them was run again with the same counts.",
     ]
     for scenario, manifest in dict.fromkeys((g.row["scenario"], g.row["manifest"]) for g in made.groups):
         mine = [g for g in made.groups if (g.row["scenario"], g.row["manifest"]) == (scenario, manifest)]
