@@ -72,6 +72,9 @@ def test_verified_is_what_was_run_again(tmp_path):
     assert made.level(made.groups[0]) == "verified"
     made = gathered(folder, repeated=[Verdict(f"{JOINT[0]}.json", "verified")])
     assert made.level(made.groups[0]) == "self-reported", "another row's record was run again"
+    group = Verdict("cil_digits ncm nano 17164cd6", "failed", ("a seed occurs twice: [0, 0]",))
+    with pytest.raises(UserError, match="ncm nano 17164cd6 is not handed in: a seed occurs twice"):
+        gathered(folder, repeated=[group])
     with pytest.raises(UserError, match=r"5535d0f9e11b7297.json is not handed in: other counts"):
         gathered(folder, repeated=[Verdict(f"{NCM[0]}.json", "failed", ("other counts",))])
 
