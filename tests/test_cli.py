@@ -40,7 +40,7 @@ def test_help_of_each_command_has_examples(clbench, name):
         (
             ["rnu"],
             "no command 'rnu'; did you mean 'run'? (one of: run, plan, list, check, report, verify, predict, "
-            "bench, bench tokens, new, schedule, schedule fit, tune, orders, effects, manifest, manifest corpus)",
+            "bench, bench tokens, new, schedule, schedule fit, tune, orders, effects, manifest, manifest corpus, submit, site)",
         ),
         (["learner=ncm"], "no command 'learner=ncm'; did you mean 'clbench run learner=ncm'? (one of: "),
         (["--versoin"], "no option '--versoin'; did you mean '--version'? (one of: "),

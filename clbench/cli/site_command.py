@@ -34,5 +34,5 @@ def run(args: argparse.Namespace) -> int:
     no_cards = "" if cards.is_file() else f"; no cards: {cards} is not there"
     print(f"written {len(made)} pages under {folder / 'pages'}{no_cards}")
     if not args.pages:
-        print(f"written {build.build(folder)}")
+        print(f"written {build.build(folder)}; its search needs a server: python -m http.server -d {folder / 'html'}")
     return 0

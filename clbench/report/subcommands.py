@@ -11,7 +11,7 @@ from clbench.config.signatures import nearest
 from clbench.interfaces import UserError
 from clbench.records import record
 from clbench.report import folder, formats, table
-from clbench.report.columns import LEADERBOARDS, extra
+from clbench.report.columns import ACCURACY, LEADERBOARDS, extra
 from clbench.report.formats import Table
 from clbench.report.runs import Filter, scan
 
@@ -49,6 +49,10 @@ PAGES: dict[str, tuple[str, tuple[str, ...]]] = {
             "clbench report flips results/records/*.json --part sets --format csv --out flips.csv",
         ),
     ),
+    "external": (
+        "scores in files of Every Eval Ever, of any library, as one table",
+        ("clbench report external eee", "clbench report external model.json --format csv --out scores.csv"),
+    ),
     "html": (
         "one page to open in a browser: table, ranks, figures, costs, what changed",
         (
@@ -62,6 +66,7 @@ PAGES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("clbench report plot", "clbench report plot curves cost --scenario cil_digits --format pdf --out figures"),
     ),
 }
+TRAVEL = ("parquet", "every-eval-ever")  # forms that leave clbench: files, not text
 _FLAGS = ("--strict", "--standalone", "-h", "--help")  # options without a value
 
 
@@ -90,6 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser, page: str) -> None:
         parser.add_argument("--strict", action="store_true", help="exit 1 if a run failed, died, or a record is damaged")
     if page == "explain":
         parser.add_argument("record", nargs="?", help="a record's file or run id (none: a worked example)")
+    if page == "external":
+        parser.add_argument("files", nargs="+", metavar="FILE", help="JSON files, or folders of them")
     if page == "flips":
         parser.add_argument("records", nargs="+", metavar="RECORD", help="files of records, or run ids")
     if page == "compare":
@@ -99,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser, page: str) -> None:
     if page in ("compare", "statistics"):
         words = "any number that `explain` names (last_macro, of pre-training final_loss)"
         parser.add_argument("--metric", help=words)
-    if page not in ("explain", "flips", "html"):
+    if page not in ("explain", "external", "flips", "html"):
         for part in ("scenario", "learner", "model"):
             words = f"only this {part}; globs and repetition allowed"
             parser.add_argument(f"--{part}", action="append", default=[], metavar="NAME", help=words)
@@ -114,10 +121,13 @@ def add_arguments(parser: argparse.ArgumentParser, page: str) -> None:
         parser.add_argument("--format", choices=("png", "svg", "pdf"), default="png", help="(png)")
         parser.add_argument("--out", default="figures", metavar="DIR", help="the folder to write into (figures)")
     else:
-        parser.add_argument("--format", choices=formats.FORMS, help="how to print it (text, or what --out's suffix says)")
+        forms = (*formats.FORMS, *TRAVEL) if page == "" else formats.FORMS
+        parser.add_argument("--format", choices=forms, help="how to print it (text, or what --out's suffix says)")
         parser.add_argument("--out", metavar="FILE", help="write it to a file")
         parser.add_argument("--standalone", action="store_true", help="with latex: a whole document")
         if page == "":
+            words = "with every-eval-ever: who says so, as its files name the source (unknown)"
+            parser.add_argument("--organization", metavar="NAME", help=words)
             parser.add_argument("--columns", metavar="A,B,...", help="these columns of the leaderboard, as they are in the CSV")
         else:
             parser.add_argument("--part", metavar="NAME", help="one table of the page")
@@ -133,6 +143,10 @@ def run(args: argparse.Namespace, conf: pathlib.Path) -> tuple[str, int]:
         return f"written {html.write(results, out, since)}", 0
     if args.page == "plot":
         return _plot(args, results)
+    if args.page == "" and (args.format in TRAVEL or str(args.out).endswith(".parquet")):
+        return _travel(args, results), 0
+    if args.page == "" and args.organization:
+        raise UserError("--organization has no effect without --format every-eval-ever")
     form = formats.form_of(args.format, args.out)
     if args.standalone and form != "latex":
         raise UserError("--standalone has no effect without --format latex")
@@ -172,6 +186,10 @@ def _tables(args: argparse.Namespace, results: pathlib.Path) -> list[Table]:
 
         made = explain.of_record(args.record, results) if args.record else explain.tables(explain.example())
         return made if args.part else [table for table in made if "columns" not in table.part]
+    if args.page == "external":
+        from clbench.report.travel import every_eval
+
+        return [every_eval.read([pathlib.Path(file).expanduser() for file in args.files])]
     if args.page == "flips":
         from clbench.report import flips
 
@@ -194,6 +212,36 @@ def _tables(args: argparse.Namespace, results: pathlib.Path) -> list[Table]:
     if not found.runs:
         raise UserError(f"no records in {results / 'records'}")
     return overview.tables(found.runs, args.metric)
+
+
+def _travel(args: argparse.Namespace, results: pathlib.Path) -> str:
+    """Records as parquet, or rows as files of Every Eval Ever -> what was written."""
+    wanted = Filter(args.scenario, args.learner, args.model, args.where)
+    form = args.format or "parquet"
+    if form not in TRAVEL or args.columns or args.standalone or args.strict:
+        raise UserError("parquet and every-eval-ever take --out, filters and --organization alone")
+    if args.organization and form == "parquet":
+        raise UserError("--organization has no effect without --format every-eval-ever")
+    if not args.out:
+        raise UserError(f"--format {form} needs --out {'FILE' if form == 'parquet' else 'FOLDER'}")
+    out = pathlib.Path(args.out).expanduser()
+    if form == "parquet":
+        from clbench.report.travel import parquet
+
+        made = parquet.rows(results, wanted)
+        parquet.write(made, out)
+        return f"written {out}: {len(made)} records"
+    import time
+
+    from clbench.report.board import rank
+    from clbench.report.travel import every_eval
+
+    found = scan(results, wanted)
+    groups = rank(found.runs, ACCURACY, found.dead)
+    files = every_eval.write(groups, out, args.organization or "unknown", int(time.time()))
+    if not files:
+        raise UserError(f"no accuracies in {results / 'records'}: losses and edits have no place in that form")
+    return f"written {len(files)} files under {out}"
 
 
 def _plot(args: argparse.Namespace, results: pathlib.Path) -> tuple[str, int]:

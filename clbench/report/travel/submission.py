@@ -63,8 +63,9 @@ def gather(
     if not done:
         raise UserError(f"{results / 'records'} holds no finished record to hand in")
     chosen = {f"{run.run_id}.json" for run in done}
+    chosen |= {f"{run.scenario} {run.learner} {run.model} {run.variant}" for run in done}  # as `verify` names groups of records
     for one in [*checked, *repeated]:
-        if one.verdict == "failed" and (one.name in chosen or not one.name.endswith(".json")):
+        if one.verdict == "failed" and one.name in chosen:
             raise UserError(f"{one.name} is not handed in: {'; '.join(one.reasons)}")
     groups = [g for g in rank(found.runs, ACCURACY, found.dead) if g.row["n_seeds"]]
     if len(done) > sum(g.row["n_seeds"] for g in groups):
@@ -173,8 +174,8 @@ def text(made: Submission, conf: Path) -> str:
     parts = [
         f"# {count} records, {len(made.groups)} rows",
         "Made by `clbench submit`; check it with `clbench submit --check ARCHIVE`. Accuracies in per cent, mean ± standard"
-        " deviation over seeds. *self-reported*: the records fit themselves and their streams; *verified*: and the beginning of one of"
-        " them was run again with the same counts.",
+        " deviation over seeds. *self-reported*: the records fit themselves and their streams;"
+        " *verified*: and the beginning of one of them was run again with the same counts.",
     ]
     for scenario, manifest in dict.fromkeys((g.row["scenario"], g.row["manifest"]) for g in made.groups):
         mine = [g for g in made.groups if (g.row["scenario"], g.row["manifest"]) == (scenario, manifest)]
