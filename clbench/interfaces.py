@@ -93,7 +93,7 @@ class Capabilities:
     needs_random_access asks for samples of an experience by row, or again after training (memories filled at its end,
                         statistics after training): cannot run where samples come once, in stream order
     needs_labels        learns from labels: cannot run where an experience has none
-    stores_exemplars    keeps raw samples, within the scenario's exemplar budget
+    stores_exemplars    keeps raw samples, within the scenario's exemplar budget; with `adapts_at_test` also test images
     stores_all_data     keeps every sample: a reference (upper bound), not a contender; exempt from the sample budgets
     transductive        predictions may depend on the other samples of a test batch: marks the record
     adapts_at_test      changes its state while predicting: marks the record (without these two, small test sets share a batch)

@@ -123,7 +123,8 @@ class _Images:
             return past
         if can.stores_exemplars:
             held = getattr(getattr(self.learner, "memory", None), "ids", None)
-            return past if held is None else own | set(map(int, held))
+            asked = self.tests if can.adapts_at_test else set[int]()  # images of `predict`, which has no labels
+            return (past if held is None else own | set(map(int, held))) | asked
         return own
 
     def look(self, more: dict[str, Any], running: bool) -> str | None:
