@@ -401,9 +401,9 @@ def test_hostile_names_in_the_page(tmp_path, open_page):
 
 def test_two_thousand_records(tmp_path, open_page, browser):
     counts = [entry(f"learner{i % 500}", i // 500, f"scenario{i % 3}", stair(10, 60 + i % 40), 100) for i in range(2000)]
-    start = time.monotonic()
+    start = time.process_time()
     path = html.write(fill(tmp_path, counts))
-    assert time.monotonic() - start < 60 and path.stat().st_size < 3_000_000
+    assert time.process_time() - start < 60 and path.stat().st_size < 3_000_000
     tab = browser.tab()
     assert tab.open(path) < 5  # about 0.5 s on two cores
     assert len(tab(NAMES)) == 200
@@ -529,7 +529,12 @@ def test_the_page_answers(tmp_path, open_page):
     fill(tmp_path, [run("old", s, 20) for s in range(3)])
     report(tmp_path)
     values = {"a": 80, "b": 60, "c": 60}
-    runs = [run(n, s, v + (n == "b") * (s % 3), o, o[0]) for n, v in values.items() for s in range(6) for o in ("one", "two")]
+    runs = [
+        run(n, s, v + {"a": s % 3, "b": s % 4 == 1}.get(n, 0), o, o[0])
+        for n, v in values.items()
+        for s in range(6)
+        for o in ("one", "two")
+    ]
     path = html.write(fill(tmp_path, [*runs, *[run("a", s, 55, order="d") for s in range(3)]]), since=tmp_path)
     tab = open_page(path)
     rank = dict(zip(tab(NAMES), column(tab, "rank"), strict=True))

@@ -212,7 +212,7 @@ def test_columns_of_other_evaluators(tmp_path, capsys):
     report(tmp_path)
     before = (tmp_path / "leaderboard.csv").read_text()
     plain = html.write(tmp_path, tmp_path / "plain.html").read_text()
-    assert "Other evaluators" not in plain and "edits" not in before
+    assert "edits/done" not in plain and "edits" not in before
     for seed, done in enumerate((3, 5)):
         record.write(made(seed, rows=[edits(1, done=[done, 4])]), tmp_path / "records")
     text, code = report(tmp_path, strict=True)

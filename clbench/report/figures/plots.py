@@ -132,12 +132,18 @@ def drawn(figure: Mapping[str, Any], form: str) -> bytes:
         return found[1] + number.setdefault(found[2], f"{found[3]}{len(number)}")
 
     text = re.sub(r'(id="|url\(#)((clip|gradient_)\d+)(?=[")])', named, text)
+    text = re.sub(r'(?<= )(?:d|transform|x|y|x1|x2|y1|y2|width|height)="[^"<]*"', _rounded, text)
     if form == "png":
         return vl_convert.svg_to_png(text, ppi=300)
     if form == "pdf":
         return vl_convert.svg_to_pdf(text)
     head = '<?xml version="1.0" encoding="UTF-8"?>\n'
     return f"{head}<!-- {creator()} -->\n{text.rstrip()}\n".encode()
+
+
+def _rounded(attribute: re.Match[str]) -> str:
+    """A place in a picture with two decimals: a hundredth of a point."""
+    return re.sub(r"\d+\.\d{3,}(?:e-?\d+)?", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), attribute[0])
 
 
 def save(figure: Mapping[str, Any], path: pathlib.Path, form: str) -> pathlib.Path:

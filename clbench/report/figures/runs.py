@@ -67,7 +67,7 @@ def matrix(fields: Sequence[Field]) -> Made:
 def curves_chart(
     x: str = "after", title: str = "experience", y: str = "accuracy", words: str = "accuracy (%)", legend: bool = True
 ) -> Chart:
-    """Curves told apart by colour, shape and legend: mean over runs, the band is their range. A click in the legend chooses."""
+    """Curves told apart by colour and legend: mean over runs, the band is their range. A click in the legend chooses."""
     axis = style.count() if x == "after" else alt.Axis()
     across = alt.X(f"{x}:Q", title=title, axis=axis, scale=alt.Scale(zero=False, nice=False))
     scale = alt.Scale(zero=False)
@@ -83,10 +83,7 @@ def curves_chart(
     mean = alt.Y(f"mean({y}):Q", title=words, scale=scale)
     dash = alt.StrokeDash("reference:N", scale=alt.Scale(domain=[False, True], range=[[1, 0], [4, 2]]), legend=None)
     line = base().mark_line(strokeWidth=1.3).encode(x=across, y=mean, color=colour, opacity=shown, strokeDash=dash)
-    shape = alt.Shape("label:N", sort=None, scale=alt.Scale(range=list(style.SHAPES)), legend=None)
-    marks = (
-        base().mark_point(filled=True, size=22).encode(x=across, y=mean, color=colour, opacity=shown, tooltip=told, shape=shape)
-    )
+    marks = base().mark_point(filled=True, size=22).encode(x=across, y=mean, color=colour, opacity=shown, tooltip=told)
     if x != "after":  # many points: no marks
         marks = base().mark_point(filled=True, size=60, opacity=0).encode(x=across, y=mean, tooltip=told)
     return style.chart(band, line, marks.add_params(chosen), height=170)
@@ -263,7 +260,7 @@ def stability_chart() -> Chart:
         alt.Tooltip("experience:Q"),
         alt.Tooltip("accuracy:Q", format=".2f"),
     ]
-    dash = alt.StrokeDash("set:N", sort=None, scale=alt.Scale(range=[[1, 0], [4, 2], [1, 1.5], [4, 1, 1, 1]]), legend=None)
+    dash = alt.StrokeDash("set:N", sort=None, scale=alt.Scale(range=[[1, 0], [4, 2], [1, 1.5], [4, 1, 1, 1]]), legend=legend)
     lines = base().mark_line(strokeWidth=1).encode(x=x, y=y, color=colour, strokeDash=dash)
     marks = base().mark_point(opacity=0, size=60).encode(x=x, y=y, tooltip=told)
     edges = (

@@ -11,7 +11,6 @@ import altair as alt
 Chart = Any  # one of altair's: what its methods are said to return does not fit together
 SINGLE, DOUBLE = 238, 497  # 1/72 inch: 3.3 and 6.9 inches, one column and two
 CIVIDIS = {"scheme": "cividis"}
-SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross")
 PAPER = {
     "ground": "#ffffff", "ink": "#1a1a1a", "quiet": "#6b6b6b", "pale": "#cfcfcf", "grid": "#e6e6e6",
     "series": ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"],
@@ -85,7 +84,8 @@ def paper(figure: Any, table: Sequence[Mapping[str, Any]], title: str, width: in
     made = (figure.properties(title=alt.TitleParams(text=lines)) if title else figure).to_dict()
     if "layer" in made or "mark" in made:
         made |= {"width": width, "autosize": {"type": "fit-x", "contains": "padding"}}
-    return made | {"datasets": {"table": list(table), **sets}, "config": config(PAPER, FONTS["paper"], 7.5, 8)}
+    look = config(PAPER, FONTS["paper"], 7.5, 8) | {"aria": False}
+    return made | {"datasets": {"table": list(table), **sets}, "config": look}
 
 
 def cell_words(value: str, form: str) -> alt.Chart:

@@ -100,12 +100,14 @@ function redraw(state) {
   state.turn = turn;
   if (!sets || !sets.table.length) { state.slot.replaceChildren(el('p', { class: 'quiet' }, 'Nothing here has these numbers.')); return; }
   const place = el('div');
+  const drawnIn = theme;
   state.slot.append(place);
   vegaEmbed(place, specification(state.kind, sets, state.words, Math.max(250, width)), options(D.themes[theme])).then((made) => {
     if (state.turn !== turn) { made.finalize(); place.remove(); return; }
     if (state.view) state.view.finalize();
     state.view = made;
     state.slot.replaceChildren(place);
+    state.slot.dataset.theme = drawnIn;
     state.node.dataset.drawn = 'yes';
   });
 }

@@ -8,6 +8,7 @@ JSON, and the script shows them by `textContent`; where there are no scripts, ji
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import pathlib
@@ -65,6 +66,7 @@ def page(data: Mapping[str, Any]) -> str:
     return text.encode("ascii", "xmlcharrefreplace").decode("ascii") + "\n"
 
 
+@functools.cache
 def bundle() -> str:
     """Vega, Vega-Lite and Vega-Embed, minified, as ASCII text."""
     import vl_convert

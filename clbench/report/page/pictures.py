@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ ROWS = 40  # lines of a figure
 LARGEST = 500_000  # characters of the figures of streams; those of the streams with most rows are kept
 
 
+@functools.cache
 def specifications() -> dict[str, dict[str, Any]]:
     """The Vega-Lite specification of each figure by its name."""
     charts: dict[str, Any] = {
@@ -85,7 +87,7 @@ def sets_chart() -> Chart:
     x = alt.X("accuracy:Q", title=board.LAST, scale=alt.Scale(zero=False))
     joined = base().mark_line(style="quiet line", strokeWidth=1.4).encode(x=x, y=y, detail="set:N")
     colour = alt.Color("label:N", sort=None, legend=alt.Legend(title=None, columns=1))
-    shape = alt.Shape("label:N", sort=None, legend=None)
+    shape = alt.condition("substring(datum.label, 0, 2) == 'B '", alt.value("square"), alt.value("circle"))
     marks = base().mark_point(filled=True, size=60, opacity=1).encode(x=x, y=y, color=colour, shape=shape, tooltip=told)
     chart = style.chart(joined, marks, height=alt.Step(14))
     return chart.transform_joinaggregate(last="max(after)", groupby=["label"]).transform_filter("datum.after == datum.last")
