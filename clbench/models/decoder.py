@@ -262,7 +262,7 @@ class Decoder(MixedPrecision, nn.Module):
                 angles = (self.cos[t : t + 1], self.sin[t : t + 1])  # type: ignore[index]
                 x = self.embed_in(written[-1][:, None])
                 for layer, own in zip(self.layers, kept, strict=True):
-                    x = layer.extend(x, angles, own, t)
+                    x = layer.extend(x, angles, own, t)  # type: ignore[operator]
                 x = self.final_layer_norm(x)[:, 0]
                 with torch.autocast(first.device.type, enabled=False):
                     logits = self.embed_out(x.float() / self.times)
