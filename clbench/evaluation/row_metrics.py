@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from clbench.evaluation import edit_metrics
+from clbench.evaluation import edit_metrics, setting_metrics
 
 ABOUT = "mean over the evaluation sets seen of the evaluator's sum after the last experience / n"
 
@@ -20,6 +20,8 @@ def summary(record: Mapping[str, Any]) -> dict[str, float]:
     last = len(steps) - 1 if steps else max((row["experience"] for row in rows), default=-1)
     found: dict[str, float] = {}
     own = edit_metrics.EVALUATORS if edit_metrics.is_edits(record) else ()
+    if (record.get("scenario") or {}).get("kind") == "text_tasks":
+        own = (setting_metrics.ANSWERS, setting_metrics.OLD_TEXT)
     for row in rows:
         if row["experience"] != last or last < 0 or row["evaluator"] in own:
             continue

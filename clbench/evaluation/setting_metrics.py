@@ -1,8 +1,8 @@
 """Numbers that one kind of stream has beside those of every stream: few-shot, long tails, looks, domains, test time, ...
 
 `SETTINGS` says which numbers an operator of the stream adds to a record, to leaderboards and to the page; `ABOUT` has their
-formulas. Values are fractions in 0..1, or differences of fractions. Legend as in `accuracy_metrics`; S the sets of the first
-experience, novel ones are those of later experiences.
+formulas. Values are fractions in 0..1, or differences of fractions, but for losses of text tasks in nats. Legend as in
+`accuracy_metrics`; S the sets of the first experience, novel ones are those of later experiences.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from clbench.evaluation.accuracy_metrics import Array, accuracy, macro, micro
+from clbench.evaluation.accuracy_metrics import Array, accuracy, fwt_init, macro, micro
 
 ABOUT: dict[str, str] = {
     "performance_drop": "micro accuracy on the sets seen after the first experience - after the last (PD of few-shot learning)",
@@ -33,6 +33,10 @@ ABOUT: dict[str, str] = {
     "mean_error": "mean over the shifted sets of 1 - accuracy, answers as given while the learner adapts",
     "clean_forgetting": "accuracy on the clean set before adaptation - after it",
     "final_problem": "accuracy on the last experience's own set after it",
+    "forward_gain": "mean_{own(j) > 0} (a[own(j)-1][j] - a[-1][j]), a[-1] before the first task (FWT of GEM)",
+    "answer_loss": "text tasks: nats per token of right answers after the last task, mean over the tasks",
+    "answer_loss_rise": "text tasks: the same - right after the own task, mean over old tasks",
+    "old_text_rise": "text tasks: loss on old text after the last task - before the first, nats per token",
 }
 PAIRED = {  # of two runs, see `report.paired`
     "intransigence": "plasticity of the reference (joint training) on the same stream - the run's (Chaudhry et al. 2018: I)",
@@ -51,7 +55,13 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "bell": ("final_problem",),
 }
 CLEAN = ("clean", "clean after")  # names of the sets of `test_time` that are not shifted
-KINDS: dict[str, tuple[str, ...]] = {"domain_incremental": _DOMAINS, "test_time": ("mean_error", "clean_forgetting")}
+_TEXTS = ("forward_gain", "answer_loss", "answer_loss_rise", "old_text_rise")
+KINDS: dict[str, tuple[str, ...]] = {
+    "domain_incremental": _DOMAINS,
+    "test_time": ("mean_error", "clean_forgetting"),
+    "text_tasks": _TEXTS,
+}
+ANSWERS, OLD_TEXT = "answers", "old_text"  # evaluators of text tasks
 
 
 def summary(record: Mapping[str, Any]) -> dict[str, float]:
@@ -211,6 +221,54 @@ def final_problem(record: Mapping[str, Any]) -> float | None:
     return float(own.mean()) if len(own) and not np.isnan(own).any() else None
 
 
+def _answers(record: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+    """Sums of the answers to text tasks by experience, -1 before the first."""
+    return {row["experience"]: row["sums"] for row in record.get("rows") or () if row["evaluator"] == ANSWERS}
+
+
+def forward_gain(record: Mapping[str, Any]) -> float | None:
+    """Text tasks: what was learned before a task is worth to it, before it is learned itself."""
+    a, n, first = _matrix(record)
+    found = _answers(record)
+    if -1 not in found or len(a) < 2:
+        return None
+    return fwt_init(a, first, accuracy([found[-1]["correct"]], n)[0])
+
+
+def _answer_losses(record: Mapping[str, Any]) -> tuple[Array, Array] | None:
+    """Nats per token of right answers after each task [T, E], and first_seen [E]."""
+    found = _answers(record)
+    ends = [found[i] for i in sorted(found) if i >= 0]
+    if not ends:
+        return None
+    return np.array([np.divide(s["nats"], s["tokens"]) for s in ends], np.float64), np.asarray(record["first_seen"])
+
+
+def answer_loss(record: Mapping[str, Any]) -> float | None:
+    """Text tasks: finer than exact matches, which may all be missed by one token."""
+    found = _answer_losses(record)
+    return None if found is None else float(found[0][-1].mean())
+
+
+def answer_loss_rise(record: Mapping[str, Any]) -> float | None:
+    """Text tasks: forgetting in nats."""
+    found = _answer_losses(record)
+    if found is None or len(found[0]) < 2:
+        return None
+    loss, first = found
+    rise = loss[-1] - loss[first, np.arange(len(first))]
+    return float(rise[first < len(loss) - 1].mean())
+
+
+def old_text_rise(record: Mapping[str, Any]) -> float | None:
+    """Text tasks: what the stream cost of that which pre-training knew."""
+    rows = {row["experience"]: row["total"] for row in record.get("rows") or () if row["evaluator"] == OLD_TEXT}
+    if -1 not in rows or len(rows) < 2:
+        return None
+    last, start = (rows[i]["nats"] / rows[i]["tokens"] for i in (max(rows), -1))
+    return float(last - start)
+
+
 FORMULAS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
     "performance_drop": performance_drop,
     "base_accuracy": lambda record: _split(record)[0],
@@ -230,4 +288,8 @@ FORMULAS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
     "mean_error": mean_error,
     "clean_forgetting": clean_forgetting,
     "final_problem": final_problem,
+    "forward_gain": forward_gain,
+    "answer_loss": answer_loss,
+    "answer_loss_rise": answer_loss_rise,
+    "old_text_rise": old_text_rise,
 }

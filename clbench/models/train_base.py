@@ -24,7 +24,7 @@ from clbench.models.decoder import Decoder, build_decoder
 from clbench.streams import rng
 from clbench.streams.tokens import base_text, made_tasks
 
-SHAPE: dict[str, Any] = {"width": 64, "depth": 4, "heads": 4, "context": base_text.CONTEXT}
+SHAPE: dict[str, Any] = {"width": 64, "depth": 4, "heads": 4, "rotary": 1.0, "context": base_text.CONTEXT}
 GAP, COPIES = 0.3, 0.9  # nats a byte above the source, share of copies: what it must know
 
 
@@ -53,13 +53,13 @@ def train(options: argparse.Namespace) -> None:
         rate = min(1.0, (step + 1) / 100) * (1 + math.cos(math.pi * step / options.steps)) / 2
         for group in optimizer.param_groups:
             group["lr"] = options.lr * rate
-        text = base_text.text(options.batch, base_text.CONTEXT + 1, rng.key("train", options.seed, step))
-        loss = model.loss(torch.from_numpy(text)).mean()
+        text, counts = base_text.text(options.batch, base_text.CONTEXT + 1, rng.key("train", options.seed, step))
+        loss = model.loss(torch.from_numpy(text))[torch.from_numpy(counts[:, 1:])].mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % 200 == 199:
+        if step % 100 == 99:
             print(f"step {step + 1} loss {loss.item():.3f} {known(model)} {time.time() - start:.0f} s", flush=True)
     state = {name: value.half().contiguous() for name, value in model.state_dict().items()}
     model.load_state_dict(state)
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m clbench.models.train_base", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for base_text.safetensors and base_text.json")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=16, help="rows of 96 bytes in a step")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--threads", type=int, default=1)

@@ -15,7 +15,16 @@ from typing import Any
 
 from clbench.evaluation import edit_metrics
 from clbench.interfaces import UserError
-from clbench.records import loss_facts, record, verify_artifacts, verify_counts, verify_edits, verify_losses, verify_rows
+from clbench.records import (
+    loss_facts,
+    record,
+    verify_artifacts,
+    verify_counts,
+    verify_edits,
+    verify_losses,
+    verify_rows,
+    verify_texts,
+)
 from clbench.records.safe_text import plain
 from clbench.records.variant import outside_of, variant
 from clbench.records.verify_artifacts import Place
@@ -117,6 +126,9 @@ def _sums(entry: Mapping[str, Any], gaps: list[str], notes: list[str]) -> Iterat
     """The checks of every family of evaluators that a finished record holds."""
     counts, losses = isinstance(entry.get("correct"), list), loss_facts.is_loss(entry)
     yield from verify_rows.check(entry)
+    if verify_texts.is_texts(entry):
+        yield from verify_texts.check(entry)
+        return
     if counts:
         yield from verify_counts.check(entry)
         notes += verify_counts.notes(entry)

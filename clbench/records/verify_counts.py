@@ -13,7 +13,7 @@ SURE = 87.4  # -log of the least probability that counts: the largest nll of a s
 
 def check(entry: Mapping[str, Any]) -> Iterator[str]:
     """Everything that is wrong with the counts of a finished record."""
-    for part in (_sizes, _counts, _calibration, _confusion, _budget):
+    for part in (_sizes, _counts, _calibration, _confusion, budget):
         yield from part(entry)
 
 
@@ -80,18 +80,19 @@ def _cell(entry: Mapping[str, Any], i: int, j: int) -> Iterator[str]:
         yield f"correct[{i}][{j}] = {count} is the count of no head"
 
 
-def _budget(entry: Mapping[str, Any]) -> Iterator[str]:
-    budget = entry["scenario"]["budget"]
+def budget(entry: Mapping[str, Any]) -> Iterator[str]:
+    """What was held, and visits, within the budget."""
+    rules = entry["scenario"]["budget"]
     for name in ("exemplars", "exemplar_bytes", "stored_bytes"):
-        limit, used = budget.get(name), entry[name]
+        limit, used = rules.get(name), entry[name]
         if limit is not None and used > limit:
             yield f"{name} = {used}, the budget allows {limit}"
     if "reference" in entry.get("marks", ()):
         return
     sizes = [e["num_train"] for e in entry["scenario"]["experiences"]]
-    if entry["visits"]["new"] > budget["epochs"] * sum(sizes):
-        yield f"{entry['visits']['new']} visits to new samples, the budget allows {budget['epochs'] * sum(sizes)}"
-    limit = budget.get("sample_visits")
+    if entry["visits"]["new"] > rules["epochs"] * sum(sizes):
+        yield f"{entry['visits']['new']} visits to new samples, the budget allows {rules['epochs'] * sum(sizes)}"
+    limit = rules.get("sample_visits")
     if limit is not None and sum(entry["visits"].values()) > limit * len(sizes):
         yield f"{sum(entry['visits'].values())} sample visits, the budget allows {limit} in each experience"
 

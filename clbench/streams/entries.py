@@ -1,8 +1,8 @@
 """The entries of a manifest: experiences and evaluation sets.
 
 Their samples are *ids* of a data set; a *span*: sequences (of autoencoders: images) of a domain, counted in the domain's order;
-*edits*: ids of requests and of what is asked about them, without classes; or *texts*: ids of lines of a task. `FIELDS` says what
-an entry of each form writes: always, and where it differs from the default.
+*edits*: ids of requests and of what is asked about them, without classes; or *texts*: ids of lines of a task. `FIELDS` says
+what an entry of each form writes: always, and where it differs from the default.
 """
 
 from __future__ import annotations

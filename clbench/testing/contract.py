@@ -1,7 +1,8 @@
 """The contract as a test suite: `check_learner` and `check_scenario`, for clbench's own and for everybody's plug-ins.
 
 Each check is a function that raises AssertionError with a sentence; the two entry points run them all and report. The checks of
-every learner stand here; those of class scores are in `score_checks`, of losses in `loss_checks`, of edits in `edit_checks`.
+every learner stand here; those of class scores are in `score_checks`, of losses in `loss_checks`, of edits in `edit_checks`, of
+text tasks in `text_checks`.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ import torch
 from clbench.config.compose import build, load_target
 from clbench.interfaces import UserError, declared
 from clbench.streams.manifest import Manifest
-from clbench.testing import anytime, data_reach, edit_checks, loss_checks, score_checks
+from clbench.testing import anytime, data_reach, edit_checks, loss_checks, score_checks, text_checks
 from clbench.testing.trial import (
     EditTrial,
     LossTrial,
+    TextTrial,
     Trial,
     mixed_stream,
     repeated_stream,
     small_edits,
     small_stream,
+    small_tasks,
     small_texts,
 )
 from clbench.training import arithmetic
@@ -49,10 +52,10 @@ def check_learner(config: dict[str, Any]) -> list[Result]:
         return _run(LOSS, LossTrial(config, small_texts(), can))
     if can.asks == "logits":
         return _run(LOGITS, EditTrial(config, small_edits(), can))
+    if can.asks == "next_token":
+        return _run(NEXT_TOKEN, TextTrial(_all_epochs(config), small_tasks(), can))
     kind = "task_incremental" if can.needs_task_id else "class_incremental"
-    config = copy.deepcopy(config)
-    if "epochs" in config["learner"]:
-        config["learner"]["epochs"] = None
+    config = _all_epochs(config)
     epochs, shapes = max(2, can.needs_passes), score_checks.check_shapes
     budget = {"epochs": epochs, "exemplars": 12}
     results = _run(SCORES, Trial(config, small_stream(kind, budget=budget), can))
@@ -69,10 +72,18 @@ def check_learner(config: dict[str, Any]) -> list[Result]:
     return results
 
 
+def _all_epochs(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with as many passes as the stream allows."""
+    config = copy.deepcopy(config)
+    if "epochs" in config["learner"]:
+        config["learner"]["epochs"] = None
+    return config
+
+
 def check_scenario(config: dict[str, Any]) -> list[Result]:
     """Run every check on the scenario of a resolved configuration -> (name, passed, message) each."""
     built = [build(config["scenario"]) for _ in range(2)]
-    of = {"loss": loss_checks.SCENARIO, "logits": edit_checks.SCENARIO}
+    of = {"loss": loss_checks.SCENARIO, "logits": edit_checks.SCENARIO, "next_token": text_checks.SCENARIO}
     checks = of.get(getattr(built[0], "asks", ""), score_checks.SCENARIO)
     return _run({"same_hash": check_same_hash, **checks}, built)
 
@@ -232,4 +243,16 @@ LOGITS: Checks = {
     "state_round_trip": check_state_round_trip,
     "resume_in_mid_learn": check_resume_in_mid_learn,
     "only_own_requests_are_reachable": data_reach.check_only_own_requests_are_reachable,
+}
+NEXT_TOKEN: Checks = {
+    "fits": text_checks.check_fits,
+    "shapes": text_checks.check_shapes,
+    "future_is_not_seen": text_checks.check_future_is_not_seen,
+    "determinism": check_determinism,
+    "asking_changes_nothing": check_asking_changes_nothing,
+    "lines_beside": text_checks.check_lines_beside,
+    "state_round_trip": check_state_round_trip,
+    "resume_in_mid_learn": check_resume_in_mid_learn,
+    "budget": score_checks.check_budget,
+    "only_own_lines_are_reachable": data_reach.check_only_own_lines_are_reachable,
 }

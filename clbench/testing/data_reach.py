@@ -203,6 +203,26 @@ class _Edits(_Texts):
         return found_in(roots, Marks(self.foreign | ended, self.own if keeps or running else []), (self, self.trial))
 
 
+class _Lines(_Edits):
+    """The same of a stream of text tasks: lines of other tasks, and those that are asked."""
+
+    def __init__(self, trial: Any, learner: Any, runtime: Any, pipeline: Any, index: int):
+        self.trial, self.learner, self.runtime, self.index = trial, learner, runtime, index
+        lines, m = trial.scenario.lines, trial.scenario.manifest
+        parts = {i: [lines.line(k) for k in e.train] for i, e in enumerate(m.experiences)}
+        keeps = trial.capabilities.stores_exemplars or trial.capabilities.stores_all_data
+        mine = [i for i in parts if i == index or (keeps and i < index)]
+        self.own = [row for i in mine for row in parts[i]]
+        self.foreign = {f"line {k} of experience {i}": row for i in parts if i not in mine for k, row in enumerate(parts[i])}
+        self.foreign |= {f"line {i} that is asked": lines.line(i) for e in m.evals for i in e.ids}
+        self.foreign |= {f"row {k} of old text": row for k, row in enumerate(trial.scenario.old)}
+
+    def given(self) -> dict[str, Any]:
+        """An experience, and its first lines."""
+        experience: Any = self.trial.open(self.index, None)
+        return {"experience": experience, "batch": experience.train.batch(np.arange(4))}
+
+
 class _Walk:
     """Stands for a method of the runtime while a learner learns, and looks around there. `found` says what should not be."""
 
@@ -230,6 +250,11 @@ def check_only_own_text_is_reachable(trial: Any) -> None:
 def check_only_own_requests_are_reachable(trial: Any) -> None:
     """The same of requests and probes."""
     _check_reach(trial, _Edits)
+
+
+def check_only_own_lines_are_reachable(trial: Any) -> None:
+    """The same of lines of text tasks."""
+    _check_reach(trial, _Lines)
 
 
 def _check_reach(trial: Any, kind: Any) -> None:

@@ -17,8 +17,11 @@ from clbench.streams.eval_sets import open_eval
 from clbench.streams.images.data import open_experience
 from clbench.streams.images.pixels import Pipeline
 from clbench.streams.scenario import Scenario
+from clbench.streams.tokens import text_data
 from clbench.streams.tokens.edits import EditScenario, edit_facts
 from clbench.streams.tokens.scenario import TokenScenario
+from clbench.streams.tokens.text_lines import TextScenario
+from clbench.streams.tokens.text_tasks import text_tasks
 from clbench.streams.tokens.texts import synthetic
 from clbench.training.checkpoint import Journal
 from clbench.training.pretraining.ledger import flops_per_token
@@ -155,6 +158,43 @@ class EditTrial(Trial):
             return learner.logits(self.texts())
 
 
+@dataclass
+class TextTrial(Trial):
+    """A learner of text tasks, on a small decoder with random weights; there is no pipeline."""
+
+    def start(self, folder: pathlib.Path | None = None, **changes: Any) -> tuple[Any, Any, Any]:
+        """A fresh learner with its runtime; `changes` go to the budget."""
+        m = self.scenario.manifest
+        sizes = {"width": 16, "depth": 2, "heads": 2, "vocab": m.vocab, "context": m.context}
+        with torch.random.fork_rng([]):  # layers draw their first weights before the decoder draws its own
+            model = build({"_target_": "clbench.models.decoder.build_decoder", "name": "decoder_check", **sizes})
+        budget, exempt = replace(self.scenario.budget, **changes), self.capabilities.stores_all_data
+        runtime = Runtime(self.seed, CPU, budget, exempt=exempt, journal=Journal(folder, 0.0))
+        return build(self.config["learner"], model=model, runtime=runtime), runtime, None
+
+    def open(self, index: int, pipeline: Any) -> Experience:
+        keeps = self.capabilities.stores_all_data
+        past = tuple(text_data.open_experience(self.scenario, i, CPU).train for i in range(index)) if keeps else ()
+        return replace(text_data.open_experience(self.scenario, index, CPU), past=past)
+
+    def asked(self, j: int) -> text_data.TextBatch:
+        """The lines of evaluation set j as one batch, as they are asked."""
+        m, entry = self.scenario.manifest, self.scenario.manifest.evals[j]
+        task = entry.task if m.discloses_task else None
+        ((_, batch),) = text_data.asked_batches(self.scenario.lines, entry.ids, len(entry.ids), CPU, task)
+        return batch
+
+    def without_task(self) -> text_data.TextBatch:
+        """Rows of old text, as they are asked."""
+        rows = self.scenario.old[:4]
+        return text_data.TextBatch.of_lines(list(rows), np.ones(len(rows), np.int64), CPU)
+
+    def answers(self, learner: Any, pipeline: Any) -> Tensor:
+        """Scores after every token of the first task's lines [N, L, V]."""
+        with torch.no_grad():
+            return learner.next_token(self.asked(0))
+
+
 def main(answer: Any) -> Tensor:
     """The first head of a prediction."""
     return answer if isinstance(answer, Tensor) else next(iter(answer.values()))
@@ -207,3 +247,9 @@ def small_edits() -> EditScenario:
     """Six edits of the made world in experiences of 1, 2 and 3; no decoder needs to know it."""
     made = edit_facts(name="check_edits", edits=6, entities=64, looks=[1, 3, 6], neighbours=2)
     return replace(made, known=0.0)
+
+
+def small_tasks() -> TextScenario:
+    """Three made tasks of 16 lines, two passes; no decoder needs to know anything."""
+    options: dict[str, Any] = {"tasks": ["copy", "facts(8)", "lego(2)"], "lines": 16, "test_lines": 6}
+    return text_tasks(name="check_tasks", budget={"epochs": 2, "exemplars": 6}, **options)

@@ -81,16 +81,16 @@ def fisher_per_sample(
 
 
 def sum_per_sample(
-    model: Backbone,
+    model: Any,
     x: Tensor,
     y: Tensor,
     loss_of: Callable[[Tensor, Tensor], Tensor],
     of: Callable[[Tensor], Tensor],
     weight: Tensor | None = None,
 ) -> Weights:
-    """Sum over samples of `of`(the gradient of each one's own loss): images x [B, C, H, W], targets y [B, ...].
+    """Sum over samples of `of`(the gradient of each one's own loss): images x [B, C, H, W] or texts [B, L], targets y [B, ...].
 
-    loss_of  features [1, D] and a target -> scalar
+    loss_of  what the network says of the sample [1, ...] (features, scores of tokens) and a target -> scalar
     weight   [B], a factor of each sample's term
 
     The network must be in evaluation mode.
@@ -110,7 +110,8 @@ def sum_per_sample(
             if weight is not None:
                 each = each * weight[i * chunk : i * chunk + len(each)].view(-1, *[1] * (each.ndim - 1))
             total[name] += each.sum(0)
-        model.passes["eval"] += len(images) - 1  # vmap shows the network one image for all of them
+        if (passes := getattr(model, "passes", None)) is not None:
+            passes["eval"] += len(images) - 1  # vmap shows the network one image for all of them
     return total
 
 

@@ -123,6 +123,19 @@ def chains(classes: int, version: int) -> tuple[Markov, ...]:
     return tuple(made)  # type: ignore[arg-type]
 
 
+def walks(chain: Markov, count: int, length: int, key: int) -> np.ndarray:
+    """Texts of a chain that depends on one letter [count, length] int64, each from its stationary distribution on."""
+    size = int(chain.counts[0].sum())
+    draws = rng.bits(rng.key(key, "next"), np.arange(count * length)) % np.uint64(size)  # a power of two: no bias
+    draws, rises = draws.reshape(count, length).astype(np.int64), chain.counts.cumsum(1)
+    first = np.searchsorted(chain.stationary.cumsum(), rng.uniform(rng.key(key, "first"), np.arange(count)), side="right")
+    text = np.empty((count, length), np.int64)
+    text[:, 0] = np.minimum(first, chain.vocab - 1)
+    for t in range(1, length):
+        text[:, t] = (rises[text[:, t - 1]] <= draws[:, t : t + 1]).sum(1)
+    return text
+
+
 def topic_words(classes: int) -> list[str]:
     """The words that answer a topic task."""
     words = [_words(rng.key("topic", "word", classes, c), 1, 4)[0] for c in range(classes)]
@@ -133,13 +146,8 @@ def _topic(key: int, count: int, numbers: tuple[int, ...], length: int | None) -
     classes, words = rng.integers(rng.key(key, "class"), count, numbers[0]), topic_words(numbers[0])
     text = np.empty((count, TOPIC_LETTERS), np.int64)
     for c, chain in enumerate(chains(*numbers)):
-        rows, size = np.flatnonzero(classes == c), int(chain.counts[0].sum())
-        draws = rng.bits(rng.key(key, "text", c), np.arange(len(rows) * TOPIC_LETTERS)) % np.uint64(size)  # 2^k: no bias
-        draws, rises = draws.reshape(len(rows), -1).astype(np.int64), chain.counts.cumsum(1)
-        first = rng.uniform(rng.key(key, "first", c), np.arange(len(rows)))
-        text[rows, 0] = np.minimum(np.searchsorted(chain.stationary.cumsum(), first, side="right"), 25)
-        for t in range(1, TOPIC_LETTERS):
-            text[rows, t] = (rises[text[rows, t - 1]] <= draws[:, t : t + 1]).sum(1)
+        rows = np.flatnonzero(classes == c)
+        text[rows] = walks(chain, len(rows), TOPIC_LETTERS, rng.key(key, "text", c))
     return [("".join(ALPHABET[j] for j in row), words[c]) for row, c in zip(text, classes, strict=True)]
 
 

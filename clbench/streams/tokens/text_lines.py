@@ -25,7 +25,7 @@ Pair = tuple[bytes, bytes]
 
 @dataclass(frozen=True, eq=False)
 class Lines:
-    """Lines one after another: `tokens` int32, line i from starts[i] to starts[i + 1]; it begins with prompts[i] of a prompt."""
+    """Lines one after another: `tokens` int32, line i from starts[i] to starts[i + 1], prompts[i] of them a prompt."""
 
     tokens: np.ndarray
     starts: np.ndarray
