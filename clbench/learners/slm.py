@@ -146,7 +146,6 @@ class Slm:
     @torch.no_grad()
     def query(self, batch: TextBatch) -> Tensor:
         """The bare network's last states, averaged over each prompt [B, D]."""
-        self.pet.eval() if not torch.is_grad_enabled() else None
         inside = (torch.arange(batch.tokens.shape[1]) < batch.prompts[:, None]).to(batch.tokens.device)
         with self.pet.off():
             states = self.model.states(batch.tokens) * inside[..., None]
@@ -216,7 +215,7 @@ def retrieved(queries: Tensor, keys: Tensor, top: int, shared: bool) -> tuple[Te
 
 
 def mixed(bank: State, rows: Tensor, weights: Tensor) -> tuple[State, Tensor]:
-    """Entries "/a" [N, r, I], "/b" [N, O, r] -> pairs [B, K r, I], [B, O, K r] with weights in "/b", and a row for each line."""
+    """Entries "/a" [N, r, I], "/b" [N, O, r] -> pairs [B, K r, I], [B, O, K r] (weights in "/b"), and the row of each line."""
     made = {}
     for name, value in bank.items():
         some = value[rows]
