@@ -7,7 +7,7 @@ generated. Answers are compared token by token: nothing is stripped, lowered or 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,9 +37,20 @@ def scores_of(answer: NextToken, batch: TextBatch, vocab: int) -> Tensor:
 
 
 class AskedLines:
-    """The lines of one evaluation set; `task` is None unless it is disclosed."""
+    """The lines of one evaluation set; `task` is None unless it is disclosed. `scores` are names of `generated.SCORES`."""
 
-    def __init__(self, name: str, lines: Lines, ids: np.ndarray, device: Any, vocab: int, size: int, task: int | None):
+    def __init__(
+        self,
+        name: str,
+        lines: Lines,
+        ids: np.ndarray,
+        device: Any,
+        vocab: int,
+        size: int,
+        task: int | None,
+        scores: Sequence[str] = (),
+    ):
+        self.scores = scores
         self.name, self.lines, self.ids, self.task = name, lines, ids, task
         self.device, self.vocab, self.size = device, vocab, size
 

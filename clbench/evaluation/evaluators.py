@@ -23,7 +23,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GROUP = "clbench.evaluators"
-BUILT_IN = ("accuracy", "token_loss", "reconstruction", "linear_probe", "answers", *edit_metrics.EVALUATORS)  # not for plug-ins
+BUILT_IN = (
+    "accuracy",
+    "token_loss",
+    "reconstruction",
+    "linear_probe",
+    "answers",
+    "generated",
+    *edit_metrics.EVALUATORS,
+)  # not for plug-ins
 OWN = {"activations": "clbench.evaluation.activations.Activations"}  # what a scenario may name
 _ABOUT = {"activations": "shares of dormant units and ranks of features, which say what a network can still learn"}
 

@@ -1,11 +1,15 @@
 """Sequential fine-tuning of a language model on text tasks: the lower bound; joint training, half fine-tuning and LISA.
 
-Every weight is trained on each task in turn with the mean loss over the tokens of answers, end included; nothing is done
-against forgetting. In the literature on continual fine-tuning it is "SeqFT" (TRACE, Wang et al. 2023, arXiv 2310.06762).
+Every weight, or a parameter-efficient module, is trained on each task in turn with the mean loss over the tokens of answers, end
+included; nothing is done against forgetting. In the literature on continual fine-tuning it is "SeqFT" (TRACE: Wang et al. 2023,
+arXiv 2310.06762).
 
 targets    "answer": the loss is on answers alone; "line": on prompts too
 data       "new": each task's own lines; "union": joint training, the upper reference: after each task anew from the weights
            before the first on all lines so far. It keeps all data, and is exempt from the budgets
+pet        a module that is trained in place of the weights, one for all tasks: `pet=lora`, ... . Sequential LoRA
+           (`learner=text_lora`) is one pair of rank 8 for each linear layer with scale 4, as the baselines of O-LoRA (Wang et
+           al. 2023, arXiv 2310.14152) have it for queries and values
 trainable  "half" (HFT, Hui et al. 2024, arXiv 2404.18466): a random half of the matrices of each block stands still in each
            task, another one in the next. "lisa" (LISA, Pan et al. 2024, arXiv 2403.17919): every 20 steps one block is drawn
            that is trained; `training/chosen_layers.py`. Embeddings, last norm and output matrix are always trained
@@ -22,20 +26,22 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from clbench.interfaces import Capabilities, Experience, Schedule, UserError
+from clbench.models.pet import Factory
+from clbench.models.pet_modules import none
 from clbench.streams.images.data import shuffled
 from clbench.streams.tokens.text_data import TextBatch, TextData
-from clbench.training.answer_loss import Targets, answer_loss, check_targets
+from clbench.training.answer_loss import Targets, answer_loss, attach, check_targets
 from clbench.training.fit import Recipe, fit
 from clbench.training.optimizers import Optimizer
 from clbench.training.optimizers import check as check_optimizer
 from clbench.training.runtime import Runtime
 from clbench.training.schedules import constant
-from clbench.training.state import collect, detached, groups_of, restore
+from clbench.training.state import detached, groups_of
 from clbench.training.steps import Steps, Trainable, whole
 
 
 class TextFinetune:
-    """Trains everything on each task in turn. State: the weights."""
+    """Trains everything, or a module, on each task in turn. State: what is trained."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(asks="next_token")
 
@@ -46,6 +52,7 @@ class TextFinetune:
         *,
         targets: Targets = "answer",
         data: Literal["new", "union"] = "new",  # union: joint training
+        pet: Factory = none,
         trainable: Trainable = "all",  # all | half | lisa, or {half: {unit, ratio}}, {lisa: {blocks, every}}
         lr: float = 1e-3,
         epochs: int | None = None,
@@ -61,10 +68,14 @@ class TextFinetune:
         if data not in ("new", "union"):
             raise UserError(f"unknown learner.data={data}: choose new, union")
         self.model, self.runtime, self.targets, self.lr = model, runtime, targets, lr
+        self.pet = attach(pet, model, runtime)
+        if self.pet is not None and trainable != "all":
+            raise UserError(f"learner.trainable={trainable} has no effect with pet={self.pet.kind}: the blocks stand still")
+        self.tuned = model if self.pet is None else self.pet  # what is trained, saved and put back
         self.epochs, self.batch_size = runtime.epochs(epochs), batch_size
         self.recipe = Recipe(optimizer, betas=(betas[0], betas[1]), weight_decay=weight_decay, schedule=schedule, clip=clip)
         self.steps = Steps(runtime, trainable=whole(trainable))
-        self.start = detached(model.state_dict()) if data == "union" else None
+        self.start = detached(self.tuned.state_dict()) if data == "union" else None
 
     @staticmethod
     def capabilities_of(data: str = "new", **options: Any) -> Capabilities:
@@ -75,26 +86,28 @@ class TextFinetune:
         """Train on the task; jointly: from the start on all tasks so far."""
         train: Any = experience.train
         if self.start is not None:
-            self.model.load_state_dict(self.start)
+            self.tuned.load_state_dict(self.start)
             train = TextData.join([*experience.past, train])
         self.model.train()
+        self.tuned.train()
 
         def loss(batch: TextBatch) -> Tensor:
             return answer_loss(self.model, batch, self.targets)
 
         batches = shuffled(train, self.batch_size, self.epochs, self.runtime.key("train"))
         with self.steps.around(self.model, {"model": self.model}, loss, new=loss) as (total, hooks):  # type: ignore[arg-type]
-            groups = groups_of((self.model, self.lr))
+            groups = groups_of((self.tuned, self.lr))
             return fit(self.runtime, "train", self, groups, total, batches, self.recipe, **hooks)
 
     def next_token(self, batch: TextBatch) -> Tensor:
         """Scores of the token after each: [B, L] -> [B, L, V]."""
         self.model.eval()
+        self.tuned.eval()
         return self.model(batch.tokens)
 
     def state_dict(self) -> dict[str, Any]:
-        """The weights (those before the first task come from the model itself)."""
-        return collect(self, "model")
+        """What is trained (what it was before the first task comes from the model itself)."""
+        return {"model": self.tuned.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        restore(self, state)
+        self.tuned.load_state_dict(state["model"])

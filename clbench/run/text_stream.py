@@ -13,10 +13,12 @@ from clbench.config.run_options import RunOptions
 from clbench.evaluation import metrics
 from clbench.evaluation.answers import Answers, AskedLines, old_text_sums
 from clbench.evaluation.evaluators import row_of
+from clbench.evaluation.generated import Generated
 from clbench.interfaces import Capabilities, Experience, UserError
+from clbench.models.pet_decoder import require_room
 from clbench.run.build_model import build_decoder
 from clbench.run.held import held
-from clbench.run.image_stream import check_learner as check_learner
+from clbench.run.image_stream import check_learner as check_memory
 from clbench.run.loop import Row
 from clbench.streams.tokens.text_data import open_experience
 from clbench.streams.tokens.text_lines import TextScenario
@@ -71,6 +73,13 @@ def make_runtime(job: Job) -> Runtime:
     )
 
 
+def check_learner(job: Job) -> None:
+    """A memory says how many bytes it holds; behind a prompt there is room for the longest text."""
+    check_memory(job)
+    for pet in getattr(job.model, "pets", ()):
+        require_room(job.model, pet, job.scenario.manifest.context)
+
+
 def attach(job: Job) -> None:
     """Nothing depends on the arithmetic."""
 
@@ -112,8 +121,8 @@ class TextStream:
         scenario: TextScenario = job.scenario
         m, size = scenario.manifest, job.options.eval_batch_size
         self.sets = [
-            AskedLines(e.name, scenario.lines, e.ids, job.device, m.vocab, size, e.task if m.discloses_task else None)
-            for e in m.evals
+            AskedLines(e.name, scenario.lines, e.ids, job.device, m.vocab, size, e.task if m.discloses_task else None, scores)
+            for e, scores in zip(m.evals, scenario.scores, strict=True)
         ]
         self.past: list[Any] = []
         self.observer = NoLooks()
@@ -151,13 +160,22 @@ class TextStream:
             self.runtime.check_stop()
             if index >= 0:
                 rows.append(place | {"evaluator": "accuracy", "sums": {"correct": answers["sums"]["correct"]}})
-            rows.append(place | answers)
+            rows += [place | answers, *self._generated(place)]
             if len(job.scenario.old):
                 m, size = job.scenario.manifest, job.options.eval_batch_size
                 total = old_text_sums(self.learner, job.scenario.old, job.device, m.vocab, size)
                 rows.append(place | {"evaluator": "old_text", "sums": {}, "total": total})
         self.runtime.meter.add_seconds("evaluate", time.perf_counter() - start)
         return rows
+
+    def _generated(self, place: Row) -> list[Row]:
+        """Scores of generated answers, of the tasks so far that have some."""
+        scenario: TextScenario = self.job.scenario
+        first = [e.first_seen for e in scenario.manifest.evals]
+        asked = [one if one.scores and i <= place["experience"] else None for one, i in zip(self.sets, first, strict=True)]
+        if scenario.decode is None or not any(asked):
+            return []
+        return [place | row_of(Generated(scenario.decode), self.learner, asked)]
 
     def described(self, rows: list[Row], index: int) -> tuple[str, dict[str, float]]:
         """Exact matches over the tasks seen; all of them, and the loss on old text, for a tracker."""

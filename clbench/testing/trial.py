@@ -251,5 +251,5 @@ def small_edits() -> EditScenario:
 
 def small_tasks() -> TextScenario:
     """Three made tasks of 16 lines, two passes; no decoder needs to know anything."""
-    options: dict[str, Any] = {"tasks": ["copy", "facts(8)", "lego(2)"], "lines": 16, "test_lines": 6}
+    options: dict[str, Any] = {"tasks": ["copy", "facts_8", "lego_2"], "lines": 16, "test_lines": 6}
     return text_tasks(name="check_tasks", budget={"epochs": 2, "exemplars": 6}, **options)

@@ -68,15 +68,16 @@ def edit_file(
     for key, value in (("edits", edits), ("neighbours", neighbours), ("context", context)):
         if isinstance(value, bool) or not isinstance(value, int) or value < (16 if key == "context" else 1):
             raise UserError(f"scenario.{key} must be a whole number from {16 if key == 'context' else 1}, got {value!r}")
-    encoder: Encoder = Bytes() if tokenizer is None else TokenizerFile(_find("tokenizer", tokenizer, data_root))
-    found = list(_facts(_find("path", path, data_root), layout, target, edits, neighbours))
+    encoder: Encoder = Bytes() if tokenizer is None else TokenizerFile(find_file("tokenizer", tokenizer, data_root))
+    found = list(_facts(find_file("path", path, data_root), layout, target, edits, neighbours))
     if len(found) < edits:
         raise UserError(f"scenario.edits={edits}: {path} has {len(found)} records that can be used")
-    rows = _rows(_find("corpus", corpus, data_root), encoder, context)
+    rows = old_rows(find_file("corpus", corpus, data_root), encoder, context)
     return scenario(name, questions(Path(path).stem, found, rows, encoder, context), looks, budget)
 
 
-def _find(option: str, name: str, data_root: str | None) -> Path:
+def find_file(option: str, name: str, data_root: str | None) -> Path:
+    """A file that an option of a scenario names, as given or under the data folder."""
     root = data_root or os.environ.get("CLBENCH_DATA")
     places = [Path(name).expanduser(), *([Path(root).expanduser() / name] if root else [])]
     for place in places:
@@ -123,7 +124,7 @@ def _zsre(one: Any, target: str) -> Fact:
     return Fact(one["src"].strip(), one["subject"], new, old, (one["rephrase"].strip(),), near)
 
 
-def _rows(path: Path, encoder: Encoder, context: int) -> np.ndarray:
+def old_rows(path: Path, encoder: Encoder, context: int) -> np.ndarray:
     """Rows of a plain text [N, context], spread over all of it."""
     (ids,) = encoder.encode([path.read_text(encoding="utf-8", errors="replace").replace("\0", " ")])
     rows = ids[: len(ids) // context * context].astype(np.int64).reshape(-1, context)

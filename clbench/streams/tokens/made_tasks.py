@@ -1,14 +1,14 @@
 """Made text tasks of known structure: a line is `TAG PAYLOAD = ANSWER newline` without the blanks, as bytes. Imports no torch.
 
     copy              8 letters -> the same                          reverse   8 letters -> reversed
-    shift(k)          8 letters -> each k places on in the alphabet  sort      6 letters -> in the order of the alphabet
-    modsum(p)         3 digits -> their sum modulo p
-    topic(c,v)        32 letters of one of c Markov chains -> the chain's word. Version 1 has a fifth of the rows of each chain
-                      of its own, and the words of version 0; the first three of the 10 words of topic(10) are those of topic(4)
-    facts(n,s)        one of n keys of 3 letters -> its value of 2, drawn from s: training and test lines are the same facts
-    lego(k)           k clauses `a v 1`, `a v b` (is), `a n b` (is not), and a letter -> its bit (Zhang et al. 2022, LEGO)
+    shift_K           8 letters -> each K places on in the alphabet  sort      6 letters -> in the order of the alphabet
+    modsum_P          3 digits -> their sum modulo P
+    topic_C_V         32 letters of one of C Markov chains -> the chain's word. Version 1 has a fifth of the rows of each chain
+                      of its own, and the words of version 0; the first three of the 10 words of topic_10 are those of topic_4
+    facts_N_S         one of N keys of 3 letters -> its value of 2, drawn from S: training and test lines are the same facts
+    lego_K            k clauses `a v 1`, `a v b` (is), `a n b` (is not), and a letter -> its bit (Zhang et al. 2022, LEGO)
 
-Payloads are lower-case letters and digits. `modsum` has a thousand of them and `facts` n, so their test lines are among the
+Payloads are lower-case letters and digits. `modsum` has a thousand of them and `facts` N, so their test lines are among the
 training lines; those of the others are new, but for chance.
 
 How much tasks are in each other's way (`level`):
@@ -52,8 +52,11 @@ class MadeTask:
 
     @property
     def name(self) -> str:
-        """As it is written: `shift(3)`."""
-        return self.family + (f"({','.join(map(str, self.numbers))})" if self.numbers else "")
+        """As it is written, `shift_3`: numbers at the end that are the default are left out."""
+        known, given = FAMILIES[self.family].numbers, list(self.numbers)
+        while given and given[-1] == known[len(given) - 1][1]:
+            given.pop()
+        return "_".join([self.family, *map(str, given)])
 
     @property
     def payload(self) -> tuple[str | int, ...]:
@@ -197,17 +200,17 @@ FAMILIES: dict[str, Family] = {
 
 
 def parse(text: str) -> MadeTask:
-    """`shift(3)` -> the task; `UserError` for what there is not."""
-    found = re.fullmatch(r"([a-z]+)(?:\(([\d, ]*)\))?", str(text).strip())
+    """`shift_3` -> the task; `UserError` for what there is not."""
+    found = re.fullmatch(r"([a-z]+)((?:_\d+)*)", str(text).strip())
     if found is None or found[1] not in FAMILIES:
         name = found[1] if found else str(text)
         raise UserError(f"unknown task {text!r} in scenario.tasks{nearest(name, FAMILIES)} (there are: {', '.join(FAMILIES)})")
-    given = [int(n) for n in (found[2] or "").replace(" ", "").split(",") if n]
+    given = [int(n) for n in found[2].split("_")[1:]]
     known = FAMILIES[found[1]].numbers
     needed = sum(default is None for _, default, _, _ in known)
     if not needed <= len(given) <= len(known):
-        wanted = ",".join(name for name, *_ in known)
-        raise UserError(f"scenario.tasks: write {found[1]}{f'({wanted})' if known else ''} with numbers, got {text!r}")
+        wanted = "_".join([found[1], *(name.upper() for name, *_ in known)])
+        raise UserError(f"scenario.tasks: write {wanted}{' with numbers' if known else ''}, got {text!r}")
     numbers = [*given, *(default for _, default, _, _ in known[len(given) :] if default is not None)]
     for value, (name, _, least, most) in zip(numbers, known, strict=True):
         if not least <= value <= most:

@@ -8,8 +8,8 @@ known. The *old text* is of the kind that the decoder was pre-trained on: what i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -20,7 +20,8 @@ from clbench.streams.manifest import TEXTS, Manifest
 from clbench.streams.manifest_rules import budget_of
 from clbench.streams.manifest_text import described
 
-Pair = tuple[bytes, bytes]
+Part = bytes | np.ndarray  # bytes, or tokens [L]
+Pair = tuple[Part, Part]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +36,12 @@ class Lines:
         return len(self.prompts)
 
     @staticmethod
-    def of_bytes(pairs: Iterable[Pair]) -> Lines:
-        """Prompts and answers as bytes: a token is a byte."""
+    def of(pairs: Iterable[Pair]) -> Lines:
+        """Prompts and answers as tokens; of bytes, a token is a byte."""
         found = list(pairs)
         sizes = [len(p) + len(a) for p, a in found]
-        tokens = np.frombuffer(b"".join(p + a for p, a in found), np.uint8).astype(np.int32)
+        parts = [np.frombuffer(part, np.uint8) if isinstance(part, bytes) else part for pair in found for part in pair]
+        tokens = np.concatenate(parts).astype(np.int32)
         return Lines(tokens, np.concatenate([[0], np.cumsum(sizes)]), np.array([len(p) for p, _ in found], np.int64))
 
     @property
@@ -76,7 +78,8 @@ class TextScenario:
     old     old text [M, L], the first token of each row is given; no rows: none is asked
     floor   exact loss of the source on it, nats per token, where it is known
     gap     nats per token above the floor that the decoder may have on it: another does not know its text and is refused
-    scores  of each evaluation set: names of `evaluation.answers.SCORES`
+    scores  of each evaluation set: names of `evaluation.generated.SCORES`
+    decode  tokens of an answer -> text, for these
     """
 
     name: str
@@ -85,7 +88,8 @@ class TextScenario:
     old: np.ndarray
     floor: float | None = None
     gap: float | None = None
-    scores: tuple[tuple[str, ...], ...] = field(default=())
+    scores: tuple[tuple[str, ...], ...] = ()
+    decode: Callable[[np.ndarray], str] | None = None
     asks: ClassVar[Literal["next_token"]] = "next_token"
 
     @property
@@ -119,12 +123,13 @@ def scenario(
     vocab: int = 256,
     discloses_task: bool = True,
     budget: Mapping[str, Any] | None = None,
+    decode: Callable[[np.ndarray], str] | None = None,
 ) -> TextScenario:
     """Tasks in their order; the context is that of the longest line."""
     for task in tasks:
         if not task.train or not task.test:
             raise UserError(f"task {task.name} has {len(task.train)} training and {len(task.test)} test lines: it needs both")
-    lines = Lines.of_bytes(pair for task in tasks for part in (task.train, task.test) for pair in part)
+    lines = Lines.of(pair for task in tasks for part in (task.train, task.test) for pair in part)
     old = np.zeros((0, 2), np.int64) if old is None else old
     experiences, evals, first = [], [], 0
     for i, task in enumerate(tasks):
@@ -143,4 +148,4 @@ def scenario(
         discloses_task=discloses_task,
         budget=budget_of(budget, "next_token").rules("next_token"),
     )
-    return TextScenario(name, manifest, lines, old, floor, gap, tuple(task.scores for task in tasks))
+    return TextScenario(name, manifest, lines, old, floor, gap, tuple(task.scores for task in tasks), decode)

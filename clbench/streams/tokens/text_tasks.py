@@ -3,8 +3,8 @@ of its own (`base_text`). Imports no torch.
 
 Streams by name (`scenario.tasks`), each task as `made_tasks` writes it:
 
-    made8        copy, shift(3), reverse, topic(4), modsum(10), sort, facts(200), lego(3)
-    made_cl5     topic(4), topic(5), topic(5,1), topic(14), topic(10): for AG News, Amazon, Yelp, DBpedia, Yahoo. The
+    made8        copy, shift_3, reverse, topic_4, modsum_10, sort, facts_200, lego_3
+    made_cl5     topic_4, topic_5, topic_5_1, topic_14, topic_10: for AG News, Amazon, Yelp, DBpedia, Yahoo. The
                  two of five classes share words and four fifths of each chain, the first and the last three words.
                  `order`: pp4, pp5, pp6 (Razdaibiedina et al. 2023), slm7 (Peng et al. 2024), o1, o2, o3 (Wang et al. 2023; four
                  tasks)
@@ -26,20 +26,20 @@ from clbench.streams.tokens import base_text, made_tasks
 from clbench.streams.tokens.made_tasks import Level, MadeTask
 from clbench.streams.tokens.text_lines import Task, TextScenario, scenario
 
-OLD_ROWS = 64
+OLD_ROWS, OLD_LENGTH = 64, 64
 _FIFTEEN = (
-    ("shift(1)", "shift(7)", "shift(13)"),
-    ("topic(4)", "topic(6)", "topic(8)"),
-    ("modsum(5)", "modsum(7)", "modsum(10)"),
-    ("facts(100,0)", "facts(100,1)", "facts(100,2)"),
-    ("lego(2)", "lego(3)", "lego(4)"),
+    ("shift_1", "shift_7", "shift_13"),
+    ("topic_4", "topic_6", "topic_8"),
+    ("modsum_5", "modsum_7", "modsum_10"),
+    ("facts_100", "facts_100_1", "facts_100_2"),
+    ("lego_2", "lego_3", "lego_4"),
 )
-_CL5 = {"ag": "topic(4)", "amazon": "topic(5)", "yelp": "topic(5,1)", "dbpedia": "topic(14)", "yahoo": "topic(10)"}
+_CL5 = {"ag": "topic_4", "amazon": "topic_5", "yelp": "topic_5_1", "dbpedia": "topic_14", "yahoo": "topic_10"}
 STREAMS: dict[str, tuple[str, ...]] = {
-    "made8": ("copy", "shift(3)", "reverse", "topic(4)", "modsum(10)", "sort", "facts(200)", "lego(3)"),
+    "made8": ("copy", "shift_3", "reverse", "topic_4", "modsum_10", "sort", "facts_200", "lego_3"),
     "made_cl5": tuple(_CL5.values()),
     "made15": tuple(task for family in _FIFTEEN for task in family),
-    "made_trace": ("topic(4)", "modsum(10)", "reverse", "copy", "lego(3)", "shift(3)", "facts(200)", "sort"),
+    "made_trace": ("topic_4", "modsum_10", "reverse", "copy", "lego_3", "shift_3", "facts_200", "sort"),
 }
 _BLOCKED = tuple(range(15))
 CL5_ORDERS: dict[str, tuple[str, ...]] = {
@@ -88,7 +88,7 @@ def text_tasks(
     chosen = _chosen(tasks, order, seed)
     parts = [made_tasks.lines(chosen, level, split, n, seed) for split, n in (("train", lines), ("test", test_lines))]
     made = [Task(task.name, train, test) for task, train, test in zip(chosen, *parts, strict=True)]
-    old = base_text.old_text(OLD_ROWS, base_text.CONTEXT, rng.key("text_tasks", "old"))
+    old = base_text.old_text(OLD_ROWS, OLD_LENGTH, rng.key("text_tasks", "old"))
     floor = base_text.old_floor(old)
     options: dict[str, Any] = {"vocab": made_tasks.VOCAB, "discloses_task": discloses_task, "budget": budget}
     stream = tasks if isinstance(tasks, str) else "made"

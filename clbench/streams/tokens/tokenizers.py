@@ -22,6 +22,10 @@ class Encoder(Protocol):
         """Ids of each text, without any added mark."""
         ...
 
+    def decode(self, ids: np.ndarray) -> str:
+        """The text of some ids; what is no text is replaced."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """Plain values; the same values mean the same ids."""
         ...
@@ -37,6 +41,9 @@ class Bytes:
         if any(not part.all() for part in found):
             raise UserError("a text holds a zero byte, which is the end mark of bytes: it is no plain text")
         return found
+
+    def decode(self, ids: np.ndarray) -> str:
+        return bytes(int(i) for i in ids).decode("utf-8", "replace")
 
     def describe(self) -> dict[str, Any]:
         return {"name": "bytes"}
@@ -75,6 +82,9 @@ class TokenizerFile:
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         found = self._made.encode_batch(list(texts), add_special_tokens=False)
         return [np.array(one.ids, np.uint32) for one in found]
+
+    def decode(self, ids: np.ndarray) -> str:
+        return self._made.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def describe(self) -> dict[str, Any]:
         return dict(self._about)
