@@ -61,8 +61,8 @@ def tensors_by_shape(state):
 
 
 def edits_of(record):
-    """Counts and losses of a record of edits, by evaluator and experience; {} for others."""
-    if record["scenario"].get("kind") != "model_editing":
+    """Counts and losses of a record of edits or of text tasks, by evaluator and experience; {} for others."""
+    if record["scenario"].get("kind") not in ("model_editing", "text_tasks"):
         return {}
     rows = {f"{row['evaluator']} {row['experience']}": row["sums"] for row in record["rows"] if row["sums"]}
     counts = {place: {name: column for name, column in sums.items() if name != "nats"} for place, sums in rows.items()}

@@ -71,6 +71,13 @@ STREAMS = {
         "scenario.looks=[1,4]",
         "scenario.neighbours=2",
     ),
+    "texts": (
+        "scenario=text_tasks",
+        "scenario.tasks=[shift_3,facts_20,topic_4]",
+        "scenario.lines=128",
+        "scenario.test_lines=20",
+        "scenario.budget.exemplars=24",
+    ),
 }
 OPTIONS = {  # for the stream of images: so few train at these rates, and each method's own term counts
     "adanpc": ("learner.batch_size=16", "learner.training=knn"),
@@ -237,9 +244,9 @@ NEAR = {  # rows of one method that are equal within the tolerances
 
 def cases():
     """Stream and name of a case -> its overrides: every learner on every stream that asks what it answers."""
-    made = {}
+    made, kinds = {}, {"predict": ("images",), "loss": ("tokens", "masked"), "logits": ("edits",), "next_token": ("texts",)}
     for name in choices("learner"):
-        for stream in {"predict": ("images",), "loss": ("tokens", "masked"), "logits": ("edits",)}[asks("learner", name)]:
+        for stream in kinds[asks("learner", name)]:
             own = OPTIONS.get(name, ()) if stream == "images" else ()
             made[stream, name] = (*STREAMS[stream], f"learner={name}", *own)
     for name, options in VARIANTS.items():
@@ -302,7 +309,7 @@ def test_every_run_has_a_row():
 
 def same(old, new):
     """Could two rows stand for each other on another kind of processor, by the main matrix alone?"""
-    field = next(name for name in ("correct", "sum_loss", "edit_nats") if name in old)
+    field = next(name for name in ("edit_nats", "correct", "sum_loss") if name in old)
     a, b = numbers(old[field]), numbers(new[field])
     return all(near(a[key], b[key], field == "correct") for key in a)
 
@@ -318,7 +325,7 @@ def test_no_two_learners_share_a_row(stream):
 @pytest.mark.parametrize("stream", STREAMS)
 def test_rates_train(stream):
     """The newest classes are learned at twice the rate of guessing; the loss of the first domain falls by a tenth, that of the
-    first edit's answer by a half."""
+    first edit's answer by a half, that of the first text task by a fifth."""
     for name, row in golden(stream).items():
         if stream == "images":
             seen = [4, 7, 10]
@@ -331,6 +338,8 @@ def test_rates_train(stream):
             "rome",
         ):  # closed forms: four edits in a row may fail
             assert row["edit_nats"]["edit_success 1"][0] < 0.5 * row["edit_nats"]["edit_success -1"][0], name
+        elif stream == "texts":
+            assert row["edit_nats"]["answers 0"][0] < 0.8 * row["edit_nats"]["answers -1"][0], name
         elif stream != "edits":
             assert row["sum_loss"][0][0] < 0.9 * row["sum_loss_start"][0], name
 

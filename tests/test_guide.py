@@ -70,6 +70,7 @@ def test_every_learner_names_its_family(clbench):
     for name, family in found.items():
         assert (registry.asks("learner", name) == "loss") == (family == "continual pre-training"), name
         assert (registry.asks("learner", name) == "logits") == (family == "model editing"), name
+        assert (registry.asks("learner", name) == "next_token") == (family == "continual fine-tuning"), name
 
 
 def test_a_family_that_nobody_knows_is_other(tmp_path):

@@ -1,8 +1,8 @@
 """Sequential fine-tuning of a language model on text tasks: the lower bound; joint training, half fine-tuning and LISA.
 
-Every weight, or a parameter-efficient module, is trained on each task in turn with the mean loss over the tokens of answers, end
-included; nothing is done against forgetting. In the literature on continual fine-tuning it is "SeqFT" (TRACE: Wang et al. 2023,
-arXiv 2310.06762).
+Every weight, or a parameter-efficient module, is trained on each task in turn with the mean loss over the tokens of answers,
+end included; nothing is done against forgetting. In the literature on continual fine-tuning it is "SeqFT" (TRACE: Wang et al.
+2023, arXiv 2310.06762).
 
 targets    "answer": the loss is on answers alone; "line": on prompts too
 data       "new": each task's own lines; "union": joint training, the upper reference: after each task anew from the weights

@@ -59,7 +59,9 @@ def text(count: int, length: int, key: int) -> tuple[np.ndarray, np.ndarray]:
             row, n = row + draw(rng.key(own, n)), n + 1
         made[i] = np.frombuffer(row[:length], np.uint8)
     marks = (made == EQUALS).astype(np.int64) - (made == END)
-    return made, (np.roll(marks.cumsum(1), 1, axis=1) > 0) | (kinds < 0.5)[:, None]
+    counts = np.zeros((count, length), bool)
+    counts[:, 1:] = marks.cumsum(1)[:, :-1] > 0
+    return made, counts | (kinds < 0.5)[:, None]
 
 
 def _known(key: int) -> bytes:

@@ -1,8 +1,8 @@
 """Scenario `text_folder`: published streams of text tasks from folders in their layouts. Nothing is bundled. Imports no torch.
 
 layout standard_cl5, long15   the files that O-LoRA released (Wang et al. 2023): FAMILY/SET/train.json, test.json and
-    labels.json; rows {"label", "sentence"}. A prompt is an instruction of the family, `Option: ` with the labels of labels.json,
-    the sentence, `Answer:`; the answer is the label. COPA has no instruction. There `dev.json` and `test.json` are the same file,
+    labels.json; rows {"label", "sentence"}. A prompt is an instruction of the family, `Option: ` with what is in labels.json,
+    the sentence, `Answer:`; the answer is the label. COPA has no instruction. There `dev.json` and `test.json` are the same,
     so nothing here reads `dev.json`: validation on it would be validation on test data
 layout trace                  TRACE (Wang et al. 2023): SET/train.json, eval.json and test.json; rows {"prompt", "answer"}
 
