@@ -206,7 +206,7 @@ def test_the_price_of_a_moving_prefix():
     learner, batch = made(QTuning, shared=2), first_batch()
     before = learner.shared.detach() + 0.5
     found = learner.drift(before, batch)
-    assert float(learner.drift(learner.shared.detach().clone(), batch)) == pytest.approx(0.0, abs=1e-6)
+    assert learner.drift(learner.shared.detach().clone(), batch).item() == pytest.approx(0.0, abs=1e-6)
     with torch.no_grad():
         parts = []
         for vectors in (before, learner.shared):
