@@ -73,8 +73,8 @@ STREAMS = {
     ),
     "texts": (
         "scenario=text_tasks",
-        "scenario.tasks=[shift_3,facts_20,topic_4]",
-        "scenario.lines=128",
+        "scenario.tasks=[shift_3,facts_20,lego_2]",
+        "scenario.lines=96",
         "scenario.test_lines=20",
         "scenario.budget.exemplars=24",
     ),

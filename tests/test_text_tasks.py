@@ -473,7 +473,7 @@ SMALL = ("scenario=text_tasks", "scenario.tasks=[copy,facts_8]", "scenario.lines
         (("model.weights=none",), "nats a byte worse than the source of the old text, scenario.gap=0.3 is allowed"),
         (("learner.trainable=lisa", "pet=lora"), "learner.trainable=lisa has no effect with pet=lora"),
         (("learner=text_replay", "learner.policy=herding"), "unknown learner.policy=herding of lines"),
-        (("pet=prompt", "learner.pet.count=120"), "model.context="),
+        (("pet=prompt", "model.context=64"), "model.context="),
         (("model=nano",), "needs a decoder_... model"),
     ],
 )

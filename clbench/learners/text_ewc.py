@@ -45,7 +45,7 @@ class TextEwc:
         model: nn.Module,
         runtime: Runtime,
         *,
-        strength: float = 100.0,
+        strength: float = 10.0,
         fisher: Literal["per_line", "path"] = "per_line",  # path: TRACE's; its strength is 400
         decay: float = 1.0,  # below 1: online EWC
         lr: float = 1e-3,

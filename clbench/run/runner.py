@@ -38,12 +38,8 @@ from clbench.training.checkpoint import Journal
 from clbench.training.runtime import Interrupted
 
 log = logging.getLogger("clbench")
-KINDS: dict[type, StreamKind] = {
-    Scenario: image_stream,
-    TokenScenario: token_stream,
-    EditScenario: edit_stream,
-    TextScenario: text_stream,
-}
+KINDS: dict[type, StreamKind] = {Scenario: image_stream, TokenScenario: token_stream}
+KINDS |= {EditScenario: edit_stream, TextScenario: text_stream}
 
 
 class DoesNotFit(UserError):

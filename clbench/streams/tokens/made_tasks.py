@@ -20,15 +20,15 @@ A draw is a pure function of (seed, task, split, number). Own choices: tags, wor
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
 import numpy as np
 
-from clbench.config.signatures import nearest
 from clbench.interfaces import UserError
 from clbench.streams import rng
 from clbench.streams.tokens import languages
@@ -199,12 +199,20 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for a word that is near to a known one, else nothing."""
+    found = difflib.get_close_matches(word, list(known), 1, 0.5)
+    return f"; did you mean '{found[0]}'?" if found else ""
+
+
 def parse(text: str) -> MadeTask:
     """`shift_3` -> the task; `UserError` for what there is not."""
     found = re.fullmatch(r"([a-z]+)((?:_\d+)*)", str(text).strip())
     if found is None or found[1] not in FAMILIES:
         name = found[1] if found else str(text)
-        raise UserError(f"unknown task {text!r} in scenario.tasks{nearest(name, FAMILIES)} (there are: {', '.join(FAMILIES)})")
+        raise UserError(
+            f"unknown task {text!r} in scenario.tasks{suggestion(name, FAMILIES)} (there are: {', '.join(FAMILIES)})"
+        )
     given = [int(n) for n in found[2].split("_")[1:]]
     known = FAMILIES[found[1]].numbers
     needed = sum(default is None for _, default, _, _ in known)

@@ -27,10 +27,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from clbench.config.signatures import nearest
 from clbench.interfaces import UserError
 from clbench.streams import rng
 from clbench.streams.tokens.edit_files import find_file, old_rows
+from clbench.streams.tokens.made_tasks import suggestion
 from clbench.streams.tokens.text_lines import Task, TextScenario, scenario
 from clbench.streams.tokens.text_tasks import CL5_ORDERS
 from clbench.streams.tokens.tokenizers import Bytes, Encoder, TokenizerFile
@@ -91,7 +91,7 @@ def text_folder(
     context       tokens of the longest line, and of a row of old text
     """
     if layout not in ORDERS:
-        raise UserError(f"unknown scenario.layout={layout}{nearest(str(layout), ORDERS)}: choose {', '.join(ORDERS)}")
+        raise UserError(f"unknown scenario.layout={layout}{suggestion(str(layout), ORDERS)}: choose {', '.join(ORDERS)}")
     for key, value, least in (("limit_train", limit_train, 1), ("limit_test", limit_test, 1), ("context", context, 16)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise UserError(f"scenario.{key} must be a whole number from {least}, got {value!r}")
@@ -128,12 +128,12 @@ def _order(layout: str, order: str | Sequence[str] | None) -> Sequence[str]:
     if isinstance(order, str):
         if order not in known:
             raise UserError(
-                f"unknown scenario.order={order}{nearest(order, known)}: choose {', '.join(known)} or a list of sets"
+                f"unknown scenario.order={order}{suggestion(order, known)}: choose {', '.join(known)} or a list of sets"
             )
         return known[order]
     for one in order:
         if one not in sets:
-            raise UserError(f"scenario.order: {layout} has no set {one!r}{nearest(str(one), sets)} ({', '.join(sets)})")
+            raise UserError(f"scenario.order: {layout} has no set {one!r}{suggestion(str(one), sets)} ({', '.join(sets)})")
     if not order or len(set(order)) < len(order):
         raise UserError(f"scenario.order must name sets once each, got {list(order)}")
     return list(order)

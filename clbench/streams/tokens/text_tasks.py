@@ -19,11 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from clbench.config.signatures import nearest
 from clbench.interfaces import UserError
 from clbench.streams import rng
 from clbench.streams.tokens import base_text, made_tasks
-from clbench.streams.tokens.made_tasks import Level, MadeTask
+from clbench.streams.tokens.made_tasks import Level, MadeTask, suggestion
 from clbench.streams.tokens.text_lines import Task, TextScenario, scenario
 
 OLD_ROWS, OLD_LENGTH = 64, 64
@@ -63,7 +62,7 @@ def text_tasks(
     tasks: str | Sequence[str] = "made8",
     order: str | None = None,
     level: Level = "L1",
-    lines: int = 1500,
+    lines: int = 1000,
     test_lines: int = 200,
     seed: int = 0,
     discloses_task: bool = True,
@@ -99,7 +98,7 @@ def _chosen(tasks: str | Sequence[str], order: str | None, seed: int) -> list[Ma
     """The tasks in the order in which they come."""
     if isinstance(tasks, str) and tasks not in STREAMS:
         raise UserError(
-            f"unknown scenario.tasks={tasks}{nearest(tasks, STREAMS)}: choose {', '.join(STREAMS)} or write a list of tasks"
+            f"unknown scenario.tasks={tasks}{suggestion(tasks, STREAMS)}: choose {', '.join(STREAMS)} or write a list of tasks"
         )
     listed = STREAMS[tasks] if isinstance(tasks, str) else tuple(tasks)
     if not listed:
