@@ -2,7 +2,7 @@
 
 import pytest
 from test_editing import RUN
-from test_html import browser, open_page, drawn  # noqa: F401
+from test_html import browser, drawn, open_page  # noqa: F401
 
 from clbench.config import compose
 from clbench.evaluation import edit_metrics
@@ -72,5 +72,12 @@ def test_the_page_draws_them(results, tmp_path, open_page):  # noqa: F811
     names = tab("[...document.querySelectorAll('#edit-streams tbody tr')].map((r) => r.children[0].textContent)")
     assert sorted(names) == ["edit_finetune", "grace"]
     (texts,) = drawn(tab, "#edit-streams")
-    for words in ("all edits so far", "their paraphrases", "neighbours unchanged", "rise on old text", "grace", "edit_finetune"):
+    for words in (
+        "all edits so far",
+        "their paraphrases",
+        "neighbours unchanged",
+        "rise on old text",
+        "grace",
+        "edit_finetune",
+    ):
         assert words in texts

@@ -67,7 +67,8 @@ class TextFinetune:
         check_optimizer(optimizer, lr=lr)
         if data not in ("new", "union"):
             raise UserError(f"unknown learner.data={data}: choose new, union")
-        self.model, self.runtime, self.targets, self.lr = model, runtime, targets, lr
+        self.targets: Targets = targets
+        self.model, self.runtime, self.lr = model, runtime, lr
         self.pet = attach(pet, model, runtime)
         if self.pet is not None and trainable != "all":
             raise UserError(f"learner.trainable={trainable} has no effect with pet={self.pet.kind}: the blocks stand still")

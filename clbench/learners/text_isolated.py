@@ -47,14 +47,14 @@ class TextIsolated:
         self.model, self.runtime, self.lr = model, runtime, lr
         self.epochs, self.batch_size = runtime.epochs(epochs), batch_size
         self.recipe = Recipe(optimizer, weight_decay=weight_decay, schedule=schedule, clip=clip)
-        self.start = detached(model.state_dict())
+        self.start: dict[str, Tensor] = detached(model.state_dict())
         self.weights: dict[int, dict[str, Tensor]] = {}
 
     def learn(self, experience: Experience) -> dict[str, float]:
         """Begin again from the start; a task that comes back goes on from its own weights."""
         task = experience.task
         assert task is not None
-        self.model.load_state_dict(self.weights.get(task, self.start))
+        self.model.load_state_dict(self._of(task))
         self.model.train()
 
         def loss(batch: TextBatch) -> Tensor:
@@ -68,8 +68,11 @@ class TextIsolated:
     def next_token(self, batch: TextBatch) -> Tensor:
         """Scores of the token after each, by the weights of the batch's task: [B, L] -> [B, L, V]."""
         self.model.eval()
-        weights = self.start if batch.task is None else self.weights.get(batch.task, self.start)
-        return functional_call(self.model, weights, (batch.tokens,))
+        return functional_call(self.model, self._of(batch.task), (batch.tokens,))
+
+    def _of(self, task: int | None) -> dict[str, Tensor]:
+        """The weights of a task; those before the first where it has none."""
+        return self.weights[task] if task in self.weights else self.start
 
     def state_dict(self) -> dict[str, Any]:
         """Weights by task, and those that are trained (the start comes from the model itself)."""

@@ -201,8 +201,6 @@ class Decoder(MixedPrecision, nn.Module):
         """
         with self.lowered(tokens.device.type):
             x = self.embed_in(tokens)
-        if x.shape[1] > self.shape.context:
-            raise UserError(f"a text of {x.shape[1]} tokens is longer than the context of {self.shape.context}")
         return self.resume(x, 0, x.shape[1] - tokens.shape[1])
 
     def resume(self, x: Tensor, block: int, skipped: int = 0) -> Tensor:
@@ -210,19 +208,30 @@ class Decoder(MixedPrecision, nn.Module):
 
         The first `skipped` places give none.
         """
-        length = x.shape[1]
-        explicit = self.kernel == "explicit" or (self.kernel == "auto" and x.device.type == "cpu")
-        angles = (self.cos[:length], self.sin[:length])  # type: ignore[index]
-        mask = self.later[:length, :length] if explicit else None  # type: ignore[index]
         with self.lowered(x.device.type):
-            for i in range(block, len(self.layers)):
-                x = self.layers[i](x, angles, mask)
-            x = self.final_layer_norm(x[:, skipped:])
+            x = self._states(x, block, skipped)
             if self.times != 1:
                 x = x / self.times
             if self.precision == "fp32" or torch.is_grad_enabled():
                 return self.embed_out(x)
         return self.embed_out(x.float())
+
+    def states(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, L] int64 -> what the last norm makes of each position [B, L, D] float32."""
+        with self.lowered(tokens.device.type):
+            x = self.embed_in(tokens)
+            return self._states(x, 0, x.shape[1] - tokens.shape[1]).float()
+
+    def _states(self, x: Tensor, block: int, skipped: int) -> Tensor:
+        length = x.shape[1]
+        if length > self.shape.context:
+            raise UserError(f"a text of {length} tokens is longer than the context of {self.shape.context}")
+        explicit = self.kernel == "explicit" or (self.kernel == "auto" and x.device.type == "cpu")
+        angles = (self.cos[:length], self.sin[:length])  # type: ignore[index]
+        mask = self.later[:length, :length] if explicit else None  # type: ignore[index]
+        for i in range(block, len(self.layers)):
+            x = self.layers[i](x, angles, mask)
+        return self.final_layer_norm(x[:, skipped:])
 
     def freeze(self) -> None:
         """No weight is trained from now on."""

@@ -156,7 +156,7 @@ class TextStream:
         place: Row = {"experience": index, "step": None}
         rows, job = [], self.job
         with looks.modes_kept(job.model, self.learner):
-            answers = row_of(Answers(), self.learner, self.sets)
+            answers = row_of(Answers(), self.learner, self.sets)  # type: ignore[arg-type]
             self.runtime.check_stop()
             if index >= 0:
                 rows.append(place | {"evaluator": "accuracy", "sums": {"correct": answers["sums"]["correct"]}})
@@ -175,7 +175,7 @@ class TextStream:
         asked = [one if one.scores and i <= place["experience"] else None for one, i in zip(self.sets, first, strict=True)]
         if scenario.decode is None or not any(asked):
             return []
-        return [place | row_of(Generated(scenario.decode), self.learner, asked)]
+        return [place | row_of(Generated(scenario.decode), self.learner, asked)]  # type: ignore[arg-type]
 
     def described(self, rows: list[Row], index: int) -> tuple[str, dict[str, float]]:
         """Exact matches over the tasks seen; all of them, and the loss on old text, for a tracker."""

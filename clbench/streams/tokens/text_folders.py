@@ -104,7 +104,8 @@ def text_folder(
         limits, key = (limit_train, limit_test), rng.key("text_folder", seed, one)
         drawn = [_drawn(rows, limit, key) for rows, limit in zip(parts, limits, strict=True)]
         scores = SCORES.get(one, ()) if layout == "trace" else ("normalised",)
-        tasks.append(Task(one, *(_encoded(encoder, rows, context, one) for rows in drawn), scores))
+        train, test = (_encoded(encoder, rows, context, one) for rows in drawn)
+        tasks.append(Task(one, train, test, scores))
     old = None if corpus is None else old_rows(find_file("corpus", corpus, data_root), encoder, context)[0]
     options: dict[str, Any] = {"vocab": encoder.vocab, "discloses_task": discloses_task, "budget": budget}
     return scenario(name, layout, tasks, old=old, decode=_decoder(encoder), **options)
