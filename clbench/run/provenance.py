@@ -117,7 +117,7 @@ def identity(config: dict[str, Any], can: Capabilities | None = None) -> dict[st
     if kept.get("optimizer_state") == "fresh":  # what every run did before there was another way
         del kept["optimizer_state"]
     # streams that take none of these keep the identity that they had before
-    for key in ("operators", "classes", "test_share", "test_seed"):
+    for key in ("operators", "classes", "test_share", "test_seed", "draw"):
         if key in kept["scenario"] and not kept["scenario"][key]:
             del kept["scenario"][key]
     if "operators" in kept["scenario"]:
