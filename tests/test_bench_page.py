@@ -20,6 +20,7 @@ TEXTS = {
     "scaling": scaling.text,
     "startup": startup.text,
     "tokens": tokens.text,
+    "tokens_10gb": tokens.text,
 }
 
 
@@ -30,6 +31,13 @@ def found(name):
 @pytest.mark.parametrize("path", sorted(WHERE.glob("*.json")), ids=lambda path: path.stem)
 def test_the_page_shows_the_file(path):
     assert BLOCKS[path.stem] == TEXTS[path.stem](json.loads(path.read_text()))
+
+
+def test_the_loop_of_tokens_is_fast_and_its_memory_flat():
+    rows = {row["row"]: row for row in found("tokens")["loop"]}
+    assert rows["clbench"]["of_bare"] >= 0.95 and rows["clbench with probes"]["of_bare"] >= 0.95  # looks and ledger on
+    large = found("tokens_10gb")
+    assert large["options"]["corpus_gb"] == 10 and large["memory"][0]["grown_mb"] < 64
 
 
 def test_the_targets_file_is_whole():

@@ -18,6 +18,7 @@ from clbench.learners.memit import Memit
 from clbench.learners.rome import Rome, rome_change
 from clbench.learners.wise import Wise, margins, ties
 from clbench.models.decoder import build_decoder
+from clbench.models.train_facts import SHAPE, answering, silent, traced
 from clbench.records import record, verify
 from clbench.records.rows import rows_of
 from clbench.run.runner import run_job
@@ -102,6 +103,52 @@ def test_what_is_asked_is_never_changed_and_never_told_to_learners(stream):
     assert names and names <= tune
     assert Manifest.from_json(stream.manifest.to_json()) == stream.manifest
     assert edit_facts(name="again", edits=6, entities=64, looks=[1, 3, 6], neighbours=2).manifest == stream.manifest
+
+
+def test_mlps_are_silent_at_wordings_and_objects_alone():
+    world, model = World(64, 0), decoder()
+    text = torch.from_numpy(world.text(POOLS, 6, 40, 3))
+    where = answering(text, 1.0, 5)
+    for token, silenced in zip(text.flatten().tolist(), where.flatten().tolist(), strict=True):
+        assert silenced == (facts.WORDS <= token < facts.OLD_WORDS)
+    assert not answering(text, 0.0, 5).any() and 0 < answering(text, 0.5, 5).any(1).sum() < 6
+    said = []
+
+    def note(_, inputs, y):
+        said.append(y)
+
+    with torch.no_grad():
+        plain = model(text)
+        with silent(model, where):
+            handle = model.layers[0].mlp["dense_4h_to_h"].register_forward_hook(note)
+            assert not torch.equal(model(text), plain)
+        assert torch.equal(model(text), plain)
+        handle.remove()
+    assert torch.equal(said[0], torch.where(where[..., None], 0.0, said[1]))
+
+
+def test_tracing_finds_what_one_state_carries():
+    """Everything comes back with the whole last block at the end of the prompt, nothing with what is read no more."""
+    found = traced(build_decoder(name="x", vocab=facts.VOCAB, context=64, width=SHAPE["width"], depth=2, heads=2), World(64, 0), 1)
+    assert found["block_prompt_last"][-1] == pytest.approx(1) and found["block_subject_last"][-1] == pytest.approx(0)
+    assert all(len(found[name]) == 2 for name in found if "_last" in name)
+
+
+def test_draws_are_other_requests_of_the_same_world(stream):
+    one, two = (edit_facts(name="x", edits=6, entities=64, looks=[1, 3, 6], neighbours=2, draw=d).questions for d in (0, 1))
+    assert one.sha256() == stream.questions.sha256() != two.sha256()
+    assert {tuple(r.prompt) for r in one.requests} != {tuple(r.prompt) for r in two.requests}
+    pairs = [pair for q in (one, two) for pair in zip(q.requests, q.before, strict=True)]
+    known = {tuple(np.concatenate([request.prompt[:2], before])) for request, before in pairs}
+    world = World(64, 0)
+    true = {
+        tuple(np.concatenate([world.subjects[e], world.answers(np.array([r]), world.objects[e : e + 1, r])[0]]))
+        for e in range(64)
+        for r in range(facts.RELATIONS)
+    }
+    assert known <= true
+    with pytest.raises(UserError, match=r"scenario\.draw must be a whole number from 0"):
+        edit_facts(name="x", draw=-1)
 
 
 def test_looks_are_powers_of_ten_and_the_end():

@@ -123,7 +123,7 @@ def identity(config: dict[str, Any], can: Capabilities | None = None) -> dict[st
     else:
         kept["continues"] = _named(kept["continues"])
     # streams that take none of these keep the identity that they had before
-    for key in ("operators", "evaluators", "classes", "test_share", "test_seed"):
+    for key in ("operators", "evaluators", "classes", "test_share", "test_seed", "draw"):
         if key in kept["scenario"] and not kept["scenario"][key]:
             del kept["scenario"][key]
     if "operators" in kept["scenario"]:

@@ -245,6 +245,7 @@ def edit_facts(
     edits: int = 100,
     entities: int = 64,
     seed: int = 0,
+    draw: int = 0,
     looks: Sequence[int] | None = None,
     neighbours: int = 4,
     known: float = 0.9,
@@ -255,6 +256,7 @@ def edit_facts(
     edits       requests: four relations of each entity of the pool `edit`, in random order, so 4 * `entities` at most
     entities    of the pool `edit`; a multiple of 64
     seed        of the world: the decoder must have been trained on it
+    draw        of the requests of this world: which facts, in which order, to which new objects
     looks       numbers of edits after which the learner is evaluated; None: 1, 10, 100, ... and all
     neighbours  asked for each request: subjects of the pool `locality` with the old answer, at most 10
     known       share of the facts that the decoder must know, else it is refused; 0: any decoder can be tried
@@ -262,21 +264,24 @@ def edit_facts(
     if isinstance(known, bool) or not isinstance(known, int | float) or not 0 <= known <= 1:
         raise UserError(f"scenario.known must be a share from 0 to 1, got {known!r}")
     world = World(entities, seed)
+    if isinstance(draw, bool) or not isinstance(draw, int) or draw < 0:
+        raise UserError(f"scenario.draw must be a whole number from 0, got {draw!r}")
     most = (facts.RELATIONS - 1) * entities
     for key, value, least, limit in (("edits", edits, 1, most), ("neighbours", neighbours, 1, 10)):
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= limit:
             raise UserError(f"scenario.{key} must be a whole number from {least} to {limit}, got {value!r}")
-    made = made_world(world, edits, neighbours)
+    made = made_world(world, edits, neighbours, draw)
     return scenario(name, made, looks, budget, known)
 
 
-def made_world(world: World, edits: int, neighbours: int) -> Questions:
+def made_world(world: World, edits: int, neighbours: int, draw: int = 0) -> Questions:
     """Requests and probes of a world. Each entity keeps one relation, drawn at random: its `same_subject` probe."""
-    kept = rng.integers(rng.key("edits", world.seed, "kept"), world.pool, facts.RELATIONS)
+    own = ("edits", world.seed, draw) if draw else ("edits", world.seed)
+    kept = rng.integers(rng.key(*own, "kept"), world.pool, facts.RELATIONS)
     pairs = np.array([(e, r) for e in range(world.pool) for r in range(facts.RELATIONS) if r != kept[e]])
-    pairs = pairs[rng.permutation(rng.key("edits", world.seed, "order"), len(pairs))[:edits]]
+    pairs = pairs[rng.permutation(rng.key(*own, "order"), len(pairs))[:edits]]
     old = world.objects[pairs[:, 0], pairs[:, 1]]
-    new = (old + 1 + rng.integers(rng.key("edits", world.seed, "new"), len(pairs), facts.OBJECTS - 1)) % facts.OBJECTS
+    new = (old + 1 + rng.integers(rng.key(*own, "new"), len(pairs), facts.OBJECTS - 1)) % facts.OBJECTS
     e, r = pairs[:, 0], pairs[:, 1]
     prompts, targets, before = world.prompts(e, r, 0), world.answers(r, new), world.answers(r, old)
     requests = [Request(prompts[i], targets[i], facts.SUBJECT - 1, i) for i in range(len(pairs))]

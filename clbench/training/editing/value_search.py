@@ -78,7 +78,7 @@ def output_at(model: nn.Module, module: nn.Module, tokens: Tensor, place: int) -
 def find_value(
     runtime: Runtime, site: Site, request: Request, before: np.ndarray, search: Search, of_block: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(delta, v_0) [D] float32 of a request; `before`: contexts [M, C]. The module is the layer of `site`, or its block."""
+    """(delta, v_0) [D] float32 each of a request; `before`: contexts [M, C]. The module: the layer of `site`, or its block."""
     texts, places = told(request, before, runtime.device)
     goal = _Goal(site, texts, places, len(request.target), of_block)
     start_D = goal.start_NLD[0, places[0]].float()
