@@ -476,7 +476,8 @@ def test_committed_leaderboard_is_made_from_the_committed_records():
 def test_committed_table_is_in_order():
     rows = list(csv.DictReader(io.StringIO((RESULTS / "leaderboard.csv").read_text())))
     lines = [r for r in rows if (r["scenario"], r["model"], r["manifest"]) == ("cil_digits", "nano", "332b26c0")]
-    assert min(lines, key=lambda row: float(row["last_macro_mean"]))["learner"] == "finetune"
+    lowest = [row["learner"] for row in sorted(lines, key=lambda row: float(row["last_macro_mean"]))[:2]]
+    assert lowest == ["simplex", "finetune"]  # the first is fine-tuning too, under a fixed classifier
     five = ("finetune", "joint", "ncm", "replay", "slca")
     table = {name: [float(row["last_macro_mean"]) for row in lines if row["learner"] == name] for name in five}
     assert min(table["joint"]) >= 0.96 and max(map(max, table.values())) == max(table["joint"])
@@ -484,11 +485,12 @@ def test_committed_table_is_in_order():
     assert min(table["ncm"]) >= 0.8 and min(table["slca"]) >= 0.9 and min(table["replay"]) >= 0.9
     readme = (RESULTS.parent / "README.md").read_text()
     shown = readme[readme.index("<!-- leaderboard:start -->") : readme.index("<!-- leaderboard:end -->")]
-    on_both = {row["learner"] for row in rows if (row["scenario"], row["model"]) == ("cil_cifar100", "vit_tiny_112")}
+    whole = ("cil_cifar100", "vit_tiny_112", "1cdde15f")  # all hundred classes; those on forty are in leaderboards/
+    on_both = {row["learner"] for row in rows if (row["scenario"], row["model"], row["manifest"]) == whole}
     for row in rows:
         if row["learner"] not in on_both:  # measured on digits alone: in leaderboards/cil_digits.csv
             continue
-        if row not in lines and (row["scenario"], row["model"]) != ("cil_cifar100", "vit_tiny_112"):
+        if row not in lines and (row["scenario"], row["model"], row["manifest"]) != whole:
             continue
         (line,) = (line for line in shown.splitlines() if re.match(rf"\| {row['learner']}( \(reference\))? \|", line))
         same = [r for r in lines if r["learner"] == row["learner"]] if row["scenario"] == "cil_digits" else [row]
