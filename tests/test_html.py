@@ -399,19 +399,33 @@ def test_hostile_names_in_the_page(tmp_path, open_page):
     assert csvs >= 3
 
 
+def busy(tab, act):
+    """Processor seconds that the page's thread takes for what `act` does, whatever else the machine does."""
+
+    def spent():
+        found = tab.send("Performance.getMetrics")["metrics"]
+        return next(one["value"] for one in found if one["name"] == "TaskDuration")
+
+    tab.send("Performance.enable", timeDomain="threadTicks")
+    before = spent()
+    act()
+    tab.frame()
+    return spent() - before
+
+
 def test_two_thousand_records(tmp_path, open_page, browser):
     counts = [entry(f"learner{i % 500}", i // 500, f"scenario{i % 3}", stair(10, 60 + i % 40), 100) for i in range(2000)]
     start = time.process_time()
     path = html.write(fill(tmp_path, counts))
     assert time.process_time() - start < 60 and path.stat().st_size < 3_000_000
     tab = browser.tab()
-    assert tab.open(path) < 5  # about 0.5 s on two cores
+    assert busy(tab, lambda: tab.open(path, timeout=60)) < 5  # processor seconds, about 0.6
     assert len(tab(NAMES)) == 200
-    timed = "(() => { const t = performance.now(); %s; document.body.offsetHeight; return performance.now() - t; })()"
-    assert tab(timed % "document.querySelector('#table button[data-column=seconds]').click()") < 1000
-    assert tab(timed % "[...document.querySelectorAll('#board-more button')].at(-1).click()") < 5000
+    click = "%s.click(); document.body.offsetHeight"
+    assert busy(tab, lambda: tab(click % "document.querySelector('#table button[data-column=seconds]')")) < 1
+    assert busy(tab, lambda: tab(click % "[...document.querySelectorAll('#board-more button')].at(-1)")) < 5
     assert len(tab(NAMES)) == 1500
-    assert tab(timed % "document.querySelector('#table button[data-column=last]').click()") < 5000
+    assert busy(tab, lambda: tab(click % "document.querySelector('#table button[data-column=last]')")) < 5
     assert tab.troubles() == []
     tab.close()
 

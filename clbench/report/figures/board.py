@@ -168,7 +168,7 @@ def cost_chart(kind: str, height: int = 220) -> Chart:
         scale=alt.Scale(type="log", padding=14, nice=False),
         axis=alt.Axis(labelExpr=ticks, tickCount=5, grid=False),
     )
-    y = alt.Y("accuracy:Q", title=LAST, scale=alt.Scale(zero=False, padding=10))
+    y = alt.Y("accuracy:Q", title=LAST, scale=alt.Scale(zero=False, padding=10, nice=False))
     colour = alt.Color("kind:N", sort=[OFF, ON, ASIDE], legend=alt.Legend(title=None, columns=3))
     told = [alt.Tooltip("label:N"), *(alt.Tooltip(f"{name}:Q", format=".2f") for name in ("accuracy", "low", "high"))]
     told += [alt.Tooltip("cost:Q", title=title, format=".4~s"), alt.Tooltip("kind:N")]
@@ -209,9 +209,10 @@ def place_names(rows: Sequence[dict[str, Any]], size: tuple[float, float]) -> No
     if not rows:
         return
     x, y = [math.log(row["cost"]) for row in rows], [row["accuracy"] for row in rows]
-    wide, tall = (max(1e-9, max(v) - min(v)) for v in (x, y))
+    ends = [*y, *(row[name] for row in rows for name in ("low", "high") if row[name] is not None)]
+    wide, tall = (max(1e-9, max(v) - min(v)) for v in (x, ends))
     scale = (size[0] - 28) / wide, (size[1] - 20) / tall
-    dots = [(14 + scale[0] * (a - min(x)), 10 + scale[1] * (b - min(y))) for a, b in zip(x, y, strict=True)]
+    dots = [(14 + scale[0] * (a - min(x)), 10 + scale[1] * (b - min(ends))) for a, b in zip(x, y, strict=True)]
     taken = [(a - 4, b - 4, a + 4, b + 4) for a, b in dots]
     stairs = sorted(dot for dot, row in zip(dots, rows, strict=True) if row["kind"] == ON)
     for (a, b), (right, top) in itertools.pairwise(stairs):
@@ -235,7 +236,7 @@ def place_names(rows: Sequence[dict[str, Any]], size: tuple[float, float]) -> No
                 taken.append(box)
                 row["name"] = name
                 row["name_x"] = float(f"{math.exp(min(x) + (box[0] - 14) / scale[0]):.6g}")
-                row["name_y"] = round(min(y) + (b + dy - 10) / scale[1], 4)
+                row["name_y"] = round(min(ends) + (b + dy - 10) / scale[1], 4)
                 break
 
 
