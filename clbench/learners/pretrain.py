@@ -121,7 +121,7 @@ class Pretrain:
         require_room(self.model, self.pet, text.context)
         if self.until is not None and k >= self.until:
             return []
-        for replay in self.replays:
+        for replay in _replays(self):
             for old in experience.past if replay.active else ():
                 replay.capacity(_text(old), len(experience.past))
         steps, total = _steps(self, k, text.steps)
@@ -138,11 +138,6 @@ class Pretrain:
             own = {"role": "branch", "start_from": "here", "optimizer": "keep", "mixture": read}
             made.append(replace(made[0], first=cut, last=total, **own))
         return made
-
-    @property
-    def replays(self) -> list[Replay]:
-        """What trunk and branch replay."""
-        return [self.replay] if self.anneal is None else [self.replay, self.anneal]
 
     def learn(self, experience: Experience) -> dict[str, float]:
         """Train the plan's segments."""
@@ -241,13 +236,13 @@ def _begin(learner: Pretrain, segment: Segment, experience: Experience) -> None:
         learner.adapt.begin(learner.tuned)
     learner.cursor.begin(experience.index, replays_start_anew=learner.data == "union" or written is not None)
     old, seen = [_text(past) for past in experience.past], learner.cursor.seen[: len(experience.past)]
-    held = [replay.held_bytes(old, seen) for replay in learner.replays]
+    held = [replay.held_bytes(old, seen) for replay in _replays(learner)]
     learner.runtime.ledger.replay_bytes = max(learner.runtime.ledger.replay_bytes, *held)
 
 
 def _replay(learner: Pretrain, segment: Segment) -> Replay:
     """What a segment replays."""
-    return learner.replays[-1 if segment.role == "branch" else 0]
+    return _replays(learner)[-1 if segment.role == "branch" else 0]
 
 
 def _old(learner: Pretrain, experience: Experience) -> list[Any]:
@@ -281,6 +276,11 @@ def _mixture(learner: Pretrain, segment: Segment, experience: Experience, shares
         carry=cursor.carry[-shares_SK.shape[1] :],
         size=max(new.batch, int(len(new) // learner.passes)),
     )
+
+
+def _replays(learner: Pretrain) -> list[Replay]:
+    """What trunk and branch replay."""
+    return [learner.replay] if learner.anneal is None else [learner.replay, learner.anneal]
 
 
 def _adapting(adapt: Any) -> Rate | None:
@@ -323,7 +323,7 @@ def _text(data: Any) -> Any:
 
 def _check(learner: Pretrain) -> None:
     """Options that contradict each other, or have no effect, are errors."""
-    joint, replays, branches = learner.data == "union", any(one.active for one in learner.replays), learner.branch > 0
+    joint, replays, branches = learner.data == "union", any(one.active for one in _replays(learner)), learner.branch > 0
     anneal = learner.anneal
     averages, scratch = bool(learner.average), learner.start == "scratch"
     wrong = {

@@ -138,6 +138,20 @@ class _Pieces:
                 yield from waiting.pop(0).result().to(self.device, non_blocking=True).split(self.size)
 
 
+def _loss(losses_of: Replica | Objective, share: float, found: list[Tensor] | None) -> Callable[[Tensor], Tensor]:
+    """What `fit` minimises on a piece: the mean loss, over processes `share` of it, and an objective's penalty."""
+
+    def loss(tokens: Tensor) -> Tensor:
+        made = losses_of(tokens)
+        losses, penalty = made if isinstance(made, tuple) else (made, None)
+        if found is not None:
+            found.append(losses.detach())
+        mean = losses.mean() if share == 1 else losses.mean() * share
+        return mean if penalty is None else mean + penalty
+
+    return loss
+
+
 def train(
     runtime: PretrainRuntime,
     model: nn.Module,
@@ -161,13 +175,7 @@ def train(
     replica = Replica(group, model, runtime.compiled, pieces.number)
     share = (pieces.rows.stop - pieces.rows.start) * group.size / batch
     found: list[Tensor] = []
-
-    def loss(tokens: Tensor) -> Tensor:
-        losses, penalty = (replica(tokens), None) if objective is None else objective(tokens)
-        if after_step is not None:
-            found.append(losses.detach())
-        mean = losses.mean() if share == 1 else losses.mean() * share
-        return mean if penalty is None else mean + penalty
+    loss = _loss(objective or replica, share, None if after_step is None else found)
 
     def count(place: Place, _: Tensor) -> None:
         counts = mixture.counts[place.step - mixture.first]
