@@ -145,9 +145,7 @@ class Pretrain:
         text, runtime = _text(experience.train), self.runtime
         check_plan(plan, runtime.processed_limit, text.batch * text.context)
         progress = Progress(runtime, plan)
-        if self.pet is None:
-            freeze_random_half(self.model, runtime.key("rest") if self.trainable == "half" and experience.index else None)
-        self.tuned.train()
+        _set_to_train(self, experience)
         if progress.saved is not None:
             owner.load_state_dict(progress.saved)
         elif plan:
@@ -202,18 +200,27 @@ class Pretrain:
         self.tuned.eval()
         return self.model.loss(tokens)  # type: ignore[operator]
 
-    @property
-    def _parts(self) -> tuple[str, ...]:
-        named = PARTS if self.pet is None else ("pet", *PARTS[1:])
-        return named if self.adapt is None else (*named, "adapt")
-
     def state_dict(self) -> dict[str, Any]:
         """Everything that goes on, and what is evaluated."""
-        return {**collect(self, *self._parts), "places": self.cursor.state_dict()}  # a key of every fingerprint so far
+        return {**collect(self, *_parts(self)), "places": self.cursor.state_dict()}  # a key of every fingerprint so far
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        restore(self, {name: state[name] for name in self._parts})
+        restore(self, {name: state[name] for name in _parts(self)})
         self.cursor.load_state_dict(state["places"])
+
+
+def _parts(learner: Pretrain) -> tuple[str, ...]:
+    """What a state is made of, by name."""
+    named = PARTS if learner.pet is None else ("pet", *PARTS[1:])
+    return named if learner.adapt is None else (*named, "adapt")
+
+
+def _set_to_train(learner: Pretrain, experience: Experience) -> None:
+    """Freeze what an experience does not train."""
+    if learner.pet is None:
+        half = learner.trainable == "half" and experience.index > 0
+        freeze_random_half(learner.model, learner.runtime.key("rest") if half else None)
+    learner.tuned.train()
 
 
 def _mixture(learner: Pretrain, segment: Segment, experience: Experience, shares_SK: np.ndarray) -> Mixture:

@@ -181,21 +181,29 @@ class Decoder(MixedPrecision, nn.Module):
         A hook on `embed_in` may put vectors before the text's own. They take the first positions, and give no logits.
         """
         with self.lowered(tokens.device.type):
-            x = self.embed_in(tokens)
-            length = x.shape[1]
-            if length > self.shape.context:
-                raise UserError(f"a text of {length} tokens is longer than the context of {self.shape.context}")
-            explicit = self.kernel == "explicit" or (self.kernel == "auto" and tokens.device.type == "cpu")
-            angles = (self.cos[:length], self.sin[:length])  # type: ignore[index]
-            mask = self.later[:length, :length] if explicit else None  # type: ignore[index]
-            for layer in self.layers:
-                x = layer(x, angles, mask)
-            x = self.final_layer_norm(x[:, length - tokens.shape[1] :])
+            x = self._states(tokens)
             if self.times != 1:
                 x = x / self.times
             if self.precision == "fp32" or torch.is_grad_enabled():
                 return self.embed_out(x)
         return self.embed_out(x.float())
+
+    def states(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, L] int64 -> what the last norm makes of each position [B, L, D] float32."""
+        with self.lowered(tokens.device.type):
+            return self._states(tokens).float()
+
+    def _states(self, tokens: Tensor) -> Tensor:
+        x = self.embed_in(tokens)
+        length = x.shape[1]
+        if length > self.shape.context:
+            raise UserError(f"a text of {length} tokens is longer than the context of {self.shape.context}")
+        explicit = self.kernel == "explicit" or (self.kernel == "auto" and tokens.device.type == "cpu")
+        angles = (self.cos[:length], self.sin[:length])  # type: ignore[index]
+        mask = self.later[:length, :length] if explicit else None  # type: ignore[index]
+        for layer in self.layers:
+            x = layer(x, angles, mask)
+        return self.final_layer_norm(x[:, length - tokens.shape[1] :])
 
     def freeze(self) -> None:
         """No weight is trained from now on."""

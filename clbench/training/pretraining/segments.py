@@ -96,6 +96,12 @@ class PretrainRuntime(Runtime):
     stream_steps: tuple[int, ...] = ()
     trained_flops: float | None = None
 
+    def count_step(self, role: str, new: int, old: int, repeated: int, batch: int) -> None:
+        """Count the tokens of a step, and its sequences."""
+        flops = self.flops_per_token if self.trained_flops is None else self.trained_flops
+        self.ledger.train(role, new, old, repeated, flops)
+        self.used_visits += batch
+
 
 class _Pieces:
     """Batches of `fit`: this process's rows of each step on the device, in `number` pieces of `micro_batch` sequences.
@@ -163,9 +169,7 @@ def train(
         counts = mixture.counts[place.step - mixture.first]
         *old, new = (counts * context).tolist()
         repeated = mixture.repeated(place.step, place.step + 1) * context
-        flops = runtime.flops_per_token if runtime.trained_flops is None else runtime.trained_flops
-        runtime.ledger.train(segment.role, new, sum(old), repeated, flops)
-        runtime.used_visits += batch
+        runtime.count_step(segment.role, new, sum(old), repeated, batch)
         if after_step is not None:
             losses = group.all_gather_rows(torch.cat(found), batch)
             found.clear()
