@@ -9,6 +9,7 @@ behind it (operator `concatenate`).
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from clbench.streams.manifest import Manifest
 if TYPE_CHECKING:
     from clbench.run.runner import Job
 
+log = logging.getLogger("clbench")
 RULES = ("kind", "discloses_task", "has_boundaries", "evaluate_every", "evaluators")  # of a manifest: the same in both
 
 
@@ -71,12 +73,17 @@ def _check_stream(path: Path, old: Manifest, new: Manifest) -> None:
         raise UserError(f"continues={path} has {steps} experiences, no multiple of the {every} of operator evaluate")
 
 
-def snapshot(job: Job) -> dict[str, Any]:
-    """What the loop goes on from, in the form of its own snapshots. `UserError` where the learner is not there."""
-    assert job.options.continues is not None
+def snapshot(job: Job) -> dict[str, Any] | None:
+    """What the loop goes on from, in the form of its own snapshots; None where a run begins anew.
+
+    `UserError` where the learner is not there.
+    """
+    if job.options.continues is None:
+        return None
     entry, state = kept(job.options.continues)
     rows = _widened(entry, job.scenario.manifest)
     done = len(entry["experiences"])
+    log.info("%s goes on after experience %d of %s", job.run_id, done, job.options.continues)
     return {
         "experience": done - 1,
         "evaluated": done,

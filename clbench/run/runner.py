@@ -11,7 +11,6 @@ import gc
 import logging
 import pathlib
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from clbench.run import (
     edit_stream,
     image_stream,
     provenance,
+    refused,
     saved_model,
     text_stream,
     token_stream,
@@ -224,7 +224,7 @@ def _lead(job: Job, command: list[str] | None, progress: bool, tuning: dict[str,
 
     options = job.options
     record.ensure_writable(job.results / "records")
-    refusal_path(job.config).unlink(missing_ok=True)
+    refused.path_of(job.config).unlink(missing_ok=True)
     if (done := _done(job, earlier(job))) is not None:
         return done
     record.ensure_writable(job.folder)
@@ -308,42 +308,13 @@ def _failed(job: Job, journal: Journal, entry: dict[str, Any], error: Exception)
         goes_on = f"goes on inside experience {number}, force=true starts anew"
     text = f"{job.run_id} failed {where}: {type(error).__name__}: {error}; the same command {goes_on}"
     place = {"experience": journal.experience if number else None, "finished": done}
-    entry |= {"status": "failed", "finished": provenance.now(), "error": _described(error) | place}
+    entry |= {"status": "failed", "finished": provenance.now(), "error": refused.described(error) | place}
     try:
         record.write(entry, job.results / "records")
     except UserError as full:  # the disk that ended the run; its record still says that it is at work
         text += f"\n{full}"
     log.error("%s", text)
     return Outcome(job.run_id, "failed", text, job.record_path)
-
-
-def refusal_path(config: dict[str, Any]) -> pathlib.Path:
-    """Where a job that was refused before it had an identity leaves its failed record."""
-    results = pathlib.Path(str(config["results_dir"])).expanduser().resolve()
-    return results / "records" / f"{record.run_id(provenance.identity(config), '', '', None)}.json"
-
-
-def write_refusal(config: dict[str, Any], error: Exception) -> pathlib.Path:
-    """A job of a sweep that cannot even start is a failed record too; it goes when the same job starts after all."""
-    path = refusal_path(config)
-    entry = {
-        "schema": record.SCHEMA,
-        "run_id": path.stem,
-        "status": "failed",
-        "numbers_version": record.numbers_version(config),
-        "config": provenance.identity(config),
-        "scenario": {"name": str(config["scenario"].get("name", "?")), "manifest_sha256": ""},
-        "learner": {"name": provenance.learner_name(config), "plugin": None},
-        "model": {"name": provenance.model_name(config), "state_sha256": ""},
-        "seed": config["seed"],
-        "n": [],
-        "first_seen": [],
-        "correct": None,
-        "seconds": {"total": 0.0},
-        "finished": provenance.now(),
-        "error": _described(error),
-    }
-    return record.write(entry, path.parent)
 
 
 def repeat(job: Job, flags: dict[str, Any], stop_after: int) -> dict[str, Any]:
@@ -372,9 +343,7 @@ def _run(job: Job, journal: Journal, entry: dict[str, Any], progress: bool, stop
         entry.setdefault("machine", {})["flags"] = job.flags  # not what this command would have chosen
         log.info("%s goes on after experience %d", job.run_id, saved["experience"] + 1)
     build_learner(job)
-    if saved is None and job.options.continues is not None:
-        saved = continued.snapshot(job)
-        log.info("%s goes on after experience %d of %s", job.run_id, saved["experience"] + 1, job.options.continues)
+    saved = continued.snapshot(job) if saved is None else saved
     learner, runtime = job.learner, job.runtime
     runtime.journal = journal
     stream = job.kind.open_stream(job, runtime, learner)
@@ -406,8 +375,3 @@ def build_learner(job: Job) -> None:
         if not callable(getattr(job.learner, method, None)):
             raise UserError(f"{name} has no method {method}")
     job.kind.check_learner(job)
-
-
-def _described(error: Exception) -> dict[str, Any]:
-    text = "".join(traceback.format_exception(error))
-    return {"type": type(error).__name__, "message": str(error), "traceback": text}

@@ -185,7 +185,8 @@ def _listen(conn: Connection, finished: threading.Event) -> None:
 def _run(config: dict[str, Any], command: list[str], progress: bool, leave_out: bool) -> dict[str, Any]:
     """The job itself, in the child."""
     from clbench.interfaces import UserError
-    from clbench.run.runner import DoesNotFit, run_job, write_refusal
+    from clbench.run import refused
+    from clbench.run.runner import DoesNotFit, run_job
 
     show_log(progress)
     try:
@@ -194,12 +195,12 @@ def _run(config: dict[str, Any], command: list[str], progress: bool, leave_out: 
         if leave_out and isinstance(error, DoesNotFit):
             return {"run_id": "", "status": "left out", "text": str(error)}
         with suppress(UserError):
-            write_refusal(config, error)
+            refused.write(config, error)
         return {"run_id": "", "status": "failed", "text": str(error)}
     except Exception as error:  # before there was a record: of a scenario or an operator; later ones are in the record
         if config.get("on_error") != "raise":
             with suppress(UserError):
-                write_refusal(config, error)
+                refused.write(config, error)
         raise
     return {"run_id": outcome.run_id, "status": outcome.status, "text": outcome.text}
 
