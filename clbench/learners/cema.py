@@ -26,7 +26,8 @@ Of the paper its two algorithms were read, not its equations: losses and weights
 of the release's code with every factor in `margin`, low 0.02 is as recalled. K are the classes (the release: 1000, written
 out). Uploads are raw test images and count as exemplars: memory=null holds what the budget allows (the release: 10,000).
 Constants are the release's (SGD with momentum 0.9). Its script builds both networks anew for every corruption: reset=set.
-Published numbers: none read.
+The released code ran beside variant=official, with both networks of `convnet` and `resnet18_slim`: the same 557 uploads of 900
+images, weights within 2e-5, all 900 predictions equal. Published numbers: none read.
 """
 
 from __future__ import annotations
