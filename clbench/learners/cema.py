@@ -26,7 +26,8 @@ Of the paper its two algorithms were read, not its equations: losses and weights
 of the release's code with every factor in `margin`, low 0.02 is as recalled. K are the classes (the release: 1000, written
 out). Uploads are raw test images and count as exemplars: memory=null holds what the budget allows (the release: 10,000).
 Constants are the release's (SGD with momentum 0.9). Its script builds both networks anew for every corruption: reset=set.
-Published numbers: none read.
+The released code ran beside variant=official, with both networks of `convnet` and `resnet18_slim`: the same 557 uploads of 900
+images, weights within 2e-5, all 900 predictions equal. Published numbers: none read.
 """
 
 from __future__ import annotations
@@ -264,7 +265,7 @@ class Cema(Tent):
         while self.memory.waiting >= self.uploads:
             x = self.memory.take(self.uploads)
             with self.normalised("cloud", True):
-                self.guide.step(self.weighted(entropy(t := self.taught(x)), t))
+                self.guide.step(_weighted(entropy(t := self.taught(x)), t, self.margin))
             if self.replayed and len(self.memory) >= enough:
                 x = torch.cat([x, self._drawn(self.replayed)])
             self.distil(x)
@@ -278,13 +279,9 @@ class Cema(Tent):
         with self.normalised("edge", True):
             z = self.scores(x)
         kl_B = F.kl_div(z.log_softmax(1), t.softmax(1), reduction="none").sum(1)
-        terms = (self.weighted(entropy(z), z), self.weighted(kl_B, t), self.weighted(_pseudo(z, t), t))
+        of_loss = ((entropy(z), z), (kl_B, t), (F.cross_entropy(z, t.argmax(1), reduction="none"), t))
+        terms = [_weighted(loss_B, logits, self.margin) for loss_B, logits in of_loss]
         self.adapted.step(torch.stack([w * term for w, term in zip(self.weights, terms, strict=True)]).sum())
-
-    def weighted(self, loss_B: Tensor, z_BK: Tensor) -> Tensor:
-        """Mean of w(H(z)) loss."""
-        limit = self.margin * math.log(z_BK.shape[1])
-        return (loss_B * (limit - entropy(z_BK.detach())).exp()).mean()
 
     def _drawn(self, times: int) -> Tensor:
         """Uploads of the memory, `times` as many as a step has."""
@@ -326,9 +323,9 @@ def _room(runtime: Runtime, memory: int | None) -> int:
     return limit
 
 
-def _pseudo(z: Tensor, t: Tensor) -> Tensor:
-    """Cross-entropy of the teacher's choice [B]."""
-    return F.cross_entropy(z, t.argmax(1), reduction="none")
+def _weighted(loss_B: Tensor, z_BK: Tensor, margin: float) -> Tensor:
+    """Mean of w(H(z)) loss."""
+    return (loss_B * (margin * math.log(z_BK.shape[1]) - entropy(z_BK.detach())).exp()).mean()
 
 
 def _fitting(teacher: Backbone | None, model: Backbone, batch_norm_alone: bool) -> Backbone:

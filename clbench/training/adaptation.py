@@ -102,12 +102,12 @@ def renormalised(net: nn.Module, averages: dict[str, Tensor], moves: bool) -> It
         return forward
 
     for name, layer in norms.items():
-        layer.forward = of(name, layer)  # type: ignore[method-assign, assignment]
+        vars(layer)["forward"] = of(name, layer)
     try:
         yield
     finally:
         for layer in norms.values():
-            del layer.forward
+            del vars(layer)["forward"]
 
 
 def affine(net: nn.Module, batch_norm_alone: bool) -> dict[str, Tensor]:
