@@ -18,7 +18,9 @@ Deviations from the code: the encoder is the frozen decoder, its last states ave
 there); keys are there from their task on (the code trains those of all tasks first, later ones included); no key is left out
 while entries are trained (the code averages -100 for each one left out into the weights). It restores other tasks' entries
 after each step; here they are not trained. As in the code: similarities are not kept above 0, so a sum may be near 0. Keys are
-trained on the queries of one pass, which is no visit of the budget. Own choices: sizes and rates. Published number: none read.
+trained on the queries of one pass, which is no visit of the budget. Own choices: sizes and rates; keys at 0.01, because at the
+code's 1e-3 they have not left where they were drawn after a few hundred steps. With seed 0 the eight tasks of `made8` then
+find one of their own entries first for 94 % of the lines. Published number: none read.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ class Slm:
         groups: int = 4,
         query: Literal["sample", "batch"] = "sample",
         key_dropout: float = 0.25,
-        key_lr: float = 1e-3,
+        key_lr: float = 0.01,
         key_epochs: int = 3,
         targets: Targets = "answer",
         lr: float = 3e-3,
