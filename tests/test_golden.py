@@ -325,7 +325,7 @@ def test_no_two_learners_share_a_row(stream):
 @pytest.mark.parametrize("stream", STREAMS)
 def test_rates_train(stream):
     """The newest classes are learned at twice the rate of guessing; the loss of the first domain falls by a tenth, that of the
-    first edit's answer by a half, that of the first text task by a fifth."""
+    first edit's answer by a half, that of the facts among text tasks by a half."""
     for name, row in golden(stream).items():
         if stream == "images":
             seen = [4, 7, 10]
@@ -339,7 +339,7 @@ def test_rates_train(stream):
         ):  # closed forms: four edits in a row may fail
             assert row["edit_nats"]["edit_success 1"][0] < 0.5 * row["edit_nats"]["edit_success -1"][0], name
         elif stream == "texts":
-            assert row["edit_nats"]["answers 0"][0] < 0.8 * row["edit_nats"]["answers -1"][0], name
+            assert row["edit_nats"]["answers 1"][1] < 0.5 * row["edit_nats"]["answers -1"][1], name
         elif stream != "edits":
             assert row["sum_loss"][0][0] < 0.9 * row["sum_loss_start"][0], name
 

@@ -29,6 +29,8 @@ VARIANTS = {
         "pet=corda learner.optimizer=schedule_free_adamw",
     ],
     "joint": ["learner.mode=probe"],
+    "text_ewc": ["learner.fisher=path"],
+    "text_finetune": ["learner.targets=line"],
     "ncm": ["learner.metric=cosine", "learner.streaming=true"],
     "er": ["learner.updates=0.5", "learner.refresh={fisher:none} learner.combine=added learner.project=bloop"],
     "lwf": ["learner.refresh={fisher:none} learner.project=bloop learner.trainable={lisa:{blocks:1,every:2}}"],
