@@ -85,7 +85,8 @@ class Slm:
             )
         if not 0 <= key_dropout < 1:
             raise UserError(f"learner.key_dropout must be at least 0 and below 1, got {key_dropout}")
-        self.model, self.runtime, self.targets, self.lr = model, runtime, targets, lr
+        self.model, self.runtime, self.lr = model, runtime, lr
+        self.targets: Targets = targets
         self.entries, self.rank, self.top, self.groups, self.shared_query = entries, rank, top, groups, query == "batch"
         self.key_dropout, self.key_lr, self.key_epochs = key_dropout, key_lr, key_epochs
         self.pet = lora(model, runtime, rank=rank * entries, targets=("proj",))
@@ -131,7 +132,8 @@ class Slm:
             for group in self.own_keys:
                 group.copy_(nn.init.orthogonal_(torch.empty(group.shape), generator=draw))
         with self.runtime.phase("queries"):
-            queries = torch.cat([self.query(batch) for batch in experience.train.test_batches(READ)])
+            data: Any = experience.train
+            queries = torch.cat([self.query(batch) for batch in data.test_batches(READ)])
         step, seed = [0], self.runtime.key("key_dropout")
 
         def loss(chosen: Tensor) -> Tensor:
