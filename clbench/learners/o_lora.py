@@ -79,7 +79,8 @@ class OLora:
             raise UserError(f"unknown learner.norm={norm}: choose {', '.join(NORMS)}")
         if orthogonal < 0 or shrink < 0:
             raise UserError(f"learner.orthogonal and learner.shrink must be at least 0, got {orthogonal:g} and {shrink:g}")
-        self.model, self.runtime, self.targets, self.lr = model, runtime, targets, lr
+        self.model, self.runtime, self.lr = model, runtime, lr
+        self.targets: Targets = targets
         self.orthogonal, self.norm, self.shrink = orthogonal, norm, shrink
         self.pet = lora(model, runtime, rank=rank, targets=layers, scale=scale)
         self.past: State = {}

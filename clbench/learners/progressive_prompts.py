@@ -63,7 +63,8 @@ class ProgressivePrompts:
         check_targets(targets)
         if task_id not in ("given", "none"):
             raise UserError(f"unknown learner.task_id={task_id}: choose given, none")
-        self.model, self.runtime, self.targets, self.lr = model, runtime, targets, lr
+        self.model, self.runtime, self.lr = model, runtime, lr
+        self.targets: Targets = targets
         self.length, self.given = length, task_id == "given"
         self.pet = prompt(model, runtime, length=length)
         self.past = torch.zeros(0, model.shape.width, device=runtime.device)  # newest first

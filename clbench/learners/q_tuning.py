@@ -72,7 +72,8 @@ class QTuning:
             raise UserError(f"learner.capacity must be at least 2, learner.shared and learner.retention at least 0, {got}")
         if queue not in ("exact", "present"):
             raise UserError(f"unknown learner.queue={queue}: choose exact, present")
-        self.model, self.runtime, self.targets, self.lr = model, runtime, targets, lr
+        self.model, self.runtime, self.lr = model, runtime, lr
+        self.targets: Targets = targets
         self.length, self.capacity, self.retention, self.exact = length, capacity, retention, queue == "exact"
         self.pet, device = prompt(model, runtime, length=length), runtime.device
         self.shared = nn.Parameter(random_embeddings(model, shared, runtime.generator("shared")))

@@ -18,7 +18,9 @@ Deviations from the code: the encoder is the frozen decoder, its last states ave
 there); keys are there from their task on (the code trains those of all tasks first, later ones included); no key is left out
 while entries are trained (the code averages -100 for each one left out into the weights). It restores other tasks' entries
 after each step; here they are not trained. As in the code: similarities are not kept above 0, so a sum may be near 0. Keys are
-trained on the queries of one pass, which is no visit of the budget. Own choices: sizes and rates. Published number: none read.
+trained on the queries of one pass, which is no visit of the budget. Own choices: sizes and rates; keys at 0.01, because at the
+code's 1e-3 they have not left where they were drawn after a few hundred steps. With seed 0 the eight tasks of `made8` then
+find one of their own entries first for 94 % of the lines. Published number: none read.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ class Slm:
         groups: int = 4,
         query: Literal["sample", "batch"] = "sample",
         key_dropout: float = 0.25,
-        key_lr: float = 1e-3,
+        key_lr: float = 0.01,
         key_epochs: int = 3,
         targets: Targets = "answer",
         lr: float = 3e-3,
@@ -83,7 +85,8 @@ class Slm:
             )
         if not 0 <= key_dropout < 1:
             raise UserError(f"learner.key_dropout must be at least 0 and below 1, got {key_dropout}")
-        self.model, self.runtime, self.targets, self.lr = model, runtime, targets, lr
+        self.model, self.runtime, self.lr = model, runtime, lr
+        self.targets: Targets = targets
         self.entries, self.rank, self.top, self.groups, self.shared_query = entries, rank, top, groups, query == "batch"
         self.key_dropout, self.key_lr, self.key_epochs = key_dropout, key_lr, key_epochs
         self.pet = lora(model, runtime, rank=rank * entries, targets=("proj",))
@@ -129,7 +132,8 @@ class Slm:
             for group in self.own_keys:
                 group.copy_(nn.init.orthogonal_(torch.empty(group.shape), generator=draw))
         with self.runtime.phase("queries"):
-            queries = torch.cat([self.query(batch) for batch in experience.train.test_batches(READ)])
+            data: Any = experience.train
+            queries = torch.cat([self.query(batch) for batch in data.test_batches(READ)])
         step, seed = [0], self.runtime.key("key_dropout")
 
         def loss(chosen: Tensor) -> Tensor:
