@@ -18,7 +18,8 @@ Deviations: in the code the last token of the prompt alone is looked up, and a l
 here each token is looked up by itself, so that an answer does not depend on what is known of its prompt, and ordinary text
 meets the codebook too. In the code the same prompt twice makes neither edit fire. Early stopping is in the code's configuration
 only. Own choices: the layer, the second one of the MLP of the last block but one; radius 0.3 (1 in the
-code): half the distance between keys of different facts of `edit_facts`, of which the nearest 1 % are 0.65 apart. Published number: none read.
+code): half the distance between keys of different facts of `edit_facts`, of which the nearest 1 % are 0.65 apart.
+Published number: none read.
 """
 
 from __future__ import annotations
