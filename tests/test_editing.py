@@ -129,7 +129,9 @@ def test_mlps_are_silent_at_wordings_and_objects_alone():
 
 def test_tracing_finds_what_one_state_carries():
     """Everything comes back with the whole last block at the end of the prompt, nothing with what is read no more."""
-    found = traced(build_decoder(name="x", vocab=facts.VOCAB, context=64, width=SHAPE["width"], depth=2, heads=2), World(64, 0), 1)
+    found = traced(
+        build_decoder(name="x", vocab=facts.VOCAB, context=64, width=SHAPE["width"], depth=2, heads=2), World(64, 0), 1
+    )
     assert found["block_prompt_last"][-1] == pytest.approx(1) and found["block_subject_last"][-1] == pytest.approx(0)
     assert all(len(found[name]) == 2 for name in found if "_last" in name)
 
