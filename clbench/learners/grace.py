@@ -17,7 +17,9 @@ start           of a value: "cold" uniform in [0, 1), as in the code, or "warm",
 Deviations: in the code the last token of the prompt alone is looked up, and a later token of the answer keeps that decision;
 here each token is looked up by itself, so that an answer does not depend on what is known of its prompt, and ordinary text
 meets the codebook too. In the code the same prompt twice makes neither edit fire. Early stopping is in the code's configuration
-only. Own choice: the layer, the second one of the MLP of the last block but one. Published number: none read.
+only. Own choices: the layer, the second one of the MLP of the last block but one; radius 0.3 (1 in the
+code): half the distance between keys of different facts of `edit_facts`, of which the nearest 1 % are 0.65 apart.
+Published number: none read.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ class Grace:
         runtime: Runtime,
         *,
         layer: int | None = None,  # the block whose MLP has the codebook; null: the last but one
-        radius: float = 1.0,  # of a new key
+        radius: float = 0.3,  # of a new key
         lr: float = 1.0,
         steps: int = 100,  # of an edit, at most
         stop_below: float = 1e-2,  # nats per token from which on no step is made

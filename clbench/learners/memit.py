@@ -50,7 +50,7 @@ class Memit:
         runtime: Runtime,
         *,
         batch: int = 1,  # requests that are edited together
-        layers: Sequence[int] | None = None,  # blocks, rising; null: the last but one and the one before
+        layers: Sequence[int] | None = None,  # blocks, rising; null: the one before the last but one, and the one below
         weight: float = 0.1,  # of old text, per hidden unit
         past_keys: bool = False,  # keep what earlier edits wrote
         ridge: float = 0.0,  # norm constraint

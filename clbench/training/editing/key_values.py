@@ -94,9 +94,9 @@ def apply(site: Site, delta_DH: Tensor) -> None:
 
 
 def check_layers(layers: Sequence[int] | None, depth: int) -> list[int]:
-    """Rising blocks of an option `layers`; null: the two before the last but one, or what there is."""
+    """Rising blocks of an option `layers`; null: the one before the last but one, and the one below it if there is one."""
     if layers is None:
-        return sorted({max(0, depth - 3), max(0, depth - 2)})
+        return sorted({max(0, depth - 4), max(0, depth - 3)})
     found = list(layers)
     whole = all(type(layer) is int and 0 <= layer < depth for layer in found)
     if not found or not whole or found != sorted(set(found)):
