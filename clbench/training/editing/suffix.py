@@ -27,9 +27,13 @@ class Suffix:
         model: Any = site.model
         block: Any = model.layers[site.layer]
         found: dict[str, Tensor] = {}
+
+        def attended(_: Any, inputs: Any, y: Tensor) -> None:
+            found["attended"] = y
+
         handles = [
             block.register_forward_pre_hook(lambda _, inputs: found.update(x=inputs[0])),
-            block.attention["dense"].register_forward_hook(lambda _, inputs, y: found.update(attended=y)),
+            block.attention["dense"].register_forward_hook(attended),
             site.linear.register_forward_hook(lambda _, inputs, y: found.update(keys=inputs[0], values=y)),
         ]
         try:
