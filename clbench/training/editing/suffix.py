@@ -28,13 +28,13 @@ class Suffix:
         block: Any = model.layers[site.layer]
         found: dict[str, Tensor] = {}
 
-        def attended(_: Any, inputs: Any, y: Tensor) -> None:
-            found["attended"] = y
+        def written(_: Any, inputs: Any, y: Any) -> None:
+            found.update(keys=inputs[0], values=y)
 
         handles = [
             block.register_forward_pre_hook(lambda _, inputs: found.update(x=inputs[0])),
-            block.attention["dense"].register_forward_hook(attended),
-            site.linear.register_forward_hook(lambda _, inputs, y: found.update(keys=inputs[0], values=y)),
+            block.attention["dense"].register_forward_hook(lambda _, inputs, y: found.update(attended=y)),
+            site.linear.register_forward_hook(written),
         ]
         try:
             model(tokens)
