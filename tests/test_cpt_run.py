@@ -148,7 +148,7 @@ def test_the_leaderboard_of_losses(finished):
         table = list(csv.DictReader(file))
     assert list(table[0]) == list(LOSS.columns) and len(table) == len(made)
     streams = {row["scenario"] for row in table}
-    assert streams == {"cpt_synthetic", "cpt_iid"}
+    assert streams == {"cpt_synthetic", "cpt_iid", "cpt_one"}
     values = {(row["scenario"], row["learner"], row["replay"]): row for row in table}
     ours, plain = (values["cpt_synthetic", "rewarm_replay", share] for share in ("0.05", "0"))
     final = loss_metrics.summary(made["rewarm_replay"])["final_loss"]
