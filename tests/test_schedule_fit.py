@@ -242,7 +242,7 @@ def test_two_schedules_of_one_peak_predict_a_third_and_another_peak_spoils_it(ca
         assert answer(["schedule", "fit", *two, "--held-out", one, "--json"]) == 0
         errors[name] = {law: abs(e) for law, e in json.loads(capsys.readouterr().out)["held_out_error"].items()}
     assert errors["same"]["annealing"] < 0.005 < errors["same"]["steps"]
-    assert errors["slower"]["annealing"] > 2 * errors["slower"]["steps"]
+    assert errors["slower"]["annealing"] > 1.3 * errors["slower"]["steps"]
     assert answer(["schedule", "fit", *two, third, slower, "--peak", "0.003", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
     assert made["notes"] == [] and not any("lr=0.001" in row["schedule"] for row in made["rows"])
