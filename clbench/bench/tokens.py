@@ -140,7 +140,7 @@ class Loop:
         self.observer: TokenLooks | None = None
         if probes:
             options = SimpleNamespace(eval_batch_size=128)
-            job = SimpleNamespace(scenario=self.stream, device=device, model=self.model, options=options)
+            job = SimpleNamespace(scenario=self.stream, device=device, model=self.model, options=options, evaluators=[])
             self.observer = TokenStream(job, self.runtime, None).observer  # type: ignore[arg-type]
 
     def __call__(self, steps: int) -> None:
