@@ -1,12 +1,17 @@
 """`continues=RECORD`: a learner goes on in a longer stream as if that had been its stream from the beginning; refusals."""
 
+import signal
+
 import pytest
+from test_resume import RUN, kill_when, reached
 
 from clbench.config.compose import compose
+from clbench.config.registry import conf_dir
 from clbench.interfaces import UserError
 from clbench.records import record
 from clbench.records.rows import rows_of
 from clbench.records.variant import variant
+from clbench.report import cards
 from clbench.run.runner import prepare, run_job
 
 SMALL = [
@@ -69,6 +74,28 @@ def test_seeds_are_one_row(tmp_path):
         made.append(finished(tmp_path, "learner=ncm", SIX, f"seed={seed}", f"continues={path}")[1])
     assert variant(made[0]) == variant(made[1]) and made[0]["config"]["continues"] != made[1]["config"]["continues"]
     assert variant(made[0]) != variant(finished(tmp_path, "learner=ncm", SIX)[1])
+    said = cards.command(made[1], ["0", "1"], conf_dir()).split()
+    assert said[:2] == ["clbench", "run"] and "-m" not in said and said[-1] == "seed=1"
+    assert f"continues=results/records/{path.stem}.json" in said
+
+
+def test_a_killed_one_goes_on(clbench):
+    """Inside the first new experience: the same final state as without the kill."""
+    words = (*RUN, "learner=finetune", "scenario.budget.epochs=6")
+    finals = []
+    for results in ("straight", "killed"):
+        clbench(*words, "scenario.num_classes=4", "save_model=true", f"results_dir={results}")
+        (first,) = clbench.records(results)
+        on = (*words, f"continues={results}/records/{first['run_id']}.json")
+        if results == "killed":
+            process, _, _ = kill_when(clbench, on, results, reached("fit-0.pt"))
+            assert process.returncode == -signal.SIGKILL
+        clbench(*on, f"results_dir={results}")
+        finals += [r for r in clbench.records(results) if r["run_id"] != first["run_id"]]
+    straight, killed = finals
+    assert straight["status"] == killed["status"] == "ok" and straight["run_id"] == killed["run_id"]
+    assert killed["final_state_sha256"] == straight["final_state_sha256"] and killed["correct"] == straight["correct"]
+    assert killed["visits"] == straight["visits"]
 
 
 def test_what_is_refused_before_anything_is_trained(tmp_path):

@@ -53,7 +53,7 @@ class CptGDumb:
         self.model, self.runtime, self.kept, self.passes = model, runtime, kept, steps == "passes"
         self.inner = Pretrain(model, runtime, lr=lr, schedule=schedule, boundary="reset", replay=replay, **rest)
         self.inner.trunk.initial = detached(model.state_dict())
-        self.inner.passes = 1 / kept  # type: ignore[assignment]  # of the newest text, too, the first share is all that is read
+        self.inner.passes = 1 / kept  # of the newest text, too, the first share is all that is read
 
     def plan(self, experience: Experience) -> list[Segment]:
         """One segment from fresh weights."""

@@ -97,7 +97,8 @@ class Pretrain:
     ):
         self.model, self.runtime, self.lr, self.schedule = model, runtime, lr, schedule
         self.branch, self.accounting, self.boundary, self.replay, self.anneal = branch, accounting, boundary, replay, anneal
-        self.start, self.data, self.until, self.passes, self.trainable = start, data, until, passes, trainable
+        self.start, self.data, self.until, self.trainable = start, data, until, trainable
+        self.passes: float = passes
         self.pet = attach_pet(pet, model, runtime)
         self.tuned = model if self.pet is None else self.pet  # what is trained, saved and put back
         self.optimizer, self.cursor = Adam(self.tuned, betas, weight_decay, clip), DataCursor()

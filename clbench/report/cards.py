@@ -196,16 +196,18 @@ def _measured(row: Mapping[str, Any], found: Sequence[Mapping[str, Any]], conf: 
 
 def command(entry: Mapping[str, Any], seeds: Sequence[str], conf: pathlib.Path) -> str:
     """The words that make runs like this one: the chosen names, and what its configuration has that their files have not."""
-    words = ["clbench", "run", *(["-m"] if len(seeds) > 1 else [])]
     config = entry["config"]
+    words = ["clbench", "run", *(["-m"] if len(seeds) > 1 and "continues" not in config else [])]
     for part in ("learner", "scenario", "model"):
         name = entry[part]["name"]
         words.append(f"{part}={name}")
         words += _changes(config.get(part, {}), conf, part, name)
     if config.get("precision", "fp32") != "fp32":
         words.append(f"precision={config['precision']}")
-    if "eval_batch_size" in config:  # only where predictions depend on it
-        words.append(f"eval_batch_size={config['eval_batch_size']}")
+    words += [f"{name}={config[name]}" for name in ("eval_batch_size", "optimizer_state") if name in config]  # where they count
+    if "continues" in config:  # each seed goes on from a record of its own
+        words.append(f"continues=results/records/{str(config['continues']).split('@')[0]}.json")
+        seeds = [str(config["seed"])]
     return " ".join(shlex.quote(word) for word in [*words, f"seed={','.join(seeds)}"])
 
 
