@@ -1,7 +1,6 @@
 """The core suite: orders that are what they claim, hashes that hold, parts of it, runs that are not repeated, the table."""
 
 import json
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ import pytest
 from clbench.config import compose, registry, suite
 from clbench.interfaces import UserError
 from clbench.report import suites
+from clbench.streams.operators import similarity
 from clbench.studies import core, core_choice
 
 CORE = suite.load("core_v1")
@@ -50,16 +50,14 @@ def test_orders_and_hashes_are_what_the_recipe_makes(name):
 
 def test_extreme_orders_are_extreme():
     node, stream = NODES["digits_classes"], CORE.streams["digits_classes"]
-    from clbench.streams.operators import similarity
-
     built = core.stream(node, {"scenario.order": "natural"})
-    ids = [built.dataset.labels == c for c in range(10)]
     train = built.dataset.split == 0
-    d = similarity.distances(built.dataset, [(mask & train).nonzero()[0] for mask in ids], ())
+    d = similarity.distances(built.dataset, [((built.dataset.y == c) & train).nonzero()[0] for c in range(10)], ())
 
     def within(order: suite.Order) -> int:
+        """Distances of the classes that share an experience, together."""
         classes = core.stream(node, order.overrides).manifest.class_order
-        return sum(d[a, b] for a, b in pairwise(classes) if classes.index(a) % 2 == 0)
+        return int(sum(d[a, b] for a, b in zip(classes[::2], classes[1::2], strict=True)))
 
     sums = {order.name: within(order) for order in stream.orders}
     assert max(sums, key=lambda k: sums[k]) == "edge_easy" and min(sums, key=lambda k: sums[k]) == "edge_hard", sums

@@ -95,6 +95,7 @@ def _start(ray: Any, address: str | None, num_cpus: float | None, num_gpus: floa
         options = {"log_to_driver": False, "logging_level": logging.ERROR, "address": address}
     else:
         options |= {"num_cpus": num_cpus, "num_gpus": num_gpus}
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own is 15: jobs would yield to all else on the machine
     ray.init(runtime_env={"env_vars": {"PYTHONPATH": paths}}, **options)
 
 
