@@ -110,7 +110,7 @@ def read(overrides: Sequence[str], multirun: bool = False) -> Composed:
         if not multirun:
             return Composed([resolve(base)], overrides, False, launcher)
         if base.get("suite") is not None:
-            part = _part_of_suite(str(base.suite), parsed)
+            part = _part_of_suite(str(base.suite), str(base.results_dir), parsed)
             words = list(part.words())
             return Composed(
                 Jobs(words, _resolved), overrides, True, launcher, ("scenario", "learner", "seed"), True, words, part
@@ -151,8 +151,8 @@ def _named() -> dict[str, str]:
     return {"job_name": "clbench", **behaviour()}
 
 
-def _part_of_suite(name: str, parsed: Sequence[Any]) -> Asked:
-    """What the overrides ask of a suite."""
+def _part_of_suite(name: str, results: str, parsed: Sequence[Any]) -> Asked:
+    """What the overrides ask of a suite, whose records go into a folder of their own unless another is named."""
     given = []
     for o in parsed:
         value = o.value()
@@ -163,6 +163,8 @@ def _part_of_suite(name: str, parsed: Sequence[Any]) -> Asked:
         else:
             values = [str(one) for one in (value if isinstance(value, list) else [value])]
         given.append((o.get_key_element(), str(o.input_line), values))
+    if all(key != "results_dir" for key, *_ in given):
+        given.append(("results_dir", f"results_dir={results}", [results]))
     return asked(name, given, MACHINE)
 
 

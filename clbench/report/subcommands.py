@@ -115,6 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser, page: str) -> None:
         words = "any number that `explain` names (last_macro, of pre-training final_loss)"
         parser.add_argument("--metric", help=words)
     if page == "core":
+        parser.set_defaults(results_dir="results/core")
         parser.add_argument("--suite", default="core_v1", metavar="NAME", help="the version (core_v1)")
     if page not in ("explain", "external", "flips", "html", "core"):
         for part in ("scenario", "learner", "model"):

@@ -7,8 +7,9 @@ is shown as what it is: how many there are, no mean, no rank.
 
 from __future__ import annotations
 
+import itertools
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from clbench.report.formats import Table, csv_text, fraction, to_markdown
 from clbench.report.runs import is_legacy, summarize
 
 Key = tuple[str, str]  # stream, learner
+FOLDER = "core"  # in a results folder: orders would be rows of one run each in its leaderboard
 _PLACES = ("scenario.augment",)  # options of a stream that its manifest does not hold
 
 
@@ -48,11 +50,11 @@ class Row:
         return [order.name for order in self.stream.orders if order.name not in self.values]
 
 
-def rows(of: Suite, entries: Iterable[Mapping[str, Any]]) -> dict[Key, Row]:
+def rows(of: Suite, found_entries: Iterable[Mapping[str, Any]]) -> dict[Key, Row]:
     """Every row of the suite, filled from records."""
     made = {(s.name, name): Row(s, name) for s in of.streams.values() for name in s.entries}
     places = {(order.sha256, order.seed): (s, order) for s in of.streams.values() for order in s.orders}
-    for entry in entries:
+    for entry in found_entries:
         found = places.get((str(entry["scenario"].get("manifest_sha256")), entry["seed"]))
         if found is None or not belongs(entry, *found):
             continue
@@ -266,10 +268,26 @@ def _missing(of: Suite, made: Mapping[Key, Row]) -> Table:
     return Table("missing", f"{of.version}, what is missing", ("stream", "learner", "missing", "why"), lines, notes)
 
 
+def folders(results: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+    """A results folder, and the folder `core` in it that holds the records of suites; of either of the two."""
+    root = results.resolve().parent if results.name == FOLDER else results
+    return root, root / FOLDER
+
+
+def entries(results: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """Every record of both folders, a run once."""
+    root, own = folders(results)
+    known: set[str] = set()
+    for entry in itertools.chain(record.entries(own / "records", []), record.entries(root / "records", [])):
+        if entry["run_id"] not in known:
+            known.add(entry["run_id"])
+            yield entry
+
+
 def of_folder(results: pathlib.Path, name: str) -> tuple[Suite, dict[Key, Row]]:
-    """A suite and its rows from a results folder."""
+    """A suite and its rows from a results folder and the folder `core` in it."""
     of = suite.load(name)
-    return of, rows(of, record.entries(results / "records", []))
+    return of, rows(of, entries(results))
 
 
 def write(results: pathlib.Path) -> list[pathlib.Path]:
@@ -280,7 +298,7 @@ def write(results: pathlib.Path) -> list[pathlib.Path]:
         if not any(row.values for row in made.values()):
             continue
         matrix, every, missing = tables(of, made)
-        place = results / "core" / of.version
+        place = folders(results)[1] / of.version
         record.write_text(place.with_suffix(".csv"), csv_text(every.columns, every.rows, _formatted))
         record.write_text(place.with_suffix(".md"), "\n\n".join(to_markdown(table) for table in (matrix, missing)) + "\n")
         written += [place.with_suffix(".csv"), place.with_suffix(".md")]

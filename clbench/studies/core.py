@@ -166,7 +166,7 @@ def learners(name: str, results: Path) -> dict[str, Any]:
                 continue
             given, tuning = options(known, learner, node["cards"])
             ratios = [pace[one][learner] for one in node["cards"] if learner in pace.get(one, {})]
-            seconds = round(float(node["seconds"]) * (ratios[0] if ratios else 1.0), 1)
+            seconds = max(0.1, round(float(node["seconds"]) * (ratios[0] if ratios else 1.0), 1))
             fit[learner] = {"overrides": given, "tuning": tuning, "seconds": seconds}
         made[key] = {"fit": fit, "left_out": left_out}
         print(f"{key}: {len(fit)} fit, {len(left_out)} do not", flush=True)

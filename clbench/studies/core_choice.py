@@ -38,7 +38,7 @@ LEAST = 5  # learners that a rank correlation needs
 
 def of_suite(of: suite.Suite, results: Path) -> tuple[dict[str, Values], dict[str, float]]:
     """Values by stream (of losses the negative, so that more is better), and core seconds of a run."""
-    made = suites.rows(of, record.entries(results / "records", []))
+    made = suites.rows(of, suites.entries(results))
     values: dict[str, Values] = {}
     seconds: dict[str, list[float]] = {}
     for (name, learner), row in made.items():
