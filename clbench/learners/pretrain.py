@@ -106,7 +106,7 @@ class Pretrain:
         self.start, self.data, self.until, self.trainable = start, data, until, trainable
         self.passes: float | Sequence[int] = passes
         adam = {"betas": betas, "weight_decay": weight_decay, "clip": clip}
-        self.ranked = None if rank is None else RankedSubset(rank, pilot, lr, adam)
+        self.ranked = RankedSubset(rank, pilot, lr, adam) if rank is not None else None
         self.pet = attach_pet(pet, model, runtime)
         self.tuned = model if self.pet is None else self.pet  # what is trained, saved and put back
         self.optimizer, self.cursor = Adam(self.tuned, betas, weight_decay, clip), DataCursor()
@@ -140,8 +140,7 @@ class Pretrain:
         mixture = {"replay": dict(vars(self.replay)), "data": self.data, "passes": self.passes}
         mixture |= {} if self.adapt is None else {"adapt": self.adapts}
         mixture |= {} if self.ranked is None else {"rank": self.ranked.rank, "pilot": self.ranked.steps}
-        start = "init" if k == 0 or self.start == "scratch" else self.start
-        policy = "new" if k == 0 else self.boundary
+        start, policy = ("init" if self.start == "scratch" else self.start, self.boundary) if k else ("init", "new")
         before = _steps_before(self, k, text.steps)
         made = [Segment(k, "trunk", start, policy, 0, cut, total, self.lr, self.schedule, mixture, before)]
         if cut < total:
