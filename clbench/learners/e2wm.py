@@ -13,7 +13,9 @@ Deviations from the code: F is the mean over rows of the squared gradient of the
 squares the gradient of a mean over its tokens (which falls with the square of the length) and over a batch (one square for many
 rows). F is held in full precision, in 8 bits there. As in the code there is no 1/2 before the sum. Old text is that of
 `streams/tokens/base_text.py`, so the decoder must read bytes. Own choices: rank, rates, 256 rows, strength; the published
-strengths, 2 and 0.5, are for the other F. Published number: none read.
+strengths, 2 and 0.5, are for the other F. Published number: none read. Measured on facts_30, then shift_3 (200 lines each, two
+seeds): the loss on old text rises by 1.62 nats as `text_lora`, by 0.94, 0.29 and 0.05 with strength 0.1, 1 and 10. Up to 1 both
+tasks are learned as well as without; earlier tasks are forgotten either way.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ class E2wm:
         model: Decoder,
         runtime: Runtime,
         *,
-        strength: float = 0.1,
+        strength: float = 1.0,
         old_lines: int = 256,
         rank: int = 8,
         layers: Sequence[str] = ("q", "k", "v", "proj", "fc1", "fc2"),
