@@ -75,7 +75,7 @@ ADDED: dict[str, dict[str, Any]] = {  # options that came to a learner later: wh
     "lwf.Lwf": {"trainable": "all", "refresh": None, "project": None},
     "mas.Mas": {"refresh": None, "project": None},
     "mir.Mir": {"columns": "seen", "score": "rise", "start": "second_batch"},
-    "pretrain.Pretrain": {"adapt": None, "pet": NO_PET, "anneal": None},
+    "pretrain.Pretrain": {"adapt": None, "pet": NO_PET, "anneal": None, "rank": None, "pilot": 50},
     "picle.Picle": {"latent": 0, "suffix": 2},
     "pred_kd.PredKd": {"refresh": None, "project": None},
     "replay.Replay": {"optimizer": "sgd"},
@@ -86,6 +86,7 @@ ADDED: dict[str, dict[str, Any]] = {  # options that came to a learner later: wh
     "slca.Slca": {"drift": None},
     "ssiat.Ssiat": {"drift": "shift"},
     "tent.Tent": {"reset": "never"},
+    "text_finetune.TextFinetune": {"select": None},
 }
 
 
@@ -123,9 +124,14 @@ def identity(config: dict[str, Any], can: Capabilities | None = None) -> dict[st
     else:
         kept["continues"] = _named(kept["continues"])
     # streams that take none of these keep the identity that they had before
-    for key in ("operators", "evaluators", "classes", "test_share", "test_seed", "draw"):
+    absent = ("operators", "evaluators", "classes", "test_share", "test_seed", "draw", "junk", "stages", "old_share", "target")
+    for key in absent:
         if key in kept["scenario"] and not kept["scenario"][key]:
             del kept["scenario"][key]
+    if not (config["scenario"].get("target") or ()):  # of no effect then
+        kept["scenario"].pop("target_lines", None)
+    if kept["scenario"].get("family") == "apart":  # how languages lay before there was a line
+        del kept["scenario"]["family"]
     if "operators" in kept["scenario"]:
         kept["scenario"]["operators"] = without_folders(kept["scenario"]["operators"])
     return kept
