@@ -20,36 +20,13 @@ from dataclasses import asdict
 from typing import Any
 
 from clbench import __version__
+from clbench.config.run_options import MACHINE
 from clbench.interfaces import Capabilities, UserError
 from clbench.records import record
 from clbench.streams.operators import registry as operators
 from clbench.streams.operators.registry import without_folders
 from clbench.training import hardware
 
-MACHINE = (
-    "device",
-    "num_threads",
-    "arithmetic",
-    "results_dir",
-    "data_root",
-    "download",
-    "force",
-    "checkpoint_seconds",
-    "eval_batch_size",
-    "micro_batch",
-    "compile",
-    "parallel",
-    "feature_store",
-    "feature_store_gb",
-    "on_error",
-    "save_model",
-    "save_predictions",
-    "gradient_norms",
-    "track",
-    "machine",
-    "sweep",
-    "names",
-)
 NO_PET = {"_target_": "clbench.models.pet_modules.none", "_partial_": True}
 ADDED: dict[str, dict[str, Any]] = {  # options that came to a learner later: what it did before it had them
     "agem.Agem": {"columns": "seen", "head": "linear"},
