@@ -38,6 +38,14 @@ PAGES: dict[str, tuple[str, tuple[str, ...]]] = {
         "intervals and variance over class orders and seeds, all pairs of learners, profiles across scenarios",
         ("clbench report statistics", "clbench report statistics --scenario cil_digits --part pairs --format csv"),
     ),
+    "core": (
+        "the core suite: learners by streams over five orders, ranks with ties, and what is missing",
+        (
+            "clbench report core",
+            "clbench report core --part missing",
+            "clbench report core --part rows --format csv --out core.csv",
+        ),
+    ),
     "targets": (
         "seven findings on continual pre-training: which of them the runs show",
         ("clbench report targets", "clbench report targets --scenario 'cpt_text*' --format md"),
@@ -113,7 +121,9 @@ def add_arguments(parser: argparse.ArgumentParser, page: str) -> None:
     if page in ("compare", "statistics"):
         words = "any number that `explain` names (last_macro, of pre-training final_loss)"
         parser.add_argument("--metric", help=words)
-    if page not in ("explain", "external", "flips", "html"):
+    if page == "core":
+        parser.add_argument("--suite", default="core_v1", metavar="NAME", help="the version (core_v1)")
+    if page not in ("explain", "external", "flips", "html", "core"):
         for part in ("scenario", "learner", "model"):
             words = f"only this {part}; globs and repetition allowed"
             parser.add_argument(f"--{part}", action="append", default=[], metavar="NAME", help=words)
@@ -171,9 +181,9 @@ def run(args: argparse.Namespace, conf: pathlib.Path) -> tuple[str, int]:
             return _given(text, form, args), code
         text, code = folder.report(results, args.strict, wanted)
         if not wanted:
-            from clbench.report import cards
+            from clbench.report import cards, suites
 
-            text = "\n".join([text, *(f"written {path}" for path in cards.write(results, conf))])
+            text = "\n".join([text, *(f"written {path}" for path in [*cards.write(results, conf), *suites.write(results)])])
         return text, code
     tables = _tables(args, results)
     part = args.part
@@ -181,6 +191,8 @@ def run(args: argparse.Namespace, conf: pathlib.Path) -> tuple[str, int]:
         part = "full" if form == "csv" else "rows"
     if part is None and args.page == "flips" and form == "csv":
         part = "pairs"
+    if part is None and args.page == "core" and form in ("text", "csv"):
+        part = "core"
     return _given(formats.render(tables, form, part), form, args), 0
 
 
@@ -209,6 +221,10 @@ def _tables(args: argparse.Namespace, results: pathlib.Path) -> list[Table]:
 
         made = flips.tables(args.records, results)
         return made if args.part or formats.form_of(args.format, args.out) != "text" else made[:1]
+    if args.page == "core":
+        from clbench.report import suites
+
+        return suites.tables(*suites.of_folder(results, args.suite))
     wanted = Filter(args.scenario, args.learner, args.model, args.where)
     if args.page == "compare":
         from clbench.report.compare import compare
