@@ -13,7 +13,7 @@ pieces of old text; one layer, the one before the last but one (GPT-2 XL: 17 of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -44,6 +44,7 @@ class Emmet:
         lr: float | None = None,  # of the search for a value; null: by the size of the block's output
         steps: int = 40,
         clamp: float = 4.0,  # largest change of a value, of its size
+        clamp_by: Literal["now", "start"] = "now",  # whose size: now (of the edited model) | start (of the model as given)
         kl: float = 0.0625,  # weight of what is said of the subject otherwise
         decay: float = 0.5,
     ):
@@ -52,6 +53,7 @@ class Emmet:
         layers = [max(0, len(blocks) - 3)] if layers is None else layers
         same: dict[str, Any] = {"batch": batch, "layers": layers, "weight": weight, "ridge": ridge, "contexts": contexts}
         same |= {"context": context, "lr": lr, "steps": steps, "clamp": clamp, "kl": kl, "decay": decay}
+        same |= {"clamp_by": clamp_by}
         self.model, self.slack, self.editor = model, slack, Memit(model, runtime, **same)
 
     def learn(self, experience: Experience) -> dict[str, float]:

@@ -24,7 +24,7 @@ Published number: none read.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from clbench.training.editing import key_values
 from clbench.training.editing.requests import check_options, each, edit_data
 from clbench.training.editing.site import Site
 from clbench.training.editing.spread import Change, edit_together
-from clbench.training.editing.value_search import Search
+from clbench.training.editing.value_search import Search, check_clamp_by, weights_given
 from clbench.training.runtime import Runtime
 from clbench.training.state import collect, restore
 
@@ -59,12 +59,14 @@ class Memit:
         lr: float | None = None,  # of the search for a value; null: by the size of the block's output
         steps: int = 40,
         clamp: float = 4.0,  # largest change of a value, of its size
+        clamp_by: Literal["now", "start"] = "now",  # whose size: now (of the edited model) | start (of the model as given)
         kl: float = 0.0625,  # weight of what is said of the subject otherwise
         decay: float = 0.5,
         top: int = 0,  # early stopping: contexts behind which the whole answer must be the first choice; 0: never
         patience: int = 4,  # times that it must be so
     ):
         check_options(batch=(batch, 1), weight=(weight, 0), ridge=(ridge, 0), contexts=(contexts, 0), context=(context, 1))
+        check_clamp_by(clamp_by)
         if top > contexts:
             raise UserError(f"learner.top={top} is never met: there are learner.contexts={contexts}")
         blocks: Any = model.layers
@@ -73,6 +75,7 @@ class Memit:
         self.weight, self.past_keys, self.ridge = weight, past_keys, ridge
         self.contexts, self.context = contexts, context
         self.search = Search(lr=lr, steps=steps, clamp=clamp, kl=kl, decay=decay, top=top, patience=patience)
+        self.given = weights_given(self.sites) if clamp_by == "start" else []
         self.moments_HH: list[Tensor] = []
         self.past_HH: list[Tensor] = []
         runtime.meter.trained = sum(site.linear.weight.numel() for site in self.sites)
@@ -89,7 +92,7 @@ class Memit:
             self.moments_HH = [key_values.second_moment(site, data, self.runtime.device) for site in self.sites]
             self.past_HH = [torch.zeros_like(moment) for moment in self.moments_HH] if self.past_keys else []
         for requests in each(self.runtime, self, experience, self.batch):
-            told = (self.search, self.contexts, self.context, change)
+            told = (self.search, self.contexts, self.context, change, self.given)
             keys = edit_together(self.runtime, self.model, self.sites, requests, data, *told)
             for past, keys_HN in zip(self.past_HH, keys, strict=False):
                 past += keys_HN @ keys_HN.T
@@ -112,8 +115,8 @@ class Memit:
         return self.model(tokens)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, C, sums over earlier keys."""
-        return collect(self, "model", "moments_HH", "past_HH")
+        """Weights, now and as given, C, sums over earlier keys."""
+        return collect(self, "model", "moments_HH", "past_HH", *(["given"] if self.given else []))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         restore(self, state)

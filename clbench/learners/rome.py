@@ -34,7 +34,7 @@ from clbench.streams.tokens.edits import Request
 from clbench.training.editing import key_values
 from clbench.training.editing.requests import check_options, each, edit_data
 from clbench.training.editing.site import Site
-from clbench.training.editing.value_search import Search, find_value
+from clbench.training.editing.value_search import Search, check_clamp_by, find_value, size_given, weights_given
 from clbench.training.runtime import Runtime
 from clbench.training.state import collect, restore
 
@@ -60,17 +60,20 @@ class Rome:
         lr: float | None = None,  # of the search for a value; null: by the size of the layer's output
         steps: int = 25,
         clamp: float = 4.0,  # largest change of a value, of its size
+        clamp_by: Literal["now", "start"] = "now",  # whose size: now (of the edited model) | start (of the model as given)
         kl: float = 0.0625,  # weight of what is said of the subject otherwise
         decay: float = 0.5,
     ):
         if variant not in VARIANTS:
             raise UserError(f"learner.variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
         check_options(contexts=(contexts, 0), context=(context, 1))
+        check_clamp_by(clamp_by)
         blocks: Any = model.layers
         self.site = Site(model, max(0, len(blocks) - 3) if layer is None else layer)
         self.model, self.runtime, self.variant = model, runtime, variant
         self.contexts, self.context = contexts, context
         self.search = Search(lr=lr, steps=steps, clamp=clamp, kl=kl, decay=decay)
+        self.given = weights_given([self.site]) if clamp_by == "start" else []
         self.moment_HH = torch.zeros(0, 0, dtype=torch.float64, device=runtime.device)
         runtime.meter.trained = self.site.linear.weight.numel()
 
@@ -90,7 +93,8 @@ class Rome:
     def _change(self, request: Request, data: Any) -> Tensor:
         """Delta [D, H] of one request."""
         before = key_values.contexts(data, self.contexts, self.context, self.runtime.key("contexts", request.id))
-        delta_D, start_D = find_value(self.runtime, self.site, request, before, self.search)
+        size = size_given([self.site], self.given, request, self.runtime.device, False) if self.given else None
+        delta_D, start_D = find_value(self.runtime, self.site, request, before, self.search, size=size)
         plain_H, behind_MH = key_values.keys_of(self.site, request, before, self.runtime.device)
         mean_H = torch.cat([plain_H[None], behind_MH]).mean(0)
         return rome_change(self.variant, self.site, delta_D.double(), start_D.double(), plain_H, mean_H, self.moment_HH)
@@ -101,8 +105,8 @@ class Rome:
         return self.model(tokens)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights and C."""
-        return collect(self, "model", "moment_HH")
+        """Weights, now and as given, and C."""
+        return collect(self, "model", "moment_HH", *(["given"] if self.given else []))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         restore(self, state)

@@ -57,6 +57,13 @@ PAGES: dict[str, tuple[str, tuple[str, ...]]] = {
             "clbench report flips results/records/*.json --part sets --format csv --out flips.csv",
         ),
     ),
+    "predictions": (
+        "the answers of every test sample of the chosen records as one parquet file (needs save_predictions=true)",
+        (
+            "clbench report predictions --out answers.parquet",
+            "clbench report predictions --learner slca --scenario cil_digits --out answers.parquet",
+        ),
+    ),
     "external": (
         "scores in files of Every Eval Ever, of any library, as one table",
         ("clbench report external eee", "clbench report external model.json --format csv --out scores.csv"),
@@ -131,6 +138,11 @@ def add_arguments(parser: argparse.ArgumentParser, page: str) -> None:
         parser.add_argument("kinds", nargs="*", metavar="KIND", help="which figures (all)")
         parser.add_argument("--format", choices=("png", "svg", "pdf"), default="png", help="(png)")
         parser.add_argument("--out", default="figures", metavar="DIR", help="the folder to write into (figures)")
+    elif page == "predictions":
+        from clbench.report.travel import answers_table
+
+        parser.add_argument("--out", required=True, metavar="FILE", help="the parquet file to write")
+        parser.epilog = f"{parser.epilog or ''}\n\ncolumns:\n{answers_table.schema_text()}"
     else:
         forms = (*formats.FORMS, *TRAVEL) if page == "" else formats.FORMS
         parser.add_argument("--format", choices=forms, help="how to print it (text, or what --out's suffix says)")
@@ -154,6 +166,8 @@ def run(args: argparse.Namespace, conf: pathlib.Path) -> tuple[str, int]:
         return f"written {html.write(results, out, since)}", 0
     if args.page == "plot":
         return _plot(args, results)
+    if args.page == "predictions":
+        return _answers(args, results), 0
     if args.page == "" and (args.format in TRAVEL or str(args.out).endswith(".parquet")):
         return _travel(args, results), 0
     if args.page == "" and args.organization:
@@ -229,6 +243,15 @@ def _tables(args: argparse.Namespace, results: pathlib.Path) -> list[Table]:
     if not found.runs:
         raise UserError(f"no records in {results / 'records'}")
     return overview.tables(found.runs, args.metric)
+
+
+def _answers(args: argparse.Namespace, results: pathlib.Path) -> str:
+    """The answers of the chosen records as parquet -> what was written."""
+    from clbench.report.travel import answers_table
+
+    out = pathlib.Path(args.out).expanduser()
+    records, rows = answers_table.write(results, out, Filter(args.scenario, args.learner, args.model, args.where))
+    return f"written {out}: {rows} answers of {records} records, counted against them"
 
 
 def _travel(args: argparse.Namespace, results: pathlib.Path) -> str:

@@ -36,6 +36,7 @@ ADDED: dict[str, dict[str, Any]] = {  # options that came to a learner later: wh
     "dualprompt.DualPrompt": {"ovor": None},
     "er.ExperienceReplay": {"refresh": None, "project": None},
     "er_ace.ErAce": {"start": "second_batch", "past": False},
+    "emmet.Emmet": {"clamp_by": "now"},
     "ewc.Ewc": {"refresh": None, "project": None},
     "feat_kd.FeatKd": {"refresh": None, "project": None},
     "finetune.Finetune": {"trainable": "all", "refresh": None, "optimizer": "sgd"},
@@ -51,11 +52,13 @@ ADDED: dict[str, dict[str, Any]] = {  # options that came to a learner later: wh
     "l2_reg.L2Reg": {"refresh": None, "project": None},
     "lwf.Lwf": {"trainable": "all", "refresh": None, "project": None},
     "mas.Mas": {"refresh": None, "project": None},
+    "memit.Memit": {"clamp_by": "now"},
     "mir.Mir": {"columns": "seen", "score": "rise", "start": "second_batch"},
-    "pretrain.Pretrain": {"adapt": None, "pet": NO_PET, "anneal": None},
+    "pretrain.Pretrain": {"adapt": None, "pet": NO_PET, "anneal": None, "rank": None, "pilot": 50},
     "picle.Picle": {"latent": 0, "suffix": 2},
     "pred_kd.PredKd": {"refresh": None, "project": None},
     "replay.Replay": {"optimizer": "sgd"},
+    "rome.Rome": {"clamp_by": "now"},
     "rwalk.RWalk": {"refresh": None, "project": None},
     "scr.Scr": {"start": "second_batch", "past": False},
     "si.Si": {"boundaries": "told", "hazard": 0.01, "certain": 0.9, "summary": 4, "refresh": None, "project": None},
@@ -63,6 +66,7 @@ ADDED: dict[str, dict[str, Any]] = {  # options that came to a learner later: wh
     "slca.Slca": {"drift": None},
     "ssiat.Ssiat": {"drift": "shift"},
     "tent.Tent": {"reset": "never"},
+    "text_finetune.TextFinetune": {"select": None},
 }
 
 
@@ -90,6 +94,9 @@ def identity(config: dict[str, Any], can: Capabilities | None = None) -> dict[st
     elif isinstance(dataset, list):
         kept["scenario"]["dataset"] = [pathlib.PurePath(one).name for one in dataset]
     kept["scenario"].pop("path", None)
+    for key in ("corpus", "tokenizer"):
+        if isinstance(kept["scenario"].get(key), str):
+            kept["scenario"][key] = pathlib.PurePath(kept["scenario"][key]).name
     _leave_out_added(kept["learner"])
     if kept["model"].get("norm") == "batch":  # what networks had before there was a choice
         del kept["model"]["norm"]
@@ -100,9 +107,14 @@ def identity(config: dict[str, Any], can: Capabilities | None = None) -> dict[st
     else:
         kept["continues"] = _named(kept["continues"])
     # streams that take none of these keep the identity that they had before
-    for key in ("operators", "evaluators", "classes", "test_share", "test_seed", "draw"):
+    absent = ("operators", "evaluators", "classes", "test_share", "test_seed", "draw", "junk", "stages", "old_share", "target")
+    for key in (*absent, "all_told"):
         if key in kept["scenario"] and not kept["scenario"][key]:
             del kept["scenario"][key]
+    if not (config["scenario"].get("target") or ()):  # of no effect then
+        kept["scenario"].pop("target_lines", None)
+    if kept["scenario"].get("family") == "apart":  # how languages lay before there was a line
+        del kept["scenario"]["family"]
     if "operators" in kept["scenario"]:
         kept["scenario"]["operators"] = without_folders(kept["scenario"]["operators"])
     return kept

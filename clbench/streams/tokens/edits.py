@@ -246,6 +246,7 @@ def edit_facts(
     entities: int = 64,
     seed: int = 0,
     draw: int = 0,
+    all_told: bool = False,
     looks: Sequence[int] | None = None,
     neighbours: int = 4,
     known: float = 0.9,
@@ -257,6 +258,7 @@ def edit_facts(
     entities    of the pool `edit`; a multiple of 64
     seed        of the world: the decoder must have been trained on it
     draw        of the requests of this world: which facts, in which order, to which new objects
+    all_told    old text for learners tells of all subjects, as things were before the edits; else of the pool `tune` alone
     looks       numbers of edits after which the learner is evaluated; None: 1, 10, 100, ... and all
     neighbours  asked for each request: subjects of the pool `locality` with the old answer, at most 10
     known       share of the facts that the decoder must know, else it is refused; 0: any decoder can be tried
@@ -266,16 +268,21 @@ def edit_facts(
     world = World(entities, seed)
     if isinstance(draw, bool) or not isinstance(draw, int) or draw < 0:
         raise UserError(f"scenario.draw must be a whole number from 0, got {draw!r}")
+    if not isinstance(all_told, bool):
+        raise UserError(f"scenario.all_told must be true or false, got {all_told!r}")
     most = (facts.RELATIONS - 1) * entities
     for key, value, least, limit in (("edits", edits, 1, most), ("neighbours", neighbours, 1, 10)):
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= limit:
             raise UserError(f"scenario.{key} must be a whole number from {least} to {limit}, got {value!r}")
-    made = made_world(world, edits, neighbours, draw)
+    made = made_world(world, edits, neighbours, draw, facts.POOLS if all_told else ("tune",))
     return scenario(name, made, looks, budget, known)
 
 
-def made_world(world: World, edits: int, neighbours: int, draw: int = 0) -> Questions:
-    """Requests and probes of a world. Each entity keeps one relation, drawn at random: its `same_subject` probe."""
+def made_world(world: World, edits: int, neighbours: int, draw: int = 0, told: tuple[str, ...] = ("tune",)) -> Questions:
+    """Requests and probes of a world. Each entity keeps one relation, drawn at random: its `same_subject` probe.
+
+    `told` are the pools that old text for learners tells of.
+    """
     own = ("edits", world.seed, draw) if draw else ("edits", world.seed)
     kept = rng.integers(rng.key(*own, "kept"), world.pool, facts.RELATIONS)
     pairs = np.array([(e, r) for e in range(world.pool) for r in range(facts.RELATIONS) if r != kept[e]])
@@ -308,7 +315,7 @@ def made_world(world: World, edits: int, neighbours: int, draw: int = 0) -> Ques
             probes += several
     held = world.old(OLD_ROWS, rng.key("edits", world.seed, "old"))
     floor = window_floor(world.language, held - facts.OLD_WORDS)
-    text = world.text(("tune",), TEXT_ROWS, CONTEXT, rng.key("edits", world.seed, "text"))
+    text = world.text(told, TEXT_ROWS, CONTEXT, rng.key("edits", world.seed, "text"))
     named = f"facts_{2 * world.pool}"
     return Questions(
         named, facts.VOCAB, CONTEXT, tuple(requests), tuple(before), tuple(probes), about, held, text, floor, facts.END

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from clbench.streams.tokens.edits import EditData, Request
 from clbench.training.editing import key_values
 from clbench.training.editing.site import Site
-from clbench.training.editing.value_search import Search, find_value, output_at
+from clbench.training.editing.value_search import Search, find_value, output_at, size_given
 from clbench.training.runtime import Runtime
 
 Change = Callable[[int, Tensor, Tensor], Tensor]  # (number of the layer in the range, R [D, N], K [H, N]) -> Delta [D, H]
@@ -33,14 +33,19 @@ def edit_together(
     number: int,
     length: int,
     change: Change,
+    given: Sequence[Tensor] = (),
 ) -> list[Tensor]:
-    """Change the weights at `sites` for `requests`; `number` contexts of `length` tokens -> the keys [H, N] of each layer."""
+    """Change the weights at `sites` for `requests`; `number` contexts of `length` tokens -> the keys [H, N] of each layer.
+
+    `given` are the weights at `sites` in the model whose values bound the new ones; (): in the model as it is.
+    """
     blocks: Any = model.layers
     last = blocks[sites[-1].layer]
     before = [key_values.contexts(data, number, length, runtime.key("contexts", r.id)) for r in requests]
     wanted = []
     for request, pieces in zip(requests, before, strict=True):
-        delta_D, start_D = find_value(runtime, sites[-1], request, pieces, search, of_block=True)
+        size = size_given(sites, given, request, runtime.device, True) if given else None
+        delta_D, start_D = find_value(runtime, sites[-1], request, pieces, search, True, size)
         wanted.append((start_D + delta_D).double())
     wanted_DN, used = torch.stack(wanted, 1), []
     for m, site in enumerate(sites):

@@ -3,20 +3,23 @@
     min over delta   mean over contexts of  -log p(answer | context, prompt; delta)
                      + kl * KL(P_delta || P_0) at the subject + decay * |delta| / |v_0|^2,   |delta| <= clamp * |v_0|
 
-v_0 is the module's output at the subject of the prompt by itself. The distribution after the subject's last token stands for
+v_0 is the module's output at the subject of the prompt by itself, and what `clamp` is a multiple of: of the model as it is, or
+of the model as it was given (`size_given`). The distribution after the subject's last token stands for
 "{subject} is a ..." (as in the code of ROME); the decay is of the norm, not of its square, as in the code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clbench.interfaces import UserError
 from clbench.streams.tokens.edits import Request
 from clbench.training.editing.key_values import told
 from clbench.training.editing.requests import check_options, descend
@@ -75,15 +78,51 @@ def output_at(model: nn.Module, module: nn.Module, tokens: Tensor, place: int) -
     return found[0]
 
 
+def check_clamp_by(value: str) -> None:
+    """`UserError` for an option `clamp_by` that is neither `now` nor `start`."""
+    if value not in ("now", "start"):
+        raise UserError(f"learner.clamp_by must be now or start, got {value!r}")
+
+
+def weights_given(sites: Sequence[Site]) -> list[Tensor]:
+    """Copies of the weights [D, H] at `sites`."""
+    return [site.linear.weight.detach().clone() for site in sites]
+
+
+@torch.no_grad()
+def size_given(sites: Sequence[Site], given: Sequence[Tensor], request: Request, device: torch.device, of_block: bool) -> float:
+    """|v_0| of a request at the last of `sites` in the model as it was given, with weights `given` [D, H] there."""
+    now = [site.linear.weight.clone() for site in sites]
+    blocks: Any = sites[-1].model.layers
+    module = blocks[sites[-1].layer] if of_block else sites[-1].linear
+    try:
+        for site, weight in zip(sites, given, strict=True):
+            site.linear.weight.copy_(weight)
+        prompt = torch.from_numpy(request.prompt)[None].to(device)
+        return float(output_at(sites[-1].model, module, prompt, request.subject).norm())
+    finally:
+        for site, weight in zip(sites, now, strict=True):
+            site.linear.weight.copy_(weight)
+
+
 def find_value(
-    runtime: Runtime, site: Site, request: Request, before: np.ndarray, search: Search, of_block: bool = False
+    runtime: Runtime,
+    site: Site,
+    request: Request,
+    before: np.ndarray,
+    search: Search,
+    of_block: bool = False,
+    size: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(delta, v_0) [D] float32 each of a request; `before`: contexts [M, C]. The module: the layer of `site`, or its block."""
+    """(delta, v_0) [D] float32 each of a request; `before`: contexts [M, C]. The module: the layer of `site`, or its block.
+
+    `size` stands for |v_0| in the bound of |delta|; None: that of the model as it is.
+    """
     texts, places = told(request, before, runtime.device)
     goal = _Goal(site, texts, places, len(request.target), of_block)
     start_D = goal.start_NLD[0, places[0]].float()
     delta_D = torch.zeros_like(start_D, requires_grad=True)
-    most = search.clamp * float(start_D.norm())
+    most = search.clamp * (float(start_D.norm()) if size is None else size)
     lr = 0.1 * most / len(start_D) ** 0.5 if search.lr is None else search.lr
     seen = {"met": 0, "right": 0}
 
