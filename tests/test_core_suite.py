@@ -215,3 +215,12 @@ def test_how_well_streams_tell_methods_apart():
     assert lines["a"]["told apart"] == 1.0 and lines["flat"]["told apart"] < 0.5 and lines["a"]["rho"] > 0.9
     both = core_choice.measured({"a": wide, "turned": turned}, {})
     assert [line["rho"] for line in both] == pytest.approx([-1, -1])
+
+
+def test_the_committed_table_is_made_from_the_committed_records(tmp_path):
+    results = Path(__file__).parent.parent / "results"
+    (tmp_path / "core").mkdir()
+    (tmp_path / "records").symlink_to(results / "records")
+    (tmp_path / "core" / "records").symlink_to(results / "core" / "records")
+    for path in suites.write(tmp_path):
+        assert path.read_text() == (results / "core" / path.name).read_text(), "run clbench report"

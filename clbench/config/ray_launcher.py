@@ -6,6 +6,7 @@ with the other launchers every job is a process of its own beneath its task: one
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Sequence
@@ -79,10 +80,9 @@ class RayLauncher(Launcher):
 def imported() -> Any:
     """Ray, or a `UserError` that says how to get it."""
     try:
-        import ray
+        return importlib.import_module("ray")
     except ImportError:
         raise UserError("machine=ray needs Ray: pip install 'clbench[ray]'") from None
-    return ray
 
 
 def _start(ray: Any, address: str | None, num_cpus: float | None, num_gpus: float | None) -> None:
