@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from clbench.training.runtime import Runtime
     from clbench.training.state import collect, groups_of, parameters_of, restore
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _WHERE = {
     "config.compose": ("compose",),
     "evaluation": ("loss_metrics", "metrics", "peer_metrics"),

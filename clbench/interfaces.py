@@ -100,6 +100,7 @@ class Capabilities:
     supports_parallel   one model may be trained by several processes (torchrun)
     anytime             can be asked inside `learn`, after any step of `fit`: needed where a stream has looks
     trains              has weights that `fit` trains: needed where a run keeps the optimiser's moments (optimizer_state)
+    needs_target        chooses what to train on by samples of a target
     writes_text         is trained on text that its model writes: needs a stream of tokens, and a decoder
     needs_one_domain    every experience must be of the same domain
     """
@@ -121,6 +122,7 @@ class Capabilities:
     anytime: bool = False
     trains: bool = True
     writes_text: bool = False
+    needs_target: bool = False
     needs_one_domain: bool = False
 
 
@@ -204,6 +206,7 @@ class Experience:
     num_seen          classes seen so far, this experience included: predictions have this width
     task              disclosed only in task-incremental streams
     past              data of earlier experiences, for learners that declare `stores_all_data`; empty for all others
+    target            samples of what the learner is to become good at, no training samples; None where a stream has none
     """
 
     index: int
@@ -216,6 +219,7 @@ class Experience:
     task: int | None
     budget: Budget
     past: tuple[Data, ...] = ()
+    target: Data | None = None
 
 
 class EvaluationSet(Protocol):
@@ -264,6 +268,7 @@ class Facts:
     every_class_comes_once: bool = True
     one_domain: bool = False
     has_text: bool = False
+    has_target: bool = False
 
 
 @runtime_checkable
@@ -324,6 +329,7 @@ def mismatch(learner: str, can: Capabilities, facts: Facts, pretrained: bool) ->
         and not can.stores_all_data,
         "needs_labels, and some experience has none": can.needs_labels and not facts.every_experience_has_labels,
         "writes_text, and the scenario is not made of tokens": can.writes_text and not facts.has_text,
+        "needs_target, and the scenario has no target lines": can.needs_target and not facts.has_target,
         "needs_one_domain, and experiences are of several": can.needs_one_domain and not facts.one_domain,
         "it cannot be asked inside an experience (anytime), and the stream has looks": facts.has_looks and not can.anytime,
         "needs_pretrained, and the model has random weights": can.needs_pretrained and not pretrained,

@@ -40,6 +40,35 @@ def test_needed_passes_by_hand(learner, stream, epochs, extra, trained, forward)
     assert bool(made.full) == (learner == "slca")
 
 
+def test_needed_passes_of_low_rank_modules():
+    """Four epochs of four times 250 images, and each image twice more where inputs are looked at; the network changes."""
+    tested = 125 + 250 + 375 + 500
+    for learner, extra in (("inflora", 2000), ("sd_lora", 0), ("finetune", 0)):
+        made = needed.KNOWN[learner](needed.Stream(TWENTY["train"], TWENTY["test"], 4, ADAPTER))
+        assert made == needed.Passes(adapter=4000, forward=extra + tested), learner
+    assert needed.KNOWN["finetune"](needed.Stream([10], [5], 2, {})) == needed.Passes(full=20, forward=5)
+
+
+@pytest.mark.parametrize("learner", ["inflora", "sd_lora", "finetune"])
+def test_learners_with_low_rank_modules_pass_what_they_need(learner, tmp_path):
+    from clbench.config.compose import compose
+    from clbench.records import record
+    from clbench.run import runner
+
+    words = (f"learner={learner}", *(("pet=lora",) if learner == "finetune" else ()), "scenario.num_classes=4")
+    sizes = (
+        "scenario.limit_train=6",
+        "scenario.limit_test=4",
+        "scenario.budget.epochs=2",
+        "feature_store=off",
+        "num_threads=1",
+    )
+    (job,) = compose([*words, *sizes, f"results_dir={tmp_path}", "on_error=raise"])
+    entry = record.read(runner.run_job(job).path)
+    least = needed.KNOWN[learner](needed.Stream([12, 12], [8, 8], 2, job["learner"]))
+    assert (entry["passes"]["train"], entry["passes"]["eval"]) == (least.adapter, least.forward) and least.full == 0
+
+
 def test_a_floor_is_passes_at_rates():
     passes = needed.Passes(full=100, adapter=0, forward=30)
     assert passes.seconds({"full": 50.0, "forward": 10.0}) == 5.0
@@ -141,7 +170,7 @@ def test_presets_compose(name, tmp_path):
         (("--cases", "slca", "--learners", "slca"), "give one of them"),
         (("scaling", "--cases", "slca"), "--cases has no effect on bench scaling"),
         (("--name", "../x"), "--name must be"),
-        (("--learners", "finetune", "--quick"), "finetune has no naive version"),
+        (("--learners", "ewc", "--quick"), "ewc has no naive version"),
         (("--learners", "ncmm"), "no learner 'ncmm'"),
         (("cases", "scaling"), "write NAME=VALUE"),
     ],
@@ -290,6 +319,32 @@ def test_online_loops_do_the_same_work():
     torch.testing.assert_close(ours.learner.head.blocks[0].weight, theirs.head.weight, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_adapting_loops_do_the_same_work(norm):
+    """The same images from the same weights: the same answers, and scales and shifts that end near each other."""
+    import copy
+
+    from clbench.bench import adapting, online
+    from clbench.config.compose import build, compose
+
+    words = ["model=convnet", "model.kwargs.maps=[4]", "model.kwargs.hidden=8", f"model.norm={norm}"]
+    model = build(compose(words)[0]["model"])
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (50, 32, 32, 3), np.uint8), rng.integers(0, 10, 50)
+    loops = {name: kind(copy.deepcopy(model), x, y, "fp32", 10) for name, kind in online.loops_of("adapting").items()}
+    ours, theirs = loops["clbench"], loops["by hand"]
+    assert online.loops_of("online") is online.LOOPS and isinstance(ours, adapting.OfClbench)
+    head = {k.removeprefix("blocks.0."): v for k, v in ours.learner.head.state_dict().items()}
+    theirs.head.load_state_dict(head)
+    ours(5), theirs(5)
+    assert ours.answers == theirs.answers and len(ours.answers) == ours.at == theirs.at == 50
+    moved = {f"net.{name}": p for name, p in theirs.net.named_parameters() if p.requires_grad}
+    assert moved.keys() == ours.learner.adapted.weights.keys() and len(moved) >= 2
+    for name, value in ours.learner.adapted.weights.items():
+        assert not torch.equal(value, dict(model.named_parameters())[name])
+        torch.testing.assert_close(value, moved[name], atol=2e-4, rtol=1e-3)
+
+
 def test_online_writes_a_table_with_the_machine_in_it(tmp_path, monkeypatch):
     import csv
 
@@ -298,7 +353,7 @@ def test_online_writes_a_table_with_the_machine_in_it(tmp_path, monkeypatch):
     monkeypatch.setattr(
         online,
         "_rows",
-        lambda node, flags, precision, batch, times: [
+        lambda node, flags, precision, batch, times, kinds: [
             {
                 "precision": precision,
                 "layout": "x",

@@ -61,8 +61,8 @@ def test_containers_in_containers_and_heads_beside(tmp_path, state, caplog):
     inner = {f"module.backbone.{name}": value for name, value in state.items()} | {"module.fc.weight": torch.zeros(7, 3)}
     torch.save({"model": {"state_dict": inner}, "optimizer": {"state": {}}}, tmp_path / "w.pth")
     assert "names without 'module.backbone.'; fc.weight left out" in read(tmp_path / "w.pth", state, caplog)
-    torch.save({"model": inner | {"module.projector.weight": torch.zeros(2)}}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"do not fit model small: unexpected projector\.weight$"):
+    torch.save({"model": inner | {"module.adapter.weight": torch.zeros(2)}}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"do not fit model small: unexpected adapter\.weight \("):
         small(str(tmp_path / "w.pth"))
     inner = {f"module.{name}": value for name, value in state.items()} | {"module.fc.weight": torch.zeros(7, 3)}
     torch.save({"model": {"state_dict": inner}, "optimizer": {"state": {}}}, tmp_path / "w.pth")

@@ -67,6 +67,21 @@ def test_stability_gaps_by_hand():
     assert m.gaps(curves(), ["b"], [2]) == []
 
 
+def test_dips_of_what_is_learned_by_hand():
+    seen = curves()
+    seen["accuracy"]["b"] = [0, 0, 0.5, 0.25, 0.375, 0.75, 0.75, 0.5, 0.5, 0.5]
+    seen["accuracy"]["c"] = [0, 0, 0, 0, 0, 0, 0.5, 0.375, 0.25, 0.375]
+    seen["loss"]["c"] = [1.0] * 10
+    first, second = m.dips(seen, ["a", "b", "c"], [0, 1, 2])
+    assert first == {"experience": 1, "start": 0.5, "depth": 0.25, "tokens": 100}, "of b alone"
+    assert second == {"experience": 2, "start": 0.5, "depth": 0.25, "tokens": None}
+    (rises,) = m.dips({**seen, "accuracy": {"b": [0, 0, 0.1, 0.2, 0.3, 0.4, 0, 0, 0, 0]}}, ["b"], [1])
+    assert rises["depth"] == 0 and rises["tokens"] == 0
+    both = m.dips(seen, ["b", "c"], [2, 2])
+    assert both[0]["start"] == 0.625 and both[0]["depth"] == 0.25, "the mean of two sets"
+    assert m.dips(seen, ["a"], [0]) == []
+
+
 def test_worst_accuracies():
     assert m.min_accuracy(curves(), ["a", "b"], [0, 1]) == pytest.approx((0.2 + 0.5) / 2)
     names = ["a", "b", "c"]

@@ -352,6 +352,7 @@ PLANS = {
     "skill_it": (SkillIt, {"updates": 4, "eta": 5.0}),
     "written": (Pretrain, INFINITE | {"replay": Replay(share=0.3, source="generated")}),
     "generations": (Generations, {"data": "subsample"}),
+    "ranked": (Pretrain, {"passes": [1, 3], "rank": "lowest", "pilot": 3, "replay": Replay(share=0.3)}),
 }
 
 

@@ -249,6 +249,7 @@ def test_an_unlimited_budget_needs_a_number(name):
         (Capabilities(needs_disjoint_classes=True), {"every_class_comes_once": False}, "needs_disjoint_classes"),
         (Capabilities(needs_passes=2), {}, "needs_passes=2"),
         (Capabilities(writes_text=True), {}, "not made of tokens"),
+        (Capabilities(needs_target=True), {}, "no target lines"),
         (Capabilities(needs_one_domain=True), {"has_text": True}, "experiences are of several"),
         (Capabilities(needs_pretrained=True), {}, "random weights"),
     ],

@@ -28,6 +28,7 @@ CASES = {
     "ranpac without module": ("learner=ranpac", "pet=none", "learner.projection=0", "learner.ridge=1"),
     "aper": ("learner=aper",),
     "aper whole network": ("learner=aper", "pet=none"),
+    "finetune": ("learner=finetune", "learner.batch_size=16"),
     "slca": ("learner=slca", "learner.align_epochs=0", "learner.batch_size=16"),
     "lae": ("learner=lae", "learner.lr=0.01"),
     "ease": ("learner=ease",),
@@ -89,6 +90,8 @@ def official(name, stream, options):
         return first + n + tested
     if name.startswith("aper"):
         return first + 2 * (n + tested)
+    if name == "finetune":
+        return e * n + tested
     if name == "slca":
         return e * n + e * n + n + tested
     if name == "lae":
@@ -101,8 +104,8 @@ def official(name, stream, options):
 
 
 def test_what_has_no_naive_version_says_so(tmp_path):
-    job = prepared(tmp_path, "learner=finetune")
-    with pytest.raises(runner.UserError, match="finetune has no naive version"):
+    job = prepared(tmp_path, "learner=ewc")
+    with pytest.raises(runner.UserError, match="ewc has no naive version"):
         naive.run(job, 0)
     job = prepared(tmp_path, "learner=ncm")
     job.scenario = replace(job.scenario, manifest=replace(job.scenario.manifest, discloses_task=True))

@@ -83,4 +83,4 @@ def test_the_command(clbench, small):
     assert again.stdout == first.stdout and len(clbench.records()) == 2
     assert "no metric 'last_macr'" in clbench("orders", "--metric", "last_macr", code=2).stderr
     assert "takes one scenario" in clbench("orders", "scenario.increment=1,2", *small, code=2).stderr
-    assert "streams of images" in clbench("orders", "scenario=cpt_synthetic", "learner=constant_lr", code=2).stderr
+    assert "streams of images" in clbench("orders", "scenario=text_tasks", "learner=text_finetune", code=2).stderr

@@ -1,5 +1,6 @@
 """Sweeps: every launcher, jobs that raise, exit or are killed, and nothing that leaks from one job to the next."""
 
+import importlib.util
 import textwrap
 
 import pytest
@@ -121,3 +122,46 @@ def test_a_pattern_leaves_out_learners_alone(clbench, small):
     planned = clbench("plan", *words, code=2)
     assert "left out" not in planned.stdout and "shots" in planned.stderr
     assert "2 failed" in clbench("run", *words).stdout
+
+
+def test_ray_runs_jobs_as_tasks_and_a_bad_one_loses_only_itself(clbench, small):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'clbench[ray]'")
+    (clbench.folder / "bad.py").write_text(textwrap.dedent(BAD))
+    words = (
+        "run",
+        "-m",
+        "machine=ray",
+        "hydra.launcher.num_cpus=2",
+        "hydra.launcher.num_gpus=1",
+        "hydra.launcher.gpus_per_job=0.5",
+    )
+    done = clbench(*words, "learner._target_=bad.Bad", *small, "learner.how=raise,kill,fine")
+    assert sorted(r["status"] for r in clbench.records()) == ["failed", "ok", "running"], done.stdout + done.stderr
+    assert "3 jobs: 1 ok, 1 failed, 1 died" in done.stdout
+
+
+def test_ray_that_is_missing_is_said(clbench, small):
+    if importlib.util.find_spec("ray"):
+        pytest.skip("Ray is installed")
+    done = clbench("run", "-m", "machine=ray", "learner=ncm", "seed=0,1", *small, code=None)
+    assert done.returncode != 0 and "pip install 'clbench[ray]'" in done.stderr + done.stdout
+
+
+def test_memory_does_not_grow_with_jobs():
+    """Ten thousand jobs are a list of overrides; their configurations are made one after another."""
+    import tracemalloc
+
+    from clbench.config import compose
+
+    found = compose.read(["learner=ncm", "seed=range(10000)"], True)
+    assert len(found.jobs) == 10_000 and [job["seed"] for job in found.jobs[9998:]] == [9998, 9999]
+    assert [job["model"]["seed"] for job in found.jobs[:2]] == [0, 1]
+    tracemalloc.start()
+    for job in found.jobs[:64]:
+        assert job["learner"]["_target_"].endswith("NearestClassMean")
+    base = tracemalloc.get_traced_memory()[0]
+    for _ in found.jobs[:640]:
+        pass
+    grown = tracemalloc.get_traced_memory()[0] - base
+    tracemalloc.stop()
+    assert grown < 1_000_000, grown

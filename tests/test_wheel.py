@@ -4,9 +4,12 @@ import os
 import pathlib
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import pytest
+
+import clbench
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -36,6 +39,23 @@ def test_contents(wheel):
         assert f"clbench/conf/{path.relative_to(ROOT / 'conf').as_posix()}" in names
     assert not any(name.startswith(("tests/", "results/")) for name in names)
     assert wheel.stat().st_size < 5_000_000
+
+
+def test_the_source_archive_builds_the_same_wheel(wheel, tmp_path):
+    words = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path)]
+    done = subprocess.run([*words, "--sdist", str(ROOT)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (source,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(source) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (folder,) = (tmp_path / "unpacked").iterdir()
+    assert folder.name == f"clbench-{clbench.__version__}" and source.stat().st_size < 6_000_000
+    done = subprocess.run([*words, "--wheel", str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (again,) = tmp_path.glob("*.whl")
+    a, b = zipfile.ZipFile(wheel), zipfile.ZipFile(again)
+    assert again.name == wheel.name and sorted(a.namelist()) == sorted(b.namelist())
+    assert all(a.read(name) == b.read(name) for name in a.namelist())
 
 
 def test_runs_from_another_folder(wheel, tmp_path):

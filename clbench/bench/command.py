@@ -23,10 +23,10 @@ def run(args: argparse.Namespace) -> tuple[str, int]:
 
         found = scaling.measure(args, overrides)
         text = scaling.text(found)
-    elif kind == "online":
+    elif kind in ("online", "adapting"):
         from clbench.bench import online
 
-        found = online.measure(args)
+        found = online.measure(args, kind)
         text = online.text(found)
         online.write_csv(found, target(args, args.name or kind).with_suffix(".csv"))
     else:

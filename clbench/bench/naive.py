@@ -165,6 +165,7 @@ def known() -> dict[str, Callable[[Stage], None]]:
         "fecam": naive_frozen.fecam,
         "ranpac": naive_frozen.ranpac,
         "aper": naive_frozen.aper,
+        "finetune": naive_trained.finetune,
         "slca": naive_trained.slca,
         "lae": naive_trained.lae,
         "ease": naive_ease.ease,

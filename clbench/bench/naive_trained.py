@@ -1,4 +1,4 @@
-"""SLCA and LAE as published code computes them (see `naive.py`)."""
+"""Fine-tuning, SLCA and LAE as published code computes them (see `naive.py`)."""
 
 from __future__ import annotations
 
@@ -63,6 +63,18 @@ def align(
             schedule.step()
         with stage.phase("log"):
             each_epoch()
+
+
+def finetune(stage: Stage) -> None:
+    """Everything on the newest data, softmax over the classes seen; nothing is logged but the loss."""
+    o, model = stage.options, stage.model
+    head = LinearHead(model.num_features).to(stage.runtime.device)
+    for experience in stage.experiences():
+        head.grow(len(experience.new_classes), stage.runtime.generator("head"))
+        groups = groups_of((model, o["backbone_lr"]), (head, o["lr"]))
+        batches = stage.loader(experience, o["batch_size"], True)
+        stage.train(batches, groups, lambda x, y: F.cross_entropy(head(model.features(x)), y), mode=model.train)
+        stage.judge(experience, lambda x: head(model.features(x)))
 
 
 def slca(stage: Stage) -> None:

@@ -39,7 +39,7 @@ class Stream:
     @property
     def pet(self) -> bool:
         """Whether a module is tuned; else the whole network."""
-        return not str((self.options.get("pet") or {}).get("_target_", "none")).endswith(".none")
+        return str((self.options.get("pet") or {}).get("_target_", "none")).rpartition(".")[2] != "none"
 
     @property
     def tested(self) -> int:
@@ -55,7 +55,13 @@ def _slca(s: Stream) -> Passes:
 
 
 def _finetune(s: Stream) -> Passes:
-    return Passes(full=s.epochs * sum(s.train), forward=s.tested)
+    steps = s.epochs * sum(s.train)
+    return Passes(adapter=steps, forward=s.tested) if s.pet else Passes(full=steps, forward=s.tested)
+
+
+def _inflora(s: Stream) -> Passes:
+    """Inputs of the attention before and after the training of an experience."""
+    return Passes(adapter=s.epochs * sum(s.train), forward=2 * sum(s.train) + s.tested)
 
 
 def _first(s: Stream, forward: float) -> Passes:
@@ -106,6 +112,8 @@ KNOWN: dict[str, Callable[[Stream], Passes]] = {
     "slca": _slca,
     "slca_pp": _slca,
     "finetune": _finetune,
+    "sd_lora": _finetune,
+    "inflora": _inflora,
     "lae": _lae,
     "ease": _ease,
     "mos": _mos,

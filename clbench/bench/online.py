@@ -16,7 +16,7 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -109,8 +109,8 @@ class OfClbench:
 LOOPS = {"by hand": ByHand, "clbench": OfClbench}
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """All rows -> the content of the file."""
+def measure(args: argparse.Namespace, kind: str = "online") -> dict[str, Any]:
+    """All rows -> the content of the file. kind: "online" (training), or "adapting" (`adapting.py`)."""
     precisions = options.listed(args.precision, "--precision") if args.precision else ["fp32", "bf16"]
     if any(p not in ("fp32", "bf16") for p in precisions):
         raise UserError(f"--precision must be fp32, bf16 or fp32,bf16, got {args.precision!r}")
@@ -121,18 +121,32 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     name = args.model or "resnet18_slim"
     node = compose([f"model={name}"])[0]["model"]
     device, threads = torch.device("cpu"), arithmetic.choose_threads("auto")
-    found: dict[str, Any] = {"bench": args.name or "online", "kind": "online", "quick": bool(args.quick), "batch": batch}
+    found: dict[str, Any] = {"bench": args.name or kind, "kind": kind, "quick": bool(args.quick), "batch": batch}
     found |= {"model": name, "steps": steps, "rounds": rounds, "machine": machine.describe(device, threads), "rows": []}
     for precision in precisions:
         for layout in ("", "+channels_last"):
             flags = arithmetic.apply(device, threads, 0, wanted=arithmetic.REFERENCE + layout, precision=precision)
             print(f"{precision}{layout}", file=sys.stderr, flush=True)
-            found["rows"] += _rows(node, flags, precision, batch, (steps, rounds))
+            found["rows"] += _rows(node, flags, precision, batch, (steps, rounds), loops_of(kind))
     return found
 
 
+def loops_of(kind: str) -> Mapping[str, Any]:
+    """The two loops of a measurement, by name."""
+    if kind == "online":
+        return LOOPS
+    from clbench.bench import adapting
+
+    return adapting.LOOPS
+
+
 def _rows(
-    node: dict[str, Any], flags: dict[str, Any], precision: str, batch: int, times: tuple[int, int]
+    node: dict[str, Any],
+    flags: dict[str, Any],
+    precision: str,
+    batch: int,
+    times: tuple[int, int],
+    kinds: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """Both loops under one arithmetic, in turns, `times` = (steps, rounds); the first round of each is not counted."""
     steps, rounds = times
@@ -140,7 +154,7 @@ def _rows(
     rng, number = np.random.default_rng(0), steps * batch * (rounds + 1)
     side = model.profile.size
     x, y = rng.integers(0, 256, (number, side, side, 3), np.uint8), rng.integers(0, CLASSES, number)
-    loops = {name: kind(copy.deepcopy(model), x, y, precision, batch) for name, kind in LOOPS.items()}
+    loops = {name: kind(copy.deepcopy(model), x, y, precision, batch) for name, kind in kinds.items()}
     clocks: dict[str, list[tuple[float, float]]] = {name: [] for name in loops}
     for turn in range(rounds + 1):
         for name in list(loops)[:: 1 if turn % 2 else -1]:

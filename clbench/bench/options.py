@@ -13,6 +13,7 @@ KINDS = {
     "cases": "learners of a preset, or --learners: seconds by phase, share of the floor, ratio to naive code",
     "scaling": "seconds and memory against the number of experiences and of classes, on synthetic images",
     "online": "one pass in batches of 10 (--batch): clbench's loop beside one written by hand, fp32 and bf16, both layouts",
+    "adapting": "test-time adaptation (tent) in batches of 10 (--batch) beside a loop written by hand, as online",
     "startup": "import, --help, a mistyped option, a report over many records",
 }
 QUICK = ("scenario.limit_train=6", "scenario.limit_test=4")
@@ -30,7 +31,10 @@ def overview() -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `clbench bench`."""
     parser.add_argument(
-        "overrides", nargs="*", metavar="WHAT | NAME=VALUE", help="cases (default), scaling, online, startup; options of runs"
+        "overrides",
+        nargs="*",
+        metavar="WHAT | NAME=VALUE",
+        help="cases (default), scaling, online, adapting, startup; options of runs",
     )
     parser.add_argument("--preset", metavar="NAME", help=f"{', '.join(PRESETS)} (quick)")
     parser.add_argument("--cases", metavar="A,B", help="only these cases of the preset, and `sweep` for its sweep")
@@ -43,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="few images, seeds and repetitions: shows that it works")
     parser.add_argument("--experiences", metavar="A,B", help=f"scaling: numbers of experiences ({STEPS})")
     parser.add_argument("--classes", metavar="A,B", help=f"scaling: numbers of classes ({CLASSES})")
-    parser.add_argument("--batch", type=int, metavar="N", help="online: images a batch (10)")
+    parser.add_argument("--batch", type=int, metavar="N", help="online, adapting: images a batch (10)")
     parser.add_argument("--records", type=int, metavar="N", help=f"startup: records in the report ({RECORDS})")
     parser.add_argument("--name", metavar="NAME", help="of the file (the preset's, or what is measured)")
     parser.add_argument("--results-dir", default="results", metavar="DIR", help="the file lies in DIR/bench (results)")
@@ -62,19 +66,19 @@ def split(args: argparse.Namespace) -> tuple[str, list[str]]:
         "cases": ("preset", "cases", "no_naive", "stand_ins", "scenario"),
         "scaling": ("experiences", "classes"),
         "startup": ("records",),
-        "online": ("batch",),
     }
     both = {
         "learners": ("cases", "scaling"),
-        "model": ("cases", "scaling", "online"),
-        "precision": ("cases", "online"),
+        "model": ("cases", "scaling", "online", "adapting"),
+        "precision": ("cases", "online", "adapting"),
+        "batch": ("online", "adapting"),
         "quick": tuple(KINDS),
     }
     for name, value in vars(args).items():
         mine = both.get(name) or tuple(k for k, names in only.items() if name in names)
         if value not in (None, False) and mine and kind not in mine:
             raise UserError(f"--{name.replace('_', '-')} has no effect on bench {kind}")
-    if kind in ("startup", "online") and overrides:
+    if kind in ("startup", "online", "adapting") and overrides:
         raise UserError(f"{overrides[0]} has no effect on bench {kind}")
     overrides = [f"{group}={value}" for group in ("scenario", "model") if (value := getattr(args, group))] + overrides
     return kind, overrides

@@ -63,6 +63,18 @@ SWEEP = (
     Case("ranpac", ("learner=ranpac", "pet=none", "learner.projection=2000", *ORDERS)),
     Case("fecam", ("learner=fecam", *ORDERS)),
 )
+LORA = (
+    Case("inflora", ("learner=inflora", "learner.epochs=4"), False),
+    Case("sd_lora", ("learner=sd_lora", "learner.epochs=4"), False),
+    Case("lae lora", ("learner=lae", "pet=lora_lae", "learner.epochs=5", "learner.freeze=0.4")),
+    Case("finetune lora", ("learner=finetune", "pet=lora", "learner.epochs=4"), False),
+)
+SCRATCH = (
+    *CIFAR20[:-2],
+    "scenario.limit_train=200",
+    "model=resnet18_slim",
+    "device=cpu",
+)
 RATIOS = {"simplecil": {"bf16": 5.0}, "slca": {"bf16": 4.5}, "mos 10 x 5": {"bf16": 7.0}}
 
 FULL = ("scenario=cil_cifar100", "model=vit_base", "device=cuda", "precision=bf16", "scenario.budget.epochs=20")
@@ -84,12 +96,27 @@ PRESETS = {
         share=0.8,
         sweep=SWEEP,
     ),
+    "lora": Preset(
+        "learners with low-rank modules: ViT-Tiny at 224 px, 20 classes of CIFAR-100, fp32; half an hour on two idle cores",
+        CIFAR20,
+        LORA,
+    ),
+    "scratch": Preset(
+        "ResNet-18 with 20 maps from random weights at 32 px, 20 classes of CIFAR-100, fp32; some minutes on two idle cores",
+        SCRATCH,
+        (
+            Case("finetune", ("learner=finetune", "learner.backbone_lr=0.01", "learner.epochs=5")),
+            Case("finetune 10", ("learner=finetune", "learner.backbone_lr=0.01", "learner.epochs=1", "learner.batch_size=10")),
+        ),
+    ),
     "vit_base_h200": Preset(
-        "ViT-B/16 at 224 px in bf16 on one large GPU: rates, MOS on CIFAR-100 B0 Inc5 and SLCA B0 Inc10; about 15 minutes",
+        "ViT-B/16 at 224 px in bf16 on one large GPU: rates, MOS on CIFAR-100 B0 Inc5, SLCA and InfLoRA B0 Inc10; half an hour",
         FULL,
         (
             Case("mos B0 Inc5", ("learner=mos", "scenario.increment=5"), False, 360.0),
             Case("slca B0 Inc10", ("learner=slca", "scenario.increment=10"), False, 480.0),
+            Case("inflora B0 Inc10", ("learner=inflora", "scenario.increment=10"), False),
+            Case("sd_lora B0 Inc10", ("learner=sd_lora", "scenario.increment=10"), False),
         ),
         precisions=("bf16",),
         rates={"forward": 11_000.0, "full": 3_800.0},

@@ -25,6 +25,7 @@ from clbench.training import arithmetic, kernel_timing
 BLOCK = 1.0  # seconds that a rate is held
 KINDS = ("forward", "adapter", "full")
 BATCHES = {"cpu": {"forward": (16, 32, 64), "adapter": (32, 48), "full": (32, 48)}}
+CONVOLUTIONS = {"cpu": {"forward": (32, 64, 128), "full": (32, 64, 128)}}  # networks without blocks of attention, at 32 px
 GPU_BATCHES = {"forward": (128, 256, 512), "adapter": (48, 128, 256), "full": (48, 128, 256)}
 
 
@@ -107,15 +108,16 @@ def images(
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(matmul)
     set_fused_attn(fused)
-    sizes = batches or BATCHES.get(device.type, GPU_BATCHES)
     found: dict[str, dict[str, float]] = {"flop": {}}
     try:
         for kind in kinds:
             model = build(node).to(device)
             arithmetic.pin(model, {"fused_attention": fused})
             side = model.profile.size
-            if kind == "adapter" and not hasattr(model.net, "blocks"):
+            plain = not hasattr(model.net, "blocks")
+            if kind == "adapter" and plain:
                 continue
+            sizes = batches or (CONVOLUTIONS if plain else BATCHES).get(device.type, GPU_BATCHES)
             step = work_of(kind, model.net, model.num_features, device, precision)
             found[kind] = {}
             for size in sizes[kind]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from clbench.cli import suites
 from clbench.config import compose, registry
 from clbench.interfaces import UserError, declared
 from clbench.records import record
@@ -22,7 +23,7 @@ from clbench.run import provenance
 from clbench.run.subprocess_job import SubprocessJob, show_log
 from clbench.training import torchrun
 
-Launch = Callable[[Sequence[str], Any], None]
+Launch = Callable[[Sequence[str], Sequence[list[str]] | None, Any], None]
 GO_ON = "clbench: stopped; the same command goes on where it was"
 
 
@@ -33,8 +34,12 @@ def run(args: Namespace, command: list[str], launch: Launch) -> int:
     if args.cfg:
         print("---\n".join(compose.to_yaml(job) for job in composed.jobs), end="")
         return 0
-    _check_all(composed.jobs)
-    for folder in {str(job["results_dir"]): None for job in composed.jobs}:
+    if composed.suite is not None:
+        composed = suites.open_jobs(composed)
+        if not composed.jobs:
+            print("all jobs of this part are done (clbench report core shows them)")
+            return 0
+    for folder in _check_all(composed.jobs):
         record.ensure_writable(Path(folder).expanduser() / "records")
     if composed.multirun:
         return sweep(composed, command, launch)
@@ -52,21 +57,25 @@ def run(args: Namespace, command: list[str], launch: Launch) -> int:
     return 0 if outcome.status in ("ok", "skipped", "busy") else 1
 
 
-def _check_all(jobs: Sequence[dict[str, Any]]) -> None:
-    """`registry.check` on every job; one `UserError` with the distinct lines of all of them."""
+def _check_all(jobs: Sequence[dict[str, Any]]) -> list[str]:
+    """`registry.check` on every job -> their results folders; one `UserError` with the distinct lines of all of them."""
     lines: dict[str, None] = {}
+    folders: dict[str, None] = {}
     for job in jobs:
+        folders[str(job["results_dir"])] = None
         try:
             registry.check(job)
         except UserError as error:
             lines |= dict.fromkeys(str(error).splitlines())
     if lines:
         raise UserError("\n".join(lines))
+    return list(folders)
 
 
 def sweep(composed: compose.Composed, command: list[str], launch: Launch) -> int:
     """Run all jobs, show a line for each that ends and a summary -> 0, also with failures: those are in the records."""
-    runs = Path(str(composed.jobs[0]["results_dir"])).expanduser().resolve() / "runs"
+    first = composed.jobs[0]
+    runs = Path(str(first["results_dir"])).expanduser().resolve() / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     log = runs / f".sweep-{os.getpid()}-{time.time_ns()}.jsonl"
     log.touch()
@@ -80,7 +89,7 @@ def sweep(composed: compose.Composed, command: list[str], launch: Launch) -> int
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler)
     try:
-        launch(composed.overrides, job)
+        launch(composed.overrides, composed.words, job)
     except KeyboardInterrupt:
         code = 130
     except SystemExit as error:
@@ -88,7 +97,7 @@ def sweep(composed: compose.Composed, command: list[str], launch: Launch) -> int
     finally:
         tail.stop()
         log.unlink(missing_ok=True)
-    print(summary(tail.counts, len(composed.jobs), composed.jobs[0]))
+    print(summary(tail.counts, len(composed.jobs), first))
     if code == 130:
         print(GO_ON, file=sys.stderr)
     return code
@@ -151,24 +160,26 @@ def plan(args: Namespace) -> int:
     What `learner=glob(...)` leaves out is no error.
     """
     composed = compose.read(args.overrides, args.multirun)
-    rows, errors, left_out = [], {}, {}
-    good = []
+    if composed.suite is not None:
+        print(suites.plan_text(composed))
+        return 0
+    counted, errors, left_out = Plan(), {}, {}
+    planner = None
     for job in composed.jobs:
         try:
             registry.check(job)
-            good.append(job)
         except UserError as error:
             errors |= dict.fromkeys(str(error).splitlines())
-    if good:
-        from clbench.run.plan import DoesNotFit, plan_job
+            continue
+        from clbench.run.plan import DoesNotFit, Planner
 
-        for job in good:
-            try:
-                rows.append(plan_job(job))
-            except UserError as error:
-                found = left_out if composed.by_pattern and isinstance(error, DoesNotFit) else errors
-                found |= dict.fromkeys(str(error).splitlines())
-    print(plan_text(rows))
+        planner = planner or Planner()
+        try:
+            counted.add(planner.row(job))
+        except UserError as error:
+            found = left_out if composed.by_pattern and isinstance(error, DoesNotFit) else errors
+            found |= dict.fromkeys(str(error).splitlines())
+    print(plan_text(counted))
     for line in left_out:
         print(f"left out: {line}")
     for line in errors:
@@ -176,22 +187,43 @@ def plan(args: Namespace) -> int:
     return 2 if errors else 0
 
 
-def plan_text(rows: Sequence[Any]) -> str:
-    """Rows of the plan as a table, with totals of what is not done yet."""
+class Plan:
+    """Rows of a plan: the first ones, and totals of all of them."""
+
+    MOST = 200
+
+    def __init__(self) -> None:
+        self.rows: list[Any] = []
+        self.states, self.number = Counter[str](), 0
+        self.seconds, self.bytes, self.known = 0.0, 0.0, True
+
+    def add(self, row: Any) -> None:
+        """Count a row; `seconds`, `bytes` and `known` are of what is not done yet."""
+        self.number += 1
+        self.states[row.state] += 1
+        if row.state != "done":
+            self.seconds += row.seconds or 0
+            self.bytes += row.bytes or 0
+            self.known &= row.seconds is not None
+        if len(self.rows) < self.MOST:
+            self.rows.append(row)
+
+
+def plan_text(counted: Plan) -> str:
+    """A plan as a table, with totals of what is not done yet."""
+    rows = counted.rows
     head = ("scenario", "learner", "model", "seed", "run", "state", "about", "disk")
     cells = [
         (r.scenario, r.learner, r.model, str(r.seed), r.run_id, r.state, _duration(r.seconds), _size(r.bytes)) for r in rows
     ]
-    open_rows = [r for r in rows if r.state != "done"]
-    states = Counter(r.state for r in rows)
     widths = [max(len(row[i]) for row in [head, *cells]) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *cells]]
-    known = all(r.seconds is not None for r in open_rows)
-    time_text = _duration(sum(r.seconds or 0 for r in open_rows)) + ("" if known else " and what is unknown")
-    disk = _size(sum(r.bytes or 0 for r in open_rows))
-    counted = ", ".join(f"{n} {state}" for state, n in sorted(states.items())) or "none can run"
+    lines += [f"and {left} jobs more, which are counted below"] if (left := counted.number - len(rows)) else []
+    time_text = _duration(counted.seconds) + ("" if counted.known else " and what is unknown")
+    done = ", ".join(f"{n} {state}" for state, n in sorted(counted.states.items())) or "none can run"
     lines += [f"classes of {name}: {textwrap.shorten(text, 400, placeholder=' ...')}" for name, text in _named_classes(rows)]
-    return "\n".join([*lines, "", f"{len(rows)} jobs: {counted}; still to do: {time_text} one after another, {disk} of disk"])
+    total = f"{counted.number} jobs: {done}; still to do: {time_text} one after another, {_size(counted.bytes)} of disk"
+    return "\n".join([*lines, "", total])
 
 
 def _named_classes(rows: Sequence[Any]) -> list[tuple[str, str]]:

@@ -120,6 +120,7 @@ EXAMPLES: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             "clbench orders learner=finetune,replay scenario.num_classes=5 scenario.increment=1 --orders all",
             "clbench orders learner=slca scenario=cil_cifar100 --orders 24 seed=0,1,2",
+            "clbench orders learner=rewarm_replay,dapt scenario=cpt_chain --orders 6 --keep 1",
         ),
     ),
     "effects": (

@@ -143,17 +143,22 @@ def _add_arguments(parser: Parser, name: str, page: str) -> None:
         parser.add_argument("--to", default=".", metavar="DIR", help="the folder to write the package into (here)")
 
 
-def launch(overrides: Sequence[str], job: Any) -> None:
-    """Give a sweep to Hydra's sweeper and launcher, which call `job(config)` for each of its runs."""
+def launch(overrides: Sequence[str], jobs: Sequence[list[str]] | None, job: Any) -> None:
+    """Give a sweep to Hydra's launcher, which calls `job(config)` for each of its runs.
+
+    `jobs`: overrides of each; None: a search, whose sweeper chooses them.
+    """
     import hydra
 
+    from clbench.config import sweeper
     from clbench.config.compose import behaviour, register
 
     register()
     old = sys.argv
     sys.argv = ["clbench", "-m", *overrides]
     try:
-        hydra.main(config_path=str(conf_dir()), config_name="run", **behaviour())(job)()
+        with sweeper.given(jobs):
+            hydra.main(config_path=str(conf_dir()), config_name="run", **behaviour())(job)()
     finally:
         sys.argv = old
 

@@ -32,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--where", action="append", default=[], metavar="KEY=VALUE", help=words)
     words = "run the beginning of N drawn records again and compare every count (0)"
     parser.add_argument("--rerun", type=int, default=0, metavar="N", help=words)
+    words = "pack the answers of every test sample too, of the records that have them (save_predictions=true)"
+    parser.add_argument("--predictions", action="store_true", help=words)
     parser.add_argument("--data-root", metavar="DIR", help="where data and weights lie (the environment's CLBENCH_DATA)")
     parser.add_argument("--sign", metavar="KEY", help="sign the list of checksums with this SSH key (ssh-keygen -Y sign)")
     parser.add_argument("--signers", metavar="FILE", help="with --check: allowed signers, as ssh-keygen reads them")
@@ -40,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Pack or check -> 0, or 1 where a checked archive holds a record that contradicts itself."""
     if args.check is not None:
-        if args.results is not None or args.sign or args.out:
-            raise UserError("--check ARCHIVE stands alone: RESULTS, --sign and --out have no effect with it")
+        if args.results is not None or args.sign or args.out or args.predictions:
+            raise UserError("--check ARCHIVE stands alone: RESULTS, --sign, --predictions and --out have no effect with it")
         return check(args)
     if args.results is None:
         raise UserError("say which results folder is handed in: clbench submit RESULTS (or --check ARCHIVE)")
@@ -51,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out).expanduser() if args.out else results.with_name(f"{results.name}.zip")
     made = _gathered(results, args)
     key = Path(args.sign).expanduser() if args.sign else None
-    held = submission.files(made, results, registry.conf_dir())
+    held = submission.files(made, results, registry.conf_dir(), args.predictions)
     archive.pack(held, out, key)
     print(submission.summary(made))
     signed = ", signed" if key is not None else ""

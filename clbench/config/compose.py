@@ -11,9 +11,10 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from clbench.config.jobs import Jobs, without_seed
 from clbench.config.overrides import check_groups, dotted, key_of, looks_like_path, unknown_choice
 from clbench.config.registry import (
     GROUPS,
@@ -27,13 +28,25 @@ from clbench.config.registry import (
     operators_after,
     plugin_dirs,
 )
+from clbench.config.resolved import LOOSE, parts, plain, resolve, resolve_job
+from clbench.config.run_options import MACHINE
 from clbench.config.signatures import nearest
+from clbench.config.suite import Asked, asked
 from clbench.interfaces import UserError
 from clbench.streams.operators.registry import apply
 
-__all__ = ["build", "check", "choices", "compose", "conf_dir", "description", "load_target", "plugin_dirs", "read"]
-
-_LOOSE = "_file"
+__all__ = [
+    "build",
+    "check",
+    "choices",
+    "compose",
+    "conf_dir",
+    "description",
+    "load_target",
+    "plugin_dirs",
+    "read",
+    "resolve_job",
+]
 
 
 @dataclass(frozen=True)
@@ -41,27 +54,39 @@ class Composed:
     """The composed jobs: one configuration each, the overrides that Hydra is given, and how they are launched.
 
     by_pattern  the learners were not named one by one but by `learner=glob(...)`: those that do not fit are left out
+    words       overrides of each job of a sweep; None where its sweeper chooses them (a search)
+    suite       of a sweep that is a suite: which part of it was asked for
     """
 
-    jobs: list[dict[str, Any]]
+    jobs: Sequence[dict[str, Any]]
     overrides: list[str]
     multirun: bool
     launcher: str = ""
     varying: tuple[str, ...] = ()
     by_pattern: bool = False
+    words: Sequence[list[str]] | None = None
+    suite: Asked | None = None
+
+    def only(self, places: Sequence[int]) -> Composed:
+        """Those jobs of a suite."""
+        assert self.words is not None and self.suite is not None
+        words = [self.words[place] for place in places]
+        part = replace(self.suite, jobs=[self.suite.jobs[place] for place in places])
+        return replace(self, jobs=Jobs(words, _resolved), words=words, suite=part)
 
 
 def compose(overrides: Sequence[str] = (), multirun: bool = False) -> list[dict[str, Any]]:
     """The resolved configuration of each job that the overrides ask for, in order. Raises `UserError` with one line."""
-    return read(overrides, multirun).jobs
+    return list(read(overrides, multirun).jobs)
 
 
 def read(overrides: Sequence[str], multirun: bool = False) -> Composed:
     """Compose every job; a sweep is expanded (choice, range, glob, and the `sweep` group's parameters)."""
     from hydra import initialize_config_dir
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from clbench.config.sweeper import product
 
     register()
     overrides = _loose_targets(list(overrides))
@@ -84,6 +109,12 @@ def read(overrides: Sequence[str], multirun: bool = False) -> Composed:
         launcher = str(base.hydra.launcher._target_)
         if not multirun:
             return Composed([resolve(base)], overrides, False, launcher)
+        if base.get("suite") is not None:
+            part = _part_of_suite(str(base.suite), parsed)
+            words = list(part.words())
+            return Composed(
+                Jobs(words, _resolved), overrides, True, launcher, ("scenario", "learner", "seed"), True, words, part
+            )
         by_pattern = any(_is_pattern(o) for o in parsed)
         overrides = [_fitting(o, base) for o in parsed]
         params = [f"{k}={v}" for k, v in (base.hydra.sweeper.get("params") or {}).items()]
@@ -94,8 +125,45 @@ def read(overrides: Sequence[str], multirun: bool = False) -> Composed:
             return Composed(
                 [resolve(base)], overrides, True, launcher, varying, by_pattern
             )  # a search: its sweeper chooses the jobs
-        jobs = BasicSweeper.split_arguments(every, None)[0]
-        return Composed([resolve(_compose(job)) for job in jobs], overrides, True, launcher, varying, by_pattern)
+        words = product(every)
+        return Composed(Jobs(words, _resolved), overrides, True, launcher, varying, by_pattern, words)
+
+
+def _resolved(jobs: Sequence[list[str]]) -> list[dict[str, Any]]:
+    """The configurations of jobs by their overrides. Neighbours that differ in the seed alone are composed once."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    made, known, found = [], None, ({}, {})
+    with nullcontext() if GlobalHydra().is_initialized() else initialize_config_dir(str(conf_dir()), **_named()):
+        for words in jobs:
+            others, seed = without_seed(words)
+            if seed is None or others != known:
+                known, found = others, parts(_compose(words))
+            config, chosen = found
+            if seed is not None:
+                config.seed = seed
+            made.append(plain(config, chosen))
+    return made
+
+
+def _named() -> dict[str, str]:
+    return {"job_name": "clbench", **behaviour()}
+
+
+def _part_of_suite(name: str, parsed: Sequence[Any]) -> Asked:
+    """What the overrides ask of a suite."""
+    given = []
+    for o in parsed:
+        value = o.value()
+        if hasattr(value, "include"):  # glob(...)
+            values = list(value.include)
+        elif o.is_sweep_override():
+            values = list(o.sweep_string_iterator())
+        else:
+            values = [str(one) for one in (value if isinstance(value, list) else [value])]
+        given.append((o.get_key_element(), str(o.input_line), values))
+    return asked(name, given, MACHINE)
 
 
 def _check_lists(parsed: Sequence[Any]) -> None:
@@ -178,11 +246,11 @@ def _loose_targets(overrides: list[str]) -> list[str]:
     overrides = [_as_target(override) for override in overrides]
     keys = {key_of(override) for override in overrides}
     for group in ("learner", "scenario", "model"):
-        ConfigStore.instance().repo.get(group, {}).pop(f"{_LOOSE}.yaml", None)
+        ConfigStore.instance().repo.get(group, {}).pop(f"{LOOSE}.yaml", None)
         if f"{group}._target_" in keys and group not in keys:
-            ConfigStore.instance().store(group=group, name=_LOOSE, node={})
+            ConfigStore.instance().store(group=group, name=LOOSE, node={})
             overrides = [f"++{w.lstrip('+')}" if w.lstrip("+").startswith(f"{group}.") else w for w in overrides]
-            overrides.insert(0, f"{group}={_LOOSE}")
+            overrides.insert(0, f"{group}={LOOSE}")
     return overrides
 
 
@@ -274,36 +342,6 @@ def _names(config: Any) -> list[str]:
     return list(dotted({key: value for key, value in plain.items() if key != "hydra"}))
 
 
-def resolve(config: Any) -> dict[str, Any]:
-    """A composed configuration -> plain dictionary without Hydra's node; `names` are the chosen files' names.
-
-    A top-level `schedule` or `pet` takes the place of the learner's.
-    """
-    from omegaconf import OmegaConf, open_dict
-    from omegaconf.errors import OmegaConfBaseException
-
-    chosen = dict(config.hydra.runtime.choices)
-    with open_dict(config):
-        del config["hydra"]
-    try:
-        plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        missing = f"{key} needs a value: add {key}=..." if key and "missing" in str(error).lower() else None
-        text = " ".join(str(error).split())
-        hint = "; ${...} stands for another option, a text with these characters is written \\${...}"
-        raise UserError(missing or text + (hint if "nterpolation" in text else "")) from None
-    plain["names"] = {g: chosen[g] for g in ("scenario", "learner", "model") if chosen.get(g) not in (None, _LOOSE)}
-    for part in ("schedule", "pet"):
-        node = plain.pop(part, None)
-        if node is None:
-            continue
-        if part not in (plain.get("learner") or {}):
-            raise UserError(f"{part}={chosen.get(part)} has no effect: learner {chosen.get('learner')} has no {part}")
-        plain["learner"][part] = node
-    return plain
-
-
 def build(node: Mapping[str, Any], /, **extra: Any) -> Any:
     """Make the object that a node describes, nested nodes first; `extra` arguments are handed over as they are.
 
@@ -329,17 +367,6 @@ def build(node: Mapping[str, Any], /, **extra: Any) -> Any:
         if node.get("_partial_"):
             return functools.partial(make, **extra) if extra else make
         return make(**extra)
-
-
-def resolve_job(config: Any) -> dict[str, Any]:
-    """`resolve` for the configuration that a launcher hands to a job, from which Hydra has removed its own node."""
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf, open_dict
-
-    whole = OmegaConf.create(config)
-    with open_dict(whole):
-        whole.hydra = {"runtime": {"choices": dict(HydraConfig.get().runtime.choices)}}
-    return resolve(whole)
 
 
 def label(varying: Sequence[str]) -> str:

@@ -13,6 +13,31 @@ from clbench.config.signatures import nearest
 from clbench.interfaces import UserError
 from clbench.training import torchrun
 
+MACHINE = (  # what may differ from machine to machine, and is no part of a run's identity
+    "device",
+    "num_threads",
+    "arithmetic",
+    "results_dir",
+    "data_root",
+    "download",
+    "force",
+    "checkpoint_seconds",
+    "eval_batch_size",
+    "micro_batch",
+    "compile",
+    "parallel",
+    "feature_store",
+    "feature_store_gb",
+    "on_error",
+    "save_model",
+    "save_predictions",
+    "gradient_norms",
+    "track",
+    "machine",
+    "sweep",
+    "names",
+    "manifest_sha256",
+)
 OPTIONS: dict[str, tuple[str, Any]] = {
     "seed": ("a whole number from 0", lambda v: whole(v, 0)),
     "device": ("auto, cpu, cuda, cuda:N or mps", lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", str(v))),
@@ -44,6 +69,10 @@ OPTIONS: dict[str, tuple[str, Any]] = {
     "save_predictions": ("true or false", lambda v: isinstance(v, bool)),
     "gradient_norms": ("none, l1 or l2", lambda v: v in ("none", "l1", "l2")),
     "continues": ("the path of a record or null", lambda v: v is None or (isinstance(v, str) and v)),
+    "manifest_sha256": (
+        "a SHA-256 (64 hexadecimal digits) or null",
+        lambda v: v is None or re.fullmatch(r"[0-9a-f]{64}", str(v)),
+    ),
     "track": ("none, tensorboard, wandb or mlflow", lambda v: v in ("none", "tensorboard", "wandb", "mlflow")),
     "on_error": ("record or raise", lambda v: v in ("record", "raise")),
 }
@@ -77,6 +106,7 @@ class RunOptions:
     save_predictions: bool = False
     gradient_norms: Literal["none", "l1", "l2"] = "none"
     continues: Path | None = None
+    manifest_sha256: str | None = None
     track: str = "none"
     on_error: str = "record"
 

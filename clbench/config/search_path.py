@@ -11,7 +11,7 @@ from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 
-from clbench.config import defaults
+from clbench.config import defaults, ray_launcher, sweeper
 from clbench.config.registry import operators_after, plugin_dirs
 
 
@@ -49,6 +49,8 @@ class ClbenchPlugins(SearchPathPlugin):
 
 def register() -> None:
     """Make both known to Hydra; a second call changes nothing."""
+    sweeper.register()
+    ray_launcher.register()
     if ClbenchPlugins not in Plugins.instance().discover(SearchPathPlugin):
         Plugins.instance().register(ClbenchFiles)
         Plugins.instance().register(ClbenchPlugins)

@@ -34,6 +34,9 @@ ABOUT: dict[str, str] = {
     "gap_area": "the same of nats x tokens above the start",
     "gap_tokens": "tokens until the loss is back at its start, where it comes back",
     "gap_recovered": "share of old sets and later experiences where it comes back",
+    "dip_depth": "mean over later experiences of right guesses on their own sets, share at first - lowest (Guo et al. 2024)",
+    "dip_recovered": "share of later experiences in which it comes back to the start, or never fell below it",
+    "dip_tokens": "tokens until it is back, where it comes back",
     "rate_share": "rise on the first set in the second experience: on the IID control / here, from two runs",
     "anneal_gain_new": "trunk's loss - evaluated loss on the newest set, where a branch or an average is evaluated",
     "anneal_gain_old": "the same on older sets: below zero, annealing specialises",
@@ -49,6 +52,7 @@ HIGHER = (
     "forward_transfer",
     "recovery_ratio",
     "gap_recovered",
+    "dip_recovered",
     "anneal_gain_new",
     "anneal_gain_old",
     "min_acc",
@@ -188,6 +192,30 @@ def gaps(curves: Mapping[str, Any], names: Sequence[str], first_seen: Sequence[i
     return found
 
 
+def dips(curves: Mapping[str, Any], names: Sequence[str], first_seen: Sequence[int]) -> list[dict]:
+    """The stability gap on what is learned (Guo et al. 2024): what a model could say of a domain falls before it rises.
+
+    For every experience from the second on, on the sets that it brings, whose shares of right guesses are averaged:
+
+    start   share of right guesses when the experience began
+    depth   start - the lowest share within the experience, at least 0
+    tokens  until the first look after the lowest that is at the start again; 0 where none is below it; None: never
+    """
+    experience, tokens = np.asarray(curves["experience"]), np.asarray(curves["tokens"], np.float64)
+    found = []
+    for k in sorted(set(experience.tolist()) - {0}):
+        rows = np.flatnonzero(experience == k)
+        new = [name for name, own in zip(names, first_seen, strict=True) if own == k]
+        if not new:
+            continue
+        right = np.mean([np.asarray(curves["accuracy"][name], np.float64)[rows] for name in new], 0)
+        low = int(right.argmin())
+        back = low + np.flatnonzero(right[low:] >= right[0])
+        dip = {"experience": int(k), "start": float(right[0]), "depth": float(right[0] - right[low])}
+        found.append(dip | {"tokens": float(tokens[rows[back[0]]] - tokens[rows[0]]) if len(back) else None})
+    return found
+
+
 def min_accuracy(curves: Mapping[str, Any], names: Sequence[str], first_seen: Sequence[int]) -> float:
     """min-ACC (De Lange et al. 2023): mean over old sets of the lowest accuracy at any look after their own experience."""
     experience = np.asarray(curves["experience"])
@@ -271,6 +299,10 @@ def summary(record: Mapping[str, Any]) -> dict[str, float]:
         values["gap_recovered"] = _mean([float(g["tokens"] is not None) for g in found])
         values["gap_tokens"] = _mean([g["tokens"] for g in found if g["tokens"] is not None])
         if curves.get("accuracy"):
+            dipped = dips(curves, names, first)
+            values["dip_depth"] = _mean([d["depth"] for d in dipped])
+            values["dip_recovered"] = _mean([float(d["tokens"] is not None) for d in dipped])
+            values["dip_tokens"] = _mean([d["tokens"] for d in dipped if d["tokens"] is not None])
             values["min_acc"] = min_accuracy(curves, names, first)
             values["wc_acc"] = worst_case_accuracy(curves, names, first)
     return values

@@ -14,9 +14,12 @@ replay        old text in each batch, displacing new text; with source "generate
 anneal        what the branch replays in place of `replay`: other data in the anneal alone (OLMo 2, arXiv 2501.00656; MiniCPM,
               arXiv 2404.06395), of earlier experiences: no text is given before its experience. null: as the trunk
 data, start   "union" with start "scratch": joint training on everything so far, the reference; "new" with "scratch": each
-              domain alone
+              domain alone from the first weights; "new" with "base": each alone from the end of the first experience
 until         experiences that are learned at all, then the model is frozen; null for all
-passes        several passes over the first part of an experience instead of one over all of it (Guo et al. 2024)
+passes        several passes over a part of an experience instead of one over all of it (Guo et al. 2024); [1, 4]: four from the
+              second experience on
+rank          which part: null for the first, or that of the "lowest" (middle, highest) loss under a reference, the model
+              after `pilot` steps on the new text (`ranked_subset.py`)
 average       weights averaged along the trunk are evaluated instead of annealed ones
 adapt         the rate follows the run: "plateau", "hypergradient" or "fedhyper" (`adaptive_rate.py`), or "auto_lrs"
               (`auto_lrs.py`); with options {plateau: {every, factor, patience}}; null: the schedule alone
@@ -44,14 +47,15 @@ from clbench.training import looks
 from clbench.training.chosen_layers import option
 from clbench.training.optimizer_state import Adam
 from clbench.training.pretraining import adaptive_rate
-from clbench.training.pretraining.adaptive_rate import Rate
+from clbench.training.pretraining.adaptive_rate import Rate, watching
 from clbench.training.pretraining.auto_lrs import AutoLrs
 from clbench.training.pretraining.data_cursor import DataCursor
 from clbench.training.pretraining.data_mixture import Mixture, Replay
 from clbench.training.pretraining.half_finetuning import freeze_random_half
 from clbench.training.pretraining.progress import Progress
+from clbench.training.pretraining.ranked_subset import RANKS, Rank, RankedSubset
 from clbench.training.pretraining.segments import AfterStep, PretrainRuntime, Segment, check_plan, train
-from clbench.training.pretraining.trunk_and_branch import Trunk
+from clbench.training.pretraining.trunk_and_branch import Trunk, check_trunk
 from clbench.training.pretraining.tuned_pet import attach_pet
 from clbench.training.pretraining.weight_averaging import Average, Averager
 from clbench.training.pretraining.written_text import WrittenText
@@ -83,10 +87,12 @@ class Pretrain:
         boundary: Literal["keep", "reset", "reset_moments", "restore"] = "keep",
         replay: Replay = NO_REPLAY,
         anneal: Replay | None = None,
-        start: Literal["trunk", "scratch"] = "trunk",
+        start: Literal["trunk", "scratch", "base"] = "trunk",
         data: Literal["new", "union"] = "new",
         until: int | None = None,
-        passes: int = 1,
+        passes: int | Sequence[int] = 1,
+        rank: Rank | None = None,
+        pilot: int = 50,
         average: Average = NO_AVERAGE,
         trainable: Literal["all", "half"] = "all",
         adapt: Literal["plateau", "hypergradient", "fedhyper", "auto_lrs"] | Mapping[str, Any] | None = None,
@@ -98,23 +104,27 @@ class Pretrain:
         self.model, self.runtime, self.lr, self.schedule = model, runtime, lr, schedule
         self.branch, self.accounting, self.boundary, self.replay, self.anneal = branch, accounting, boundary, replay, anneal
         self.start, self.data, self.until, self.trainable = start, data, until, trainable
-        self.passes: float = passes
+        self.passes: float | Sequence[int] = passes
+        adam = {"betas": betas, "weight_decay": weight_decay, "clip": clip}
+        self.ranked = RankedSubset(rank, pilot, lr, adam) if rank is not None else None
         self.pet = attach_pet(pet, model, runtime)
         self.tuned = model if self.pet is None else self.pet  # what is trained, saved and put back
         self.optimizer, self.cursor = Adam(self.tuned, betas, weight_decay, clip), DataCursor()
         self.average, self.adapt, self.adapts = Averager(self.tuned, average), _adapting(adapt), adapt
         initial = detached(self.tuned.state_dict()) if start == "scratch" else {}
-        self.trunk = Trunk(self.tuned, self.optimizer, self.cursor, initial)
+        self.trunk = Trunk(self.tuned, self.optimizer, self.cursor, initial, based=start == "base")
         self.written = WrittenText(model, runtime) if replay.generated else None
         _check(self)
 
     @staticmethod
-    def capabilities_of(data: str = "new", replay: Any = None, anneal: Any = None, **options: Any) -> Capabilities:
-        """Joint training keeps all data, replay keeps some, unless the model writes it: then in one process."""
+    def capabilities_of(
+        data: str = "new", replay: Any = None, anneal: Any = None, rank: str | None = None, **options: Any
+    ) -> Capabilities:
+        """Joint training keeps all data, replay keeps some, unless the model writes it; that, and ranking, in one process."""
         active = [one for one in (replay, anneal) if isinstance(one, Mapping) and one.get("share", 0.0) != 0]
         written = any(one.get("source") == "generated" for one in active)
         kept = {"stores_all_data": data == "union", "stores_exemplars": data == "new" and bool(active) and not written}
-        return Capabilities(asks="loss", supports_parallel=not written, writes_text=written, **kept)
+        return Capabilities(asks="loss", supports_parallel=not written and rank is None, writes_text=written, **kept)
 
     def plan(self, experience: Experience) -> list[Segment]:
         """The segments of one experience."""
@@ -129,12 +139,12 @@ class Pretrain:
         cut = steps if self.accounting == "equal_data" else round(total * (1 - self.branch))
         mixture = {"replay": dict(vars(self.replay)), "data": self.data, "passes": self.passes}
         mixture |= {} if self.adapt is None else {"adapt": self.adapts}
-        start = "init" if k == 0 or self.start == "scratch" else "trunk"
-        policy = "new" if k == 0 else self.boundary
+        mixture |= {} if self.ranked is None else {"rank": self.ranked.rank, "pilot": self.ranked.steps}
+        start, policy = ("init" if self.start == "scratch" else self.start, self.boundary) if k else ("init", "new")
         before = _steps_before(self, k, text.steps)
         made = [Segment(k, "trunk", start, policy, 0, cut, total, self.lr, self.schedule, mixture, before)]
         if cut < total:
-            _check_trunk(made[0], self.branch)
+            check_trunk(made[0], self.branch)
             read = mixture if self.anneal is None else mixture | {"replay": dict(vars(self.anneal))}
             own = {"role": "branch", "start_from": "here", "optimizer": "keep", "mixture": read}
             made.append(replace(made[0], first=cut, last=total, **own))
@@ -167,7 +177,7 @@ class Pretrain:
             _begin(self, plan[0], experience)
         then = self.average.before(after_step) if self.average else after_step
         if self.adapt is not None:
-            self.adapt.model, then = self.tuned, _watching(self.adapt, then)
+            self.adapt.model, then = self.tuned, watching(self.adapt, then)
         for i in range(progress.segment, len(plan)):
             segment = plan[i]
             table = _shares(self, segment, experience) if shares is None else shares(segment)
@@ -189,6 +199,8 @@ class Pretrain:
     def _advance(self, segment: Segment, mixture: Mixture, trunk_ends: bool) -> None:
         """Advance the data cursor; at the trunk's last step keep a copy of it, if something else is evaluated."""
         self.cursor.advance(mixture.used(segment.first, segment.last), mixture, segment.experience)
+        if self.start == "base" and segment.experience == 0:
+            self.trunk.base()
         if trunk_ends and (self.branch > 0 or self.average):
             looks.trunk_ended(self.model)
             self.trunk.keep()
@@ -213,7 +225,7 @@ class Pretrain:
 def _parts(learner: Pretrain) -> tuple[str, ...]:
     """What a state is made of, by name."""
     named = PARTS if learner.pet is None else ("pet", *PARTS[1:])
-    return (*named, *(name for name in ("adapt", "written") if getattr(learner, name) is not None))
+    return (*named, *(name for name in ("adapt", "written", "ranked") if getattr(learner, name) is not None))
 
 
 def _set_to_train(learner: Pretrain, experience: Experience) -> None:
@@ -233,6 +245,10 @@ def _begin(learner: Pretrain, segment: Segment, experience: Experience) -> None:
             written.write(number, text.context, learner.runtime.key("write"))
         written.note(text)
     learner.trunk.begin(segment)
+    if learner.ranked is not None:
+        number = _read_size(learner, experience.index, text)
+        learner.ranked.choose(learner.runtime, learner.model, learner.tuned, text, experience.index, number)
+        _set_to_train(learner, experience)
     if learner.adapt is not None:
         learner.adapt.begin(learner.tuned)
     learner.cursor.begin(experience.index, replays_start_anew=learner.data == "union" or written is not None)
@@ -250,7 +266,7 @@ def _old(learner: Pretrain, experience: Experience) -> list[Any]:
     """What is replayed: the texts of earlier experiences, or one that the model wrote."""
     written, text = learner.written, _text(experience.train)
     if written is None:
-        return [_text(past) for past in experience.past]
+        return [_chosen(learner, past, i) for i, past in enumerate(experience.past)]
     return [written.text(text, n, text.steps, n, learner.runtime.key("written"))] if (n := len(written)) else []
 
 
@@ -264,7 +280,7 @@ def _shares(learner: Pretrain, segment: Segment, experience: Experience) -> np.n
 
 
 def _mixture(learner: Pretrain, segment: Segment, experience: Experience, shares_SK: np.ndarray) -> Mixture:
-    new, old, cursor = _text(experience.train), _old(learner, experience), learner.cursor
+    new, old, cursor = _chosen(learner, experience.train, experience.index), _old(learner, experience), learner.cursor
     whole = learner.data == "union" or learner.written is not None
     return Mixture(
         new,
@@ -275,8 +291,24 @@ def _mixture(learner: Pretrain, segment: Segment, experience: Experience, shares
         seen=[len(text) for text in old] if whole else cursor.seen[: len(old)],
         starts=cursor.starts(len(old)),
         carry=cursor.carry[-shares_SK.shape[1] :],
-        size=max(new.batch, int(len(new) // learner.passes)),
+        size=_read_size(learner, experience.index, _text(experience.train)),
     )
+
+
+def _chosen(learner: Pretrain, data: Any, index: int) -> Any:
+    """The text of experience `index`, or what ranking chose of it."""
+    return _text(data) if learner.ranked is None else learner.ranked.of(_text(data), index)
+
+
+def _passes(learner: Pretrain, k: int) -> float:
+    """Passes in experience `k`; the last of a list holds for all later ones."""
+    given = learner.passes
+    return given[min(k, len(given) - 1)] if isinstance(given, Sequence) else given
+
+
+def _read_size(learner: Pretrain, k: int, text: Any) -> int:
+    """How many sequences of the text of experience `k` are read at all."""
+    return max(text.batch, int(len(text) // _passes(learner, k)))
 
 
 def _replays(learner: Pretrain) -> list[Replay]:
@@ -292,17 +324,6 @@ def _adapting(adapt: Any) -> Rate | None:
     if word not in RATES:
         raise UserError(f"unknown learner.adapt={word}: choose {', '.join(RATES)} or null")
     return made(RATES[word], f"adapt {word}", options)  # type: ignore[arg-type]
-
-
-def _watching(adapt: Rate, then: AfterStep | None) -> AfterStep:
-    """An `after_step` that shows the losses to `adapt`, then calls another."""
-
-    def both(segment: Segment, step: int, losses: Tensor, counts: np.ndarray) -> None:
-        adapt.seen(losses)
-        if then is not None:
-            then(segment, step, losses, counts)
-
-    return both
 
 
 def _steps(learner: Pretrain, k: int, given: int) -> tuple[int, int]:
@@ -325,11 +346,17 @@ def _text(data: Any) -> Any:
 def _check(learner: Pretrain) -> None:
     """Options that contradict each other, or have no effect, are errors."""
     joint, replays, branches = learner.data == "union", any(one.active for one in _replays(learner)), learner.branch > 0
-    anneal = learner.anneal
-    averages, scratch = bool(learner.average), learner.start == "scratch"
+    anneal, ranked = learner.anneal, learner.ranked
+    given = learner.passes if isinstance(learner.passes, Sequence) else [learner.passes]
+    most = max(given) if given and all(not isinstance(n, bool | str) and n >= 1 for n in given) else None
+    averages, scratch, again = bool(learner.average), learner.start == "scratch", learner.start != "trunk"
     wrong = {
         "learner.branch must be at least 0 and below 1": not 0 <= learner.branch < 1,
-        "learner.passes must be at least 1": learner.passes < 1,
+        "learner.passes must be at least 1, or a list of such numbers": most is None,
+        "learner.rank must be lowest, middle, highest or null, and learner.pilot at least 1": ranked is not None
+        and (ranked.rank not in RANKS or ranked.steps < 1),
+        "learner.rank chooses what is read several times: learner.passes must be above 1": ranked is not None and most == 1,
+        "learner.rank is for parallel=none": ranked is not None and learner.runtime.group.kind != "none",
         "learner.until must be at least 1 or null": learner.until is not None and learner.until < 1,
         "learner.lr must be above 0": not learner.lr > 0,
         "learner.accounting=equal_data has no effect without a branch": learner.accounting == "equal_data" and not branches,
@@ -340,7 +367,7 @@ def _check(learner: Pretrain) -> None:
         "learner.boundary=restore needs a branch or an average: without one it would be keep": learner.boundary == "restore"
         and not (branches or averages),
         "learner.branch and learner.average exclude each other: both stand for the anneal": branches and averages,
-        "learner.start=scratch needs boundary=reset, no replay and no branch": scratch
+        f"learner.start={learner.start} needs boundary=reset, no replay and no branch": again
         and (replays or branches or learner.boundary != "reset"),
         "learner.adapt needs learner.branch=0: an anneal is planned, a rate that follows the run is not": (
             learner.adapt is not None and branches
@@ -357,20 +384,8 @@ def _check(learner: Pretrain) -> None:
         ),
         "learner.trainable=half is for the whole network: choose pet=none": learner.pet is not None
         and learner.trainable == "half",
-        "learner.data=union is joint training: it needs start=scratch and passes=1": joint
-        and (not scratch or learner.passes > 1),
+        "learner.data=union is joint training: it needs start=scratch and passes=1": joint and (not scratch or (most or 1) > 1),
     }
     lines = [line for line, holds in wrong.items() if holds]
     if lines:
         raise UserError("\n".join(lines))
-
-
-def _check_trunk(trunk: Segment, branch: float) -> None:
-    """A trunk that ends below the rate with which the next begins has a part of the anneal in it."""
-    after = replace(trunk, experience=trunk.experience + 1, before=trunk.before + trunk.steps)
-    ends, goes_on = trunk.rate(trunk.last - 1), after.rate(0)
-    if ends < 0.99 * goes_on:
-        raise UserError(
-            f"learner.branch={branch} does not fit the schedule: the trunk of experience {trunk.experience} would end at rate "
-            f"{ends:g}, the next would begin at {goes_on:g}; a trunk must end before the anneal begins"
-        )

@@ -14,13 +14,16 @@ trainable  "half" (HFT, Hui et al. 2024, arXiv 2404.18466): a random half of the
            task, another one in the next. "lisa" (LISA, Pan et al. 2024, arXiv 2403.17919): every 20 steps one block is drawn
            that is trained; `training/chosen_layers.py`. Embeddings, last norm and output matrix are always trained
 
+select     only a share of a task's lines is trained on, chosen when it begins: "random", "ifd" or "less", with options
+           {ifd: {kept: 0.1}}; `training/line_selection.py`. null: all of them
+
 Own choices: AdamW at 1e-3 with no decay of the rate, batches of 16, for decoders of less than a million parameters. Rates of
 the literature (1e-5) are for models of billions. Published number: none read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -32,6 +35,7 @@ from clbench.streams.images.data import shuffled
 from clbench.streams.tokens.text_data import TextBatch, TextData
 from clbench.training.answer_loss import Targets, answer_loss, attach, check_targets
 from clbench.training.fit import Recipe, fit
+from clbench.training.line_selection import chosen, selection
 from clbench.training.optimizers import Optimizer
 from clbench.training.optimizers import check as check_optimizer
 from clbench.training.runtime import Runtime
@@ -53,6 +57,7 @@ class TextFinetune:
         targets: Targets = "answer",
         data: Literal["new", "union"] = "new",  # union: joint training
         pet: Factory = none,
+        select: Literal["random", "ifd", "less"] | Mapping[str, Any] | None = None,
         trainable: Trainable = "all",  # all | half | lisa, or {half: {unit, ratio}}, {lisa: {blocks, every}}
         lr: float = 1e-3,
         epochs: int | None = None,
@@ -68,6 +73,9 @@ class TextFinetune:
         if data not in ("new", "union"):
             raise UserError(f"unknown learner.data={data}: choose new, union")
         self.targets: Targets = targets
+        self.select = selection(select)
+        if self.select is not None and data == "union":
+            raise UserError("learner.select chooses among the lines of one task: it needs data=new")
         self.model, self.runtime, self.lr = model, runtime, lr
         self.pet = attach(pet, model, runtime)
         if self.pet is not None and trainable != "all":
@@ -79,9 +87,10 @@ class TextFinetune:
         self.start = detached(self.tuned.state_dict()) if data == "union" else None
 
     @staticmethod
-    def capabilities_of(data: str = "new", **options: Any) -> Capabilities:
-        """Joint training keeps all data."""
-        return Capabilities(asks="next_token", stores_all_data=data == "union")
+    def capabilities_of(data: str = "new", select: Any = None, **options: Any) -> Capabilities:
+        """Joint training keeps all data; selection reads a task's lines first, that of LESS target lines too."""
+        kept = {"stores_all_data": data == "union", "needs_random_access": select is not None}
+        return Capabilities(asks="next_token", needs_target=getattr(selection(select), "needs_target", False), **kept)
 
     def learn(self, experience: Experience) -> dict[str, float]:
         """Train on the task; jointly: from the start on all tasks so far."""
@@ -89,6 +98,12 @@ class TextFinetune:
         if self.start is not None:
             self.tuned.load_state_dict(self.start)
             train = TextData.join([*experience.past, train])
+        kept = {}
+        if self.select is not None:
+            with self.runtime.phase("select"):
+                scores = self.select.scores(self.model, experience, self.runtime)
+            train = train.subset(chosen(scores, self.select.kept))
+            kept = {"kept": float(len(train))}
         self.model.train()
         self.tuned.train()
 
@@ -98,7 +113,7 @@ class TextFinetune:
         batches = shuffled(train, self.batch_size, self.epochs, self.runtime.key("train"))
         with self.steps.around(self.model, {"model": self.model}, loss, new=loss) as (total, hooks):  # type: ignore[arg-type]
             groups = groups_of((self.tuned, self.lr))
-            return fit(self.runtime, "train", self, groups, total, batches, self.recipe, **hooks)
+            return fit(self.runtime, "train", self, groups, total, batches, self.recipe, **hooks) | kept
 
     def next_token(self, batch: TextBatch) -> Tensor:
         """Scores of the token after each: [B, L] -> [B, L, V]."""

@@ -8,17 +8,17 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clbench.interfaces import UserError
+from clbench.models import weight_names
 
 log = logging.getLogger("clbench")
 HERE = pathlib.Path(__file__).resolve().parent
-HEADS = ("head.", "head_drop.", "fc.", "classifier.", "head_dist.", "pre_logits.")
 CONTAINERS = (  # where checkpoints keep their tensors, looked for in this order
     "state_dict",
     "model",
@@ -35,8 +35,6 @@ CONTAINERS = (  # where checkpoints keep their tensors, looked for in this order
     "student",
     "module",
 )
-PREFIXES = ("module.", "model.", "backbone.", "net.", "network.", "encoder.", "_orig_mod.")
-COUNTERS = ("n_averaged",)  # of torch's AveragedModel, beside the weights
 
 
 def find(weights: str, tag: str, data_root: str | None) -> pathlib.Path:
@@ -88,19 +86,24 @@ def check_sha256(path: pathlib.Path, expected: str | None) -> str:
 
 
 def fill(net: nn.Module, path: pathlib.Path, name: str) -> None:
-    """Load a file into `net`: safetensors, a pickle of tensors only, or a Google `.npz`. Its classifier is left out."""
+    """Load a file into `net`: safetensors, a pickle of tensors only, or a Google `.npz`. Its classifier is left out.
+
+    Names are taken as public files have them (`weight_names`); the log says what was read where and what was left out, the
+    `UserError` of a file that does not fit says what fits and what does not.
+    """
     if path.suffix == ".npz":
         return _fill_npz(net, path, name)
     given, told = _read(path)
     wanted = net.state_dict()
-    given, cut = _without_prefix(given, wanted.keys())
-    told += [f"names without {cut!r}"] if cut else []
-    left = [k for k in given if k not in wanted and (k.startswith(HEADS) or k in COUNTERS)]
+    given, done = weight_names.in_timm_names(given, wanted.keys())
+    told += done
+    left = sorted(k for k in given if k not in wanted and weight_names.left_out(k))
     given = {k: v.float() if v.is_floating_point() else v for k, v in given.items() if k not in left}
     missing, extra = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     if missing or extra:
         detail = "; ".join(f"{word} {_some(keys)}" for word, keys in (("missing", missing), ("unexpected", extra)) if keys)
-        raise UserError(f"weights {path} do not fit model {name}: {detail}")
+        fits = f"{len(wanted) - len(missing)} of the model's {len(wanted)} tensors are there"
+        raise UserError(f"weights {path} do not fit model {name}: {detail} ({'; '.join([fits, *told])})")
     if "pos_embed" in given:
         given["pos_embed"] = _positions(net, given["pos_embed"], wanted["pos_embed"])
     for key, value in given.items():
@@ -109,7 +112,7 @@ def fill(net: nn.Module, path: pathlib.Path, name: str) -> None:
             raise UserError(f"weights {path} do not fit model {name}: {shapes}")
     _check_finite(given.items(), path)
     net.load_state_dict(given)
-    if told:
+    if told or any(not k.startswith(weight_names.HEADS) for k in left):
         told += [f"{_some(left)} left out"] if left else []
         log.info("weights %s fit model %s: %d tensors; %s", path.name, name, len(given), "; ".join(told))
 
@@ -163,28 +166,6 @@ def _container(state: Any) -> str | None:
     if not isinstance(state, dict) or not state or all(isinstance(value, Tensor) for value in state.values()):
         return None
     return next((name for name in CONTAINERS if isinstance(state.get(name), dict) and state[name]), None)
-
-
-def _without_prefix(given: dict[str, Tensor], wanted: Collection[str]) -> tuple[dict[str, Tensor], str]:
-    """The tensors without the prefix that wrappers put before names, if more of them are `wanted` then -> them, what was cut.
-
-    Tensors without the prefix are those of something else: they stay under their names, and are said to be unexpected.
-    """
-    cut = ""
-    while True:
-        counts = {p: sum(k.removeprefix(p) in wanted for k in given if k.startswith(p)) for p in PREFIXES}
-        nested = [p for p in PREFIXES if any(k.startswith(p) for k in given)]
-        here = sum(k in wanted for k in given)
-        best = max(counts, key=lambda p: counts[p])
-        if counts[best] <= here:
-            deeper = next((p for p in nested if not here and all(k.startswith(p) for k in given)), None)
-            if deeper is None:
-                return given, cut
-            best = deeper
-        bare = {k.removeprefix(best): v for k, v in given.items()}
-        if len(bare) < len(given):  # two tensors would have one name
-            return given, cut
-        given, cut = bare, cut + best
 
 
 def _unread(path: pathlib.Path, error: Exception) -> str:

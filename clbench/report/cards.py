@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from clbench.config import defaults
+from clbench.config.overrides import word
 from clbench.config.signatures import nearest
 from clbench.interfaces import UserError
 from clbench.records import record
@@ -213,8 +214,7 @@ def command(entry: Mapping[str, Any], seeds: Sequence[str], conf: pathlib.Path) 
 
 def _changes(node: Mapping[str, Any], conf: pathlib.Path, part: str, name: str) -> Iterator[str]:
     """Words for what a node has that its file has not; `pet=` and `schedule=` where a file of theirs says it."""
-    path = conf / part / f"{name}.yaml"
-    default = _defaults(path, path.stat().st_mtime_ns) if path.is_file() else {}
+    default = options_of(conf, part, name)
     left = dict(node)
     for group in ("pet", "schedule") if part == "learner" else ():
         own = left.get(group)
@@ -231,6 +231,12 @@ def _changes(node: Mapping[str, Any], conf: pathlib.Path, part: str, name: str) 
             yield f"{part}.{key}={word(value)}"
 
 
+def options_of(conf: pathlib.Path, part: str, name: str) -> Mapping[str, Any]:
+    """The options of a configuration file as dotted keys, with the defaults of its target; empty where there is none."""
+    path = conf / part / f"{name}.yaml"
+    return _defaults(path, path.stat().st_mtime_ns) if path.is_file() else {}
+
+
 @functools.lru_cache(maxsize=512)
 def _defaults(path: pathlib.Path, stamp: int) -> Mapping[str, Any]:
     """A configuration file as dotted keys, read once for each `stamp`, the time of its last change."""
@@ -241,16 +247,3 @@ def _defaults(path: pathlib.Path, stamp: int) -> Mapping[str, Any]:
 def _alike(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> bool:
     b = {key: value for key, value in b.items() if key.startswith(prefix)}
     return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-
-
-def word(value: Any) -> str:
-    """A value as Hydra reads it."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    if isinstance(value, list):
-        return "[" + ",".join(word(item) for item in value) + "]"
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{word(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, str) and not re.fullmatch(r"[\w./:@-]+", value):
-        return "'" + value.replace("'", "\\'") + "'"
-    return str(value)

@@ -38,6 +38,14 @@ PAGES: dict[str, tuple[str, tuple[str, ...]]] = {
         "intervals and variance over class orders and seeds, all pairs of learners, profiles across scenarios",
         ("clbench report statistics", "clbench report statistics --scenario cil_digits --part pairs --format csv"),
     ),
+    "core": (
+        "the core suite: learners by streams over five orders, ranks with ties, and what is missing",
+        (
+            "clbench report core",
+            "clbench report core --part missing",
+            "clbench report core --part rows --format csv --out core.csv",
+        ),
+    ),
     "targets": (
         "seven findings on continual pre-training: which of them the runs show",
         ("clbench report targets", "clbench report targets --scenario 'cpt_text*' --format md"),
@@ -47,6 +55,13 @@ PAGES: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             "clbench report flips 0123456789abcdef",
             "clbench report flips results/records/*.json --part sets --format csv --out flips.csv",
+        ),
+    ),
+    "predictions": (
+        "the answers of every test sample of the chosen records as one parquet file (needs save_predictions=true)",
+        (
+            "clbench report predictions --out answers.parquet",
+            "clbench report predictions --learner slca --scenario cil_digits --out answers.parquet",
         ),
     ),
     "external": (
@@ -106,7 +121,9 @@ def add_arguments(parser: argparse.ArgumentParser, page: str) -> None:
     if page in ("compare", "statistics"):
         words = "any number that `explain` names (last_macro, of pre-training final_loss)"
         parser.add_argument("--metric", help=words)
-    if page not in ("explain", "external", "flips", "html"):
+    if page == "core":
+        parser.add_argument("--suite", default="core_v1", metavar="NAME", help="the version (core_v1)")
+    if page not in ("explain", "external", "flips", "html", "core"):
         for part in ("scenario", "learner", "model"):
             words = f"only this {part}; globs and repetition allowed"
             parser.add_argument(f"--{part}", action="append", default=[], metavar="NAME", help=words)
@@ -120,6 +137,11 @@ def add_arguments(parser: argparse.ArgumentParser, page: str) -> None:
         parser.add_argument("kinds", nargs="*", metavar="KIND", help="which figures (all)")
         parser.add_argument("--format", choices=("png", "svg", "pdf"), default="png", help="(png)")
         parser.add_argument("--out", default="figures", metavar="DIR", help="the folder to write into (figures)")
+    elif page == "predictions":
+        from clbench.report.travel import answers_table
+
+        parser.add_argument("--out", required=True, metavar="FILE", help="the parquet file to write")
+        parser.epilog = f"{parser.epilog or ''}\n\ncolumns:\n{answers_table.schema_text()}"
     else:
         forms = (*formats.FORMS, *TRAVEL) if page == "" else formats.FORMS
         parser.add_argument("--format", choices=forms, help="how to print it (text, or what --out's suffix says)")
@@ -143,6 +165,8 @@ def run(args: argparse.Namespace, conf: pathlib.Path) -> tuple[str, int]:
         return f"written {html.write(results, out, since)}", 0
     if args.page == "plot":
         return _plot(args, results)
+    if args.page == "predictions":
+        return _answers(args, results), 0
     if args.page == "" and (args.format in TRAVEL or str(args.out).endswith(".parquet")):
         return _travel(args, results), 0
     if args.page == "" and args.organization:
@@ -157,9 +181,9 @@ def run(args: argparse.Namespace, conf: pathlib.Path) -> tuple[str, int]:
             return _given(text, form, args), code
         text, code = folder.report(results, args.strict, wanted)
         if not wanted:
-            from clbench.report import cards
+            from clbench.report import cards, suites
 
-            text = "\n".join([text, *(f"written {path}" for path in cards.write(results, conf))])
+            text = "\n".join([text, *(f"written {path}" for path in [*cards.write(results, conf), *suites.write(results)])])
         return text, code
     tables = _tables(args, results)
     part = args.part
@@ -167,6 +191,8 @@ def run(args: argparse.Namespace, conf: pathlib.Path) -> tuple[str, int]:
         part = "full" if form == "csv" else "rows"
     if part is None and args.page == "flips" and form == "csv":
         part = "pairs"
+    if part is None and args.page == "core" and form in ("text", "csv"):
+        part = "core"
     return _given(formats.render(tables, form, part), form, args), 0
 
 
@@ -195,6 +221,10 @@ def _tables(args: argparse.Namespace, results: pathlib.Path) -> list[Table]:
 
         made = flips.tables(args.records, results)
         return made if args.part or formats.form_of(args.format, args.out) != "text" else made[:1]
+    if args.page == "core":
+        from clbench.report import suites
+
+        return suites.tables(*suites.of_folder(results, args.suite))
     wanted = Filter(args.scenario, args.learner, args.model, args.where)
     if args.page == "compare":
         from clbench.report.compare import compare
@@ -212,6 +242,15 @@ def _tables(args: argparse.Namespace, results: pathlib.Path) -> list[Table]:
     if not found.runs:
         raise UserError(f"no records in {results / 'records'}")
     return overview.tables(found.runs, args.metric)
+
+
+def _answers(args: argparse.Namespace, results: pathlib.Path) -> str:
+    """The answers of the chosen records as parquet -> what was written."""
+    from clbench.report.travel import answers_table
+
+    out = pathlib.Path(args.out).expanduser()
+    records, rows = answers_table.write(results, out, Filter(args.scenario, args.learner, args.model, args.where))
+    return f"written {out}: {rows} answers of {records} records, counted against them"
 
 
 def _travel(args: argparse.Namespace, results: pathlib.Path) -> str:

@@ -51,7 +51,7 @@ def formatted(name: str, value: Any) -> str:
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if name.startswith(("gap_area_", "gap_tokens_")):
+    if name.startswith(("gap_area_", "gap_tokens_", "dip_tokens_")):
         return f"{value:.0f}"
     if not isinstance(value, float):
         return safe(value)

@@ -20,36 +20,13 @@ from dataclasses import asdict
 from typing import Any
 
 from clbench import __version__
+from clbench.config.run_options import MACHINE
 from clbench.interfaces import Capabilities, UserError
 from clbench.records import record
 from clbench.streams.operators import registry as operators
 from clbench.streams.operators.registry import without_folders
 from clbench.training import hardware
 
-MACHINE = (
-    "device",
-    "num_threads",
-    "arithmetic",
-    "results_dir",
-    "data_root",
-    "download",
-    "force",
-    "checkpoint_seconds",
-    "eval_batch_size",
-    "micro_batch",
-    "compile",
-    "parallel",
-    "feature_store",
-    "feature_store_gb",
-    "on_error",
-    "save_model",
-    "save_predictions",
-    "gradient_norms",
-    "track",
-    "machine",
-    "sweep",
-    "names",
-)
 NO_PET = {"_target_": "clbench.models.pet_modules.none", "_partial_": True}
 ADDED: dict[str, dict[str, Any]] = {  # options that came to a learner later: what it did before it had them
     "agem.Agem": {"columns": "seen", "head": "linear"},
@@ -77,7 +54,7 @@ ADDED: dict[str, dict[str, Any]] = {  # options that came to a learner later: wh
     "mas.Mas": {"refresh": None, "project": None},
     "memit.Memit": {"clamp_by": "now"},
     "mir.Mir": {"columns": "seen", "score": "rise", "start": "second_batch"},
-    "pretrain.Pretrain": {"adapt": None, "pet": NO_PET, "anneal": None},
+    "pretrain.Pretrain": {"adapt": None, "pet": NO_PET, "anneal": None, "rank": None, "pilot": 50},
     "picle.Picle": {"latent": 0, "suffix": 2},
     "pred_kd.PredKd": {"refresh": None, "project": None},
     "replay.Replay": {"optimizer": "sgd"},
@@ -89,6 +66,7 @@ ADDED: dict[str, dict[str, Any]] = {  # options that came to a learner later: wh
     "slca.Slca": {"drift": None},
     "ssiat.Ssiat": {"drift": "shift"},
     "tent.Tent": {"reset": "never"},
+    "text_finetune.TextFinetune": {"select": None},
 }
 
 
@@ -129,9 +107,14 @@ def identity(config: dict[str, Any], can: Capabilities | None = None) -> dict[st
     else:
         kept["continues"] = _named(kept["continues"])
     # streams that take none of these keep the identity that they had before
-    for key in ("operators", "evaluators", "classes", "test_share", "test_seed", "draw", "all_told"):
+    absent = ("operators", "evaluators", "classes", "test_share", "test_seed", "draw", "junk", "stages", "old_share", "target")
+    for key in (*absent, "all_told"):
         if key in kept["scenario"] and not kept["scenario"][key]:
             del kept["scenario"][key]
+    if not (config["scenario"].get("target") or ()):  # of no effect then
+        kept["scenario"].pop("target_lines", None)
+    if kept["scenario"].get("family") == "apart":  # how languages lay before there was a line
+        del kept["scenario"]["family"]
     if "operators" in kept["scenario"]:
         kept["scenario"]["operators"] = without_folders(kept["scenario"]["operators"])
     return kept

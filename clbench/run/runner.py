@@ -155,6 +155,7 @@ def _assemble(config: dict[str, Any], options: RunOptions, parallel: str, device
     kind = next((kind for made, kind in KINDS.items() if isinstance(scenario, made)), None)
     if kind is None:
         raise UserError(f"{config['scenario']['_target_']} must return a Scenario, got {type(scenario).__name__}")
+    _check_hash(scenario, options.manifest_sha256)
     learner = provenance.learner_name(config)
     pretrained = str(config["model"].get("weights")) not in ("none", "None")
     if why := mismatch(learner, capabilities, scenario.facts(), pretrained):
@@ -165,15 +166,28 @@ def _assemble(config: dict[str, Any], options: RunOptions, parallel: str, device
     asked = evaluators.load(scenario.manifest.evaluators, config["scenario"], scenario.asks)
     model = set_precision(kind.build_model(build, config["model"], scenario), options.precision).to(device)
     model = arithmetic.pin(model, flags)
-    plugin = provenance.plugin_version(config)
-    identity = provenance.identity(config, capabilities)
-    sha, weights = scenario.manifest.sha256, model.identity["state_sha256"]
-    code = provenance.evaluator_versions(asked) | provenance.stream_versions(config["scenario"])
-    run_id = record.run_id(identity, sha, weights, plugin, outside=code)
     pipeline = kind.make_pipeline(scenario, model, device)
-    job = Job(config, options, run_id, scenario, kind, model, capabilities, pipeline, flags, device, asked)
+    job = Job(config, options, "", scenario, kind, model, capabilities, pipeline, flags, device, asked)
+    job.run_id = run_id_of(config, job)
     continued.check(job)
     return job
+
+
+def run_id_of(config: dict[str, Any], job: Job) -> str:
+    """The run id of a configuration whose stream, weights and code are those of a job."""
+    identity = provenance.identity(config, job.capabilities)
+    sha, weights = job.scenario.manifest.sha256, job.model.identity["state_sha256"]
+    code = provenance.evaluator_versions(job.evaluators) | provenance.stream_versions(config["scenario"])
+    return record.run_id(identity, sha, weights, provenance.plugin_version(config), outside=code)
+
+
+def _check_hash(scenario: Any, expected: str | None) -> None:
+    found = scenario.manifest.sha256
+    if expected is not None and found != expected:
+        raise UserError(
+            f"scenario {scenario.name} has the manifest {found[:16]}, and manifest_sha256 asks for {expected[:16]}: "
+            "samples, their order, the budget or the data differ from those of the frozen stream"
+        )
 
 
 def _build_ahead(job: Job) -> None:

@@ -137,6 +137,8 @@ class TextStream:
 
     def close(self, experience: Experience) -> None:
         """End its handle unless the learner keeps all data."""
+        if experience.target is not None:
+            experience.target.close()  # type: ignore[attr-defined]
         if self.job.capabilities.stores_all_data:
             self.past.append(experience.train)
         else:

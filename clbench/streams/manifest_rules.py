@@ -176,9 +176,10 @@ def _check_lines(m: Manifest) -> None:
 def _check_texts(m: Manifest) -> None:
     """Samples that are lines of tasks: no line is trained on and asked."""
     _check_lines(m)
+    tasks = max(len(m.experiences), len(m.evals))
     for where, entry in [("experience", e) for e in m.experiences] + [("evaluation set", e) for e in m.evals]:
-        if type(entry.task) is not int or not 0 <= entry.task < len(m.experiences):
-            raise UserError(f"manifest: {where} {entry.name} is of task {entry.task!r}, there are {len(m.experiences)}")
+        if type(entry.task) is not int or not 0 <= entry.task < tasks:
+            raise UserError(f"manifest: {where} {entry.name} is of task {entry.task!r}, there are {tasks}")
     for i, entry in enumerate(m.experiences):
         _check_rules(f"experience {i}", entry, m.budget)
     trained = np.concatenate([e.train for e in m.experiences])

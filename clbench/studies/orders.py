@@ -3,7 +3,9 @@
 Each order is a run of its own, under `scenario.operators=[..., {order: {of: experiences, by: [...]}}]`, so it has a record,
 is skipped when it is done, and goes on when it was stopped. The study says for each learner the spread over orders beside the
 spread over seeds, the worst and the best order, and whether the score of the Curriculum Designer (`similarity.designer_scores`,
-from mean pictures) ranks orders as the learner does; for several learners, how far they agree.
+from mean pictures) ranks orders as the learner does; for several learners, how far they agree. Of texts, orders go from near to
+near or from far to far, and the score is how near neighbours are (`tokens.similarity`): the study of Yildiz et al. 2024 (arXiv
+2402.17400), with `--keep 1` for a first experience that is pre-training and `learner=dapt` for every domain alone.
 
 Legend: P orders, T experiences, S seeds, L learners.
 """
@@ -34,6 +36,8 @@ from clbench.run import provenance
 from clbench.streams import rng
 from clbench.streams.operators import similarity
 from clbench.streams.scenario import Scenario
+from clbench.streams.tokens import similarity as text_similarity
+from clbench.streams.tokens.scenario import Domain, TokenScenario
 from clbench.studies.jobs import record_of
 
 MOST = 720  # orders of `--orders all`: six experiences
@@ -58,19 +62,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="orders of the experiences: natural, extreme and drawn ones (24), or all",
     )
     parser.add_argument("--order-seed", type=int, default=0, metavar="N", help="of the drawn orders (0)")
-    parser.add_argument("--metric", default="last_macro", metavar="NAME", help="a number that `clbench report explain` names")
+    parser.add_argument(
+        "--keep", type=int, default=0, metavar="N", help="of texts: the first N experiences stay where they are (0)"
+    )
+    parser.add_argument(
+        "--metric", metavar="NAME", help="a number that `clbench report explain` names (last_macro; of texts final_loss)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run what is not done, write results_dir/orders/NAME.csv and .json, print the study -> exit code."""
-    numbers.check_metric(args.metric, losses=False)
     composed = compose.read(args.overrides, True)
     for job in composed.jobs:
         registry.check(job)
     first = composed.jobs[0]
     if any(job["scenario"] != first["scenario"] or job["results_dir"] != first["results_dir"] for job in composed.jobs):
         raise UserError("clbench orders takes one scenario and one results_dir; sweep learner, model and seed")
-    orders = chosen(compose.build(first["scenario"]), args.orders, args.order_seed)
+    stream = compose.build(first["scenario"])
+    texts = isinstance(stream, TokenScenario)
+    args.metric = args.metric or ("final_loss" if texts else "last_macro")
+    numbers.check_metric(args.metric, losses=texts)
+    orders = chosen(stream, args.orders, args.order_seed, args.keep)
     results = Path(str(first["results_dir"])).expanduser().resolve()
     record.ensure_writable(results / "orders")
     labels = _labels(composed)
@@ -87,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{head} order {_text(order)}  {args.metric} {rows[-1]['value']:.4f}", flush=True)
     if not rows:
         return 1
-    made = study(rows, args.metric) | {"metric": args.metric, "orders": len(orders), "lost": lost}
+    made = study(rows, args.metric) | {"metric": args.metric, "orders": len(orders), "lost": lost, "texts": texts}
     name = record.digest([first["scenario"], labels, [o.places for o in orders], args.metric])[:8]
     file = results / "orders" / f"{first['names'].get('scenario') or 'stream'}-{name}"
     record.write_text(file.with_suffix(".csv"), csv_text(COLUMNS, rows, lambda name, value: str(value)))
@@ -96,34 +108,50 @@ def run(args: argparse.Namespace) -> int:
     return 1 if lost else 0
 
 
-def chosen(stream: Any, number: str, seed: int) -> list[Order]:
+def chosen(stream: Any, number: str, seed: int, keep: int = 0) -> list[Order]:
     """All orders of the experiences of a stream, or `number` of them: natural, extreme by similarity, then drawn ones."""
-    if not isinstance(stream, Scenario):
-        raise UserError("clbench orders knows streams of images")
+    of_texts = isinstance(stream, TokenScenario) and all(isinstance(domain, Domain) for domain in stream.domains)
+    if not isinstance(stream, Scenario) and not of_texts:
+        raise UserError("clbench orders knows streams of images, and of texts one after another")
+    if not 0 <= keep < len(stream.manifest.experiences) or (keep and not of_texts):
+        raise UserError(f"--keep must be from 0 to below the number of experiences, and is for texts, got {keep}")
     entries = stream.manifest.experiences
-    count = len(entries)
+    count = len(entries) - keep
     most = math.factorial(min(count, 20))
     if number != "all" and not (number.isdigit() and int(number) >= 2):
         raise UserError(f"--orders must be all, or a whole number from 2, got {number!r}")
     if count < 2 or (number == "all" and most > MOST):
         what = "which is one order" if count < 2 else f"{most} orders: name a number of them"
-        raise UserError(f"--orders {number}: the stream has {count} experiences, {what}")
-    d = similarity.distances(stream.dataset, [e.train for e in entries], [e.transform for e in entries])
-    places: dict[tuple[int, ...], str] = {tuple(range(count)): "natural"}
-    if number == "all" or int(number) >= most:
-        for one in itertools.permutations(range(count)):
-            places.setdefault(one, "")
+        raise UserError(f"--orders {number}: the stream has {count} experiences{' to order' * bool(keep)}, {what}")
+    key, limit = rng.key("order study", seed), most if number == "all" else int(number)
+    if isinstance(stream, TokenScenario):
+        d = text_similarity.distances([stream.domains[e.domain].train for e in entries], stream.manifest.vocab)
+        extreme = {"near": text_similarity.chain(d, keep, True), "far": text_similarity.chain(d, keep, False)}
     else:
-        key = rng.key("order study", seed)
-        for name, one in (("designer_best", True), ("designer_worst", False)):
-            if len(places) < int(number):
-                places.setdefault(tuple(similarity.designed(d, rng.key(key, "candidates"), 1000, best=one)), name)
-        for draw in itertools.count():
-            if len(places) >= int(number):
-                break
-            places.setdefault(tuple(rng.permutation(rng.key(key, draw), count).tolist()), "")
-    scores = similarity.designer_scores(d, np.array(list(places)))
+        d = similarity.distances(stream.dataset, [e.train for e in entries], [e.transform for e in entries])
+        extreme = {} if limit >= most else _designed(d, key)
+    places = {tuple(range(len(entries))): "natural"}
+    for name, one in extreme.items():
+        if len(places) < limit:
+            places.setdefault(tuple(one), name)
+    first = tuple(range(keep))
+    if limit >= most:
+        for one in itertools.permutations(range(keep, len(entries))):
+            places.setdefault((*first, *one), "")
+    for draw in itertools.count() if limit < most else ():
+        if len(places) >= limit:
+            break
+        drawn = keep + rng.permutation(rng.key(key, draw), count)
+        places.setdefault((*first, *drawn.tolist()), "")
+    score = text_similarity.closeness if isinstance(stream, TokenScenario) else similarity.designer_scores
+    scores = score(d, np.array(list(places)))
     return [Order(one, name, round(float(score), 9)) for (one, name), score in zip(places.items(), scores, strict=True)]
+
+
+def _designed(d: np.ndarray, key: int) -> dict[str, list[int]]:
+    """The best and the worst order of the Curriculum Designer."""
+    words = {"designer_best": True, "designer_worst": False}
+    return {name: similarity.designed(d, rng.key(key, "candidates"), 1000, best=best) for name, best in words.items()}
 
 
 def _labels(composed: compose.Composed) -> list[str]:
@@ -149,6 +177,12 @@ def _value_at(job: Mapping[str, Any], key: str) -> Any:
 def in_order(job: Mapping[str, Any], order: Order) -> dict[str, Any]:
     """A run's configuration with its experiences in another order."""
     made = copy.deepcopy(dict(job))
+    scenario = made["scenario"]
+    if (listed := next((name for name in ("corpora", "order") if isinstance(scenario.get(name), list)), None)) is not None:
+        for name in (listed, "tokens"):  # of texts
+            if isinstance(scenario.get(name), list):
+                scenario[name] = [scenario[name][i] for i in order.places]
+        return made
     if order.places != tuple(range(len(order.places))):
         one = {"order": {"of": "experiences", "by": list(order.places)}}
         made["scenario"]["operators"] = [*(made["scenario"].get("operators") or ()), one]
@@ -158,11 +192,13 @@ def in_order(job: Mapping[str, Any], order: Order) -> dict[str, Any]:
 def _row(entry: Mapping[str, Any], label: str, order: Order, metric: str) -> dict[str, Any]:
     """A row of the study's CSV. Effectiveness: 2 a / (d a + 1), a the last macro, d what the first experience lost."""
     values = metrics.summary(entry)
+    made = {"learner": label, "seed": entry["seed"], "order": " ".join(map(str, order.places)), "name": order.name}
+    made |= {"score": order.score, "value": values.get(metric, math.nan), "run": entry["run_id"]}
+    if not entry.get("correct"):
+        return made | {"effectiveness": ""}
     a = metrics.accuracy(entry["correct"], entry["n"])
     first = np.asarray(entry["first_seen"]) == 0
     drop = float(a[0, first].mean() - a[-1, first].mean())
-    made = {"learner": label, "seed": entry["seed"], "order": " ".join(map(str, order.places)), "name": order.name}
-    made |= {"score": order.score, "value": values.get(metric, math.nan), "run": entry["run_id"]}
     return made | {"effectiveness": 2 * values["last_macro"] / (drop * values["last_macro"] + 1)}
 
 
@@ -240,7 +276,8 @@ def told(made: Mapping[str, Any]) -> str:
         rows.append(
             row | {"worst order": one["worst"]["order"], "rho": rho["rho"], "p": rho["p"], "top 1/4": one["top_quarter"]}
         )
-    notes = ["rho: Spearman's rank correlation of the Curriculum Designer's score, from mean pictures, with the number"]
+    score = "Curriculum Designer's score, from mean pictures," if not made.get("texts") else "nearness of neighbours"
+    notes = [f"rho: Spearman's rank correlation of the {score} with the number"]
     if made["agreement"] is not None:
         notes.append(f"agreement of the learners on the orders: Kendall's W {made['agreement']:.3f}")
     notes += [_sentence(name, one) for name, one in made["learners"].items()]

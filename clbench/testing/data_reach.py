@@ -26,7 +26,8 @@ from clbench.streams.scenario import Scenario
 from clbench.streams.stored import Stored
 from clbench.streams.tokens.scenario import TokenScenario
 from clbench.testing import adversary, anytime
-from clbench.testing.reach import Marks, found_in
+from clbench.testing.reach import Marks, first_found, found_in, numbers_in
+from clbench.testing.trial import old_set_aside
 from clbench.training import looks
 from clbench.training.pretraining.data_mixture import Mixture, Replay
 
@@ -135,15 +136,17 @@ class _Images:
         own = list(pixels(scenario, self.pipeline, allowed).values())
         foreign = pixels(scenario, self.pipeline, everything - allowed) | remembered(model, everything - self.tests)
         roots = {"learner": self.learner, "runtime": self.runtime, "model": model} | more
-        if found := found_in(roots, Marks(foreign, own), skip):
+        within = numbers_in(roots, skip)
+        if found := first_found(within, Marks(foreign, own)):
             return found
         given = {name: root for name, root in roots.items() if name != "learner" and not name.startswith("local variables")}
-        if found := found_in(given, Marks(remembered(model, allowed)), (*skip, self.learner)):
+        features = Marks(remembered(model, allowed))
+        if len(features) and (found := found_in(given, features, (*skip, self.learner))):
             return found
         if can.stores_all_data or can.stores_exemplars:
             return None
         y = scenario.dataset.y[scenario.manifest.experiences[self.index].train]
-        return found_in(roots, Marks(labels(scenario, [self.index]), [y, _renumbered(scenario, y)], least=2), skip)
+        return first_found(within, Marks(labels(scenario, [self.index]), [y, _renumbered(scenario, y)], least=2))
 
 
 class _Texts:
@@ -259,6 +262,11 @@ def check_only_own_lines_are_reachable(trial: Any) -> None:
 
 
 def _check_reach(trial: Any, kind: Any) -> None:
+    with old_set_aside():
+        _walk_at_every_place(trial, kind)
+
+
+def _walk_at_every_place(trial: Any, kind: Any) -> None:
     learner, runtime, pipeline = trial.start()
     for index in range(2):
         at = kind(trial, learner, runtime, pipeline, index)

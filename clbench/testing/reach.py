@@ -50,7 +50,8 @@ def reachable(roots: Mapping[str, Any], skip: Iterable[Any] = ()) -> Iterator[tu
             continue
         seen[id(found)] = found
         yield path, found
-        waiting += [(f"{path}{step}", child) for step, child in _children(found) if not isinstance(child, PLAIN)]
+        new = [(step, child) for step, child in _children(found) if not isinstance(child, PLAIN) and id(child) not in seen]
+        waiting += [(f"{path}{step}", child) for step, child in new]
 
 
 def _children(found: Any) -> Iterator[tuple[str, Any]]:
@@ -111,15 +112,20 @@ def _of_code(found: Any) -> Iterator[tuple[str, Any]]:
 def _attributes(found: Any) -> Iterator[tuple[str, Any]]:
     with suppress(Exception):
         yield from ((f".{name}", value) for name, value in list(object.__getattribute__(found, "__dict__").items()))
-    kinds = found.__mro__ if isinstance(found, type) else type(found).__mro__
-    for kind in kinds:
-        if (kind.__module__ or "").split(".")[0] in ALIEN:
+    for kind in found.__mro__ if isinstance(found, type) else type(found).__mro__:
+        if _is_alien(kind.__module__ or ""):
             continue
         slots = kind.__dict__.get("__slots__", ())
         for name in () if isinstance(found, type) else (slots,) if isinstance(slots, str) else slots:
             with suppress(Exception):
                 yield f".{name}", object.__getattribute__(found, name)
-        yield f".<class {kind.__name__}>", dict(vars(kind))
+        if kind is not found:
+            yield f".<class {kind.__name__}>", kind  # the class itself: however many objects it has, it is entered once
+
+
+@functools.cache
+def _is_alien(module: str) -> bool:
+    return module.split(".")[0] in ALIEN
 
 
 def arrays(found: Any) -> list[np.ndarray]:
@@ -189,17 +195,24 @@ class Marks:
         return None
 
 
-def found_in(roots: Mapping[str, Any], marks: Marks, skip: Iterable[Any] = ()) -> str | None:
-    """'path: name of the sample' of the first marked sample that can be reached, or None."""
-    looked: set[tuple[int, int, str]] = set()
+def numbers_in(roots: Mapping[str, Any], skip: Iterable[Any] = ()) -> list[tuple[str, np.ndarray]]:
+    """(path, numbers) of every array that can be reached, each place in memory once."""
+    places: dict[tuple[int, int, str], tuple[str, np.ndarray]] = {}  # held, so that no place is used again
     for path, found in reachable(roots, skip):
         for values in arrays(found):
-            place = (values.__array_interface__["data"][0], values.size, values.dtype.str)
-            if place not in looked:
-                looked.add(place)
-                if (name := marks.find(values)) is not None:
-                    return f"{path}: {name}"
-    return None
+            places.setdefault((values.__array_interface__["data"][0], values.size, values.dtype.str), (path, values))
+    return list(places.values())
+
+
+def first_found(within: Iterable[tuple[str, np.ndarray]], marks: Marks) -> str | None:
+    """'path: name of the sample' of the first marked sample in what `numbers_in` gave, or None."""
+    hits = ((path, marks.find(values)) for path, values in within)
+    return next((f"{path}: {name}" for path, name in hits if name is not None), None)
+
+
+def found_in(roots: Mapping[str, Any], marks: Marks, skip: Iterable[Any] = ()) -> str | None:
+    """The same of everything that can be reached."""
+    return first_found(numbers_in(roots, skip), marks)
 
 
 def _real(values: np.ndarray) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from clbench.interfaces import BudgetExceeded, mismatch
 from clbench.streams.eval_sets import open_eval
 from clbench.streams.scenario import Scenario
-from clbench.testing.trial import Trial, main
+from clbench.testing.trial import Trial, main, old_set_aside
 
 
 def check_fits(trial: Trial) -> None:
@@ -85,12 +85,13 @@ def check_no_hold_on_old_data(trial: Trial) -> None:
     """After `learn` nothing refers to the experience's data any more, unless `stores_all_data` is declared."""
     if trial.capabilities.stores_all_data:
         return
-    learner, runtime, pipeline = trial.start()
-    experience = trial.learn(learner, runtime, pipeline, 0)
-    reference = weakref.ref(experience.train)
-    experience.train.close()  # type: ignore[attr-defined]
-    del experience
-    gc.collect()
+    with old_set_aside():
+        learner, runtime, pipeline = trial.start()
+        experience = trial.learn(learner, runtime, pipeline, 0)
+        reference = weakref.ref(experience.train)
+        experience.train.close()  # type: ignore[attr-defined]
+        del experience
+        gc.collect()
     assert reference() is None, "the learner still refers to the training data of the last experience"
     trial.scores(learner, pipeline, 0, 6)
 

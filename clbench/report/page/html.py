@@ -13,12 +13,15 @@ import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from clbench.config import suite
 from clbench.interfaces import UserError
 from clbench.records import record
+from clbench.report import formats, suites
 from clbench.report.figures import plots
+from clbench.report.formats import Table
 
 FOLDER = pathlib.Path(__file__).resolve().parent
 SCRIPTS = ("core", "figures", "board", "table", "stream", "across", "row", "losses", "edits", "compare", "start")
@@ -47,12 +50,18 @@ def write(results: pathlib.Path, out: pathlib.Path | None = None, since: pathlib
     from clbench.report.page import contents
 
     beside = path.resolve().parent == results.resolve()
-    record.write_text(path, page(contents.collect(results, beside, since)))
+    record.write_text(path, page(contents.collect(results, beside, since), suite_tables(results)))
     return path
 
 
-def page(data: Mapping[str, Any]) -> str:
-    """The page around its data: ASCII text."""
+def suite_tables(results: pathlib.Path) -> list[Table]:
+    """The matrix of every suite that the folder has a run of, and what is missing from it."""
+    made = [suites.of_folder(results, name) for name in suite.names()]
+    return [suites.shown(*one) for one in made if any(row.values for row in one[1].values())]
+
+
+def page(data: Mapping[str, Any], matrices: Sequence[Table] = ()) -> str:
+    """The page around its data: ASCII text. `matrices` are tables of suites."""
     import jinja2
     from markupsafe import Markup
 
@@ -62,8 +71,18 @@ def page(data: Mapping[str, Any]) -> str:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     parts = {"policy": policy, "style": style, "library": library, "script": script, "data": embedded(data)}
     template = environment.from_string(_read("page.html"))
-    text = template.render(rows=plain_rows(data), **{name: Markup(part) for name, part in parts.items()})
+    text = template.render(
+        rows=plain_rows(data),
+        suites=[shown_cells(one) for one in matrices],
+        **{name: Markup(part) for name, part in parts.items()},
+    )
     return text.encode("ascii", "xmlcharrefreplace").decode("ascii") + "\n"
+
+
+def shown_cells(table: Table) -> dict[str, Any]:
+    """A table as words for the template: title, columns, rows of cells, notes."""
+    rows = [[formats.cell(table, name, row.get(name)) or "-" for name in table.columns] for row in table.rows]
+    return {"title": table.title, "columns": table.columns, "rows": rows, "notes": table.notes}
 
 
 @functools.cache

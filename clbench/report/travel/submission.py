@@ -17,17 +17,15 @@ from typing import Any
 
 from clbench import __version__
 from clbench.interfaces import UserError
-from clbench.records import record
+from clbench.records import predictions, record
 from clbench.records.verify import Verdict
 from clbench.report import cards as cards_of
 from clbench.report import formats
 from clbench.report.board import Group, Row, rank
-from clbench.report.columns import ACCURACY
+from clbench.report.columns import LEADERBOARDS
 from clbench.report.formats import Table
 from clbench.report.runs import Filter, Scan, scan
-from clbench.report.travel import badge, flags
-
-SHOWN = ("learner", "model", "variant", "n_seeds", "last_macro", "step_macro", "forgetting", "seconds", "level")
+from clbench.report.travel import badge, flags, lines
 
 
 @dataclass(frozen=True)
@@ -67,9 +65,7 @@ def gather(
     for one in [*checked, *repeated]:
         if one.verdict == "failed" and one.name in chosen:
             raise UserError(f"{one.name} is not handed in: {'; '.join(one.reasons)}")
-    groups = [g for g in rank(found.runs, ACCURACY, found.dead) if g.row["n_seeds"]]
-    if len(done) > sum(g.row["n_seeds"] for g in groups):
-        raise UserError("losses and edits are not handed in yet: choose accuracies with --scenario or --learner")
+    groups = _ranked(found)
     reference, known = (_reference(scan(against)), _checksums(against)) if against is not None else ([], {})
     cards = cards_of.load(against / "cards.yaml") if against is not None and (against / "cards.yaml").is_file() else {}
     odd = {
@@ -79,17 +75,23 @@ def gather(
 
 
 def _light(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What flags and texts read of a record."""
+    """What flags and texts read of a record; `odd`: what its losses or edits make implausible."""
     keys = ("run_id", "config", "git", "created", "finished", "seconds", "resumed", "numbers_version", "marks", "checksum")
     return (
-        {key: entry.get(key) for key in keys}
+        {key: entry.get(key) for key in (*keys, "predictions_sha256")}
+        | {"odd": list(flags.of_numbers(entry)) if entry["status"] == "ok" else []}
         | {"manifest": entry["scenario"]["manifest_sha256"]}
         | {"learner": entry["learner"], "scenario": entry["scenario"], "model": entry["model"], "seed": entry["seed"]}
     )
 
 
+def _ranked(found: Scan) -> list[Group]:
+    """Rows of all leaderboards that have a result: accuracies, losses, edits."""
+    return [group for board in LEADERBOARDS for group in rank(found.runs, board, found.dead) if group.row["n_seeds"]]
+
+
 def _reference(found: Scan) -> list[Row]:
-    return [group.row for group in rank(found.runs, ACCURACY, found.dead) if group.row["n_seeds"]]
+    return [group.row for group in _ranked(found)]
 
 
 def _checksums(results: Path) -> dict[str, str]:
@@ -110,7 +112,7 @@ def _flags(
         if run.status != "ok":
             continue
         entry = entries[run.run_id]
-        found = list(flags.of_record(entry, now))
+        found = [*flags.of_record(entry, now), *entry["odd"]]
         if run.run_id in known:
             same = known[run.run_id] == str(entry.get("checksum"))
             found.append("this very record is known already" if same else "another record of this very run is known already")
@@ -121,12 +123,15 @@ def _flags(
     dataset = (
         str(entries[group.runs[0].run_id]["config"]["scenario"].get("dataset", "")) if group.runs[0].run_id in entries else ""
     )
-    lines = list(flags.of_row(group.row, dataset, reference, cards))
-    return lines + [f"{line} (seed {', '.join(map(str, seeds))})" for line, seeds in said.items()]
+    of_row = list(flags.of_row(group.row, dataset, reference, cards, lines.board_of(group)))
+    return of_row + [f"{line} (seed {', '.join(map(str, seeds))})" for line, seeds in said.items()]
 
 
-def files(made: Submission, results: Path, conf: Path) -> dict[str, bytes]:
-    """What goes into the archive: records and manifests as they lie there, the text, facts for programs, badges."""
+def files(made: Submission, results: Path, conf: Path, answers: bool = False) -> dict[str, bytes]:
+    """What goes into the archive: records and manifests as they lie there, the text, facts for programs, badges.
+
+    answers: the predictions of every sample too, of the records that have them (`save_predictions=true`).
+    """
     held: dict[str, bytes] = {}
     for group in made.groups:
         for run in group.runs:
@@ -136,8 +141,13 @@ def files(made: Submission, results: Path, conf: Path) -> dict[str, bytes]:
             manifest = f"manifests/{made.entries[run.run_id]['manifest']}.json"
             if (results / manifest).is_file():
                 held[manifest] = (results / manifest).read_bytes()
+            path = predictions.path_of(results, run.run_id)
+            if answers and made.entries[run.run_id]["predictions_sha256"] is not None and path.is_file():
+                held[f"predictions/{path.name}"] = path.read_bytes()
         name = "-".join(str(group.row[key]) for key in ("scenario", "learner", "model", "variant"))
         held[f"badges/{table_file(name)}.svg"] = _badge(group, made.level(group)).encode()
+    if answers and not any(name.startswith("predictions/") for name in held):
+        raise UserError("--predictions: no chosen record has predictions; clbench run ... save_predictions=true keeps them")
     held["PULL_REQUEST.md"] = text(made, conf).encode()
     held["submission.json"] = (json.dumps(facts(made), indent=1, sort_keys=True) + "\n").encode()
     return held
@@ -150,11 +160,7 @@ def table_file(name: str) -> str:
 
 
 def _badge(group: Group, level: str) -> str:
-    row = group.row
-    spread = "" if row["last_macro_std"] is None else f" ± {100 * row['last_macro_std']:.1f}"
-    seeds = f"{row['n_seeds']} seed{'s' if row['n_seeds'] != 1 else ''}"
-    right = f"{row['learner']} {100 * row['last_macro_mean']:.1f}{spread} %, {seeds}"
-    return badge.svg(f"clbench {row['scenario']}", right, level)
+    return badge.svg(f"clbench {group.row['scenario']}", lines.claim(group.row, lines.board_of(group)), level)
 
 
 def facts(made: Submission) -> dict[str, Any]:
@@ -162,7 +168,7 @@ def facts(made: Submission) -> dict[str, Any]:
     rows = []
     for i, group in enumerate(made.groups):
         named = {key: group.row[key] for key in ("scenario", "learner", "model", "variant", "manifest", "seeds", "marks")}
-        numbers = {key: group.row[f"{key}_mean"] for key in ("last_macro", "step_macro", "forgetting")}
+        numbers = {key: group.row[f"{key}_mean"] for key in lines.NUMBERS[lines.board_of(group).part]}
         runs = [run.run_id for run in group.runs if run.status == "ok"]
         rows.append({**named, **numbers, "level": made.level(group), "flags": list(made.flags[i]), "records": runs})
     return {"clbench": __version__, "rows": rows, "repeated": sorted(made.verdicts)}
@@ -171,22 +177,25 @@ def facts(made: Submission) -> dict[str, Any]:
 def text(made: Submission, conf: Path) -> str:
     """The text of a pull request: new rows beside those that are known, published numbers, flags, commands."""
     count = sum(g.row["n_seeds"] for g in made.groups)
+    units = "; ".join(dict.fromkeys(lines.UNITS[lines.board_of(g).part] for g in made.groups))
     parts = [
         f"# {count} records, {len(made.groups)} rows",
-        "Made by `clbench submit`; check it with `clbench submit --check ARCHIVE`. Accuracies in per cent, mean ± standard"
+        f"Made by `clbench submit`; check it with `clbench submit --check ARCHIVE`. {units}; mean ± standard"
         " deviation over seeds. *self-reported*: the records fit themselves and their streams;"
         " *verified*: and the beginning of one of them was run again with the same counts.",
     ]
     for scenario, manifest in dict.fromkeys((g.row["scenario"], g.row["manifest"]) for g in made.groups):
         mine = [g for g in made.groups if (g.row["scenario"], g.row["manifest"]) == (scenario, manifest)]
-        lines = [_line(g.row, made.level(g)) for g in mine]
-        lines += [_line(r, "known") for r in made.reference if (r["scenario"], r["manifest"]) == (scenario, manifest)]
-        parts += [f"## {formats.markdown(scenario)}, stream {manifest}", formats.to_markdown(Table("rows", "", SHOWN, lines))]
+        known = [r for r in made.reference if (r["scenario"], r["manifest"]) == (scenario, manifest)]
+        board = lines.board_of(mine[0])
+        rows = [lines.line(g.row, board, made.level(g)) for g in mine] + [lines.line(r, board, "known") for r in known]
+        table = formats.to_markdown(Table("rows", "", lines.columns(board), rows))
+        parts += [f"## {formats.markdown(scenario)}, stream {manifest}", table]
     claims = [claim for name in dict.fromkeys(g.row["learner"] for g in made.groups) for claim in _claims(name, made.cards)]
     numbers = Table("claims", "", tuple(claims[0]) if claims else (), claims, digits={"last": 2, "average": 2})
     parts += ["## Published", formats.to_markdown(numbers) if claims else "No card is known."]
     odd = [
-        f"- {formats.markdown(_name(g.row))}: {formats.markdown(line)}"
+        f"- {formats.markdown(lines.named(g.row))}: {formats.markdown(line)}"
         for i, g in enumerate(made.groups)
         for line in made.flags[i]
     ]
@@ -196,23 +205,6 @@ def text(made: Submission, conf: Path) -> str:
         first = made.entries[next(run.run_id for run in group.runs if run.status == "ok")]
         parts.append(f"```bash\n{cards_of.command(first, group.row['seeds'].split(), conf)}\n```")
     return "\n\n".join(parts) + "\n"
-
-
-def _name(row: Row) -> str:
-    return f"{row['scenario']} {row['learner']} {row['model']} {row['variant']}"
-
-
-def _line(row: Row, level: str) -> dict[str, Any]:
-    """A row of the table."""
-    made: dict[str, Any] = {key: row[key] for key in ("learner", "model", "variant", "n_seeds")}
-    for name in ("last_macro", "step_macro", "forgetting"):
-        mean, std = row[f"{name}_mean"], row[f"{name}_std"]
-        made[name] = None if mean is None else f"{100 * mean:.2f}" + ("" if std is None else f" ± {100 * std:.2f}")
-    seconds = row["seconds_mean"]
-    return made | {
-        "seconds": None if seconds is None else f"{seconds:.1f}",
-        "level": " ".join([level, *str(row["marks"]).split()]),
-    }
 
 
 def _claims(learner: str, cards: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -228,8 +220,12 @@ def _claims(learner: str, cards: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def summary(made: Submission) -> str:
-    """The rows for the terminal, and what is odd."""
-    lines = [{"scenario": g.row["scenario"], **_line(g.row, made.level(g))} for g in made.groups]
-    shown = formats.to_text(Table("rows", "", ("scenario", *SHOWN), lines))
-    odd = [f"look at {_name(g.row)}: {line}" for i, g in enumerate(made.groups) for line in made.flags[i]]
-    return "\n".join([shown, *odd])
+    """The rows for the terminal, a table for each leaderboard, and what is odd."""
+    tables = []
+    for board in LEADERBOARDS:
+        mine = [g for g in made.groups if lines.board_of(g) is board]
+        rows = [{"scenario": g.row["scenario"], **lines.line(g.row, board, made.level(g))} for g in mine]
+        if rows:
+            tables.append(formats.to_text(Table("rows", "", ("scenario", *lines.columns(board)), rows)))
+    odd = [f"look at {lines.named(g.row)}: {line}" for i, g in enumerate(made.groups) for line in made.flags[i]]
+    return "\n".join(["\n\n".join(tables), *odd])

@@ -149,6 +149,10 @@ class TextData:
         prompts = np.array([line[0] for line in stored], np.int64)
         return TextData.issue([line[1:] for line in stored], prompts, ids, y, self.device, None, "memory")
 
+    def subset(self, rows: np.ndarray) -> TextData:
+        """Some of the lines, as long as these can be read."""
+        return TextData(self.held, self.rows[rows], self.ids[rows], self.y[rows], self.device, self.task, self.name)
+
     @staticmethod
     def join(parts: Sequence[Any]) -> TextData:
         """Several data sets one after another."""
@@ -172,11 +176,16 @@ def open_experience(scenario: TextScenario, index: int, device: Any) -> Experien
     entry = scenario.manifest.experiences[index]
     assert entry.task is not None
     task = entry.task if scenario.manifest.discloses_task else None
-    y, lines, name = np.full(len(entry.train), entry.task, np.int64), scenario.lines, f"experience {index} ({entry.name})"
-    own = [lines.line(i) for i in entry.train]
-    data: Any = TextData.issue(own, lines.prompts[entry.train], entry.train.copy(), y, device, task, name)
+    lines, name = scenario.lines, f"experience {index} ({entry.name})"
+
+    def issued(ids: np.ndarray, task: int | None, name: str) -> Any:
+        own = [lines.line(i) for i in ids]
+        return TextData.issue(own, lines.prompts[ids], ids.copy(), scenario.owner[ids], device, task, name)
+
+    data = issued(entry.train, task, name)
+    target = issued(scenario.target, None, f"target of {name}") if len(scenario.target) else None
     budget = replace(scenario.budget, **entry.budget) if entry.budget else scenario.budget
-    return Experience(index, entry.name, data, (), (), (), 0, task, budget)
+    return Experience(index, entry.name, data, (), (), (), 0, task, budget, target=target)
 
 
 def asked_batches(

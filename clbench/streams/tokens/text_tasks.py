@@ -62,6 +62,10 @@ def text_tasks(
     tasks: str | Sequence[str] = "made8",
     order: str | None = None,
     level: Level = "L1",
+    stages: Sequence[int] | None = None,
+    old_share: float = 0.0,
+    target: Sequence[str] = (),
+    target_lines: int = 20,
     lines: int = 1000,
     test_lines: int = 200,
     seed: int = 0,
@@ -74,24 +78,40 @@ def text_tasks(
     tasks       the name of a stream, or a list of tasks
     order       the name of an order of that stream; `random` (of `seed`) for any; None: as the tasks are listed
     level       how much they are in each other's way: L0 to L3, see `made_tasks`
+    stages      how many tasks each experience has; None: one. Where one has several, no task is disclosed
+    old_share   share of the training lines of each earlier task that stand among a later experience's, drawn once: the k of DMT
+    target      tasks of the stream of which further lines, `target_lines` of each, are handed out as a target of selection
     lines       training lines of each task
     test_lines  lines of each task that are asked, of `facts` at most all facts
     seed        of the lines; tasks themselves do not depend on it
     gap         nats a byte of old text that the decoder may be worse than its source, else it is refused; None: any may run
     """
-    for key, value in (("lines", lines), ("test_lines", test_lines)):
+    for key, value in (("lines", lines), ("test_lines", test_lines), ("target_lines", target_lines)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UserError(f"scenario.{key} must be a whole number from 1, got {value!r}")
     if gap is not None and (isinstance(gap, bool) or not isinstance(gap, int | float) or gap <= 0):
         raise UserError(f"scenario.gap must be a number above 0 or null, got {gap!r}")
+    if isinstance(old_share, bool) or not isinstance(old_share, int | float) or not 0 <= old_share <= 1:
+        raise UserError(f"scenario.old_share must be from 0 to 1, got {old_share!r}")
     chosen = _chosen(tasks, order, seed)
     parts = [made_tasks.lines(chosen, level, split, n, seed) for split, n in (("train", lines), ("test", test_lines))]
     made = [Task(task.name, train, test) for task, train, test in zip(chosen, *parts, strict=True)]
+    further = made_tasks.lines(chosen, level, "target", target_lines, seed) if target else []
+    wanted = [(i, further[i]) for i in _numbers(target, made)]
     old = base_text.old_text(OLD_ROWS, OLD_LENGTH, rng.key("text_tasks", "old"))
     floor = base_text.old_floor(old)
     options: dict[str, Any] = {"vocab": made_tasks.VOCAB, "discloses_task": discloses_task, "budget": budget}
     stream = tasks if isinstance(tasks, str) else "made"
+    options |= {"target": wanted, "stages": stages, "old_share": old_share}
     return scenario(name, f"{stream} {level}", made, old=old, floor=floor, gap=gap, **options)
+
+
+def _numbers(target: Sequence[str], tasks: Sequence[Task]) -> list[int]:
+    """The places of the target's tasks; `UserError` for one that the stream does not have."""
+    names = [task.name for task in tasks]
+    if isinstance(target, str) or set(target) - set(names):
+        raise UserError(f"scenario.target must be a list of tasks of the stream ({', '.join(names)}), got {target!r}")
+    return [names.index(one) for one in dict.fromkeys(target)]
 
 
 def _chosen(tasks: str | Sequence[str], order: str | None, seed: int) -> list[MadeTask]:

@@ -26,6 +26,8 @@ def synthetic(
     states: int = 32,
     symbols: int = 32,
     shift: float = 1.0,
+    family: Literal["apart", "line"] = "apart",
+    junk: float | Sequence[float] = 0.0,
     language_seed: int = 0,
     tokens: int = 400_000,
     context: int = 64,
@@ -39,14 +41,22 @@ def synthetic(
     """Languages drawn from a seed, as far from each other as `shift` says (0: all the same, 1: nothing in common).
 
     order  which language each experience is in; experiences in the same language read different text
+    family "apart": all languages are `shift` away from the first, and from each other; "line": language i of n lies at
+           i / (n - 1) of the way from the first to the last one, which is `shift` away, so that neighbours are most alike
+    junk   share of the training sequences of a language, or of each in a list, that are noise: symbols drawn evenly. Validation
+           text has none
     """
     from clbench.streams.tokens import languages
 
-    made = []
-    for d in range(max(order, default=-1) + 1):
-        source = languages.synthetic(states, symbols, kind, shift, d, language_seed)
+    if family not in ("apart", "line"):
+        raise UserError(f"unknown scenario.family={family}: choose apart, line")
+    made, shares = [], _junk_shares(junk, max(order, default=-1) + 1)
+    for d, share in enumerate(shares):
+        place = (min(d, 1), shift * d / max(1, len(shares) - 1)) if family == "line" else (d, shift)
+        source = languages.synthetic(states, symbols, kind, place[1], place[0], language_seed)
         times = list(order).count(d)
         train = source.sample(tokens * max(1, times) + 1, rng.key("train", language_seed, d))
+        train = with_junk(train, share, context, symbols, rng.key("junk", language_seed, d))
         held = source.sample(eval_tokens + 1, rng.key("validation", language_seed, d))
         windows = eval_windows(held, max(1, eval_tokens // context), context)
         floor = window_floor(source, windows)
@@ -54,6 +64,28 @@ def synthetic(
     options: dict[str, Any] = {"tokens": tokens, "context": context, "batch": batch, "eval_tokens": eval_tokens}
     options |= {"probe_sequences": probe_sequences, "probe_evenly": probe_evenly, "budget": budget, "evaluators": evaluators}
     return scenario(name, made, order, vocab=symbols, **options)
+
+
+def _junk_shares(junk: float | Sequence[float], languages: int) -> list[float]:
+    """`scenario.junk` for each language; `UserError` for what is no share."""
+    shares = list(junk) if isinstance(junk, Sequence) and not isinstance(junk, str) else [junk] * languages
+    good = all(isinstance(one, int | float) and not isinstance(one, bool) and 0 <= one < 1 for one in shares)
+    if len(shares) != languages or not good:
+        what = f"a share from 0 to below 1, or one for each of {languages} languages"
+        raise UserError(f"scenario.junk must be {what}, got {junk!r}")
+    return [float(one) for one in shares]  # type: ignore[arg-type]
+
+
+def with_junk(text: np.ndarray, share: float, context: int, symbols: int, key: int) -> np.ndarray:
+    """A text whose windows of `context` tokens are noise in `share` of all cases, drawn without replacement -> [M]."""
+    number = round(share * (len(text) // context))
+    if not number:
+        return text
+    made = text.copy()
+    chosen = rng.permutation(rng.key(key, "windows"), len(text) // context)[:number]
+    places = chosen[:, None] * context + np.arange(context)
+    made[places] = rng.integers(rng.key(key, "noise"), places.size, symbols).reshape(places.shape)
+    return made
 
 
 def window_floor(source: Any, windows: np.ndarray) -> float:

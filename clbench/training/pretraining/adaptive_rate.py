@@ -22,14 +22,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from clbench.interfaces import Place, Schedule, UserError
 from clbench.training.distributed import placed_like
 from clbench.training.state import detached
+
+if TYPE_CHECKING:
+    from clbench.training.pretraining.segments import AfterStep, Segment
 
 WIDEST = 100.0
 
@@ -203,3 +207,14 @@ def product(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
 
 
 KINDS: dict[str, Callable[..., Rate]] = {"plateau": Plateau, "hypergradient": Hypergradient, "fedhyper": FedHyper}
+
+
+def watching(adapt: Rate, then: AfterStep | None) -> AfterStep:
+    """An `after_step` that shows the losses to `adapt`, then calls another."""
+
+    def both(segment: Segment, step: int, losses: Tensor, counts: np.ndarray) -> None:
+        adapt.seen(losses)
+        if then is not None:
+            then(segment, step, losses, counts)
+
+    return both

@@ -35,14 +35,15 @@ class Segment:
     """Steps first..last-1 of a schedule that runs over `steps` steps of an experience.
 
     role        "trunk": the next experience continues from its end; "branch": evaluated, then thrown away
-    start_from  "init": fresh weights; "trunk": the end of the last trunk; "here": where the segment before ended
+    start_from  "init": fresh weights; "base": the end of the first experience; "trunk": the end of the last trunk;
+                "here": where the segment before ended
     optimizer   what happened to the optimiser at its start: "new", "keep", "reset", "reset_moments", "restore"
     before      steps of the experiences before this one, branches included
     """
 
     experience: int
     role: Literal["trunk", "branch"]
-    start_from: Literal["init", "trunk", "here"]
+    start_from: Literal["init", "base", "trunk", "here"]
     optimizer: str
     first: int
     last: int

@@ -21,8 +21,7 @@ from torch import nn
 from clbench.interfaces import UserError
 from clbench.streams import rng
 from clbench.streams.tokens import sequences
-from clbench.training.optimizer_state import Adam
-from clbench.training.state import detached
+from clbench.training.pretraining.pilot import after_pilot, losses
 
 JUDGED = 32
 
@@ -77,24 +76,11 @@ class Pilots:
 
     def loss_after(self, domains: Sequence[int], judged: int, repeat: int) -> float:
         """Mean loss of domain `judged` after one pilot on `domains`, equal parts of each batch."""
-        kept = detached(self.model.state_dict())
-        optimizer = Adam(self.model, **self.adam)
-        for group in optimizer.param_groups:
-            group["lr"] = self.lr * group.get("share", 1.0)
-        self.model.train()
-        for step in range(self.steps):
-            self.check_stop()
-            loss = self._loss(self.batch(domains, step, repeat)).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.clip_gradients()
-            optimizer.step()
-        self.read(self.steps * self.texts[0].batch)
-        self.model.eval()
-        with torch.no_grad():
-            found = float(self._loss(self.texts[judged].take(np.arange(JUDGED), "judged", np.arange(JUDGED))).double().mean())
-        self.model.load_state_dict(kept)
-        return found
+        options: dict[str, Any] = {"steps": self.steps, "lr": self.lr, "adam": self.adam, "check_stop": self.check_stop}
+        with after_pilot(self.model, lambda step: self.batch(domains, step, repeat), **options), torch.no_grad():
+            self.read(self.steps * self.texts[0].batch)
+            rows = self.texts[judged].take(np.arange(JUDGED), "judged", np.arange(JUDGED))
+            return float(losses(self.model, rows).double().mean())
 
     def batch(self, domains: Sequence[int], step: int, repeat: int) -> np.ndarray:
         """Tokens [B, L + 1] of a step: of each domain its share, from passes over what is not judged."""
@@ -105,7 +91,3 @@ class Pilots:
             numbers = sequences.passes(rng.key(self.key, "pilot", repeat, d), len(self.texts[d]) - JUDGED, positions)
             parts.append(self.texts[d].take(JUDGED + numbers, "pilot", positions))
         return np.concatenate(parts)
-
-    def _loss(self, tokens: np.ndarray) -> torch.Tensor:
-        device = next(self.model.parameters()).device
-        return self.model.loss(torch.from_numpy(tokens).to(device))  # type: ignore[operator]
