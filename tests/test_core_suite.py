@@ -1,5 +1,6 @@
 """The core suite: orders that are what they claim, hashes that hold, parts of it, runs that are not repeated, the table."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -190,6 +191,14 @@ def test_ranks_have_ties_and_the_sentence_names_them():
     assert row["er"].word == "best" and row["er_ace"].word == "not distinguishable" and row["ncm"].word == "worse"
     sentence = next(note for note in suites.tables(CORE, made)[0].notes if note.startswith("digits_online:"))
     assert "er has the best mean of 4; cannot be told from it: er_ace" in sentence
+
+
+def test_learners_that_the_table_does_not_know_are_named():
+    known = set(CORE.learners) | {name for s in CORE.streams.values() for name in s.left_out}
+    assert not set(suites.newer(CORE)) & known and {"text_lora", "rome"}.isdisjoint(suites.newer(CORE))
+    some = dataclasses.replace(CORE, streams={"digits_online": dataclasses.replace(CORE.streams["digits_online"], left_out={})})
+    assert {"slca", "rewarm_replay"} <= set(suites.newer(some))
+    assert "newer than the table" in suites.tables(some, suites.rows(some, []))[2].notes[1]
 
 
 def test_losses_rank_the_other_way_round():

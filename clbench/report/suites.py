@@ -22,6 +22,7 @@ from clbench.report.formats import Table, csv_text, fraction, to_markdown
 from clbench.report.runs import is_legacy, summarize
 
 Key = tuple[str, str]  # stream, learner
+ASKS = ("predict", "loss")  # what its streams ask
 FOLDER = "core"  # in a results folder: orders would be rows of one run each in its leaderboard
 _PLACES = ("scenario.augment",)  # options of a stream that its manifest does not hold
 
@@ -264,8 +265,16 @@ def _missing(of: Suite, made: Mapping[Key, Row]) -> Table:
     done = sum(len(row.values) for row in made.values())
     every = sum(len(row.stream.orders) for row in made.values())
     whole = sum(row.whole for row in made.values())
-    notes = (f"{done} of {every} runs have a result; {whole} of {len(made)} rows are whole",)
-    return Table("missing", f"{of.version}, what is missing", ("stream", "learner", "missing", "why"), lines, notes)
+    notes = [f"{done} of {every} runs have a result; {whole} of {len(made)} rows are whole"]
+    if unknown := newer(of):
+        notes.append(f"learners that are newer than the table: {', '.join(unknown)}")
+    return Table("missing", f"{of.version}, what is missing", ("stream", "learner", "missing", "why"), lines, tuple(notes))
+
+
+def newer(of: Suite) -> list[str]:
+    """Learners of images and of pre-training that no stream of the suite knows, neither as fitting nor as left out."""
+    known = {name for stream in of.streams.values() for name in (*stream.entries, *stream.left_out)}
+    return [name for name in registry.choices("learner") if name not in known and registry.asks("learner", name) in ASKS]
 
 
 def folders(results: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
