@@ -134,7 +134,9 @@ def _resolved(jobs: Sequence[list[str]]) -> list[dict[str, Any]]:
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    made, known, found = [], None, ({}, {})
+    made: list[dict[str, Any]] = []
+    known: Any = None
+    found: tuple[Any, Any] = ({}, {})
     with nullcontext() if GlobalHydra().is_initialized() else initialize_config_dir(str(conf_dir()), **_named()):
         for words in jobs:
             others, seed = without_seed(words)

@@ -79,7 +79,7 @@ class RayLauncher(Launcher):
 def imported() -> Any:
     """Ray, or a `UserError` that says how to get it."""
     try:
-        import ray
+        import ray  # type: ignore[reportMissingImports] of an extra
     except ImportError:
         raise UserError("machine=ray needs Ray: pip install 'clbench[ray]'") from None
     return ray
