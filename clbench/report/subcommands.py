@@ -122,8 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser, page: str) -> None:
         words = "any number that `explain` names (last_macro, of pre-training final_loss)"
         parser.add_argument("--metric", help=words)
     if page == "core":
-        parser.set_defaults(results_dir="results/core")
-        parser.add_argument("--suite", default="core_v1", metavar="NAME", help="the version (core_v1)")
+        _add_suite(parser)
     if page not in ("explain", "external", "flips", "html", "core"):
         for part in ("scenario", "learner", "model"):
             words = f"only this {part}; globs and repetition allowed"
@@ -159,6 +158,11 @@ def _add_output(parser: argparse.ArgumentParser, page: str) -> None:
             parser.add_argument("--columns", metavar="A,B,...", help="these columns of the leaderboard, as they are in the CSV")
         else:
             parser.add_argument("--part", metavar="NAME", help="one table of the page")
+
+
+def _add_suite(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(results_dir="results/core")
+    parser.add_argument("--suite", default="core_v1", metavar="NAME", help="the version (core_v1)")
 
 
 def run(args: argparse.Namespace, conf: pathlib.Path) -> tuple[str, int]:
