@@ -21,6 +21,7 @@ TEXTS = {
     "startup": startup.text,
     "tokens": tokens.text,
     "tokens_10gb": tokens.text,
+    "tokens_busy": tokens.text,
 }
 
 

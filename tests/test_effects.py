@@ -113,8 +113,6 @@ def test_every_effect_is_committed_and_within_two_minutes_a_seed():
     at_hand = {path.stem: path for path in COMMITTED if path.parent.name in ("digits", "cpt_synthetic")}
     assert set(at_hand) == set(effects.names())
     for path in at_hand.values():
-        if path.stem == "text_order":  # measured while other work had the machine: its seconds say nothing
-            continue
         seconds: dict[str, float] = {}
         for row in csv.DictReader(path.with_suffix(".csv").read_text().splitlines()):
             seconds[row["seed"]] = seconds.get(row["seed"], 0.0) + float(row["seconds"])

@@ -32,12 +32,11 @@ def numbers(record):
 
 
 def kill_when(clbench, words, results, when, number=signal.SIGKILL):
-    """Start the run and send a signal as soon as `when(journal folder)` holds."""
+    """Start the run and send a signal as soon as `when(journal folder)` holds of one in the results folder."""
     process = clbench.popen(*words, f"results_dir={results}")
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
-        folders = list((clbench.folder / results / "runs").glob("*/journal"))
-        if folders and when(folders[0]):
+        if any(when(folder) for folder in (clbench.folder / results / "runs").glob("*/journal")):
             process.send_signal(number)
             break
         time.sleep(0.01)

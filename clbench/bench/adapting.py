@@ -68,7 +68,7 @@ class OfClbench:
         pipeline = Pipeline(model.profile, "cpu", "none")
         self.images = ImageData(ArrayImages(x), rows, rows, y, pipeline, None, "test")
         self.learner = Tent(self.model, self.runtime, adapt_lr=RATE)
-        self.learner.head.grow(CLASSES, self.runtime.generator("head"))
+        cast(Any, self.learner.head).grow(CLASSES, self.runtime.generator("head"))
         self.learner.begin()
         self.answers: list[int] = []
 

@@ -134,8 +134,9 @@ def _resolved(jobs: Sequence[list[str]]) -> list[dict[str, Any]]:
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    made, known = [], None
-    found: tuple[Any, dict[str, Any]] = ({}, {})
+    made: list[dict[str, Any]] = []
+    known: Any = None
+    found: tuple[Any, Any] = ({}, {})
     with nullcontext() if GlobalHydra().is_initialized() else initialize_config_dir(str(conf_dir()), **_named()):
         for words in jobs:
             others, seed = without_seed(words)

@@ -6,7 +6,6 @@ with the other launchers every job is a process of its own beneath its task: one
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 from collections.abc import Sequence
@@ -80,9 +79,10 @@ class RayLauncher(Launcher):
 def imported() -> Any:
     """Ray, or a `UserError` that says how to get it."""
     try:
-        return importlib.import_module("ray")
+        import ray  # type: ignore[reportMissingImports] of an extra
     except ImportError:
         raise UserError("machine=ray needs Ray: pip install 'clbench[ray]'") from None
+    return ray
 
 
 def _start(ray: Any, address: str | None, num_cpus: float | None, num_gpus: float | None) -> None:

@@ -93,7 +93,9 @@ class E2wm:
 
         def loss(batch: TextBatch) -> Tensor:
             nats = answer_loss(self.model, batch, self.targets)
-            return nats + self.strength * penalty(self.pet.values, self.fisher, self.scale) if self.fisher else nats
+            return (
+                nats + self.strength * penalty(dict(self.pet.values.items()), self.fisher, self.scale) if self.fisher else nats
+            )
 
         batches = shuffled(experience.train, self.batch_size, self.epochs, self.runtime.key("train"))
         return fit(self.runtime, "train", self, groups_of((self.pet, self.lr)), loss, batches, self.recipe)

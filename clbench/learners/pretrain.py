@@ -34,7 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -142,7 +142,7 @@ class Pretrain:
         mixture |= {} if self.ranked is None else {"rank": self.ranked.rank, "pilot": self.ranked.steps}
         start, policy = ("init" if self.start == "scratch" else self.start, self.boundary) if k else ("init", "new")
         before = _steps_before(self, k, text.steps)
-        made = [Segment(k, "trunk", start, policy, 0, cut, total, self.lr, self.schedule, mixture, before)]
+        made = [Segment(k, "trunk", cast(Any, start), policy, 0, cut, total, self.lr, self.schedule, mixture, before)]
         if cut < total:
             check_trunk(made[0], self.branch)
             read = mixture if self.anneal is None else mixture | {"replay": dict(vars(self.anneal))}

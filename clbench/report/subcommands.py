@@ -129,6 +129,11 @@ def add_arguments(parser: argparse.ArgumentParser, page: str) -> None:
             parser.add_argument(f"--{part}", action="append", default=[], metavar="NAME", help=words)
         words = "only records with this setting, such as learner.lr=0.03, seed=0, variant=5057*; repetition allowed"
         parser.add_argument("--where", action="append", default=[], metavar="KEY=VALUE", help=words)
+    _add_output(parser, page)
+
+
+def _add_output(parser: argparse.ArgumentParser, page: str) -> None:
+    """Where a page is written, and in which form."""
     if page == "html":
         parser.add_argument("--out", metavar="FILE", help="the file to write (DIR/report.html)")
         words = "an earlier leaderboard.csv, or the folder that holds it: the page says what changed"
